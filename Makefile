@@ -1,0 +1,48 @@
+# Targets that work from a clean checkout with Python 3.11 to 3.13, pip and make.
+
+SUPPORTED = import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+# The first supported Python; another one: make setup PYTHON=python3.12
+PYTHON ?= $(shell for p in .venv/bin/python python3 python3.13 python3.12 python3.11; do \
+	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+PYTEST_ARGS ?=
+
+.PHONY: help setup quickstart test test-slow parity lint clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/stamp ## install jax_it and its test tools, at the tested versions, into .venv
+
+quickstart: setup ## train a small model on the built-in data and export it: runs/quickstart
+	.venv/bin/jax-it train --config configs/quickstart.py --workdir runs/quickstart
+	.venv/bin/jax-it export --workdir runs/quickstart --output runs/quickstart/export
+
+test: setup ## the tests; PYTEST_ARGS="-n 4 -k metrics" chooses
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+test-slow: setup ## the slow tests
+	.venv/bin/python -m pytest -m "slow and not parity" $(PYTEST_ARGS)
+
+parity: .venv-parity/stamp ## the comparisons with PyTorch, in an environment of their own, .venv-parity
+	.venv-parity/bin/python -m pytest -m parity $(PYTEST_ARGS)
+
+lint: setup ## style and types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean: ## remove the environments and caches; runs/ stays
+	rm -rf .venv .venv-parity .pytest_cache .ruff_cache .mypy_cache .hypothesis .jax_cache build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# `make test` must not need PyTorch, so .venv never holds it.
+.venv/stamp: EXTRAS = test
+.venv-parity/stamp: EXTRAS = test,parity
+.venv/stamp .venv-parity/stamp: pyproject.toml $(wildcard constraints/*.txt)
+	@$(or $(PYTHON),false) -c '$(SUPPORTED)' || \
+		{ echo "Python 3.11, 3.12 or 3.13 is needed; name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q -e '.[$(EXTRAS)]' -c constraints/$$($(@D)/bin/python -c \
+		'import sys; print("py%d%d" % sys.version_info[:2])').txt
+	@touch $@

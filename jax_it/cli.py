@@ -1,0 +1,162 @@
+"""The command line: `jax-it COMMAND`. It parses, calls one function, and says what went wrong in one line."""
+
+import argparse
+import os
+import sys
+from typing import Any, NoReturn
+
+from jax_it.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Exits with 0 when done, with 2 when the user can mend it, with 1 when the fault is ours."""
+    # Read by the libraries when they are imported: no advice for other frameworks, no threads after a fork.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    try:
+        overrides = _overrides(rest, takes_config="config" in options)
+        options.run(options, overrides)
+    except UserError as error:
+        if options.debug:
+            raise
+        print(f"jax-it {options.command}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"jax-it {options.command}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: be quiet at exit too
+        sys.exit(141)
+    sys.exit(0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jax-it", description="Instruction tuning in JAX.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help, allow_abbrev=False)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=run)
+        return command
+
+    config: dict[str, Any] = {
+        "required": True, "metavar": "FILE[:ARG]", "help": "a config file; --config.a.b=VALUE changes a setting"
+    }  # fmt: skip
+    checkpoint: dict[str, Any] = {
+        "default": "latest",
+        "metavar": "latest|best|STEP",
+        "help": "which checkpoint (default: latest)",
+    }
+
+    train = add("train", _train, "Train a model, or go on with the run that the folder holds.")
+    train.add_argument("--config", **config)
+    train.add_argument("--workdir", required=True, help="the run's folder")
+
+    evaluate = add("eval", _evaluate, "Score a run's checkpoint: loss, and metrics over generated text.")
+    evaluate.add_argument("--workdir", required=True, help="the run's folder")
+    evaluate.add_argument("--checkpoint", **checkpoint)
+
+    generate = add("generate", _generate, "Generate text for one prompt or a file of them.")
+    generate.add_argument("--model", required=True, help="a Transformers folder, a hub name or a run's folder")
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="one prompt; its text is printed")
+    source.add_argument("--input", metavar="FILE", help="rows with 'prompt' or 'messages' (JSON lines, CSV, Parquet)")
+    generate.add_argument("--output", metavar="FILE.jsonl", help="where the rows go, with 'prediction' added")
+    generate.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="(default: 128)")
+    generate.add_argument(
+        "--num-beams", type=_positive, default=1, metavar="N", help="beam search; 1: greedy (default)"
+    )
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy (default)")
+    generate.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0: all (default)"
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from this much probability (default: 1)"
+    )
+    generate.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
+
+    export = add("export", _export, "Write a checkpoint as a folder in Transformers format.")
+    export.add_argument("--workdir", required=True, help="the run's folder")
+    export.add_argument("--output", required=True, help="a folder that does not exist yet")
+    export.add_argument("--checkpoint", **checkpoint)
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="", help="(default: the model's)"
+    )
+
+    preview = add("preview", _preview, "Show what the model will see, and what becomes of each data set.")
+    preview.add_argument("--config", **config)
+    preview.add_argument("--num", type=int, default=3, metavar="N", help="examples to show (default: 3)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def _overrides(rest: list[str], takes_config: bool) -> dict[str, str]:
+    """{"train.seed": "1"} from ["--config.train.seed=1"], or from the same in two words."""
+    found = {}
+    words = iter(rest)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name.startswith("--config.") or not takes_config:
+            raise UserError(f"unknown option {word}; see jax-it --help")
+        if not equals and (value := next(words, "")) == "":
+            raise UserError(f"{name} needs a value: {name}=VALUE")
+        found[name.removeprefix("--config.")] = value
+    return found
+
+
+def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from jax_it import config
+    from jax_it.training import train
+
+    train(config.load(options.config, overrides), options.workdir)
+
+
+def _evaluate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from jax_it.evaluation import examples_text, table
+    from jax_it.evaluation.run import evaluate
+
+    step, scored = evaluate(options.workdir, options.checkpoint)
+    print(f"step {step}\n{table(scored)}")
+    if scored.predictions:
+        print(examples_text(scored))
+
+
+def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from jax_it.generate import generate_file, read_prompts
+    from jax_it.generation import Sampling
+
+    if options.input and not options.output:
+        raise UserError("--input needs --output, the file that the rows are written to")
+    if options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
+        raise UserError("--temperature and --top-k must not be negative, and --top-p must be in (0, 1]")
+    if options.num_beams > 1 and options.temperature:
+        raise UserError("--num-beams and --temperature exclude each other: beam search draws nothing")
+    if not options.temperature and (options.top_k or options.top_p < 1):
+        raise UserError("--top-k and --top-p need a --temperature above 0: greedy decoding draws nothing")
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed, options.num_beams)
+    rows, prompts = read_prompts(options.input) if options.input else ([{"prompt": options.prompt}], [options.prompt])
+    texts = generate_file(options.model, rows, prompts, options.output, options.max_new_tokens, sampling)
+    if options.prompt is not None:
+        print(texts[0])
+
+
+def _export(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from jax_it.export import export
+
+    step = export(options.workdir, options.output, options.checkpoint, options.dtype)
+    print(f"step {step} is in {options.output}, in Transformers format")
+
+
+def _preview(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from jax_it import config
+    from jax_it.preview import preview
+
+    print(preview(config.load(options.config, overrides), options.num))

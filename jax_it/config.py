@@ -1,0 +1,411 @@
+"""Every setting of jax_it with its type, default and unit; nothing else knows a default.
+
+A config file's `get_config(arg="")` takes `default()`, an `ml_collections.ConfigDict`, and changes
+what it needs. `resolve` turns it into the frozen dataclasses below, which the code works with: an
+unknown key, a wrong type or an impossible combination is a `UserError` that names the field.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_collections
+
+from jax_it.errors import UserError
+
+Unit = Literal["steps", "epochs", "examples", "tokens", "%"]
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A stretch of training, written as "200 steps", "3 epochs", "1e6 examples", "1e9 tokens" or "5%".
+
+    Tokens are the source and target tokens of the examples, without padding; per cent are of the
+    whole run. A bare number means steps; an empty text means never.
+    """
+
+    value: float
+    unit: Unit
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> "Duration":
+        if not text:
+            return cls(0, "steps")
+        match = re.fullmatch(r"\s*([0-9.]+(?:e[+]?\d+)?)\s*(steps?|epochs?|examples?|tokens?|%)?\s*", text)
+        try:
+            value = float(match[1]) if match else math.nan
+        except ValueError:
+            value = math.nan
+        if match is None or math.isnan(value):
+            raise UserError(
+                f"{where}: {text!r} is not a duration; write for example '200 steps', '3 epochs', "
+                "'1e6 examples', '1e9 tokens' or '5%'"
+            )
+        unit = match[2] or "steps"
+        return cls(value, typing.cast(Unit, unit if unit == "%" else unit.rstrip("s") + "s"))
+
+    def __str__(self) -> str:
+        return f"{self.value:g}{'' if self.unit == '%' else ' '}{self.unit}" if self.value else ""
+
+    def steps(self, rates: "Rates", total_steps: int = 0) -> int:
+        """The duration in optimizer steps, rounded up; 0 means never. `total_steps` is needed for per cent alone."""
+        per_unit = {
+            "steps": 1.0,
+            "epochs": rates.epoch_steps,
+            "examples": 1 / rates.step_examples,
+            "tokens": 1 / rates.step_tokens,
+            "%": total_steps / 100,
+        }
+        return math.ceil(self.value * per_unit[self.unit] - 1e-9)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What turns durations into steps: means over the data set."""
+
+    epoch_steps: float
+    step_examples: float
+    step_tokens: float
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str = ""  # a folder in Transformers format or a hub name
+    pretrained: bool = True  # False: random weights in the architecture of `path`
+    architecture: Mapping[str, Any] = field(default_factory=dict)  # config.json values, over those of `path`
+    tokenizer: str = ""  # a folder, a hub name, a SentencePiece file, "bytes" or "train"; "": that of `path`
+    tokenizer_size: int = 0  # pieces, for tokenizer="train"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: float32 on CPU
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the master weights and optimizer state
+    remat: Literal["none", "layer"] = "none"  # layer: recompute each layer in the backward pass
+    dropout: float | None = None  # a rate; None: the one in config.json
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set: where its records are and how each becomes a prompt and a completion."""
+
+    path: str = ""  # a file, glob or folder; a hub name; "builtin:instructions"
+    name: str = ""  # in reports; "": from `path`
+    format: Literal["auto", "json", "csv", "parquet", "datasets", "builtin"] = "auto"
+    subset: str = ""  # the hub data set's configuration
+    split: str = "train"  # of hub and built-in data sets
+    template: tuple[str, ...] = ("auto",)  # names of data/templates.py, or Jinja text "prompt ||| completion"
+    weight: float = 1.0  # for mixing="weights"
+    limit: int = 0  # examples, from the start; 0: all
+
+
+@dataclass(frozen=True)
+class Data:
+    train: tuple[Source, ...] = ()
+    eval: tuple[Source, ...] = ()
+    holdout: int = 0  # examples kept out of each training source, and evaluated, where `eval` is empty
+    source_length: int = 512  # tokens, the end mark included
+    target_length: int = 128
+    truncate: Literal["end", "start", "drop", "refuse"] = "end"  # the side of the source that is cut
+    packing: bool = True
+    packed_source_length: int = 0  # tokens in a packed row; 0: chosen by the step's cost on this data
+    packed_target_length: int = 0
+    mixing: Literal["all", "weights", "size"] = "all"  # all: each example once an epoch
+    mixing_cap: int = 0  # for "size": a source counts for at most so many examples; 0: no cap
+    mixing_temperature: float = 1.0  # for "size": rates are proportional to size ** (1 / temperature)
+    seed: int = 0  # of the order, the mixture and the choice of templates
+    cache_dir: str = "~/.cache/jax_it"
+    max_dropped: float = 0.1  # shares of a source's examples (of tokens for max_unknown), refused above
+    max_truncated: float = 0.5
+    max_unknown: float = 0.05
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    learning_rate: float = 3e-4  # the peak
+    schedule: Literal["constant", "linear", "cosine", "rsqrt", "wsd"] = "linear"
+    warmup: Duration = Duration(5, "%")  # linear, from 0
+    decay: Duration = Duration(10, "%")  # for "wsd": the final linear decay
+    final_rate: float = 0.0  # a share of the peak, where linear, cosine and wsd end
+    weight_decay: float = 0.0
+    beta1: float = 0.9  # also the momentum of sgd
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+
+@dataclass(frozen=True)
+class Train:
+    duration: Duration = Duration(3, "epochs")
+    batch_size: int = 128  # examples a step, over all devices; the mean where rows are packed
+    micro_batches: int = 1  # parts that a step computes one after another
+    loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    loss_chunk: int = 128  # target positions of a row whose logits exist at a time
+    squared_error_scale: float = 15.0  # k and M of Hui & Belkin 2020, their values for many classes
+    squared_error_target: float = 30.0
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    clip: float = 1.0  # the gradient's global norm; 0: no clipping
+    max_skipped: int = 20  # steps in a row with a non-finite gradient, which are skipped, before the run ends
+    log_every: Duration = Duration(10, "steps")
+    checkpoint_every: Duration = Duration(500, "steps")
+    keep: int = 2  # the newest checkpoints
+    keep_best: int = 1  # and so many with the best score (eval.best)
+    seed: int = 0  # of random weights and dropout
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; one axis may be -1, what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Eval:
+    metrics: tuple[str, ...] = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "exact_match", "token_f1")
+    every: Duration = Duration(0, "steps")  # within training; the end of the run too where it is not 0
+    at_start: bool = False  # also before the first step
+    best: str = "loss"  # the metric that ranks checkpoints
+    batch_size: int = 64  # examples
+    max_new_tokens: int = 0  # 0: data.target_length
+    limit: int = 0  # examples of each source; 0: all
+    generate: bool = True  # False: the loss alone
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    train: Train = field(default_factory=Train)
+    mesh: Mesh = field(default_factory=Mesh)
+    eval: Eval = field(default_factory=Eval)
+
+
+def default() -> ml_collections.ConfigDict:
+    """All settings at their defaults, to be changed in a config file."""
+    return ml_collections.ConfigDict(to_dict(Config()))
+
+
+def to_dict(value: Any) -> Any:
+    """A config as plain dicts, lists, texts and numbers: what JSON and `ConfigDict` hold."""
+    if isinstance(value, Duration):
+        return str(value)
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_dict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_dict(item) for item in value]
+    return value
+
+
+def load(path: str, overrides: Mapping[str, str] | None = None) -> Config:
+    """The config of a file, "FILE" or "FILE:ARG", with dotted overrides such as {"train.seed": "1"}."""
+    file, _, arg = path.partition(":")
+    if not Path(file).is_file():
+        raise UserError(f"config file {file} does not exist")
+    spec = importlib.util.spec_from_file_location("jax_it_config_file", file)
+    assert spec is not None and spec.loader is not None, file
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"config file {file} does not run: {type(error).__name__}: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"config file {file} has no get_config(arg='')")
+    try:
+        config = module.get_config(arg)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        text = str(error).strip("'\"").splitlines()[0]
+        raise UserError(f"{file}: get_config({arg!r}) failed: {text}") from error
+    tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    for name, text in (overrides or {}).items():
+        _override(tree, name, text)
+    return resolve(tree)
+
+
+def resolve(tree: Mapping[str, Any]) -> Config:
+    """Frozen, type-checked settings from nested dicts. Raises UserError naming the field."""
+    config = _build(Config, tree, "config")
+    _check(config)
+    return config
+
+
+def _override(tree: dict[str, Any], name: str, text: str) -> None:
+    """Sets `tree`'s entry at a dotted name; numbers index lists (data.train.0.path)."""
+    *parents, last = re.sub(r"\[(\d+)\]", r".\1", name).split(".")
+    node: Any = tree
+    where = "config"
+    for key in parents:
+        node = _entry(node, key, where)
+        where += f".{key}"
+    if isinstance(node, list):
+        _entry(node, last, where)
+        node[int(last)] = text
+    elif isinstance(node, dict):
+        node[last] = text  # an unknown name is refused by `resolve`, which knows the types
+    else:
+        raise UserError(f"{where} has no field {last!r}: it is a single value")
+
+
+def _entry(node: Any, key: str, where: str) -> Any:
+    try:
+        return node[int(key)] if isinstance(node, list) else node[key]
+    except (KeyError, ValueError, IndexError, TypeError):
+        names = [str(i) for i in range(len(node))] if isinstance(node, list) else list(node or ())
+        raise UserError(f"{where} has no entry {key!r}{_suggest(key, names)}") from None
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; it has: {', '.join(known)}" if known else "; it is empty"
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the declared type `kind`. Texts, which the command line gives, are read as the type asks."""
+    if dataclasses.is_dataclass(kind) and kind is not Duration:
+        return _build_dataclass(typing.cast(type, kind), value, where)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+        return value
+    if origin is types.UnionType:
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        return _build(args[0], value, where)
+    if origin is tuple:
+        if isinstance(value, str) and args[0] is str:
+            value = _literal(value) if value.startswith(("[", "(")) else [value]
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise UserError(f"{where}: expected a list, got {value!r}")
+        return tuple(_build(args[0], item, f"{where}.{i}") for i, item in enumerate(value))
+    if origin is Mapping:
+        value = _literal(value) if isinstance(value, str) else value
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}: expected a mapping, got {value!r}")
+        return dict(value)
+    return _build_scalar(kind, value, where)
+
+
+def _build_scalar(kind: type, value: Any, where: str) -> Any:
+    if kind is Duration:
+        return value if isinstance(value, Duration) else Duration.parse(str(value), where)
+    if kind is not str and isinstance(value, str):
+        value = _literal(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise UserError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _literal(text: str) -> Any:
+    """The value that a text from the command line stands for; the text itself where it is no literal."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _build_dataclass(kind: type, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(value):
+        return value
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: expected a section with fields, got {value!r}")
+    hints = typing.get_type_hints(kind)
+    for key in value:
+        if key not in hints:
+            raise UserError(f"{where}.{key} is not a setting{_suggest(str(key), list(hints))}")
+    return kind(**{key: _build(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+
+
+_AT_LEAST: dict[str, float] = {
+    "data.source_length": 2, "data.target_length": 2, "data.holdout": 0, "data.mixing_cap": 0,
+    "data.packed_source_length": 0, "data.packed_target_length": 0,
+    "train.batch_size": 1, "train.micro_batches": 1,
+    "train.loss_chunk": 1, "train.clip": 0, "train.label_smoothing": 0, "train.z_loss": 0,
+    "train.keep": 1, "train.keep_best": 0, "train.max_skipped": 0,
+    "train.optimizer.learning_rate": 0, "train.optimizer.weight_decay": 0,
+    "eval.batch_size": 1, "eval.max_new_tokens": 0, "eval.limit": 0,
+}  # fmt: skip
+
+
+def _check(config: Config) -> None:
+    """Refuses values and combinations that cannot work, before anything is read or computed."""
+    for name, least in _AT_LEAST.items():
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        if not (math.isfinite(value) and value >= least):
+            raise UserError(f"config.{name}: {value} must be at least {least:g}")
+    model, data, train, mesh = config.model, config.data, config.train, config.mesh
+    if not model.path and not model.architecture:
+        raise UserError(
+            "config.model.path is empty; name a Transformers folder or hub model, or give model.architecture"
+        )
+    if not model.path and model.pretrained:
+        raise UserError("config.model.pretrained needs config.model.path; set it to False for random weights")
+    if not model.path and not model.tokenizer:
+        raise UserError("config.model.tokenizer is empty and there is no config.model.path to take it from")
+    if (model.tokenizer == "train") != bool(model.tokenizer_size):
+        raise UserError("config.model.tokenizer_size goes with config.model.tokenizer='train', and only with it")
+    if model.dropout is not None and not 0 <= model.dropout < 1:
+        raise UserError(f"config.model.dropout: {model.dropout} must be in [0, 1)")
+    if not data.train:
+        raise UserError("config.data.train is empty; name at least one data set")
+    named = [("train", i, s) for i, s in enumerate(data.train)] + [("eval", i, s) for i, s in enumerate(data.eval)]
+    for part, i, source in named:
+        where = f"config.data.{part}.{i}"
+        if not source.path:
+            raise UserError(f"{where}.path is empty; give a file, a glob or a data set's name")
+        if not source.template:
+            raise UserError(f"{where}.template is empty; name a template or leave it out")
+        if source.weight < 0 or source.limit < 0:
+            raise UserError(f"{where}: weight and limit must not be negative")
+    if data.holdout and data.eval:
+        raise UserError("config.data.holdout and config.data.eval exclude each other; keep one")
+    if data.mixing == "weights" and not any(s.weight > 0 for s in data.train):
+        raise UserError("config.data.mixing='weights' needs a source with a positive weight")
+    if data.mixing_temperature <= 0:
+        raise UserError(f"config.data.mixing_temperature: {data.mixing_temperature} must be positive")
+    for name, length, packed in (
+        ("source", data.source_length, data.packed_source_length),
+        ("target", data.target_length, data.packed_target_length),
+    ):
+        if packed and packed < length:
+            raise UserError(f"config.data.packed_{name}_length: {packed} is less than data.{name}_length, {length}")
+    if bool(data.packed_source_length) != bool(data.packed_target_length):
+        raise UserError("config.data.packed_source_length and packed_target_length are given together or not at all")
+    if data.packed_source_length % data.source_length:
+        raise UserError(
+            f"config.data.packed_source_length: {data.packed_source_length} must be a multiple of "
+            f"data.source_length, {data.source_length}: a row is made of blocks of that length"
+        )
+    if train.duration.value <= 0 or train.duration.unit == "%":
+        raise UserError("config.train.duration must be positive and in steps, epochs, examples or tokens")
+    if not 0 <= train.label_smoothing < 1:
+        raise UserError(f"config.train.label_smoothing: {train.label_smoothing} must be in [0, 1)")
+    sizes = dataclasses.asdict(mesh)
+    if sum(size == -1 for size in sizes.values()) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+        raise UserError(f"config.mesh: sizes must be positive, and at most one of them -1; got {sizes}")
+    if mesh.context != 1:
+        raise UserError("config.mesh.context: only 1 is supported for now; shard with data, fsdp or tensor")

@@ -1,0 +1,160 @@
+"""Training batches by step: the batch of step s is a pure function of the config, the seed and s."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from jax_it.config import Duration, Rates
+from jax_it.data.batches import Placed, Seq2SeqBatch, Seq2SeqFormat, bucket
+from jax_it.data.mixture import Mixture
+from jax_it.data.packing import WINDOW, Layout, Rows, Shape, pack
+
+
+class Sizes(NamedTuple):
+    """What a step trains on, over all hosts: real examples and tokens, and all positions."""
+
+    examples: int
+    source_tokens: int
+    target_tokens: int
+    source_positions: int
+    target_positions: int
+
+    @property
+    def tokens(self) -> int:
+        return self.source_tokens + self.target_tokens
+
+
+class Step(NamedTuple):
+    step: int
+    batch: Seq2SeqBatch  # this host's rows
+    sizes: Sizes
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which of a batch's rows a host makes: part `index` of `count`, of rows padded to a multiple of `multiple`."""
+
+    index: int = 0
+    count: int = 1
+    multiple: int = 1
+
+
+WHOLE = Part()
+
+
+class TrainData:
+    """The rows of a run, epoch after epoch, cut into steps.
+
+    With a packed `layout` the examples of a window of the stream share rows, and the rows are
+    shuffled; without one each row is an example, and a batch is padded to its longest.
+    """
+
+    def __init__(self, mixture: Mixture, format: Seq2SeqFormat, layout: Layout, packed: bool):
+        self.mixture = mixture
+        self.layout = layout
+        self.packed = packed
+        self._format = format
+        self._ends = [0]  # after each epoch planned so far: how many rows there are up to there
+        self._plan = lru_cache(maxsize=2)(self._plan_epoch)
+
+    def steps(self, duration: Duration) -> int:
+        """How many steps a run of this duration has. Epochs count examples: each epoch's last rows are trained on."""
+        if duration.unit == "epochs":
+            return math.ceil(self._row_after(duration.value) / self.layout.rows)
+        return duration.steps(self.rates)
+
+    @property
+    def rates(self) -> Rates:
+        """Steps per epoch, and mean examples and tokens per step, for turning durations into steps."""
+        epoch, steps = self.mixture.epoch(0), self._rows_until(1) / self.layout.rows
+        tokens = int(epoch.source_length.sum() + epoch.target_length.sum())
+        return Rates(epoch_steps=steps, step_examples=self.mixture.epoch_examples / steps, step_tokens=tokens / steps)
+
+    def read(self, start: int, duration: Duration, part: Part) -> Iterator[Step]:
+        """The steps from `start` to the end of the run, made ahead of time by a thread."""
+        stop_row = self._row_after(duration.value) if duration.unit == "epochs" else None
+        steps = grain.MapDataset.range(start, self.steps(duration)).map(lambda step: self.batch(step, part, stop_row))
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+    def batch(self, step: int, part: Part = WHOLE, stop_row: int | None = None) -> Step:
+        """The batch of a step; rows from `stop_row` on are empty."""
+        first = step * self.layout.rows
+        rows = [
+            self._row(row) if stop_row is None or row < stop_row else []
+            for row in range(first, first + self.layout.rows)
+        ]
+        padded = -(-len(rows) // part.multiple) * part.multiple
+        shape = self.layout.shape if self.packed else self._longest(rows)
+        source = sum(len(example.source) for row in rows for example in row)
+        target = sum(len(example.target) for row in rows for example in row)
+        sizes = Sizes(
+            examples=sum(map(len, rows)),
+            source_tokens=source,
+            target_tokens=target,
+            source_positions=padded * shape.blocks * shape.source,
+            target_positions=padded * shape.target,
+        )
+        rows += [[]] * (padded - len(rows))
+        each = padded // part.count
+        mine = rows[part.index * each : (part.index + 1) * each]
+        return Step(step, self._format.batch(mine, shape), sizes, shape)
+
+    def _longest(self, rows: list[list[Placed]]) -> Shape:
+        """The shape of a padded batch: that of its longest, rounded up to a bucket."""
+        examples = [example for row in rows for example in row]
+        source = max((len(example.source) for example in examples), default=1)
+        target = max((len(example.target) for example in examples), default=1)
+        limit = self.layout.shape
+        return Shape(1, bucket(source, limit.source), bucket(target, limit.target))
+
+    def _row(self, row: int) -> list[Placed]:
+        """The examples of a row of the run."""
+        while self._ends[-1] <= row:
+            self._rows_until(len(self._ends))
+        epoch = int(np.searchsorted(self._ends, row, side="right")) - 1
+        plan, drawn = self._plan(epoch), self.mixture.epoch(epoch)
+        local = row - self._ends[epoch]
+        placed = []
+        for i in range(plan.ends[local], plan.ends[local + 1]):
+            at = plan.members[i]
+            tokens = self.mixture.tokenized[drawn.source[at]][drawn.template[at]]
+            example = int(drawn.example[at])
+            placed.append(Placed(tokens.source(example), tokens.target(example), int(plan.block[i])))
+        return placed
+
+    def _row_after(self, epochs: float) -> int:
+        """The row at which so many epochs end."""
+        whole = int(epochs)
+        before = self._rows_until(whole)
+        return before + round((epochs - whole) * (self._rows_until(whole + 1) - before)) if epochs > whole else before
+
+    def _rows_until(self, epochs: int) -> int:
+        """How many rows the first `epochs` epochs have."""
+        while len(self._ends) <= epochs:
+            self._ends.append(self._ends[-1] + len(self._plan(len(self._ends) - 1)))
+        return self._ends[epochs]
+
+    def _plan_epoch(self, number: int) -> Rows:
+        """The rows of an epoch, in the order in which they are trained on."""
+        drawn = self.mixture.epoch(number)
+        total = len(drawn.source)
+        if not self.packed:
+            return Rows(np.arange(total), np.zeros(total, np.int64), np.arange(total + 1))
+        members, blocks, counts = [], [], []
+        for start in range(0, total, WINDOW):
+            window = drawn.part(start, start + WINDOW)
+            rows = pack(window.source_length, window.target_length, self.layout.shape)
+            # Rows come out of the packer sorted by what they hold; training must not see that order.
+            order = np.random.Generator(np.random.PCG64([number, start])).permutation(len(rows))
+            for row in order:
+                span = slice(rows.ends[row], rows.ends[row + 1])
+                members.append(rows.members[span] + start)
+                blocks.append(rows.block[span])
+                counts.append(len(members[-1]))
+        return Rows(np.concatenate(members), np.concatenate(blocks), np.concatenate([[0], np.cumsum(counts)]))

@@ -1,0 +1,174 @@
+"""Which examples share a row. Plans are made of lengths alone, so any step's rows can be found without data.
+
+A packed row has G source blocks of `source_length` positions and one target of `target_length`. An
+example's source lies whole in one block, so self-attention in the encoder never needs to look beyond a
+block and costs what it costs in padded rows, while targets, which are much shorter, share a row of
+their own across the blocks: a few long ones are evened out by many short ones.
+"""
+
+import heapq
+import math
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+WINDOW = 16384  # examples that are packed together; the memory and the time of a plan are bounded by it
+
+
+class Shape(NamedTuple):
+    """The static shape of a row: `blocks` of `source` positions, and `target` positions."""
+
+    blocks: int
+    source: int
+    target: int
+
+
+RowCost = Callable[[Shape], float]  # the time of one row in the step, in any unit
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as flat arrays: row r holds `members[ends[r]:ends[r + 1]]`, each in one of its `block`s."""
+
+    members: np.ndarray  # indices of the examples packed
+    block: np.ndarray
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+
+def pack(source_lengths: np.ndarray, target_lengths: np.ndarray, shape: Shape) -> Rows:
+    """Packs examples into as few rows as can quickly be found. Every example is in exactly one row.
+
+    Two steps: best-fit decreasing of sources into blocks, then blocks into rows, those with most
+    target tokens first, each into the row that has the fewest so far.
+    """
+    if not len(source_lengths):
+        return Rows(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(1, np.int64))
+    block_of, targets = _fill_blocks(source_lengths, target_lengths, shape)
+    row_of_block, place = _group_blocks(targets, shape)
+    row = row_of_block[block_of]
+    members = np.lexsort((np.arange(len(row)), place[block_of], row))
+    counts = np.bincount(row)
+    return Rows(members, place[block_of][members], np.concatenate([[0], np.cumsum(counts)]))
+
+
+def _fill_blocks(sources: np.ndarray, targets: np.ndarray, shape: Shape) -> tuple[np.ndarray, list[int]]:
+    """The block of each example, and each block's target tokens."""
+    # What a block may take of the row's target: its share, or one long target and a few short ones.
+    room = min(
+        max(2 * shape.target // shape.blocks, int(targets.max()) + shape.target // (2 * shape.blocks)), shape.target
+    )
+    block_of = np.zeros(len(sources), np.int64)
+    taken: list[int] = []
+    # Open blocks as sorted (free source positions, block), one list for each power of 2 of free target positions:
+    # the best fit is looked for where the target fits too, and blocks full of targets are in nobody's way.
+    opened: list[list[tuple[int, int]]] = [[] for _ in range(room.bit_length() + 1)]
+    for i in np.lexsort((-targets, -sources)).tolist():
+        source, target = int(sources[i]), int(targets[i])
+        best: tuple[int, int, int] | None = None
+        for level in range((target - 1).bit_length(), len(opened)):
+            blocks = opened[level]
+            at = bisect_left(blocks, (source, -1))
+            if at < len(blocks) and (best is None or blocks[at][0] < best[0]):
+                best = (*blocks[at], level)
+        if best is None:
+            free, block = shape.source, len(taken)
+            taken.append(0)
+        else:
+            free, block, level = best
+            del opened[level][bisect_left(opened[level], (free, block))]
+        taken[block] += target
+        block_of[i] = block
+        if free > source and taken[block] < room:
+            insort(opened[(room - taken[block]).bit_length() - 1], (free - source, block))
+    return block_of, taken
+
+
+def _group_blocks(targets: list[int], shape: Shape) -> tuple[np.ndarray, np.ndarray]:
+    """Each block's row and its place in it."""
+    order = np.argsort(-np.asarray(targets), kind="stable").tolist()
+    rows = max(math.ceil(len(targets) / shape.blocks), math.ceil(sum(targets) / shape.target))
+    heap = [(0, row) for row in range(rows)]  # (target tokens, row), of rows with a free block
+    used = [0] * rows
+    row_of, place = np.zeros(len(targets), np.int64), np.zeros(len(targets), np.int64)
+    for block in order:
+        if heap and heap[0][0] + targets[block] <= shape.target:
+            total, row = heapq.heappop(heap)
+        else:
+            total, row = 0, len(used)
+            used.append(0)
+        row_of[block], place[block] = row, used[row]
+        used[row] += 1
+        if used[row] < shape.blocks:
+            heapq.heappush(heap, (total + targets[block], row))
+    return np.unique(row_of, return_inverse=True)[1], place
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of packed rows and how many make a step, with what was expected of them."""
+
+    shape: Shape
+    rows: int  # in a step
+    examples_per_row: float
+    source_fill: float  # share of the positions that hold a token
+    target_fill: float
+
+
+def choose_layout(
+    sources: np.ndarray, targets: np.ndarray, batch_size: int, cost: RowCost, shape: Shape | None, smallest: Shape
+) -> Layout:
+    """The row lengths that train an example at the least cost, measured by packing a sample.
+
+    `smallest` is the shape of one example's row; `shape` is the user's own choice, if there is one.
+    Fill is not the aim: longer rows fill better, but each target token attends to its whole row. Among
+    layouts whose step holds `batch_size` examples within 10 %, the cheapest is taken.
+    """
+    if shape is not None:
+        return _layout(sources, targets, batch_size, shape)
+    layouts = []
+    for blocks in (1, 2, 3, 4, 6, 8):
+        loose = Shape(blocks, smallest.source, max(smallest.target, blocks * smallest.target))
+        per_row = float(np.sum(targets)) / max(len(pack(sources, targets, loose)), 1)
+        lengths = {_round_up(per_row * slack, 8) for slack in (1.02, 1.05, 1.1, 1.15, 1.2, 1.3, 1.5)}
+        for length in sorted({max(length, smallest.target) for length in lengths}):
+            layouts.append(_layout(sources, targets, batch_size, Shape(blocks, smallest.source, length)))
+
+    def off_target(layout: Layout) -> float:
+        return abs(layout.rows * layout.examples_per_row / batch_size - 1)
+
+    def rank(layout: Layout) -> tuple[float, float]:
+        return max(off_target(layout), 0.1), cost(layout.shape) / layout.examples_per_row
+
+    return min(layouts, key=rank)
+
+
+def _layout(sources: np.ndarray, targets: np.ndarray, batch_size: int, shape: Shape) -> Layout:
+    rows = pack(sources, targets, shape)
+    per_row = len(sources) / len(rows)
+    return Layout(
+        shape=shape,
+        rows=_even(batch_size / per_row),
+        examples_per_row=per_row,
+        source_fill=float(sources.sum()) / (len(rows) * shape.blocks * shape.source),
+        target_fill=float(targets.sum()) / (len(rows) * shape.target),
+    )
+
+
+def _even(rows: float) -> int:
+    """`rows` rounded to a multiple of 8 (of 1, 2 or 4 where there are few; of more where there are many).
+
+    So devices and micro-batches can share them evenly, whose numbers must not decide what a batch is.
+    """
+    digits = int(math.log2(max(rows, 1)))
+    unit = 2 ** max(min(digits, 3), digits - 2)
+    return max(round(rows / unit) * unit, 1)
+
+
+def _round_up(value: float, multiple: int) -> int:
+    return math.ceil(value / multiple) * multiple

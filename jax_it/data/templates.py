@@ -1,0 +1,164 @@
+"""Templates: from a record to a prompt and the completions that answer it.
+
+A template is a name of `TEMPLATES`, or Jinja text in which `|||` divides the prompt from the
+completion, as in P3 ("{{question}} ||| {{answer}}"); further parts are further references.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.sandbox
+
+from jax_it.data.sources import Fields, Record
+from jax_it.errors import UserError
+
+
+class Turn(NamedTuple):
+    role: str  # "system", "user" or "assistant"
+    text: str
+
+
+class Example(NamedTuple):
+    """A conversation that ends with the completion to learn, and every text that answers it as well."""
+
+    turns: tuple[Turn, ...]
+    references: tuple[str, ...]
+
+    @property
+    def prompt(self) -> str:
+        return "\n\n".join(turn.text for turn in self.turns[:-1])
+
+    @property
+    def completion(self) -> str:
+        return self.turns[-1].text
+
+
+class MissingField(Exception):
+    """Raised by a template for a record that lacks a field; `render` says where."""
+
+
+def render(record: Record, template: str) -> Example:
+    """The record's example. Raises UserError naming the record and the field it lacks."""
+    make = TEMPLATES.get(template) or _jinja(template)
+    try:
+        return make(record.fields)
+    except MissingField as error:
+        fields = ", ".join(map(str, record.fields)) or "none"
+        raise UserError(
+            f"{record.where}: {error}, which template {_short(template)} needs; its fields: {fields}"
+        ) from None
+
+
+def _short(template: str) -> str:
+    return repr(template if len(template) <= 60 else template[:57] + "...")
+
+
+def _field(fields: Fields, *names: str) -> Any:
+    for name in names:
+        if fields.get(name) is not None:
+            return fields[name]
+    raise MissingField(f"no field {' or '.join(map(repr, names))}")
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise MissingField(f"field {name!r} is {type(value).__name__}, not the text")
+    return value
+
+
+def _example(prompt: str, completions: Any, name: str, system: str = "") -> Example:
+    """An example whose completion is the first of a list, or the only one; the rest are references."""
+    references = completions if isinstance(completions, (list, tuple)) else [completions]
+    texts = tuple(_text(text, name) for text in references) or ("",)
+    turns = (Turn("user", prompt), Turn("assistant", texts[0]))
+    return Example((Turn("system", system), *turns) if system else turns, texts)
+
+
+def _prompt_completion(fields: Fields) -> Example:
+    """{prompt, completion}; `completion` may be a list, whose first is learnt and all are references."""
+    return _example(_text(_field(fields, "prompt"), "prompt"), _field(fields, "completion"), "completion")
+
+
+def _alpaca(fields: Fields) -> Example:
+    """{instruction, input, output}, as Stanford Alpaca; an empty input is left out."""
+    instruction = _text(_field(fields, "instruction"), "instruction")
+    given = fields.get("input") or ""
+    prompt = f"{instruction}\n\n{_text(given, 'input')}" if given else instruction
+    return _example(prompt, _field(fields, "output"), "output")
+
+
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+
+
+def _messages(fields: Fields) -> Example:
+    """{messages: [{role, content}]} or ShareGPT's {conversations: [{from, value}]}: one question, one answer."""
+    turns = []
+    for message in _field(fields, "messages", "conversations"):
+        role = _field(message, "role", "from")
+        turns.append(Turn(_ROLES.get(role, role), _text(_field(message, "content", "value"), "content")))
+    roles = [turn.role for turn in turns]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        raise MissingField(f"no single user message and assistant message (its roles: {', '.join(roles) or 'none'})")
+    return Example(tuple(turns), (turns[-1].text,))
+
+
+def _auto(fields: Fields) -> Example:
+    """Whichever of the templates above the record's fields fit."""
+    for name, needed in _NEEDED.items():
+        if any(key in fields for key in needed):
+            return TEMPLATES[name](fields)
+    raise MissingField("none of the fields " + ", ".join(repr(key) for keys in _NEEDED.values() for key in keys))
+
+
+_NEEDED = {
+    "prompt_completion": ("prompt",),
+    "alpaca": ("instruction",),
+    "messages": ("messages", "conversations"),
+}
+
+TEMPLATES: dict[str, Callable[[Fields], Example]] = {
+    "auto": _auto,
+    "prompt_completion": _prompt_completion,
+    "alpaca": _alpaca,
+    "messages": _messages,
+}
+
+
+@cache
+def _jinja(text: str) -> Callable[[Fields], Example]:
+    if "|||" not in text:
+        known = ", ".join(TEMPLATES)
+        raise UserError(f"template {_short(text)} is not one of {known}, and no Jinja text with '|||' in it")
+    environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    environment.globals["choice"] = environment.filters["choice"] = _choice
+    environment.filters["most_frequent"] = _most_frequent
+    try:
+        template = environment.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"template {_short(text)} is not valid Jinja: {error}") from None
+
+    def make(fields: Fields) -> Example:
+        try:
+            prompt, *completions = template.render(**fields).split("|||")
+        except jinja2.UndefinedError as error:
+            raise MissingField(str(error).replace("' is undefined", "' is missing")) from None
+        except Exception as error:  # a template may run any expression on any data
+            raise MissingField(f"{type(error).__name__} ({error}) in the fields") from None
+        stripped = [completion.strip() for completion in completions]
+        return _example(prompt.strip(), stripped[:1] + [text for text in stripped[1:] if text], "completion")
+
+    return make
+
+
+def _choice(options: Sequence[Any]) -> Any:
+    """promptsource's `choice`, drawn by the options themselves, so that a template is a pure function."""
+    return random.Random(repr(options)).choice(list(options))
+
+
+def _most_frequent(items: Sequence[Any]) -> list[Any]:
+    """promptsource's filter: the items that occur most often, in order of first occurrence."""
+    counts = {item: list(items).count(item) for item in items}
+    return [item for item, count in counts.items() if count == max(counts.values())]

@@ -1,0 +1,121 @@
+"""An evaluator holds the examples and what was compiled for them, and scores params as they come."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from jax_it import losses, metrics, sharding
+from jax_it.config import Config
+from jax_it.data.batches import Placed, Seq2SeqBatch, Seq2SeqFormat
+from jax_it.data.evaluation_set import EvalExample, EvalSet
+from jax_it.data.packing import Layout, pack
+from jax_it.data.tokenizer import Tokenizer
+from jax_it.generation import Generator
+from jax_it.models import Model, Params
+
+ALL = "all"
+
+
+class Scored(NamedTuple):
+    metrics: dict[str, dict[str, float]]  # by task, and "all"; `n` is the number of examples
+    predictions: list[dict[str, Any]]  # id, task, prompt, prediction, references
+
+
+class Evaluator:
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        examples: EvalSet,
+        config: Config,
+        layout: Layout,
+        mesh: jax.sharding.Mesh,
+    ):
+        metrics.check(config.eval.metrics)
+        self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
+        self._examples = examples.examples
+        self._loss = Loss(model, self._examples, layout, config.train.loss_chunk, mesh)
+        length = config.eval.max_new_tokens or config.data.target_length
+        self._generate = Generator(model, mesh, length, min(config.eval.batch_size, len(self._examples)))
+
+    def __call__(self, params: Params) -> Scored:
+        """Loss per target token over all examples; the config's metrics for each task and over all."""
+        overall = {"loss": self._loss(params), "n": float(len(self._examples))}
+        if not self._config.eval.generate:
+            return Scored({ALL: overall}, [])
+        texts = self._predict(params)
+        names = self._config.eval.metrics
+        by_task: dict[str, list[int]] = {}
+        for i, example in enumerate(self._examples):
+            by_task.setdefault(example.task, []).append(i)
+        scores = {task: self._score(names, texts, chosen) for task, chosen in sorted(by_task.items())}
+        scores[ALL] = overall | self._score(names, texts, list(range(len(texts))))
+        predictions = [
+            {"id": e.id, "task": e.task, "prompt": e.prompt, "prediction": text, "references": list(e.references)}
+            for e, text in zip(self._examples, texts, strict=True)
+        ]
+        return Scored(scores, predictions)
+
+    def _predict(self, params: Params) -> list[str]:
+        texts = [""] * len(self._examples)
+        sources = [example.source for example in self._examples]
+        with tqdm(total=len(texts), desc="generating", unit=" examples", disable=None, leave=False) as bar:
+            for i, tokens in self._generate(params, sources):
+                texts[i] = self._tokenizer.decode(tokens)
+                bar.update()
+        return texts
+
+    def _score(self, names: Sequence[str], texts: list[str], chosen: list[int]) -> dict[str, float]:
+        predictions = [texts[i] for i in chosen]
+        references = [self._examples[i].references for i in chosen]
+        return metrics.score(names, predictions, references) | {"n": float(len(chosen))}
+
+
+class Loss:
+    """Cross-entropy in nats a target token, over packed rows of one compiled shape."""
+
+    def __init__(
+        self, model: Model, examples: Sequence[EvalExample], layout: Layout, chunk: int, mesh: jax.sharding.Mesh
+    ):
+        self._mesh = mesh
+        parts = sharding.batch_parts(mesh)
+        self._batches = _pack(model, examples, layout, -(-layout.rows // parts) * parts)
+
+        def loss_sum(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
+            hidden_BTD = model.apply(params, batch)
+            return losses.chunked_sum(
+                losses.cross_entropy,
+                model.logits,
+                chunk,
+                model.head(params),
+                hidden_BTD,
+                batch.targets_BT,
+                batch.weights_BT,
+            )
+
+        self._loss_sum = jax.jit(loss_sum, in_shardings=(None, sharding.batch_sharding(mesh)))
+
+    def __call__(self, params: Params) -> float:
+        with jax.set_mesh(self._mesh):
+            sums = [self._loss_sum(params, batch) for batch in self._batches]
+        total, weight = np.array([[float(a), float(b)] for a, b in sums]).sum(0)
+        return float(total / weight)
+
+
+def _pack(model: Model, examples: Sequence[EvalExample], layout: Layout, rows: int) -> list[Seq2SeqBatch]:
+    """All examples in batches of so many packed rows; the last one is filled up with empty rows."""
+    format = Seq2SeqFormat(model.config.start_token, model.config.pad_token)
+    lengths = np.array([(len(example.source), len(example.target)) for example in examples])
+    packed = pack(lengths[:, 0], lengths[:, 1], layout.shape)
+    placed: list[list[Placed]] = []
+    for row in range(len(packed)):
+        span = slice(packed.ends[row], packed.ends[row + 1])
+        members = zip(packed.members[span], packed.block[span], strict=True)
+        placed.append(
+            [Placed(np.array(examples[i].source), np.array(examples[i].target), int(block)) for i, block in members]
+        )
+    placed += [[]] * (-len(placed) % rows)
+    return [format.batch(placed[i : i + rows], layout.shape) for i in range(0, len(placed), rows)]

@@ -1,0 +1,85 @@
+"""What the model will see: text, tokens, loss mask, packing, and what became of each data set."""
+
+from jax_it import data
+from jax_it.config import Config
+from jax_it.data.tokenizer import Tokenizer
+from jax_it.models import build, hf
+from jax_it.training.loop import build_data, check_vocabulary, load_tokenizer
+
+
+def preview(config: Config, number: int) -> str:
+    """The report that `jax-it preview` prints, with `number` examples of the first batch."""
+    tokenizer = load_tokenizer(config)
+    model = build(*hf.read_values(config.model), config.model)
+    check_vocabulary(model, tokenizer)
+    built = build_data(config, model, tokenizer)
+    return "\n\n".join([_data_sets(built), _rows(config, built), _examples(built, tokenizer, number)])
+
+
+def _data_sets(built: data.Built) -> str:
+    lines = ["Data sets"]
+    for templates in built.tokenized:
+        for item in templates:
+            counts = item.counts
+            tokens = max(counts.source_tokens + counts.target_tokens, 1)
+            template = "" if len(templates) == 1 else f", template {item.template!r}"
+            lines += [
+                f"  {item.name}{template}: {counts.examples} examples, {counts.kept} kept",
+                f"    dropped    {_share(counts.empty_completion, counts.examples)} with an empty completion, "
+                f"{_share(counts.too_long, counts.examples)} too long",
+                f"    truncated  {_share(counts.truncated_source, counts.examples)} sources, "
+                f"{_share(counts.truncated_target, counts.examples)} targets",
+                f"    tokens     mean source {counts.source_tokens / counts.examples:.1f}, "
+                f"target {counts.target_tokens / counts.examples:.1f} (before truncation)",
+                f"    supervised {_share(counts.target_tokens, tokens)} of the tokens",
+                f"    unknown    {_share(counts.unknown_tokens, tokens)} of the tokens",
+            ]
+    return "\n".join(lines)
+
+
+def _share(number: int, of: int) -> str:
+    return f"{number} ({number / of:.2%})"
+
+
+def _rows(config: Config, built: data.Built) -> str:
+    layout, train = built.train.layout, built.train
+    shape, rates = layout.shape, train.rates
+    kind = "Packed rows" if train.packed else "Rows, padded to the longest of each batch"
+    return "\n".join(
+        [
+            kind,
+            f"  source {shape.blocks} x {shape.source} tokens, {layout.source_fill:.1%} full; "
+            f"target {shape.target} tokens, {layout.target_fill:.1%} full",
+            f"  {layout.rows} rows a step, {layout.examples_per_row:.2f} examples a row: "
+            f"{rates.step_examples:.1f} examples and {rates.step_tokens:.0f} tokens a step",
+            f"  an epoch has {train.mixture.epoch_examples} examples and {rates.epoch_steps:.1f} steps; "
+            f"the run ({config.train.duration}) has {train.steps(config.train.duration)} steps",
+        ]
+    )
+
+
+def _examples(built: data.Built, tokenizer: Tokenizer, number: int) -> str:
+    batch = built.train.batch(0).batch
+    lines = ["First examples of the first batch: tokens that the loss counts stand in [brackets]"]
+    shown = 0
+    for row in range(len(batch.targets_BT)):
+        for segment in range(1, int(batch.segments_BT[row].max()) + 1):
+            if shown == number:
+                return "\n".join(lines)
+            shown += 1
+            source = batch.source_BGS[row][batch.source_segments_BGS[row] == segment]
+            here = batch.segments_BT[row] == segment
+            targets, weights = batch.targets_BT[row][here], batch.weights_BT[row][here]
+            pieces = zip(tokenizer.show(targets), weights, strict=True)
+            lines += [
+                f"  row {row}, segment {segment}: {len(source)} source and {len(targets)} target tokens",
+                f"    source text   {_short(tokenizer.decode(source))}",
+                f"    source tokens {_short(' '.join(tokenizer.show(source)))}",
+                f"    target text   {_short(tokenizer.decode(targets))}",
+                f"    target tokens {_short(' '.join(f'[{piece}]' if weight else piece for piece, weight in pieces))}",
+            ]
+    return "\n".join(lines)
+
+
+def _short(text: str, length: int = 600) -> str:
+    return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 2 :]}"

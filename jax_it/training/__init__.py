@@ -1,0 +1,5 @@
+"""Training: optimizer, state, step, and the loop that reads from top to bottom."""
+
+from jax_it.training.loop import train
+
+__all__ = ["train"]

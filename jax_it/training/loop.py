@@ -1,0 +1,272 @@
+"""A training run, read from top to bottom: mesh → data → shapes → shardings → restore → step → loop."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jax_it import data, evaluation, sharding
+from jax_it.checkpoint import abstract
+from jax_it.config import Config
+from jax_it.data import tokenizer as tokenizers
+from jax_it.data.batches import Seq2SeqFormat
+from jax_it.data.loader import Part
+from jax_it.errors import UserError
+from jax_it.models import Model, hf
+from jax_it.training.log import Log
+from jax_it.training.optimizer import make_optimizer, make_schedule
+from jax_it.training.state import TrainState, start, state_shardings
+from jax_it.training.step import make_train_step
+from jax_it.training.throughput import Throughput, peak_flops
+from jax_it.workdir import Derived, Workdir
+
+
+def train(config: Config, workdir: str | Path) -> TrainState:
+    """Trains to the end of the config's duration, from where the run in `workdir` stands, if there is one.
+
+    Raises UserError for whatever the user can mend; what was saved before stays usable.
+    """
+    place = Workdir(Path(workdir))
+    resuming = place.holds_a_run()
+    if resuming:
+        place.check_same(config)
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        tokenizer = place.tokenizer() if resuming else load_tokenizer(config)
+        model, params = _load_model(config, place, mesh, resuming)
+        check_vocabulary(model, tokenizer)
+        built = build_data(config, model, tokenizer)
+        derived = _derive(config, place, model, built, tokenizer, resuming)
+        total, intervals = derived.total_steps, _intervals(config, built, derived.total_steps)
+
+        schedule = make_schedule(config.train.optimizer, total, intervals["warmup"], intervals["decay"])
+        optimizer = make_optimizer(config.train.optimizer, schedule, model.letters)
+        shapes = jax.eval_shape(lambda params: start(params, optimizer), _shapes_of(model, config))
+        shardings = state_shardings(model, shapes, mesh)
+        checkpoints = place.writing_checkpoints(config)
+        state = _restore_or_start(checkpoints, params, optimizer, shapes, shardings)
+        del params
+        step = make_train_step(model, config.train, optimizer, schedule, mesh, shardings)
+        evaluate = _make_evaluator(config, place, model, tokenizer, derived, mesh)
+
+        first = int(state.step)
+        place.rewind_metrics(first)
+        parts = sharding.batch_parts(mesh) * config.train.micro_batches
+        part = Part(jax.process_index(), jax.process_count(), parts)
+        batches = built.train.read(first, config.train.duration, part)
+        throughput = Throughput(peak_flops(mesh.size))
+        with Log(place, first, total) as log, _stop_on_sigterm() as stopping:
+            print(_summary(model, derived, first), file=sys.stderr)
+            if first == 0 and config.eval.at_start and evaluate:
+                log.say(evaluate(0, state.params))
+            for number in range(first + 1, total + 1):
+                begin = time.perf_counter()
+                drawn = next(batches)
+                batch = _place(drawn.batch, mesh)
+                waited = time.perf_counter() - begin
+                state, metrics = step(state, batch)
+                throughput.add(drawn.sizes, _step_flops(model, drawn.sizes, drawn.shape), waited)
+                log.advance()
+                last = number == total
+                if _due(number, intervals["log"]) or last:
+                    values = {name: float(value) for name, value in metrics.items()}
+                    log.write(number, values | throughput.report() | {"skipped": int(state.skipped)})
+                    _check_finite(config, state)
+                if _due(number, intervals["checkpoint"]) or last or stopping():
+                    checkpoints.save(number, state.params, _without_params(state), {"step": number})
+                if evaluate and (_due(number, intervals["eval"]) or (last and intervals["eval"])):
+                    begin = time.perf_counter()
+                    log.say(evaluate(number, state.params))
+                    throughput.pause(time.perf_counter() - begin)
+                if stopping() and not last:
+                    checkpoints.wait()
+                    log.say(
+                        f"stopped by SIGTERM after step {number}, which is saved; the same command goes on from there"
+                    )
+                    break
+        checkpoints.wait()
+        checkpoints.close()
+        return state
+
+
+def load_tokenizer(config: Config) -> tokenizers.Tokenizer:
+    """The tokenizer that the config names, or one trained on the training data."""
+    model = config.model
+    if model.tokenizer == "train":
+        return tokenizers.train(data.texts(config.data.train), model.tokenizer_size)
+    return tokenizers.load(model.tokenizer or str(hf.find_folder(model.path)))
+
+
+def check_vocabulary(model: Model, tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuses a tokenizer with ids that the embedding lacks, or whose marks are not those of the model."""
+    if tokenizer.size > model.config.vocabulary:
+        raise UserError(
+            f"the tokenizer has {tokenizer.size} ids and the model's embedding {model.config.vocabulary} rows "
+            "(vocab_size in its config.json): give the model its own tokenizer with config.model.tokenizer"
+        )
+    for name, of_model, of_tokenizer in (
+        ("eos_token_id", model.config.end_token, tokenizer.end),
+        ("pad_token_id", model.config.pad_token, tokenizer.pad),
+    ):
+        if of_model != of_tokenizer:
+            raise UserError(f"{name} is {of_model} in the model's config.json and {of_tokenizer} in the tokenizer")
+
+
+def build_data(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -> data.Built:
+    """The training data, its row lengths chosen by this model's arithmetic."""
+    format = Seq2SeqFormat(model.config.start_token, model.config.pad_token)
+    return data.build(
+        config.data,
+        tokenizer,
+        format,
+        config.train.batch_size,
+        lambda shape: model.config.flops(shape.source, shape.target, shape.blocks),
+    )
+
+
+def _load_model(config: Config, place: Workdir, mesh: jax.sharding.Mesh, resuming: bool) -> tuple[Model, Any]:
+    """The model, and its first weights unless a checkpoint holds later ones."""
+    if resuming and place.checkpoints().steps():
+        return place.model(*place.open()), None
+    return hf.load(config.model, mesh, config.train.seed)
+
+
+def _derive(
+    config: Config, place: Workdir, model: Model, built: data.Built, tokenizer: tokenizers.Tokenizer, resuming: bool
+) -> Derived:
+    """What the run worked out at its start: read back where it is resumed, and refused if the data has changed."""
+    if not resuming:
+        steps = built.train.steps(config.train.duration)
+        derived = Derived(built.train.layout, built.train.packed, steps, built.digest, model.config.tied)
+        place.create(config, derived, model, tokenizer)
+        return derived
+    derived = place.open()[1]
+    if derived.data_digest != built.digest:
+        raise UserError(
+            f"the training data has changed since the run in {place.path} was started; "
+            "restore it, or start over in another --workdir"
+        )
+    built.train.layout = derived.layout
+    return derived
+
+
+def _intervals(config: Config, built: data.Built, total: int) -> dict[str, int]:
+    """The config's durations in steps."""
+    train, rates = config.train, built.train.rates
+    durations = {
+        "warmup": train.optimizer.warmup,
+        "decay": train.optimizer.decay,
+        "log": train.log_every,
+        "checkpoint": train.checkpoint_every,
+        "eval": config.eval.every,
+    }
+    return {name: duration.steps(rates, total) for name, duration in durations.items()}
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+def _shapes_of(model: Model, config: Config) -> Any:
+    dtype = config.model.param_dtype
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.shapes)
+
+
+def _without_params(state: TrainState) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "optimizer": state.optimizer,
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+    }
+
+
+def _restore_or_start(
+    checkpoints: Any, params: Any, optimizer: Any, shapes: TrainState, shardings: TrainState
+) -> TrainState:
+    """The state of the newest whole checkpoint, or the first one."""
+    found = checkpoints.restore_newest(
+        abstract(shapes.params, shardings.params), abstract(_without_params(shapes), _without_params(shardings))
+    )
+    if found is None:
+        return jax.jit(lambda params: start(params, optimizer), out_shardings=shardings)(params)
+    _, params, rest, _ = found
+    return TrainState(params=params, **rest)
+
+
+def _make_evaluator(
+    config: Config,
+    place: Workdir,
+    model: Model,
+    tokenizer: tokenizers.Tokenizer,
+    derived: Derived,
+    mesh: jax.sharding.Mesh,
+) -> Any:
+    """`evaluate(step, params) -> text` for evaluation within the loop; None where none is asked for."""
+    if not (config.eval.every.value or config.eval.at_start):
+        return None
+    examples = data.build_eval(config.data, tokenizer, config.eval.limit)
+    if examples is None:
+        raise UserError("config.eval.every needs examples: set config.data.eval or config.data.holdout")
+    evaluator = evaluation.Evaluator(model, tokenizer, examples, config, derived.layout, mesh)
+
+    def evaluate(step: int, params: Any) -> str:
+        scored = evaluator(params)
+        evaluation.write(place.eval(step), scored)
+        shown = evaluation.examples_text(scored)
+        return f"evaluation at step {step}\n{evaluation.table(scored)}" + (f"\n{shown}" if shown else "")
+
+    return evaluate
+
+
+def _place(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+    """This host's rows as part of the global batch."""
+    placement = sharding.batch_sharding(mesh)
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(placement, array), batch)
+
+
+def _step_flops(model: Model, sizes: Any, shape: Any) -> float:
+    """FLOPs of the forward pass, and twice that of the backward."""
+    rows = sizes.target_positions / shape.target
+    return 3 * rows * model.config.flops(shape.source, shape.target, shape.blocks)
+
+
+def _check_finite(config: Config, state: TrainState) -> None:
+    skipped = int(state.skipped_in_a_row)
+    if skipped > config.train.max_skipped:
+        raise UserError(
+            f"the gradient was not finite for {skipped} steps in a row, up to step {int(state.step)}; "
+            "lower config.train.optimizer.learning_rate, or look at the data of those steps"
+        )
+
+
+def _summary(model: Model, derived: Derived, first: int) -> str:
+    layout = derived.layout
+    shape = layout.shape
+    rows = f"{layout.rows} rows of {shape.blocks} x {shape.source} + {shape.target} tokens"
+    fill = f", {layout.source_fill:.0%} and {layout.target_fill:.0%} full" if derived.packed else " at most"
+    examples = round(layout.rows * layout.examples_per_row)
+    return (
+        f"{model.parameter_count / 1e6:.1f}M parameters, {jax.device_count()} {jax.default_backend()} device(s), "
+        f"steps {first + 1} to {derived.total_steps} of about {examples} examples: {rows}{fill}"
+    )
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[Any]:
+    """`stopping()` is true once SIGTERM has come: the step at hand is finished and saved first."""
+    received: list[int] = []
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    except ValueError:  # not in the main thread: signals are the caller's affair
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,94 @@
+"""Optimizers and learning-rate schedules of optax, as the config asks for them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_it.config import Optimizer
+
+
+def make_schedule(config: Optimizer, total_steps: int, warmup: int, decay: int) -> optax.Schedule:
+    """The learning rate of each step, counted from 0. Warm-up is linear and starts at 0, as in Transformers."""
+    peak, final = config.learning_rate, config.learning_rate * config.final_rate
+    rest = max(total_steps - warmup, 1)
+    after: dict[str, Callable[[], optax.Schedule]] = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, final, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final_rate),
+        "rsqrt": lambda: lambda step: peak * jnp.sqrt(max(warmup, 1) / (step + max(warmup, 1))),
+        "wsd": lambda: optax.linear_schedule(peak, final, max(decay, 1), transition_begin=max(rest - decay, 0)),
+    }
+    schedule = after[config.schedule]()
+    if not warmup:
+        return schedule
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), schedule], [warmup])
+
+
+def make_optimizer(config: Optimizer, schedule: optax.Schedule, letters: Any) -> optax.GradientTransformation:
+    """The optimizer; weight decay is decoupled and spares norms and relative-position biases.
+
+    `letters` is the params' tree of axis letters ("L D N H").
+    """
+    decays = jax.tree.map(_decays, letters)
+    c = config
+    made: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "adamw": lambda: optax.adamw(schedule, c.beta1, c.beta2, c.epsilon, weight_decay=c.weight_decay, mask=decays),
+        "lion": lambda: optax.lion(schedule, c.beta1, c.beta2, weight_decay=c.weight_decay, mask=decays),
+        "sgd": lambda: optax.chain(
+            optax.add_decayed_weights(c.weight_decay, decays), optax.sgd(schedule, c.beta1 or None)
+        ),
+        "adafactor": lambda: _adafactor(c, schedule, letters),
+    }
+    return made[config.name]()
+
+
+def _axes(letters: str) -> list[str]:
+    return letters.removeprefix("L ").split()
+
+
+def _decays(letters: str) -> bool:
+    return len(_axes(letters)) > 1 and "E" not in letters
+
+
+def _adafactor(config: Optimizer, schedule: optax.Schedule, letters: Any) -> optax.GradientTransformation:
+    """Adafactor (Shazeer & Stern 2018) on each layer's matrices.
+
+    Our arrays stack layers and split heads. Factoring, clipping and scaling by the weights' size are
+    meant for a layer's matrix [D, N * H], so each array is taken apart into such before, and put back after.
+    """
+
+    def transform(names: str) -> optax.GradientTransformation:
+        decay = config.weight_decay if _decays(names) and config.weight_decay else None
+        return optax.adafactor(schedule, weight_decay_rate=decay)
+
+    def over_layers(names: str, f: Callable) -> Callable:
+        return jax.vmap(f) if names.startswith("L ") else f
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(
+            lambda names, p: over_layers(names, transform(names).init)(_as_matrices(names, p)), letters, params
+        )
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def one(names: str, gradient: jax.Array, state: Any, param: jax.Array) -> tuple[jax.Array, Any]:
+            matrices = (_as_matrices(names, gradient), state, _as_matrices(names, param))
+            update, state = over_layers(names, transform(names).update)(*matrices)
+            return update.reshape(param.shape), state
+
+        pairs = jax.tree.map(one, letters, gradients, state, params)
+        updates = jax.tree.map(lambda names, pair: pair[0], letters, pairs)
+        return updates, jax.tree.map(lambda names, pair: pair[1], letters, pairs)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _as_matrices(letters: str, array: jax.Array) -> jax.Array:
+    """An array with the axes N and H, which are neighbours, merged."""
+    axes = letters.split()
+    if "H" not in axes:
+        return array
+    at = axes.index("N" if "N" in axes else "K")
+    return array.reshape(*array.shape[:at], -1, *array.shape[at + 2 :])

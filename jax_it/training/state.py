@@ -1,0 +1,45 @@
+"""What a training step carries on: the weights, the optimizer's memory and a few counters."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_it import sharding
+from jax_it.models import Model, Params
+from jax_it.models.weights import flatten
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    step: jax.Array  # steps done, int32
+    params: Params
+    optimizer: Any
+    skipped: jax.Array  # steps left out for a non-finite gradient, int32
+    skipped_in_a_row: jax.Array
+
+
+def start(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step. The counters are arrays of their own, since each is donated."""
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0), jnp.int32(0))
+
+
+def state_shardings(model: Model, state: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Placement of a state (or of its shapes): optimizer arrays shaped like a weight lie as that weight does.
+
+    What is left, such as Adafactor's rows and columns, is small and whole on every device.
+    """
+    shapes = flatten(model.shapes)
+    letters = flatten(model.letters)
+
+    def place(path: tuple, leaf: Any) -> jax.sharding.NamedSharding:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        weight = ".".join(names)
+        if weight in shapes and shapes[weight].shape == leaf.shape:
+            return jax.sharding.NamedSharding(mesh, sharding.spec(letters[weight], leaf.shape, mesh))
+        return sharding.replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, state)

@@ -1,0 +1,198 @@
+"""A run's folder: which files it has, and how a run is opened, compared and read back.
+
+config.json             the resolved config, what was derived from it, and the versions that ran
+model/config.json       the model's configuration;  tokenizer/  its tokenizer
+checkpoints/STEP/       see `checkpoint`
+metrics.jsonl           a line for each logged step;  tensorboard/  the same
+eval/STEP/              metrics.json and predictions.jsonl
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jax_it import config as settings
+from jax_it import sharding
+from jax_it.checkpoint import Checkpoints, abstract, write_atomically
+from jax_it.config import Config
+from jax_it.data import tokenizer as tokenizers
+from jax_it.data.packing import Layout, Shape
+from jax_it.errors import UserError
+from jax_it.models import Model, Params, build, hf
+from jax_it.models.weights import flatten
+
+# What a resumed run may change: where and how it is computed, watched and kept, but not what it computes.
+FREE = (
+    "mesh", "eval", "data.cache_dir", "model.remat", "train.micro_batches", "train.loss_chunk", "train.log_every",
+    "train.checkpoint_every", "train.keep", "train.keep_best", "train.max_skipped",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What a run worked out from its config and its data, once, for good."""
+
+    layout: Layout
+    packed: bool
+    total_steps: int
+    data_digest: str
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Workdir:
+    path: Path
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def eval(self, step: int) -> Path:
+        return self.path / "eval" / str(step)
+
+    def holds_a_run(self) -> bool:
+        return (self.path / "config.json").is_file()
+
+    def create(self, config: Config, derived: Derived, model: Model, tokenizer: tokenizers.Tokenizer) -> None:
+        """Makes the folder of a new run; config.json comes last and makes it one."""
+        try:
+            (self.path / "model").mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "model" / "config.json", dict(model.values))
+            came_from = hf.find_folder(config.model.path) if config.model.path else None
+            hf.save_generation_settings(came_from, self.path / "model", model)
+            tokenizer.save(self.path / "tokenizer")
+            versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+            saved = {
+                "config": settings.to_dict(config),
+                "derived": dataclasses.asdict(derived),
+                "versions": {"python": platform.python_version(), **versions},
+            }
+            write_atomically(self.path / "config.json", saved)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.path}: {error.strerror}; free space or name another --workdir"
+            ) from error
+
+    def open(self) -> tuple[Config, Derived]:
+        """The config of the run in this folder. Raises UserError where there is none."""
+        file = self.path / "config.json"
+        try:
+            saved = json.loads(file.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.path} holds no run (no config.json); start one with jax-it train") from None
+        except ValueError as error:
+            raise UserError(f"{file} is damaged: {error}") from None
+        layout = saved["derived"].pop("layout")
+        layout = Layout(Shape(*layout.pop("shape")), **layout)
+        return settings.resolve(saved["config"]), Derived(layout=layout, **saved["derived"])
+
+    def check_same(self, config: Config) -> None:
+        """Refuses to go on with another config than the one that the run was started with."""
+        old, new = (flatten(_as_mapping(settings.to_dict(c))) for c in (self.open()[0], config))
+        for name in sorted(old.keys() | new.keys()):
+            free = any(name == part or name.startswith(f"{part}.") for part in FREE)
+            if not free and old.get(name) != new.get(name):
+                raise UserError(
+                    f"{self.path} holds a run with config.{name}={old.get(name)!r}, not {new.get(name)!r}; "
+                    "go on with its config, or name another --workdir"
+                )
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        return tokenizers.load(str(self.path / "tokenizer"))
+
+    def model(self, config: Config, derived: Derived) -> Model:
+        """The run's model, without weights."""
+        file = self.path / "model" / "config.json"
+        return hf.with_tied_head(build(json.loads(file.read_text()), str(file), config.model), derived.tied)
+
+    def checkpoints(self) -> Checkpoints:
+        """The run's checkpoints, to read."""
+        return Checkpoints(self.path / "checkpoints")
+
+    def writing_checkpoints(self, config: Config) -> Checkpoints:
+        train = config.train
+        return Checkpoints(self.path / "checkpoints", train.keep, train.keep_best, self.scores(config.eval.best))
+
+    def scores(self, metric: str) -> Callable[[int], float | None]:
+        """A checkpoint's score, larger is better: `metric` over all its evaluation's examples."""
+
+        def score(step: int) -> float | None:
+            try:
+                value = json.loads((self.eval(step) / "metrics.json").read_text())["all"].get(metric)
+            except (FileNotFoundError, ValueError, KeyError):
+                return None
+            return None if value is None else (-value if metric == "loss" else value)
+
+        return score
+
+    def choose_step(self, which: str, metric: str) -> int:
+        """The step of checkpoint "latest", "best" or a number. Raises UserError that lists what there is."""
+        steps = self.checkpoints().steps()
+        if not steps:
+            raise UserError(f"{self.path} has no checkpoint yet")
+        if which == "latest":
+            return steps[-1]
+        if which == "best":
+            scores = {step: score for step in steps if (score := self.scores(metric)(step)) is not None}
+            if not scores:
+                raise UserError(f"no checkpoint of {self.path} has been evaluated; run jax-it eval first")
+            return max(scores, key=lambda step: scores[step])
+        if not which.isdigit() or int(which) not in steps:
+            raise UserError(f"--checkpoint {which}: {self.path} has {', '.join(map(str, steps))}, latest and best")
+        return int(which)
+
+    def params(self, model: Model, step: int, mesh: jax.sharding.Mesh, dtype: Any) -> Params:
+        """The weights of a checkpoint, sharded over the mesh."""
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.shapes)
+        return self.checkpoints().restore_params(
+            step, abstract(shapes, sharding.shardings(model.letters, shapes, mesh))
+        )
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drops logged steps after `step`, which a resumed run will take again."""
+        if self.metrics.is_file():
+            lines = [line for line in _whole_lines(self.metrics) if json.loads(line)["step"] <= step]
+            write_atomically(self.metrics, "".join(lines))
+        shutil.rmtree(self.tensorboard, ignore_errors=True) if step == 0 else None
+
+
+def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
+    """The model of a run's newest checkpoint, a Transformers folder or a hub name, over all devices."""
+    mesh = sharding.make_mesh(settings.Mesh())
+    place = Workdir(Path(path))
+    if place.holds_a_run() and (place.path / "checkpoints").is_dir():
+        config, derived = place.open()
+        model = place.model(config, derived)
+        params = place.params(model, place.choose_step("latest", ""), mesh, config.model.param_dtype)
+        return model, params, place.tokenizer()
+    model, params = hf.load(settings.Model(path=path), mesh)
+    return model, params, tokenizers.load(str(hf.find_folder(path)))
+
+
+def _whole_lines(file: Path) -> Iterator[str]:
+    """The lines of a JSONL file, without a last one that a kill cut off."""
+    with file.open() as stream:
+        for line in stream:
+            if line.endswith("\n"):
+                yield line
+
+
+def _as_mapping(value: Any) -> Any:
+    """Lists as mappings from their indices, so that a difference inside one has a name."""
+    if isinstance(value, dict):
+        return {key: _as_mapping(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return {str(i): _as_mapping(item) for i, item in enumerate(value)}
+    return value
