@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
+import operator
 import re
 import types
 import typing
@@ -40,21 +41,24 @@ class Duration:
     def parse(cls, text: str, where: str) -> "Duration":
         if not text:
             return cls(0, "steps")
-        match = re.fullmatch(r"\s*([0-9.]+(?:e[+]?\d+)?)\s*(steps?|epochs?|examples?|tokens?|%)?\s*", text)
+        match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*(steps?|epochs?|examples?|tokens?|%)?\s*", text)
         try:
             value = float(match[1]) if match else math.nan
         except ValueError:
             value = math.nan
-        if match is None or math.isnan(value):
+        if match is None or not math.isfinite(value):
             raise UserError(
                 f"{where}: {text!r} is not a duration; write for example '200 steps', '3 epochs', "
                 "'1e6 examples', '1e9 tokens' or '5%'"
             )
         unit = match[2] or "steps"
+        if not value:
+            return cls(0, "steps")
         return cls(value, typing.cast(Unit, unit if unit == "%" else unit.rstrip("s") + "s"))
 
     def __str__(self) -> str:
-        return f"{self.value:g}{'' if self.unit == '%' else ' '}{self.unit}" if self.value else ""
+        number = repr(self.value).removesuffix(".0")  # every digit: it is read back when a run is resumed
+        return f"{number}{'' if self.unit == '%' else ' '}{self.unit}" if self.value else ""
 
     def steps(self, rates: "Rates", total_steps: int = 0) -> int:
         """The duration in optimizer steps, rounded up; 0 means never. `total_steps` is needed for per cent alone."""
@@ -193,15 +197,18 @@ class Config:
 
 def default() -> ml_collections.ConfigDict:
     """All settings at their defaults, to be changed in a config file."""
-    return ml_collections.ConfigDict(to_dict(Config()))
+    # Types are checked by `resolve`, which reads a duration of 100 as "100 steps" and names the field at fault.
+    return ml_collections.ConfigDict(to_dict(Config()), type_safe=False)
 
 
 def to_dict(value: Any) -> Any:
-    """A config as plain dicts, lists, texts and numbers: what JSON and `ConfigDict` hold."""
+    """A config, or a `ConfigDict`, as plain dicts, lists, texts and numbers: what JSON holds."""
     if isinstance(value, Duration):
         return str(value)
     if dataclasses.is_dataclass(value):
         return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict()  # which leaves those in lists as they are
     if isinstance(value, Mapping):
         return {key: to_dict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -215,25 +222,35 @@ def load(path: str, overrides: Mapping[str, str] | None = None) -> Config:
     if not Path(file).is_file():
         raise UserError(f"config file {file} does not exist")
     spec = importlib.util.spec_from_file_location("jax_it_config_file", file)
-    assert spec is not None and spec.loader is not None, file
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {file} is not Python; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"config file {file} does not run: {type(error).__name__}: {error}") from error
+        raise UserError(f"config file {file} does not run: {type(error).__name__}: {_one_line(error)}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {file} has no get_config(arg='')")
     try:
         config = module.get_config(arg)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        text = str(error).strip("'\"").splitlines()[0]
-        raise UserError(f"{file}: get_config({arg!r}) failed: {text}") from error
-    tree = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{file}: get_config({arg!r}) failed: {type(error).__name__}: {_one_line(error)}") from error
+    tree = to_dict(config)
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: get_config({arg!r}) returned {config!r}, not a config; end it with 'return config'")
     for name, text in (overrides or {}).items():
         _override(tree, name, text)
     return resolve(tree)
+
+
+def _one_line(error: Exception) -> str:
+    # A KeyError's own text is a quoted one, and ml_collections's suggestions are on a second line.
+    text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
+    return " ".join(text.split())
 
 
 def resolve(tree: Mapping[str, Any]) -> Config:
@@ -255,16 +272,19 @@ def _override(tree: dict[str, Any], name: str, text: str) -> None:
         _entry(node, last, where)
         node[int(last)] = text
     elif isinstance(node, dict):
-        node[last] = text  # an unknown name is refused by `resolve`, which knows the types
+        # An unknown name is refused by `resolve`, which knows the types too, except those of config.json's values.
+        node[last] = _literal(text) if parents[:2] == ["model", "architecture"] else text
     else:
         raise UserError(f"{where} has no field {last!r}: it is a single value")
 
 
 def _entry(node: Any, key: str, where: str) -> Any:
+    if not isinstance(node, (dict, list)):
+        raise UserError(f"{where} has no field {key!r}: it is a single value")
     try:
         return node[int(key)] if isinstance(node, list) else node[key]
-    except (KeyError, ValueError, IndexError, TypeError):
-        names = [str(i) for i in range(len(node))] if isinstance(node, list) else list(node or ())
+    except (KeyError, ValueError, IndexError):
+        names = [str(i) for i in range(len(node))] if isinstance(node, list) else list(node)
         raise UserError(f"{where} has no entry {key!r}{_suggest(key, names)}") from None
 
 
@@ -289,9 +309,11 @@ def _build(kind: Any, value: Any, where: str) -> Any:
             return None
         return _build(args[0], value, where)
     if origin is tuple:
-        if isinstance(value, str) and args[0] is str:
-            value = _literal(value) if value.startswith(("[", "(")) else [value]
-        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+        if isinstance(value, str):
+            listed = _literal(value)
+            # One text is a list of one; a Jinja template too may begin with a bracket.
+            value = listed if isinstance(listed, (list, tuple)) else [value] if args[0] is str else value
+        if not isinstance(value, (list, tuple)):
             raise UserError(f"{where}: expected a list, got {value!r}")
         return tuple(_build(args[0], item, f"{where}.{i}") for i, item in enumerate(value))
     if origin is Mapping:
@@ -313,6 +335,8 @@ def _build_scalar(kind: type, value: Any, where: str) -> Any:
         value = int(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise UserError(f"{where}: expected {kind.__name__}, got {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {value} is not a finite number")
     return value
 
 
@@ -322,13 +346,13 @@ def _literal(text: str) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):  # a TypeError for a list as a key
         return text
 
 
 def _build_dataclass(kind: type, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(value):
-        return value
+    if isinstance(value, kind):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(kind)}
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: expected a section with fields, got {value!r}")
     hints = typing.get_type_hints(kind)
@@ -339,24 +363,31 @@ def _build_dataclass(kind: type, value: Any, where: str) -> Any:
 
 
 _AT_LEAST: dict[str, float] = {
+    "model.tokenizer_size": 0,
     "data.source_length": 2, "data.target_length": 2, "data.holdout": 0, "data.mixing_cap": 0,
     "data.packed_source_length": 0, "data.packed_target_length": 0,
     "train.batch_size": 1, "train.micro_batches": 1,
-    "train.loss_chunk": 1, "train.clip": 0, "train.label_smoothing": 0, "train.z_loss": 0,
+    "train.loss_chunk": 1, "train.clip": 0, "train.z_loss": 0,
     "train.keep": 1, "train.keep_best": 0, "train.max_skipped": 0,
-    "train.optimizer.learning_rate": 0, "train.optimizer.weight_decay": 0,
+    "train.optimizer.learning_rate": 0, "train.optimizer.weight_decay": 0, "train.optimizer.epsilon": 0,
     "eval.batch_size": 1, "eval.max_new_tokens": 0, "eval.limit": 0,
 }  # fmt: skip
+_SHARES = ("data.max_dropped", "data.max_truncated", "data.max_unknown", "train.optimizer.final_rate")
+_BELOW_ONE = ("train.label_smoothing", "train.optimizer.beta1", "train.optimizer.beta2")
 
 
 def _check(config: Config) -> None:
     """Refuses values and combinations that cannot work, before anything is read or computed."""
+    value_of = operator.attrgetter
     for name, least in _AT_LEAST.items():
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        if not (math.isfinite(value) and value >= least):
-            raise UserError(f"config.{name}: {value} must be at least {least:g}")
+        if value_of(name)(config) < least:
+            raise UserError(f"config.{name}: {value_of(name)(config)} must be at least {least:g}")
+    for name in _SHARES:
+        if not 0 <= value_of(name)(config) <= 1:
+            raise UserError(f"config.{name}: {value_of(name)(config)} must be in [0, 1]")
+    for name in _BELOW_ONE:
+        if not 0 <= value_of(name)(config) < 1:
+            raise UserError(f"config.{name}: {value_of(name)(config)} must be in [0, 1)")
     model, data, train, mesh = config.model, config.data, config.train, config.mesh
     if not model.path and not model.architecture:
         raise UserError(
@@ -383,10 +414,7 @@ def _check(config: Config) -> None:
             raise UserError(f"{where}: weight and limit must not be negative")
     if data.holdout and data.eval:
         raise UserError("config.data.holdout and config.data.eval exclude each other; keep one")
-    if data.mixing == "weights" and not any(s.weight > 0 for s in data.train):
-        raise UserError("config.data.mixing='weights' needs a source with a positive weight")
-    if data.mixing_temperature <= 0:
-        raise UserError(f"config.data.mixing_temperature: {data.mixing_temperature} must be positive")
+    _check_mixing(data)
     for name, length, packed in (
         ("source", data.source_length, data.packed_source_length),
         ("target", data.target_length, data.packed_target_length),
@@ -402,10 +430,27 @@ def _check(config: Config) -> None:
         )
     if train.duration.value <= 0 or train.duration.unit == "%":
         raise UserError("config.train.duration must be positive and in steps, epochs, examples or tokens")
-    if not 0 <= train.label_smoothing < 1:
-        raise UserError(f"config.train.label_smoothing: {train.label_smoothing} must be in [0, 1)")
+    best = config.eval.best
+    if best != "loss" and not (best in config.eval.metrics and config.eval.generate):
+        raise UserError(f"config.eval.best: {best!r} is not measured; add it to eval.metrics, and keep eval.generate on")
     sizes = dataclasses.asdict(mesh)
     if sum(size == -1 for size in sizes.values()) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
         raise UserError(f"config.mesh: sizes must be positive, and at most one of them -1; got {sizes}")
     if mesh.context != 1:
         raise UserError("config.mesh.context: only 1 is supported for now; shard with data, fsdp or tensor")
+
+
+def _check_mixing(data: Data) -> None:
+    """Refuses settings of the mixture that `data.mixing` does not read."""
+    weighted = [i for i, source in enumerate(data.train) if source.weight != 1]
+    if data.mixing != "weights" and weighted:
+        raise UserError(
+            f"config.data.train.{weighted[0]}.weight has no effect with data.mixing={data.mixing!r}; set it to 'weights'"
+        )
+    if data.mixing == "weights" and not any(source.weight > 0 for source in data.train):
+        raise UserError("config.data.mixing='weights' needs a source with a positive weight")
+    if data.mixing_temperature <= 0:
+        raise UserError(f"config.data.mixing_temperature: {data.mixing_temperature} must be positive")
+    for name, default in (("mixing_cap", 0), ("mixing_temperature", 1)):
+        if data.mixing != "size" and getattr(data, name) != default:
+            raise UserError(f"config.data.{name} has no effect with data.mixing={data.mixing!r}; set it to 'size'")

@@ -40,16 +40,16 @@ def choose(logits_BV: jax.Array, sampling: Sampling, rows_B: jax.Array, position
 def restrict(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
     """Logits with all but the `top_k` likeliest tokens, and those past `top_p` of the probability, at -inf.
 
-    As in Transformers: the token that crosses `top_p` stays, and one always does.
+    As in Transformers: the token that crosses `top_p` stays, and one always does. Summed from the least likely
+    token, where float32 tells a small rest from a smaller one.
     """
     if top_k:
         smallest_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV < smallest_B1, -jnp.inf, logits_BV)
     if top_p < 1:
-        order_BV = jnp.argsort(-logits_BV, axis=-1)
-        sorted_BV = jnp.take_along_axis(jax.nn.softmax(logits_BV, axis=-1), order_BV, axis=-1)
-        before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
-        dropped_BV = (before_BV >= top_p).at[:, 0].set(False)
+        order_BV = jnp.argsort(logits_BV, axis=-1)
+        rest_BV = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits_BV, order_BV, axis=-1), axis=-1), axis=-1)
+        dropped_BV = (rest_BV <= 1 - top_p).at[:, -1].set(False)
         rows = jnp.arange(logits_BV.shape[0])[:, None]
         logits_BV = logits_BV.at[rows, order_BV].add(jnp.where(dropped_BV, -jnp.inf, 0.0))
     return logits_BV

@@ -52,7 +52,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step) if model.run.dropout else None
         total, weight, gradients = _sum_gradients(gradient, state.params, batch, config.micro_batches, key)
         gradients = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), gradients)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         if config.clip:
             # The small constant is that of torch.nn.utils.clip_grad_norm_.
             scale = jnp.minimum(1, config.clip / (norm + 1e-6))

@@ -1,0 +1,69 @@
+"""What a single training step does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_it import sharding
+from jax_it.config import Mesh, Optimizer, Train
+from jax_it.training.optimizer import make_optimizer, make_schedule
+from jax_it.training.state import start, state_shardings
+from jax_it.training.step import make_train_step
+
+# One step of AdamW on the tiny model of conftest.py. If a change of the model, the loss, the optimizer or
+# the batch is meant to change numbers, put the new ones here and say why in the commit; otherwise find out.
+GOLDEN_LOSSES = (4.6611, 4.1014, 3.7470)
+
+
+def run(tiny, steps=1, batch=None, **train):
+    config = Train(**{"optimizer": Optimizer(learning_rate=0.01, schedule="constant"), **train})
+    mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        schedule = make_schedule(config.optimizer, 10, 0, 0)
+        optimizer = make_optimizer(config.optimizer, schedule, tiny.model.letters)
+        state = start(jax.tree.map(lambda p: p + 0, tiny.params), optimizer)
+        step = make_train_step(tiny.model, config, optimizer, schedule, mesh, state_shardings(tiny.model, state, mesh))
+        found = []
+        for _ in range(steps):
+            state, metrics = step(state, tiny.padded if batch is None else batch)
+            found.append({name: float(value) for name, value in metrics.items()})
+    return state, found
+
+
+def test_three_steps_give_the_losses_that_they_always_gave(tiny):
+    _, metrics = run(tiny, steps=3)
+    assert [m["loss"] for m in metrics] == pytest.approx(GOLDEN_LOSSES, abs=2e-3), "see the comment at GOLDEN_LOSSES"
+
+
+def test_clipping_bounds_the_update_but_reports_the_norm_before(tiny):
+    plain = Optimizer(name="sgd", learning_rate=1.0, schedule="constant", beta1=0.0)
+    state, metrics = run(tiny, clip=0.1, optimizer=plain)
+    moved = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), state.params, tiny.params)
+    assert float(jnp.sqrt(sum(jax.tree.leaves(moved)))) == pytest.approx(0.1, rel=1e-4)
+    assert metrics[0]["grad_norm"] > 0.1
+
+
+def test_a_non_finite_gradient_changes_nothing_and_is_counted(tiny):
+    bad = tiny.padded._replace(weights_BT=tiny.padded.weights_BT * np.float32("nan"))
+    state, _ = run(tiny, steps=2, batch=bad)
+    jax.tree.map(np.testing.assert_array_equal, state.params, tiny.params)
+    assert (int(state.skipped), int(state.skipped_in_a_row), int(state.step)) == (2, 2, 2)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.optimizer))
+
+
+def test_a_batch_without_weights_moves_nothing_by_its_loss(tiny):
+    empty = tiny.padded._replace(weights_BT=tiny.padded.weights_BT * 0)
+    _, metrics = run(tiny, batch=empty)
+    assert metrics[0]["loss"] == 0 and metrics[0]["grad_norm"] == 0
+
+
+def test_adamw_state_lies_where_its_weights_lie(tiny):
+    mesh = sharding.make_mesh(Mesh(data=1, fsdp=2, tensor=4))
+    optimizer = make_optimizer(Optimizer(), lambda step: 0.1, tiny.model.letters)
+    state = jax.eval_shape(lambda params: start(params, optimizer), tiny.params)
+    placed = state_shardings(tiny.model, state, mesh)
+    memory = placed.optimizer[0].mu["encoder"]["layers"]["mlp"]["up"]
+    assert memory == placed.params["encoder"]["layers"]["mlp"]["up"]
+    assert memory.spec == jax.sharding.PartitionSpec(None, ("fsdp",), ("tensor",))
+    assert placed.step.spec == jax.sharding.PartitionSpec()
