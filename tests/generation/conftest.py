@@ -1,0 +1,54 @@
+"""A tiny T5 of random weights whose texts depend on their source and end at various lengths."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from jax_it import config, models, sharding
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """These tests compile much and compute little."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+class Tiny(NamedTuple):
+    model: models.Model
+    params: models.Params
+    sources: list[list[int]]
+    mesh: jax.sharding.Mesh  # of one device
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    values = {
+        "model_type": "t5",
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "vocab_size": 40,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+    }
+    model = models.build(values, "the test", config.Model(dropout=0.0))
+    params = jax.jit(model.init)(jax.random.key(1))
+    for name in ("attention", "cross", "mlp"):  # so that what was read outweighs the last token
+        layer = params["decoder"]["layers"][name]
+        out = "down" if name == "mlp" else "output"
+        layer[out] = layer[out] * (6 if name == "cross" else 3)
+    params["head"] = params["head"].at[1].multiply(2.2)  # the end mark comes more often
+    rng = np.random.default_rng(0)
+    sources = [[*rng.integers(2, 40, length).tolist(), 1] for length in (3, 12, 1, 30, 7, 20, 5, 29, 0, 9, 15, 31)]
+    mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
+    return Tiny(model, params, sources, mesh)

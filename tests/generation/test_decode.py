@@ -1,0 +1,151 @@
+"""Decoded tokens are those of the full forward pass, and a row's tokens do not depend on what is around it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_it import config, sharding
+from jax_it.data.batches import Seq2SeqBatch
+from jax_it.generation import Generator, Sampling, decode
+
+LENGTH = 10
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "sampled": Sampling(temperature=0.8, top_k=20, top_p=0.95, seed=5),
+    "beams": Sampling(num_beams=3, early_stopping=True),
+}
+
+
+@pytest.fixture(scope="module", params=SAMPLINGS)
+def sampling(request) -> Sampling:
+    return SAMPLINGS[request.param]
+
+
+@pytest.fixture(scope="module")
+def generators(tiny) -> dict[Sampling, Generator]:
+    """One of each kind, for batches of 8, so that few are compiled."""
+    return {sampling: Generator(tiny.model, tiny.mesh, LENGTH, 8, sampling) for sampling in SAMPLINGS.values()}
+
+
+@pytest.fixture(scope="module")
+def texts(tiny, generators, sampling) -> list[list[int]]:
+    """Each source's tokens, decoded in batches of 8."""
+    found = dict(generators[sampling](tiny.params, tiny.sources))
+    return [found[i] for i in range(len(tiny.sources))]
+
+
+def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass_at_each_step(tiny, generators):
+    rows, width = len(tiny.sources), max(map(len, tiny.sources))
+    source, segments = np.zeros((2, rows, width), np.int32)
+    for row, tokens in enumerate(tiny.sources):
+        source[row, : len(tokens)], segments[row, : len(tokens)] = tokens, 1
+
+    @jax.jit
+    def full_pass(tokens_BT: jax.Array) -> jax.Array:
+        ones_BT = jnp.ones((rows, LENGTH), jnp.int32)
+        batch = Seq2SeqBatch(source[:, None], segments[:, None], None, tokens_BT, ones_BT, ones_BT, ones_BT, None)
+        return tiny.model.logits(tiny.model.head(tiny.params), tiny.model.apply(tiny.params, batch)).argmax(-1)
+
+    tokens_BT = np.full((rows, LENGTH + 1), tiny.model.config.start_token)
+    for position in range(LENGTH):
+        tokens_BT[:, position + 1] = full_pass(tokens_BT[:, :LENGTH])[:, position]
+    found = dict(generators[Sampling()](tiny.params, tiny.sources))
+    end = tiny.model.config.end_token
+    for row, text in enumerate(tokens_BT[:, 1:].tolist()):
+        assert found[row] == (text[: text.index(end)] if end in text else text)
+
+
+def test_texts_differ_and_end_at_various_lengths(tiny, texts):
+    assert len({tuple(text) for text in texts}) >= 10
+    assert len({len(text) for text in texts}) >= 4 and max(map(len, texts)) == LENGTH
+    assert not any(tiny.model.config.end_token in text for text in texts)
+
+
+@pytest.mark.parametrize("batch_size, width", [(1, 32), (3, 64)])
+def test_neither_the_batch_size_nor_padding_changes_a_row(tiny, sampling, texts, batch_size, width, monkeypatch):
+    monkeypatch.setattr(decode, "SMALLEST", width)
+    found = list(Generator(tiny.model, tiny.mesh, LENGTH, batch_size, sampling)(tiny.params, tiny.sources))
+    assert len(found) == len(texts)
+    assert dict(found) == dict(enumerate(texts))
+
+
+def test_the_company_in_a_batch_never_changes_a_row(tiny, generators, sampling, texts):
+    """Every other source stays at its index, where draws are its own, and its neighbours are replaced."""
+    rng = np.random.default_rng(2)
+    others = [[*rng.integers(2, 40, rng.integers(0, 31)).tolist(), 1] for _ in tiny.sources]
+    mixed = [other if i % 2 else source for i, (source, other) in enumerate(zip(tiny.sources, others, strict=True))]
+    found = dict(generators[sampling](tiny.params, mixed))
+    assert [found[i] for i in range(0, len(texts), 2)] == texts[::2]
+
+
+@pytest.mark.parametrize("name", ["greedy", "beams"])
+def test_the_order_of_the_sources_never_changes_a_text(tiny, generators, name):
+    generator = generators[SAMPLINGS[name]]
+    order = np.random.default_rng(3).permutation(len(tiny.sources)).tolist()
+    found = dict(generator(tiny.params, tiny.sources))
+    shuffled = dict(generator(tiny.params, [tiny.sources[i] for i in order]))
+    assert [shuffled[row] for row in range(len(order))] == [found[i] for i in order]
+
+
+def test_longer_sources_get_wider_batches_and_the_same_texts(tiny, generators, monkeypatch):
+    expected = dict(generators[Sampling()](tiny.params, tiny.sources))
+    monkeypatch.setattr(decode, "SMALLEST", 4)
+    widths: list[int] = []
+    plain = type(tiny.model).prefill
+
+    def watched(self, params, source_BS, segments_BS, length):
+        widths.append(source_BS.shape[1])
+        return plain(self, params, source_BS, segments_BS, length)
+
+    monkeypatch.setattr(type(tiny.model), "prefill", watched)
+    assert dict(Generator(tiny.model, tiny.mesh, LENGTH, 3)(tiny.params, tiny.sources)) == expected
+    assert widths == [4, 16, 32]  # for batches of at most 4, 10, 21 and 32 tokens, each width traced once
+
+
+def test_the_number_of_devices_never_changes_a_row(tiny, sampling, texts):
+    mesh = sharding.make_mesh(config.Mesh())
+    found = dict(Generator(tiny.model, mesh, LENGTH, 8, sampling)(tiny.params, tiny.sources))
+    assert found == dict(enumerate(texts))
+
+
+def test_the_same_seed_draws_the_same_texts_and_another_seed_others(tiny, generators):
+    sampling = SAMPLINGS["sampled"]
+    first = dict(generators[sampling](tiny.params, tiny.sources))
+    assert dict(generators[sampling](tiny.params, tiny.sources)) == first
+    other = Generator(tiny.model, tiny.mesh, LENGTH, 8, sampling._replace(seed=sampling.seed + 1))
+    second = dict(other(tiny.params, tiny.sources))
+    assert sum(first[i] != second[i] for i in first) >= len(first) - 1  # two may both end at once
+
+
+def test_equal_sources_draw_texts_of_their_own(tiny, generators):
+    found = dict(generators[SAMPLINGS["sampled"]](tiny.params, [tiny.sources[0]] * 8))
+    assert len({tuple(text) for text in found.values()}) == 8
+
+
+def test_sources_come_back_shortest_first_and_each_once(tiny, generators):
+    found = [i for i, _ in generators[Sampling()](tiny.params, tiny.sources)]
+    assert found == sorted(range(len(tiny.sources)), key=lambda i: len(tiny.sources[i]))
+
+
+def test_no_sources_give_no_texts(tiny, generators):
+    assert list(generators[Sampling()](tiny.params, [])) == []
+
+
+@pytest.mark.parametrize("name", ["greedy", "beams"])
+def test_rows_that_fill_up_a_batch_keep_nobody_waiting(tiny, monkeypatch, name):
+    """Decoding ends with the last row that was asked for, though the batch has rows to spare."""
+    steps: list[int] = []
+    plain = type(tiny.model).step
+
+    def counted(self, params, tokens_B, positions_B, cache):
+        jax.debug.callback(lambda position: steps.append(int(position)), positions_B[0])
+        return plain(self, params, tokens_B, positions_B, cache)
+
+    monkeypatch.setattr(type(tiny.model), "step", counted)
+    short = tiny.sources[11]
+    ((_, text),) = Generator(tiny.model, tiny.mesh, LENGTH, 3, SAMPLINGS[name])(tiny.params, [short])
+    jax.effects_barrier()
+    if name == "greedy":
+        assert len(steps) == len(text) + 1  # the end mark
+    assert len(steps) < LENGTH, "choose a source whose beams all end early"

@@ -1,0 +1,94 @@
+"""Tokens are drawn with the softmax's probabilities, from exactly the tokens that top-k and top-p leave."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_it.generation.sampling import Sampling, choose, restrict
+
+ROWS, VOCABULARY = 50, 30
+
+
+@pytest.fixture(scope="module")
+def logits() -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 2, (ROWS, VOCABULARY)).astype(np.float32)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def left_by(logits_V: np.ndarray, top_k: int, top_p: float) -> set[int]:
+    """The tokens that are left: the `top_k` likeliest, and of these the fewest that hold `top_p` of what they have."""
+    order = np.argsort(-logits_V)[: top_k or None]
+    probabilities = softmax(logits_V[order])
+    kept: list[int] = []
+    for token in order.tolist():
+        kept.append(token)
+        if probabilities[: len(kept)].sum() >= top_p:
+            break
+    return set(kept)
+
+
+@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 7, VOCABULARY, 2 * VOCABULARY])
+def test_top_k_and_top_p_leave_exactly_the_right_tokens_as_they_were(logits, top_k, top_p):
+    restricted = np.asarray(restrict(jnp.asarray(logits), top_k, top_p))
+    for before, after in zip(logits, restricted, strict=True):
+        (left,) = np.isfinite(after).nonzero()
+        assert set(left.tolist()) == left_by(before, top_k, top_p)
+        assert (after[left] == before[left]).all()
+        assert np.isneginf(np.delete(after, left)).all()
+
+
+def test_tokens_as_likely_as_the_last_of_the_top_k_stay_too():
+    restricted = restrict(jnp.array([[1.0, 3.0, 2.0, 2.0, 0.0]]), 2, 1.0)
+    assert np.isfinite(restricted).tolist() == [[False, True, True, True, False]]
+
+
+def test_top_p_is_a_share_of_what_top_k_leaves():
+    logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
+    assert np.isfinite(restrict(logits, 0, 0.55)).sum() == 2
+    assert np.isfinite(restrict(logits, 2, 0.55)).sum() == 1  # 0.4 / 0.7 = 0.57
+
+
+def test_without_a_temperature_the_likeliest_token_is_chosen(logits):
+    chosen = choose(jnp.asarray(logits), Sampling(top_k=5, top_p=0.5, seed=3), jnp.arange(ROWS), jnp.int32(0))
+    assert (np.asarray(chosen) == logits.argmax(-1)).all()
+
+
+def test_a_draw_depends_on_its_row_number_not_on_its_place(logits):
+    sampling = Sampling(temperature=1.0, top_p=0.95, seed=7)
+    numbers = np.arange(100, 100 + ROWS)
+    drawn = np.asarray(choose(jnp.asarray(logits), sampling, numbers, jnp.int32(4)))
+    for chosen in ([3, 0], [0, 49], [17, 48]):
+        again = choose(jnp.asarray(logits[chosen]), sampling, numbers[chosen], jnp.int32(4))
+        assert (np.asarray(again) == drawn[chosen]).all()
+
+
+@pytest.mark.parametrize("what", ["rows", "positions", "seeds"])
+@pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(1.0), Sampling(1.5, top_k=8), Sampling(1.0, top_p=0.8)])
+def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(sampling, what):
+    """Chi-square over many draws that differ in row, position or seed alone."""
+    draws = 20_000
+    logits_V = np.random.default_rng(2).normal(0, 1, 12).astype(np.float32)
+
+    @jax.jit
+    @jax.vmap
+    def draw(number: jax.Array) -> jax.Array:
+        row, position, seed = (jnp.where(what == name, number, 3) for name in ("rows", "positions", "seeds"))
+        return choose(jnp.asarray(logits_V)[None], sampling._replace(seed=seed), row[None], position)[0]
+
+    drawn = draw(jnp.arange(draws))
+    scaled_V = logits_V / sampling.temperature
+    left = sorted(left_by(scaled_V, sampling.top_k, sampling.top_p))
+    expected = draws * softmax(scaled_V[left])
+    counts = np.bincount(np.asarray(drawn), minlength=12)
+    assert counts.sum() == counts[left].sum() == draws, "a token was drawn that is left out"
+    statistic = ((counts[left] - expected) ** 2 / expected).sum()
+    freedom = len(left) - 1  # the mean; the variance is twice that
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom)

@@ -1,0 +1,185 @@
+"""Weights that do not fit are refused, in a line that names the weight and the folder."""
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jax_it import config, sharding
+from jax_it.errors import UserError
+from jax_it.models import hf
+from jax_it.models.weights import flatten
+from tests.parity import cases
+
+CASE = cases.BY_NAME["t5_1_1_tied"]
+QUERY = "encoder.block.1.layer.0.SelfAttention.q.weight"
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder, and a function that replaces its tensors."""
+    folder = cases.write(CASE, tmp_path / "model")
+    return folder, lambda tensors: safetensors.numpy.save_file(tensors, folder / hf.SINGLE)
+
+
+def refusal(folder):
+    with pytest.raises(UserError) as refused:
+        cases.load(folder)
+    message = str(refused.value)
+    assert "\n" not in message and str(folder) in message
+    return message
+
+
+def test_a_missing_weight_is_named(published):
+    folder, replace = published
+    replace({name: tensor for name, tensor in cases.tensors(CASE).items() if name != QUERY})
+    assert f"lacks 1 weight(s) that its config.json asks for: {QUERY}" in refusal(folder)
+
+
+def test_a_weight_that_nobody_would_read_is_named(published):
+    folder, replace = published
+    extra = "encoder.block.2.layer.0.SelfAttention.q.weight"
+    replace(cases.tensors(CASE) | {extra: np.zeros((48, 32), np.float32)})
+    assert f"{extra} is a weight that a t5 does not have" in refusal(folder)
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (48, 33), (48, 32, 1), (1536,)])
+def test_a_weight_of_another_shape_is_named_with_both_shapes(shape, published):
+    folder, replace = published
+    replace(cases.tensors(CASE) | {QUERY: np.zeros(shape, np.float32)})
+    assert f"{QUERY} has shape {shape}, but config.json asks for (48, 32)" in refusal(folder)
+
+
+@pytest.mark.parametrize("alias", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
+def test_a_repeated_embedding_must_be_the_same(alias, published):
+    folder, replace = published
+    tensors = cases.tensors(CASE)
+    replace(tensors | {alias: tensors["shared.weight"].copy()})
+    cases.load(folder)
+    other = tensors["shared.weight"].copy()
+    other[-1, -1] += 1
+    replace(tensors | {alias: other})
+    assert f"{alias} differs from shared.weight" in refusal(folder)
+
+
+def test_pytorch_files_are_not_opened_and_the_way_out_is_named(published):
+    folder, _ = published
+    (folder / hf.SINGLE).rename(folder / "pytorch_model.bin")
+    message = refusal(folder)
+    assert "can run code when read" in message and "save_pretrained" in message
+
+
+def test_a_folder_without_weights_is_named(published):
+    folder, _ = published
+    (folder / hf.SINGLE).unlink()
+    assert "config.model.pretrained=False" in refusal(folder)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, 20_000, -1])
+def test_a_file_that_was_cut_short_is_named(length, published):
+    folder, _ = published
+    file = folder / hf.SINGLE
+    file.write_bytes(file.read_bytes()[:length])
+    assert f"{file} is damaged" in refusal(folder)
+
+
+def test_a_file_of_another_kind_is_named(published):
+    folder, _ = published
+    (folder / hf.SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 242043056\n")
+    assert f"{folder / hf.SINGLE} is damaged" in refusal(folder)
+
+
+@pytest.fixture
+def sharded(published, monkeypatch):
+    """The folder with its weights in several files."""
+    folder, _ = published
+    model, params = cases.load(folder)
+    (folder / hf.SINGLE).unlink()
+    monkeypatch.setattr(hf, "SHARD_BYTES", 40_000)
+    hf.save(folder, model, params)
+    return folder
+
+
+def test_a_shard_that_the_index_names_must_be_there(sharded):
+    shard = next(iter(sorted(sharded.glob("model-00002-of-*"))))
+    shard.unlink()
+    assert f"{shard} is missing, but {hf.INDEX} names it" in refusal(sharded)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}'])
+def test_a_damaged_index_is_named(text, sharded):
+    (sharded / hf.INDEX).write_text(text)
+    assert f"{sharded / hf.INDEX} is damaged" in refusal(sharded)
+
+
+def test_a_folder_that_does_not_exist_is_named():
+    with pytest.raises(UserError, match=r"model folder \./nowhere does not exist"):
+        hf.find_folder("./nowhere")
+
+
+def test_a_hub_name_that_cannot_be_fetched_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="'nobody/nothing' is no local folder and could not be fetched"):
+        hf.find_folder("nobody/nothing")
+
+
+def test_a_dtype_that_weights_cannot_have_is_refused(t5_1_1, tmp_path):
+    with pytest.raises(UserError, match="'int8'; choose one of float32, bfloat16, float16"):
+        hf.save(tmp_path, *t5_1_1, dtype="int8")
+
+
+def test_params_are_float32_whatever_the_file_holds_unless_told_otherwise(tmp_path):
+    folder = cases.write(CASE, tmp_path, "bfloat16")
+    _, params = cases.load(folder)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    _, params = cases.load(folder, param_dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+
+
+MESHES = [
+    config.Mesh(data=8),
+    config.Mesh(data=1, fsdp=8),
+    config.Mesh(data=1, tensor=8),
+    config.Mesh(data=2, fsdp=2, tensor=2),
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("name", ["t5_1_1", "umt5"])
+def test_weights_read_into_shards_are_those_read_whole_and_no_read_exceeds_a_shard(name, mesh, request, tmp_path):
+    folder = cases.write(cases.BY_NAME[name], tmp_path)
+    whole, params = request.getfixturevalue(name)
+    built = sharding.make_mesh(mesh)
+    largest = {}
+    read = hf.Tensors.read
+
+    def watched(tensors, tensor, slices):
+        part = read(tensors, tensor, slices)
+        largest[tensor] = max(largest.get(tensor, 0), part.size)
+        return part
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf.Tensors, "read", watched)
+        patch.setattr(hf.Tensors, "settle", lambda tensors, model: whole)  # which compares whole heads
+        model, split = hf.load(config.Model(path=str(folder)), built)
+    ours, theirs = flatten(split), flatten(params)
+    assert ours.keys() == theirs.keys()
+    for path, weight in model.weights.items():
+        array = ours[path]
+        spec = sharding.spec(weight.letters, array.shape, built)
+        assert array.sharding.is_equivalent_to(jax.sharding.NamedSharding(built, spec), array.ndim)
+        np.testing.assert_array_equal(array, theirs[path], err_msg=path)
+        shard = array.sharding.shard_shape(array.shape)
+        layers = array.shape[0] if weight.stacked else 1
+        assert all(largest[tensor] == np.prod(shard) // layers for tensor in weight.names(array.shape))
+    parts = {path: array.size // np.prod(array.sharding.shard_shape(array.shape)) for path, array in ours.items()}
+    assert parts["encoder.layers.mlp.up"] == mesh.fsdp * mesh.tensor
+
+
+def test_random_weights_are_the_same_on_any_mesh(folder):
+    model = config.Model(path=str(folder), pretrained=False)
+    _, whole = hf.load(model, sharding.make_mesh(config.Mesh(), jax.devices()[:1]), seed=3)
+    _, split = hf.load(model, sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2)), seed=3)
+    for path, array in flatten(split).items():
+        np.testing.assert_array_equal(array, flatten(whole)[path], err_msg=path)
+    assert len(flatten(split)["embedding"].sharding.device_set) == 8

@@ -1,0 +1,152 @@
+"""The layers against what the papers define, written out slowly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_it.models import layers, t5
+from tests.parity import cases
+
+BOTH_WAYS = pytest.mark.parametrize("bidirectional", [True, False], ids=["encoder", "decoder"])
+BUCKETS = [(32, 128), (8, 16), (8, 20), (16, 64), (32, 256), (4, 8)]
+
+
+def bucket(distance, bidirectional, buckets, max_distance):
+    """T5's bucket of one distance, in whole numbers (Raffel et al. 2020, section 2.1, and its code).
+
+    Half of the buckets are for keys after the query, where those may be attended to. Of the rest, half
+    hold one distance each; the others share, in equal parts of the logarithm, the way up to
+    `max_distance`, and the last holds all beyond. (d / e) ** n >= (m / e) ** k says that d has come
+    through k of the n parts between e and m.
+    """
+    first = 0
+    if bidirectional:
+        buckets //= 2
+        first = buckets if distance > 0 else 0
+    distance = abs(distance) if bidirectional else max(-distance, 0)
+    exact = buckets // 2
+    parts = buckets - exact
+    if distance < exact:
+        return first + distance
+    passed = [k for k in range(parts) if distance**parts * exact**k >= max_distance**k * exact**parts]
+    return first + exact + max(passed)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("buckets, max_distance", BUCKETS)
+def test_relative_buckets_are_those_of_the_definition(buckets, max_distance, bidirectional):
+    distances = np.arange(-600, 601)
+    wanted = [bucket(int(d), bidirectional, buckets, max_distance) for d in distances]
+    ours = layers.relative_buckets(
+        jnp.asarray(distances), bidirectional=bidirectional, buckets=buckets, max_distance=max_distance
+    )
+    np.testing.assert_array_equal(ours, wanted)
+    assert set(wanted) == set(range(buckets)) - ({buckets // 2} if bidirectional else set())  # +0 is no distance
+
+
+def gathered(c, table_EN, length, *, bidirectional):
+    distance_TS = jnp.arange(length)[None, :] - jnp.arange(length)[:, None]
+    buckets_TS = layers.relative_buckets(
+        distance_TS, bidirectional=bidirectional, buckets=c.buckets, max_distance=c.max_distance
+    )
+    return jnp.moveaxis(table_EN[buckets_TS], -1, 0)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("length", [1, 2, 40])
+def test_the_bias_is_the_tables_entry_of_each_pairs_bucket(length, bidirectional, t5_1_1):
+    c = t5_1_1[0].config
+    table_EN = jax.random.normal(jax.random.key(0), (c.buckets, c.heads))
+    ours, wanted = (
+        jax.jit(lambda table_EN, f=f: f(c, table_EN, length, bidirectional=bidirectional))(table_EN)
+        for f in (t5._relative_bias, gathered)
+    )
+    np.testing.assert_array_equal(ours, wanted)
+
+
+@BOTH_WAYS
+def test_the_biass_gradient_is_that_of_the_gather(bidirectional, t5_1_1):
+    c, length = t5_1_1[0].config, 40
+    table_EN, weights_NTS = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(c.buckets, c.heads), (c.heads, length, length)])
+    )
+    ours, wanted = (
+        jax.jit(
+            jax.grad(lambda table_EN, f=f: (f(c, table_EN, length, bidirectional=bidirectional) * weights_NTS).sum())
+        )(table_EN)
+        for f in (t5._relative_bias, gathered)
+    )
+    # Sums of up to 1,600 numbers of order 1, in two orders: 6e-8 × √1600 of values up to some √1600.
+    np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-4)
+
+
+def test_the_bias_is_picked_without_rounding_where_matmuls_round_by_default(t5_1_1):
+    c = t5_1_1[0].config
+    program = jax.make_jaxpr(lambda table_EN: t5._relative_bias(c, table_EN, 9, bidirectional=True))(
+        jnp.zeros((c.buckets, c.heads))
+    )
+    (product,) = [equation for equation in program.eqns if equation.primitive.name == "dot_general"]
+    assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+
+
+def test_a_norm_is_over_the_root_mean_square_and_computed_in_float32():
+    random = np.random.RandomState(0)
+    x, scale = random.standard_normal((3, 64)), random.standard_normal(64)
+    wanted = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+    ours = layers.rms_norm(jnp.asarray(x, jnp.float32), jnp.asarray(scale, jnp.float32), 1e-6)
+    np.testing.assert_allclose(ours, wanted, rtol=1e-5)
+    even = jnp.full((1, 64), 256.0, jnp.bfloat16)
+    assert layers.rms_norm(even, jnp.ones(64), 1e-6).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(layers.rms_norm(even, jnp.ones(64), 1e-6), jnp.ones((1, 64), jnp.bfloat16))
+
+
+def test_a_query_that_may_attend_to_nothing_gets_numbers():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 4))
+    mask = jnp.array([[[True, False, False], [False, False, False], [False, True, True]]])
+
+    def total(x):
+        return layers.attend(x, x, x, mask_BTS=mask).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(total))(x)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_attention_is_the_softmax_of_scores_and_bias_without_scaling():
+    random = np.random.RandomState(0)
+    query, key, value = (random.standard_normal((2, length, 3, 4)) for length in (5, 7, 7))
+    bias, mask = random.standard_normal((3, 5, 7)), random.rand(2, 5, 7) < 0.7
+    scores = np.einsum("btnh,bsnh->bnts", query, key) + bias
+    weights = np.exp(np.where(mask[:, None], scores, -np.inf))
+    wanted = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), value)
+    arrays = (jnp.asarray(array, jnp.float32) for array in (query, key, value))
+    ours = layers.attend(*arrays, mask_BTS=jnp.asarray(mask), bias=jnp.asarray(bias, jnp.float32))
+    np.testing.assert_allclose(ours, wanted, rtol=0, atol=5e-6)  # sums of 7 terms of order 1, after exp
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_drops_at_its_rate_and_preserves_the_mean(rate):
+    shape = (2000, 99)  # 99: not a multiple of the four elements that share a random word
+    dropped = np.asarray(layers.dropout(jnp.ones(shape), rate, jax.random.key(0)))
+    deviation = (rate / (1 - rate) / dropped.size) ** 0.5  # of the mean of independent values, 0 or 1 / (1 - rate)
+    assert abs(dropped.mean() - 1) < 4 * deviation
+    assert abs((dropped == 0).mean() - rate) < 1 / 512 + 4 * deviation  # rates are multiples of 1/256
+    assert len(np.unique(dropped)) == 2
+
+
+def test_dropout_drops_neighbours_independently():
+    dropped = np.asarray(layers.dropout(jnp.ones((1000, 100)), 0.5, jax.random.key(0))) == 0
+    for shift in range(1, 9):
+        both = (dropped[:, shift:] & dropped[:, :-shift]).mean()
+        assert abs(both - 0.25) < 4 * (0.25 * 0.75 / 92_000) ** 0.5  # four deviations of a share of 92,000 pairs
+
+
+def test_without_a_key_or_a_rate_nothing_is_dropped():
+    x = jax.random.normal(jax.random.key(0), (100,))
+    assert layers.dropout(x, 0.5, None) is x
+    assert layers.dropout(x, 0.0, jax.random.key(1)) is x
+
+
+def test_the_bucket_of_a_case_is_used_in_full():
+    assert max(cases.SOURCE_LENGTHS) > cases.NEWER["relative_attention_max_distance"]
