@@ -1,8 +1,10 @@
 """The command line: `jax-it COMMAND`. It parses, calls one function, and says what went wrong in one line."""
 
 import argparse
+import logging
 import os
 import sys
+import traceback
 from typing import Any, NoReturn
 
 from jax_it.errors import UserError
@@ -13,15 +15,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # Read by the libraries when they are imported: no advice for other frameworks, no threads after a fork.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = _parser().parse_known_args(arguments)
+    if not options.debug:
+        silence_libraries()
     try:
-        overrides = _overrides(rest, takes_config="config" in options)
-        options.run(options, overrides)
+        options.run(options, overrides(rest, takes_config="config" in options))
     except UserError as error:
         if options.debug:
-            raise
-        print(f"jax-it {options.command}: {error}", file=sys.stderr)
+            traceback.print_exc()
+        print(f"jax-it {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"jax-it {options.command}: interrupted", file=sys.stderr)
@@ -29,11 +31,28 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: be quiet at exit too
         sys.exit(141)
+    except Exception:
+        traceback.print_exc()
+        print(f"jax-it {options.command}: this is a fault of jax_it; please report the lines above", file=sys.stderr)
+        sys.exit(1)
     sys.exit(0)
 
 
+def silence_libraries() -> None:
+    """Keeps their reports of what fails off standard error: it comes back as an exception, and is said in one line."""
+    for name in ("absl", "asyncio"):  # Orbax logs through the first and runs on the second
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda unraisable: None  # of writes that are still under way when another one has failed
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage before it."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jax-it", description="Instruction tuning in JAX.", allow_abbrev=False)
+    parser = _Parser(prog="jax-it", description="Instruction tuning in JAX.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Any, help: str) -> argparse.ArgumentParser:
@@ -98,28 +117,28 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _overrides(rest: list[str], takes_config: bool) -> dict[str, str]:
+def overrides(rest: list[str], takes_config: bool) -> dict[str, str]:
     """{"train.seed": "1"} from ["--config.train.seed=1"], or from the same in two words."""
     found = {}
     words = iter(rest)
     for word in words:
         name, equals, value = word.partition("=")
         if not name.startswith("--config.") or not takes_config:
-            raise UserError(f"unknown option {word}; see jax-it --help")
-        if not equals and (value := next(words, "")) == "":
+            raise UserError(f"unknown option {word}; see jax-it COMMAND --help")
+        if not equals and (value := next(words, "--")).startswith("--"):
             raise UserError(f"{name} needs a value: {name}=VALUE")
         found[name.removeprefix("--config.")] = value
     return found
 
 
-def _train(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+def _train(options: argparse.Namespace, changes: dict[str, str]) -> None:
     from jax_it import config
     from jax_it.training import train
 
-    train(config.load(options.config, overrides), options.workdir)
+    train(config.load(options.config, changes), options.workdir)
 
 
-def _evaluate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+def _evaluate(options: argparse.Namespace, changes: dict[str, str]) -> None:
     from jax_it.evaluation import examples_text, table
     from jax_it.evaluation.run import evaluate
 
@@ -129,7 +148,7 @@ def _evaluate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         print(examples_text(scored))
 
 
-def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+def _generate(options: argparse.Namespace, changes: dict[str, str]) -> None:
     from jax_it.generate import generate_file, read_prompts
     from jax_it.generation import Sampling
 
@@ -148,15 +167,15 @@ def _generate(options: argparse.Namespace, overrides: dict[str, str]) -> None:
         print(texts[0])
 
 
-def _export(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+def _export(options: argparse.Namespace, changes: dict[str, str]) -> None:
     from jax_it.export import export
 
     step = export(options.workdir, options.output, options.checkpoint, options.dtype)
     print(f"step {step} is in {options.output}, in Transformers format")
 
 
-def _preview(options: argparse.Namespace, overrides: dict[str, str]) -> None:
+def _preview(options: argparse.Namespace, changes: dict[str, str]) -> None:
     from jax_it import config
     from jax_it.preview import preview
 
-    print(preview(config.load(options.config, overrides), options.num))
+    print(preview(config.load(options.config, changes), options.num))

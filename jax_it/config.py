@@ -5,14 +5,11 @@ what it needs. `resolve` turns it into the frozen dataclasses below, which the c
 unknown key, a wrong type or an impossible combination is a `UserError` that names the field.
 """
 
-import ast
 import dataclasses
-import difflib
 import importlib.util
 import math
 import operator
 import re
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +18,7 @@ from typing import Any, Literal
 
 import ml_collections
 
+from jax_it import typed
 from jax_it.errors import UserError
 
 Unit = Literal["steps", "epochs", "examples", "tokens", "%"]
@@ -243,123 +241,23 @@ def load(path: str, overrides: Mapping[str, str] | None = None) -> Config:
     if not isinstance(tree, dict):
         raise UserError(f"{file}: get_config({arg!r}) returned {config!r}, not a config; end it with 'return config'")
     for name, text in (overrides or {}).items():
-        _override(tree, name, text)
+        typed.override(tree, name, text, raw=("model", "architecture"))
     return resolve(tree)
 
 
 def _one_line(error: Exception) -> str:
-    # A KeyError's own text is a quoted one, and ml_collections's suggestions are on a second line.
-    text = error.args[0] if len(error.args) == 1 and isinstance(error.args[0], str) else str(error)
-    return " ".join(text.split())
+    # ml_collections wraps a KeyError, whose own text is in quotes, and suggests a name on a second line.
+    while len(error.args) == 1 and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split())
 
 
 def resolve(tree: Mapping[str, Any]) -> Config:
     """Frozen, type-checked settings from nested dicts. Raises UserError naming the field."""
-    config = _build(Config, tree, "config")
+    config = typed.build(Config, tree, "config")
     _check(config)
     return config
-
-
-def _override(tree: dict[str, Any], name: str, text: str) -> None:
-    """Sets `tree`'s entry at a dotted name; numbers index lists (data.train.0.path)."""
-    *parents, last = re.sub(r"\[(\d+)\]", r".\1", name).split(".")
-    node: Any = tree
-    where = "config"
-    for key in parents:
-        node = _entry(node, key, where)
-        where += f".{key}"
-    if isinstance(node, list):
-        _entry(node, last, where)
-        node[int(last)] = text
-    elif isinstance(node, dict):
-        # An unknown name is refused by `resolve`, which knows the types too, except those of config.json's values.
-        node[last] = _literal(text) if parents[:2] == ["model", "architecture"] else text
-    else:
-        raise UserError(f"{where} has no field {last!r}: it is a single value")
-
-
-def _entry(node: Any, key: str, where: str) -> Any:
-    if not isinstance(node, (dict, list)):
-        raise UserError(f"{where} has no field {key!r}: it is a single value")
-    try:
-        return node[int(key)] if isinstance(node, list) else node[key]
-    except (KeyError, ValueError, IndexError):
-        names = [str(i) for i in range(len(node))] if isinstance(node, list) else list(node)
-        raise UserError(f"{where} has no entry {key!r}{_suggest(key, names)}") from None
-
-
-def _suggest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; it has: {', '.join(known)}" if known else "; it is empty"
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the declared type `kind`. Texts, which the command line gives, are read as the type asks."""
-    if dataclasses.is_dataclass(kind) and kind is not Duration:
-        return _build_dataclass(typing.cast(type, kind), value, where)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value not in args:
-            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
-        return value
-    if origin is types.UnionType:
-        if value is None or (isinstance(value, str) and value.lower() == "none"):
-            return None
-        return _build(args[0], value, where)
-    if origin is tuple:
-        if isinstance(value, str):
-            listed = _literal(value)
-            # One text is a list of one; a Jinja template too may begin with a bracket.
-            value = listed if isinstance(listed, (list, tuple)) else [value] if args[0] is str else value
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: expected a list, got {value!r}")
-        return tuple(_build(args[0], item, f"{where}.{i}") for i, item in enumerate(value))
-    if origin is Mapping:
-        value = _literal(value) if isinstance(value, str) else value
-        if not isinstance(value, Mapping):
-            raise UserError(f"{where}: expected a mapping, got {value!r}")
-        return dict(value)
-    return _build_scalar(kind, value, where)
-
-
-def _build_scalar(kind: type, value: Any, where: str) -> Any:
-    if kind is Duration:
-        return value if isinstance(value, Duration) else Duration.parse(str(value), where)
-    if kind is not str and isinstance(value, str):
-        value = _literal(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise UserError(f"{where}: expected {kind.__name__}, got {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: {value} is not a finite number")
-    return value
-
-
-def _literal(text: str) -> Any:
-    """The value that a text from the command line stands for; the text itself where it is no literal."""
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):  # a TypeError for a list as a key
-        return text
-
-
-def _build_dataclass(kind: type, value: Any, where: str) -> Any:
-    if isinstance(value, kind):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(kind)}
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where}: expected a section with fields, got {value!r}")
-    hints = typing.get_type_hints(kind)
-    for key in value:
-        if key not in hints:
-            raise UserError(f"{where}.{key} is not a setting{_suggest(str(key), list(hints))}")
-    return kind(**{key: _build(hints[key], item, f"{where}.{key}") for key, item in value.items()})
 
 
 _AT_LEAST: dict[str, float] = {
@@ -378,16 +276,15 @@ _BELOW_ONE = ("train.label_smoothing", "train.optimizer.beta1", "train.optimizer
 
 def _check(config: Config) -> None:
     """Refuses values and combinations that cannot work, before anything is read or computed."""
-    value_of = operator.attrgetter
     for name, least in _AT_LEAST.items():
-        if value_of(name)(config) < least:
-            raise UserError(f"config.{name}: {value_of(name)(config)} must be at least {least:g}")
+        if (value := operator.attrgetter(name)(config)) < least:
+            raise UserError(f"config.{name}: {value} must be at least {least:g}")
     for name in _SHARES:
-        if not 0 <= value_of(name)(config) <= 1:
-            raise UserError(f"config.{name}: {value_of(name)(config)} must be in [0, 1]")
+        if not 0 <= (value := operator.attrgetter(name)(config)) <= 1:
+            raise UserError(f"config.{name}: {value} must be in [0, 1]")
     for name in _BELOW_ONE:
-        if not 0 <= value_of(name)(config) < 1:
-            raise UserError(f"config.{name}: {value_of(name)(config)} must be in [0, 1)")
+        if not 0 <= (value := operator.attrgetter(name)(config)) < 1:
+            raise UserError(f"config.{name}: {value} must be in [0, 1)")
     model, data, train, mesh = config.model, config.data, config.train, config.mesh
     if not model.path and not model.architecture:
         raise UserError(
@@ -432,7 +329,7 @@ def _check(config: Config) -> None:
         raise UserError("config.train.duration must be positive and in steps, epochs, examples or tokens")
     best = config.eval.best
     if best != "loss" and not (best in config.eval.metrics and config.eval.generate):
-        raise UserError(f"config.eval.best: {best!r} is not measured; add it to eval.metrics, and keep eval.generate on")
+        raise UserError(f"config.eval.best: {best!r} is not measured; add it to eval.metrics, with eval.generate on")
     sizes = dataclasses.asdict(mesh)
     if sum(size == -1 for size in sizes.values()) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
         raise UserError(f"config.mesh: sizes must be positive, and at most one of them -1; got {sizes}")
@@ -444,13 +341,12 @@ def _check_mixing(data: Data) -> None:
     """Refuses settings of the mixture that `data.mixing` does not read."""
     weighted = [i for i, source in enumerate(data.train) if source.weight != 1]
     if data.mixing != "weights" and weighted:
-        raise UserError(
-            f"config.data.train.{weighted[0]}.weight has no effect with data.mixing={data.mixing!r}; set it to 'weights'"
-        )
+        where = f"config.data.train.{weighted[0]}.weight"
+        raise UserError(f"{where} has no effect with data.mixing={data.mixing!r}; set that to 'weights'")
     if data.mixing == "weights" and not any(source.weight > 0 for source in data.train):
         raise UserError("config.data.mixing='weights' needs a source with a positive weight")
     if data.mixing_temperature <= 0:
         raise UserError(f"config.data.mixing_temperature: {data.mixing_temperature} must be positive")
     for name, default in (("mixing_cap", 0), ("mixing_temperature", 1)):
         if data.mixing != "size" and getattr(data, name) != default:
-            raise UserError(f"config.data.{name} has no effect with data.mixing={data.mixing!r}; set it to 'size'")
+            raise UserError(f"config.data.{name} has no effect with data.mixing={data.mixing!r}; set that to 'size'")

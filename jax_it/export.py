@@ -1,6 +1,7 @@
 """A run's weights as a folder in Transformers format, read back and compared before it is called done."""
 
 import shutil
+import stat
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_it import sharding
+from jax_it.checkpoint import disk_error
 from jax_it.config import Mesh
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
@@ -20,6 +22,7 @@ from jax_it.workdir import Workdir
 
 def export(workdir: str | Path, output: str | Path, checkpoint: str = "latest", dtype: str = "") -> int:
     """Writes a checkpoint of a run to `output`, which must not exist yet. Returns its step."""
+    _check_free(Path(output))
     place = Workdir(Path(workdir))
     config, derived = place.open()
     step = place.choose_step(checkpoint, config.eval.best)
@@ -35,8 +38,7 @@ def save(
 ) -> None:
     """Writes config.json, weights, tokenizer and generation settings: whole or not at all."""
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists already; name another folder, or remove it")
+    _check_free(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
@@ -47,12 +49,27 @@ def save(
         tokenizer.save(part)
         hf.save_generation_settings(extras, part, model)
         _compare(part, model, params)
-        part.chmod(0o755)
+        _share(part)
         part.replace(output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; free space and export again") from error
+    except Exception as error:
+        if not (reason := disk_error(error)):
+            raise
+        raise UserError(f"cannot write {output}: {reason}; free space and export again") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _check_free(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists already; name another folder, or remove it")
+
+
+def _share(folder: Path) -> None:
+    """Gives all of it the permissions of an ordinary new file: tempfile and safetensors keep theirs private."""
+    mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
+    for file in folder.glob("*.*"):
+        file.chmod(mode)
+    folder.chmod(mode | (mode & 0o444) >> 2)  # who may read may enter
 
 
 def _compare(folder: Path, model: Model, params: Params) -> None:
@@ -66,5 +83,5 @@ def _compare(folder: Path, model: Model, params: Params) -> None:
                 layer = np.asarray(jax.device_get(array[i] if weight.stacked else array))
                 shape = weight.tensor_shape(array.shape)
                 written = tensors.read(name, tuple(slice(0, n) for n in shape))
-                if not np.array_equal(weight.restore(layer).astype(written.dtype), written):
+                if weight.restore(layer).astype(written.dtype).tobytes() != written.tobytes():
                     raise UserError(f"{folder}: {name} does not read back as it was written; export again")

@@ -52,11 +52,14 @@ def generate_file(
     sampling: Sampling,
 ) -> list[str]:
     """Writes the rows with their predictions as JSON lines, where an output is named. Returns the predictions."""
+    if output and (Path(output).is_dir() or not Path(output).parent.is_dir()):
+        raise UserError(f"cannot write {output}: it must be a file in a folder that exists")
     model, params, tokenizer = load(model_path)
     texts = generate(model, params, tokenizer, prompts, max_new_tokens, sampling)
     if output:
         lines = (
-            json.dumps({**row, "prediction": text}, ensure_ascii=False) for row, text in zip(rows, texts, strict=True)
+            json.dumps({**row, "prediction": text}, ensure_ascii=False, default=str)  # Parquet has dates
+            for row, text in zip(rows, texts, strict=True)
         )
         try:
             write_atomically(Path(output), "".join(f"{line}\n" for line in lines))

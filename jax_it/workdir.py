@@ -8,20 +8,24 @@ eval/STEP/              metrics.json and predictions.jsonl
 """
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
+import math
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
 from jax_it import config as settings
 from jax_it import sharding
-from jax_it.checkpoint import Checkpoints, abstract, write_atomically
+from jax_it.checkpoint import Checkpoints, abstract, disk_error, write_atomically
 from jax_it.config import Config
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.packing import Layout, Shape
@@ -65,6 +69,32 @@ class Workdir:
     def holds_a_run(self) -> bool:
         return (self.path / "config.json").is_file()
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for one training process. Raises UserError where another one trains in it.
+
+        The lock is the operating system's: it ends with the process, however that ends. A folder that
+        has become no run is left as it was found.
+        """
+        if jax.process_index():  # the first host's lock is that of the run
+            yield
+            return
+        file = self.path / ".lock"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            stream = file.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}; name another --workdir") from error
+        with stream:
+            _lock(stream, self.path)
+            try:
+                yield
+            finally:
+                if not self.holds_a_run():
+                    file.unlink(missing_ok=True)
+                    with suppress(OSError):  # it holds something else
+                        self.path.rmdir()
+
     def create(self, config: Config, derived: Derived, model: Model, tokenizer: tokenizers.Tokenizer) -> None:
         """Makes the folder of a new run; config.json comes last and makes it one."""
         try:
@@ -80,23 +110,31 @@ class Workdir:
                 "versions": {"python": platform.python_version(), **versions},
             }
             write_atomically(self.path / "config.json", saved)
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {self.path}: {error.strerror}; free space or name another --workdir"
-            ) from error
+        except Exception as error:
+            if not (reason := disk_error(error)):
+                raise
+            for part in ("model", "tokenizer"):
+                shutil.rmtree(self.path / part, ignore_errors=True)
+            raise UserError(f"cannot write to {self.path}: {reason}; free space or name another --workdir") from error
 
     def open(self) -> tuple[Config, Derived]:
         """The config of the run in this folder. Raises UserError where there is none."""
         file = self.path / "config.json"
         try:
-            saved = json.loads(file.read_text())
-        except FileNotFoundError:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            derived = saved["derived"]
+            layout = derived.pop("layout")
+            layout = Layout(Shape(*layout.pop("shape")), **layout)
+            return settings.resolve(saved["config"]), Derived(layout=layout, **derived)
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{self.path} holds no run (no config.json); start one with jax-it train") from None
-        except ValueError as error:
-            raise UserError(f"{file} is damaged: {error}") from None
-        layout = saved["derived"].pop("layout")
-        layout = Layout(Shape(*layout.pop("shape")), **layout)
-        return settings.resolve(saved["config"]), Derived(layout=layout, **saved["derived"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{file} is not that of a run, or damaged ({reason}); restore it, or name another --workdir"
+            ) from None
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
 
     def check_same(self, config: Config) -> None:
         """Refuses to go on with another config than the one that the run was started with."""
@@ -115,7 +153,11 @@ class Workdir:
     def model(self, config: Config, derived: Derived) -> Model:
         """The run's model, without weights."""
         file = self.path / "model" / "config.json"
-        return hf.with_tied_head(build(json.loads(file.read_text()), str(file), config.model), derived.tied)
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read ({error}); restore it") from None
+        return hf.with_tied_head(build(values, str(file), config.model), derived.tied)
 
     def checkpoints(self) -> Checkpoints:
         """The run's checkpoints, to read."""
@@ -130,10 +172,10 @@ class Workdir:
 
         def score(step: int) -> float | None:
             try:
-                value = json.loads((self.eval(step) / "metrics.json").read_text())["all"].get(metric)
-            except (FileNotFoundError, ValueError, KeyError):
+                value = float(json.loads((self.eval(step) / "metrics.json").read_text())["all"][metric])
+            except (OSError, ValueError, KeyError, TypeError):
                 return None
-            return None if value is None else (-value if metric == "loss" else value)
+            return None if math.isnan(value) else -value if metric == "loss" else value
 
         return score
 
@@ -147,9 +189,9 @@ class Workdir:
         if which == "best":
             scores = {step: score for step in steps if (score := self.scores(metric)(step)) is not None}
             if not scores:
-                raise UserError(f"no checkpoint of {self.path} has been evaluated; run jax-it eval first")
+                raise UserError(f"no checkpoint of {self.path} has a score ({metric}); run jax-it eval first")
             return max(scores, key=lambda step: scores[step])
-        if not which.isdigit() or int(which) not in steps:
+        if not which.isdecimal() or int(which) not in steps:
             raise UserError(f"--checkpoint {which}: {self.path} has {', '.join(map(str, steps))}, latest and best")
         return int(which)
 
@@ -161,18 +203,24 @@ class Workdir:
         )
 
     def rewind_metrics(self, step: int) -> None:
-        """Drops logged steps after `step`, which a resumed run will take again."""
+        """Drops logged steps after `step`, which a resumed run will take again, and what a kill cut off."""
         if self.metrics.is_file():
-            lines = [line for line in _whole_lines(self.metrics) if json.loads(line)["step"] <= step]
-            write_atomically(self.metrics, "".join(lines))
-        shutil.rmtree(self.tensorboard, ignore_errors=True) if step == 0 else None
+            lines = [line for line in _lines(self.metrics) if _step_of(line) <= step]
+            try:
+                write_atomically(self.metrics, "".join(lines))
+            except OSError as error:
+                raise UserError(
+                    f"cannot write {self.metrics}: {error.strerror}; free space and run the same command"
+                ) from error
+        if step == 0:
+            shutil.rmtree(self.tensorboard, ignore_errors=True)
 
 
 def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
     """The model of a run's newest checkpoint, a Transformers folder or a hub name, over all devices."""
     mesh = sharding.make_mesh(settings.Mesh())
     place = Workdir(Path(path))
-    if place.holds_a_run() and (place.path / "checkpoints").is_dir():
+    if (place.path / "model" / "config.json").is_file():  # a run, and not a model
         config, derived = place.open()
         model = place.model(config, derived)
         params = place.params(model, place.choose_step("latest", ""), mesh, config.model.param_dtype)
@@ -181,12 +229,32 @@ def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
     return model, params, tokenizers.load(str(hf.find_folder(path)))
 
 
-def _whole_lines(file: Path) -> Iterator[str]:
-    """The lines of a JSONL file, without a last one that a kill cut off."""
-    with file.open() as stream:
-        for line in stream:
-            if line.endswith("\n"):
-                yield line
+def _lock(stream: TextIO, folder: Path) -> None:
+    """Locks an open file for this process and writes into it who that is."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()}")
+        stream.flush()
+    except BlockingIOError:
+        stream.seek(0)
+        owner = stream.read() or "another process"
+        raise UserError(f"{owner} trains in {folder}; wait for it or stop it, or name another --workdir") from None
+    except OSError:  # a file system without locks, or a full one, which the next file will tell
+        pass
+
+
+def _lines(file: Path) -> Iterator[str]:
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        yield from stream
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity where it is not whole."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _as_mapping(value: Any) -> Any:

@@ -10,16 +10,18 @@ PACKAGE = Path(__file__).parents[1] / "jax_it"
 
 # Of each module and package of jax_it. "__init__" is the API of the package itself.
 FLOORS = {
-    "errors": -1,  # the ground: `config` imports it too
+    "errors": -2,  # the ground, which all else stands on
+    "typed": -1,
     "config": 0,
     "data": 1, "sharding": 1, "losses": 1, "metrics": 1,
     "models": 2,
     "checkpoint": 3, "generation": 3,
-    "evaluation": 4,
-    "training": 5,
-    "export": 6, "plan": 6, "serving": 6, "report": 6,
-    "cli": 7, "__init__": 7,
-    "__main__": 8,
+    "workdir": 4,
+    "evaluation": 5,
+    "training": 6,
+    "export": 7, "generate": 7, "preview": 7, "plan": 7, "serving": 7, "report": 7,
+    "cli": 8, "__init__": 8,
+    "__main__": 9,
 }  # fmt: skip
 
 FORBIDDEN = {"tensorflow", "torch"}

@@ -32,10 +32,14 @@ def read(
     """The examples of some sources; `only` names the records of each to take, `limit` how many at most.
 
     A record's task is its field "task", or else its source's name. Where a source has several
-    templates, its records take them in turn.
+    templates, its records take them in turn. References without text are left out. Too long a prompt is
+    cut also with truncate="drop": a score over fewer examples would not compare.
     """
-    chosen: list[tuple[str, str, templates.Example]] = []
+    chosen: list[EvalExample] = []
+    places: list[str] = []
+    skipped = 0
     for i, source in enumerate(items):
+        name = sources.name_of(source)
         wanted = None if only is None else set(only[i].tolist())
         taken = 0
         for number, record in enumerate(sources.read(source, f"{where}.{i}")):
@@ -43,26 +47,39 @@ def read(
                 continue
             taken += 1
             example = templates.render(record, source.template[number % len(source.template)])
-            name = sources.name_of(source)
-            task = record.fields.get("task")
+            references = tuple(reference for reference in example.references if reference.strip())
+            if not references:
+                skipped += 1
+                continue
+            id, task = record.fields.get("id"), record.fields.get("task")
             chosen.append(
-                (str(record.fields.get("id", f"{name}/{number}")), task if isinstance(task, str) else name, example)
+                EvalExample(
+                    id=f"{name}/{number}" if id is None else str(id),
+                    task=task if isinstance(task, str) else name,
+                    prompt=example.prompt,
+                    references=references,
+                    source=[],
+                    target=[],
+                )
             )
-    answered = [item for item in chosen if any(reference.strip() for reference in item[2].references)]
-    if not answered:
-        raise UserError(f"{where}: none of {len(chosen)} examples has a reference to compare with")
-    prompts = tokenizer.encode([example.prompt for _, _, example in answered])
-    completions = tokenizer.encode([example.completion for _, _, example in answered])
+            places.append(record.where)
+    if not chosen:
+        raise UserError(f"{where}: none of {skipped} examples has a reference to compare with")
+    prompts = tokenizer.encode([example.prompt for example in chosen])
+    completions = tokenizer.encode([example.references[0] for example in chosen])
     room = data.source_length - 1
+    if data.truncate == "refuse":
+        for place, prompt in zip(places, prompts, strict=True):
+            if len(prompt) > room:
+                raise UserError(
+                    f"{place}: {len(prompt) + 1} source tokens do not fit {data.source_length}; "
+                    "raise config.data.source_length, or choose another config.data.truncate"
+                )
     examples = [
-        EvalExample(
-            id=id,
-            task=task,
-            prompt=example.prompt,
-            references=tuple(reference for reference in example.references if reference.strip()),
+        example._replace(
             source=[*(prompt[-room:] if data.truncate == "start" else prompt[:room]), tokenizer.end],
             target=[*completion[: data.target_length - 1], tokenizer.end],
         )
-        for (id, task, example), prompt, completion in zip(answered, prompts, completions, strict=True)
+        for example, prompt, completion in zip(chosen, prompts, completions, strict=True)
     ]
-    return EvalSet(examples, len(chosen) - len(answered), sum(len(prompt) > room for prompt in prompts))
+    return EvalSet(examples, skipped, sum(len(prompt) > room for prompt in prompts))

@@ -89,7 +89,8 @@ class TrainData:
             self._row(row) if stop_row is None or row < stop_row else []
             for row in range(first, first + self.layout.rows)
         ]
-        padded = -(-len(rows) // part.multiple) * part.multiple
+        multiple = math.lcm(part.multiple, part.count)
+        padded = -(-len(rows) // multiple) * multiple
         shape = self.layout.shape if self.packed else self._longest(rows)
         source = sum(len(example.source) for row in rows for example in row)
         target = sum(len(example.target) for row in rows for example in row)
@@ -151,8 +152,7 @@ class TrainData:
             window = drawn.part(start, start + WINDOW)
             rows = pack(window.source_length, window.target_length, self.layout.shape)
             # Rows come out of the packer sorted by what they hold; training must not see that order.
-            order = np.random.Generator(np.random.PCG64([number, start])).permutation(len(rows))
-            for row in order:
+            for row in self.mixture.shuffled_rows(len(rows), number, start):
                 span = slice(rows.ends[row], rows.ends[row + 1])
                 members.append(rows.members[span] + start)
                 blocks.append(rows.block[span])

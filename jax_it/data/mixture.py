@@ -45,10 +45,13 @@ class Mixture:
         """All examples of an epoch, in order: a pure function of the config, the seed and the number."""
         parts = [self._draw_source(i, number) for i in range(len(self._pools))]
         source, example, template = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        slot = np.arange(len(source))
-        order = np.argsort(_hash(self._seed, slot, number, 1), kind="stable")
+        order = np.argsort(_hash(self._seed, np.arange(len(source)), number, 1), kind="stable")
         source_length, target_length = self._lengths(source, example, template)
         return Drawn(*(array[order] for array in (source, example, template, source_length, target_length)))
+
+    def shuffled_rows(self, rows: int, epoch: int, start: int) -> np.ndarray:
+        """An order of the rows that were packed from the examples of an epoch from `start` on."""
+        return np.argsort(_hash(self._seed, np.arange(start, start + rows), epoch, 0), kind="stable")
 
     def _draw_source(self, i: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A source's share of an epoch: (source, example, template) in the source's own shuffled order."""
@@ -95,8 +98,15 @@ def mix(
     if data.mixing == "weights":
         rates = np.array([source.weight for source in sources])
     else:
-        rates = capped ** (1 / data.mixing_temperature)
-    return Mixture(tokenized, pools, _apportion(rates / rates.sum(), int(capped.sum())), data.seed)
+        rates = (capped / capped.max()) ** (1 / data.mixing_temperature)
+    counts = _apportion(rates / rates.sum(), int(capped.sum()))
+    for source, rate, count in zip(sources, rates, counts, strict=True):
+        if rate and not count:
+            raise UserError(
+                f"data set {source.path}: its share of the mixture is less than one of {counts.sum()} examples; "
+                "raise it, or remove the data set"
+            )
+    return Mixture(tokenized, pools, counts, data.seed)
 
 
 def hold_out(tokenized: Sequence[Tokenized], number: int, seed: int) -> np.ndarray:

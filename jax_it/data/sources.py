@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from jax_it.data import builtin
 from jax_it.errors import UserError
 
 Fields = dict[str, Any]
+
+_BUILTIN = "builtin:instructions"
 
 
 class Record(NamedTuple):
@@ -31,10 +34,10 @@ def read(source: Source, where: str = "config.data") -> Iterator[Record]:
     """The records of a data set, in order. Raises UserError that names the file and the line."""
     count = 0
     for record in _read_all(source, where):
-        if source.limit and count == source.limit:
-            return
         count += 1
         yield record
+        if count == source.limit:
+            return
     if not count:
         raise UserError(f"{source.path} holds no records; remove it from {where} or give it some")
 
@@ -50,14 +53,20 @@ def digest(source: Source, where: str = "config.data") -> str:
         parts.update(repr((source.path, source.split)).encode())
     else:
         for file in _files(source, where):
-            with file.open("rb") as stream:
-                parts.update(hashlib.file_digest(stream, "blake2b").digest())
+            parts.update(_suffix(file).encode())  # commas and tabs are told apart by it
+            try:
+                with file.open("rb") as stream:
+                    parts.update(hashlib.file_digest(stream, "blake2b").digest())
+            except OSError as error:
+                raise UserError(f"{where}: {file} cannot be read: {error.strerror}") from error
     return parts.hexdigest()
 
 
 def _read_all(source: Source, where: str) -> Iterator[Record]:
     kind = _kind(source, where)
     if kind == "builtin":
+        if source.path != _BUILTIN:
+            raise UserError(f"{where}: there is no built-in data set {source.path}; the one there is is {_BUILTIN}")
         for i, fields in enumerate(builtin.records(source.split)):
             yield Record(fields, f"{source.path}, record {i + 1}")
     elif kind == "datasets":
@@ -73,10 +82,15 @@ def _kind(source: Source, where: str) -> str:
         return source.format
     if source.path.startswith("builtin:"):
         return "builtin"
-    path = Path(source.path)
-    if not path.exists() and not glob.glob(source.path):
-        if path.suffix or source.path.startswith((".", "/", "~")):
+    path = Path(source.path).expanduser()
+    if not path.exists() and not _matches(path):
+        if _suffix(path) in _SUFFIXES or source.path.startswith((".", "/", "~")):
             raise UserError(f"{where}: data file {source.path} does not exist")
+        if path.suffix:
+            raise UserError(
+                f"{where}: data file {source.path} does not exist; if it is a data set of the hub, set its "
+                "format to 'datasets'"
+            )
         return "datasets"
     kinds = {_SUFFIXES.get(_suffix(file), "") for file in _files(source, where)}
     if len(kinds) != 1 or "" in kinds:
@@ -92,14 +106,19 @@ def _suffix(file: Path) -> str:
 
 
 def _files(source: Source, where: str) -> list[Path]:
-    path = Path(source.path)
+    path = Path(source.path).expanduser()
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if _suffix(f) in _SUFFIXES)
+        kinds = set(_SUFFIXES.values()) if source.format == "auto" else {source.format}
+        files = sorted(file for file in path.iterdir() if _SUFFIXES.get(_suffix(file)) in kinds)
     else:
-        files = [path] if path.is_file() else sorted(Path(f) for f in glob.glob(source.path))
+        files = [path] if path.is_file() else _matches(path)
     if not files:
         raise UserError(f"{where}: no data file matches {source.path}")
     return files
+
+
+def _matches(pattern: Path) -> list[Path]:
+    return sorted(file for name in glob.glob(str(pattern), recursive=True) if (file := Path(name)).is_file())
 
 
 def _load_dataset(source: Source, where: str) -> Any:
@@ -115,46 +134,97 @@ def _load_dataset(source: Source, where: str) -> Any:
         ) from error
 
 
-def _open(file: Path) -> io.TextIOBase:
-    """A text file, unpacked on the fly where its name says so; undecodable bytes are reported by the reader."""
+def _open(file: Path) -> gzip.GzipFile | io.BufferedReader:
+    """A file's bytes, unpacked on the fly where its name says so."""
     if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8", newline="")
+        return gzip.open(file, "rb")
     if file.suffix == ".zst":
-        import zstandard
+        return io.BufferedReader(_Chunks(_unzstd(file)), 1 << 17)
+    return file.open("rb")
 
-        return zstandard.open(file, "rt", encoding="utf-8", newline="")
-    return file.open(encoding="utf-8", newline="")
+
+def _unzstd(file: Path) -> Iterator[bytes]:
+    """A .zst file unpacked. zstandard's own reader takes a truncated file for a whole one."""
+    import zstandard
+
+    unpacker: Any = None  # of the frame that is being read; a file may hold several
+    packed = b""
+    with file.open("rb") as stream:
+        while packed or (packed := stream.read(1 << 17)):
+            unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                yield unpacker.decompress(packed)
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from error
+            packed = unpacker.unused_data
+            if unpacker.eof:
+                unpacker = None
+    if unpacker is not None:
+        raise EOFError("Compressed file ended before the end of its last frame")
+
+
+class _Chunks(io.RawIOBase):
+    """A stream of the bytes that an iterator yields."""
+
+    def __init__(self, chunks: Iterator[bytes]):
+        self._chunks = chunks
+        self._left = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            if (chunk := next(self._chunks, None)) is None:
+                return 0
+            self._left = memoryview(chunk)
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
 
 
 def _read_text(file: Path, parse: Callable[[io.TextIOBase], Iterator[Record]]) -> Iterator[Record]:
     try:
-        with _open(file) as stream:
-            yield from parse(stream)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
+        # With or without the byte order mark that Excel writes.
+        with _open(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+            yield from parse(text)
+    except UnicodeDecodeError:
+        raise UserError(f"{file}, line {_undecodable(file)}: not UTF-8 text; convert the file to UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read: {error}; restore or remove the file") from error
+
+
+def _undecodable(file: Path) -> int:
+    """The first line that is not UTF-8."""
+    with _open(file) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 0  # the file has changed meanwhile
 
 
 def _read_json(file: Path) -> Iterator[Record]:
     """JSON lines, or one JSON list of records."""
 
     def parse(stream: io.TextIOBase) -> Iterator[Record]:
-        first = stream.read(1)
-        while first.isspace():
-            first = stream.read(1)
-        stream.seek(0)
-        if first == "[":
-            yield from _read_json_list(file, stream)
-            return
+        first = True
         for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield _record(_parse_json(line, f"{file}, line {number}"), f"{file}, line {number}")
+            if not line.strip():
+                continue
+            if first and line.lstrip().startswith("["):
+                yield from _read_json_list(file, "\n" * (number - 1) + line + stream.read())
+                return
+            first = False
+            yield _record(_parse_json(line, f"{file}, line {number}"), f"{file}, line {number}")
 
     return _read_text(file, parse)
 
 
-def _read_json_list(file: Path, stream: io.TextIOBase) -> Iterator[Record]:
+def _read_json_list(file: Path, text: str) -> Iterator[Record]:
     try:
-        records = json.load(stream)
+        records = json.loads(text)
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON: {error}; mend the file") from None
     for i, fields in enumerate(records, 1):
@@ -187,7 +257,8 @@ def _read_csv(file: Path) -> Iterator[Record]:
                     raise UserError(f"{where}: expected {len(reader.fieldnames or ())} columns; mend the line")
                 yield Record(fields, where)
         except csv.Error as error:
-            raise UserError(f"{file}, line {reader.line_num}: not valid CSV ({error}); mend the line") from None
+            where = f"{file}, line {reader.line_num + 1}"  # line_num is where the last whole record ended
+            raise UserError(f"{where}: not valid CSV ({error}); mend the line") from None
 
     return _read_text(file, parse)
 

@@ -5,6 +5,7 @@ completion, as in P3 ("{{question}} ||| {{answer}}"); further parts are further 
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -44,12 +45,22 @@ def render(record: Record, template: str) -> Example:
     """The record's example. Raises UserError naming the record and the field it lacks."""
     make = TEMPLATES.get(template) or _jinja(template)
     try:
-        return make(record.fields)
+        return _check_unicode(make(record.fields))
     except MissingField as error:
         fields = ", ".join(map(str, record.fields)) or "none"
         raise UserError(
             f"{record.where}: {error}, which template {_short(template)} needs; its fields: {fields}"
         ) from None
+
+
+def _check_unicode(example: Example) -> Example:
+    """JSON can spell half of a surrogate pair, which is no character and which tokenizers refuse."""
+    for text in (example.prompt, *example.references):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise MissingField(f"{text[error.start]!r} is half a character: no Unicode text") from None
+    return example
 
 
 def _short(template: str) -> str:
@@ -60,7 +71,7 @@ def _field(fields: Fields, *names: str) -> Any:
     for name in names:
         if fields.get(name) is not None:
             return fields[name]
-    raise MissingField(f"no field {' or '.join(map(repr, names))}")
+    raise MissingField(f"field {' or '.join(map(repr, names))} is missing or null")
 
 
 def _text(value: Any, name: str) -> str:
@@ -95,9 +106,12 @@ _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 def _messages(fields: Fields) -> Example:
     """{messages: [{role, content}]} or ShareGPT's {conversations: [{from, value}]}: one question, one answer."""
+    messages = _field(fields, "messages", "conversations")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise MissingField("no list of messages with role and content")
     turns = []
-    for message in _field(fields, "messages", "conversations"):
-        role = _field(message, "role", "from")
+    for message in messages:
+        role = _text(_field(message, "role", "from"), "role")
         turns.append(Turn(_ROLES.get(role, role), _text(_field(message, "content", "value"), "content")))
     roles = [turn.role for turn in turns]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
@@ -127,12 +141,31 @@ TEMPLATES: dict[str, Callable[[Fields], Example]] = {
 }
 
 
+_BARS = "\0bars\0"  # "|||" in a record's own texts, which must not divide them
+
+
+def _replace(value: Any, old: str, new: str) -> Any:
+    """`value` with a text replaced wherever it holds it."""
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, dict):
+        return {key: _replace(item, old, new) for key, item in value.items()}
+    return [_replace(item, old, new) for item in value] if isinstance(value, list) else value
+
+
+def _refuse_null(value: Any) -> Any:
+    """Jinja would print None as text."""
+    if value is None:
+        raise jinja2.UndefinedError("a value that it prints is null")
+    return value
+
+
 @cache
 def _jinja(text: str) -> Callable[[Fields], Example]:
     if "|||" not in text:
         known = ", ".join(TEMPLATES)
         raise UserError(f"template {_short(text)} is not one of {known}, and no Jinja text with '|||' in it")
-    environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_refuse_null)
     environment.globals["choice"] = environment.filters["choice"] = _choice
     environment.filters["most_frequent"] = _most_frequent
     try:
@@ -142,13 +175,13 @@ def _jinja(text: str) -> Callable[[Fields], Example]:
 
     def make(fields: Fields) -> Example:
         try:
-            prompt, *completions = template.render(**fields).split("|||")
+            rendered = template.render(_replace(fields, "|||", _BARS))
         except jinja2.UndefinedError as error:
             raise MissingField(str(error).replace("' is undefined", "' is missing")) from None
         except Exception as error:  # a template may run any expression on any data
             raise MissingField(f"{type(error).__name__} ({error}) in the fields") from None
-        stripped = [completion.strip() for completion in completions]
-        return _example(prompt.strip(), stripped[:1] + [text for text in stripped[1:] if text], "completion")
+        prompt, *completions = (part.strip().replace(_BARS, "|||") for part in rendered.split("|||"))
+        return _example(prompt, completions[:1] + [text for text in completions[1:] if text], "completion")
 
     return make
 
@@ -160,5 +193,5 @@ def _choice(options: Sequence[Any]) -> Any:
 
 def _most_frequent(items: Sequence[Any]) -> list[Any]:
     """promptsource's filter: the items that occur most often, in order of first occurrence."""
-    counts = {item: list(items).count(item) for item in items}
+    counts = Counter(items)
     return [item for item, count in counts.items() if count == max(counts.values())]

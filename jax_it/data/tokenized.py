@@ -6,7 +6,7 @@ that nothing stale is ever read. A folder is written beside its place and rename
 
 import hashlib
 import json
-import shutil
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +31,7 @@ class Counts:
     examples: int = 0
     empty_completion: int = 0  # dropped: nothing to learn
     too_long: int = 0  # dropped, with truncate="drop"
+    truncated: int = 0  # on either side
     truncated_source: int = 0
     truncated_target: int = 0
     source_tokens: int = 0
@@ -44,11 +45,6 @@ class Counts:
     @property
     def kept(self) -> int:
         return self.examples - self.dropped
-
-    @property
-    def truncated(self) -> int:
-        """An upper bound where an example is cut on both sides."""
-        return max(self.truncated_source, self.truncated_target)
 
 
 @dataclass(frozen=True)
@@ -112,43 +108,49 @@ def _code() -> str:
 
 
 def _write(folder: Path, source: Source, where: str, template: str, data: Data, tokenizer: Tokenizer) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
     try:
-        counts = Counts()
-        ends: tuple[list[int], list[int]] = ([0], [0])
-        with (
-            (part / "source_tokens.bin").open("wb") as source_file,
-            (part / "target_tokens.bin").open("wb") as target_file,
-        ):
-            for pair in _encode(source, where, template, data, tokenizer, counts):
-                for tokens, end, file in zip(pair, ends, (source_file, target_file), strict=True):
-                    file.write(np.asarray(tokens, np.int32).tobytes())
-                    end.append(end[-1] + len(tokens))
-        np.asarray(ends[0], np.int64).tofile(part / "source_ends.bin")
-        np.asarray(ends[1], np.int64).tofile(part / "target_ends.bin")
-        (part / "counts.json").write_text(json.dumps(asdict(counts)))
-        try:
-            part.rename(folder)
-        except OSError:  # another process was faster, with the same content
-            if not (folder / "counts.json").is_file():
-                raise
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder.parent, ignore_cleanup_errors=True) as name:
+            part = Path(name)
+            counts = Counts()
+            _write_tokens(part, _encode(source, where, template, data, tokenizer, counts))
+            (part / "counts.json").write_text(json.dumps(asdict(counts)))
+            try:
+                part.rename(folder)
+            except OSError:  # another process was faster, with the same content
+                if not (folder / "counts.json").is_file():
+                    raise
     except OSError as error:
         raise UserError(
-            f"config.data.cache_dir: cannot write {folder}: {error.strerror}; free space or name another"
+            f"config.data.cache_dir: cannot write {folder}: {error.strerror or error}; free space or name another"
         ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_tokens(folder: Path, pairs: Iterable[tuple[list[int], list[int]]]) -> None:
+    ends: tuple[list[int], list[int]] = ([0], [0])
+    with (folder / "source_tokens.bin").open("wb") as sources, (folder / "target_tokens.bin").open("wb") as targets:
+        for pair in pairs:
+            for tokens, end, file in zip(pair, ends, (sources, targets), strict=True):
+                file.write(np.asarray(tokens, np.int32).tobytes())
+                end.append(end[-1] + len(tokens))
+    np.asarray(ends[0], np.int64).tofile(folder / "source_ends.bin")
+    np.asarray(ends[1], np.int64).tofile(folder / "target_ends.bin")
 
 
 def _open(folder: Path, name: str, template: str) -> Tokenized:
-    counts = Counts(**json.loads((folder / "counts.json").read_text()))
-    arrays = {}
-    for array in _ARRAYS:
-        file = folder / f"{array}.bin"
-        dtype = np.int64 if array.endswith("ends") else np.int32
-        arrays[array] = np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
+    try:
+        counts = Counts(**json.loads((folder / "counts.json").read_text()))
+        arrays = {array: _map(folder / f"{array}.bin", np.int64 if "ends" in array else np.int32) for array in _ARRAYS}
+        whole = all(arrays[f"{side}_ends"][-1] == len(arrays[f"{side}_tokens"]) for side in ("source", "target"))
+    except (OSError, ValueError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"the cached data set {folder} is damaged; remove it, and it is made again")
     return Tokenized(name, template, counts, **arrays)
+
+
+def _map(file: Path, dtype: type[np.integer]) -> np.ndarray:
+    return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
 
 
 def _encode(
@@ -160,7 +162,8 @@ def _encode(
         while chunk := list(islice(records, _CHUNK)):
             examples = [templates.render(record, template) for record in chunk]
             prompts = tokenizer.encode([example.prompt for example in examples])
-            completions = tokenizer.encode([example.completion for example in examples])
+            # Blanks alone are no completion, also where the tokenizer has tokens for them.
+            completions = tokenizer.encode([example.completion.strip() and example.completion for example in examples])
             for record, prompt, completion in zip(chunk, prompts, completions, strict=True):
                 yield _format(prompt, completion, record.where, data, tokenizer, counts)
             bar.update(len(chunk))
@@ -188,6 +191,7 @@ def _format(
         if data.truncate == "drop":
             counts.too_long += 1
             return [], []
+        counts.truncated += 1
         counts.truncated_source += too_long[0]
         counts.truncated_target += too_long[1]
     room = data.source_length - 1
@@ -208,10 +212,10 @@ def _check_limits(item: Tokenized, data: Data) -> None:
         if number / of > getattr(data, limit):
             raise UserError(
                 f"data set {item.name}: {number} of {of} {what}, {number / of:.1%}; mend the data, "
-                f"or allow it with config.data.{limit}={number / of:.3f} or more"
+                f"or allow it with config.data.{limit}={math.ceil(1000 * number / of) / 1000} or more"
             )
     if not counts.kept:
-        raise UserError(f"data set {item.name}: no example is left: {counts.empty_completion} have an empty completion")
+        raise UserError(f"data set {item.name}: no example is left of {counts.examples}: {dropped}")
 
 
 def prompts_and_completions(items: Iterable[Source], where: str) -> Iterator[str]:

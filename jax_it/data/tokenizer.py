@@ -40,7 +40,10 @@ class Tokenizer:
 
     def digest(self) -> str:
         """A hash of everything that decides `encode`."""
-        text = self.backend.backend_tokenizer.to_str() if self.backend.is_fast else repr(self.backend)
+        if self.backend.is_fast:
+            text = self.backend.backend_tokenizer.to_str()
+        else:
+            text = f"{self.backend!r} {sorted(self.backend.get_vocab().items())}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -58,11 +61,15 @@ def load(path: str) -> Tokenizer:
             return _from_sentencepiece(Path(path).read_bytes(), path, extra_ids=100)
         except OSError as error:
             raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from None
+    if path.startswith(("/", ".", "~")) and not Path(path).exists():
+        raise UserError(f"tokenizer {path} does not exist")
     try:
         return Tokenizer(transformers.AutoTokenizer.from_pretrained(path), path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"tokenizer {path!r} could not be loaded: {reason}") from error
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise many types for a file that is not as it should be
+        reason = [*str(error).strip().splitlines(), ""][0]
+        raise UserError(f"tokenizer {path!r} could not be loaded: {type(error).__name__}: {reason}") from error
 
 
 def train(texts: Iterable[str], size: int) -> Tokenizer:
@@ -79,6 +86,7 @@ def train(texts: Iterable[str], size: int) -> Tokenizer:
                 sentence_iterator=iter(lines), model_writer=model, vocab_size=size, hard_vocab_limit=False,
                 model_type="unigram", seed_sentencepieces_file=seeds.name, character_coverage=1.0,
                 pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
+                max_sentence_length=1 << 30,  # bytes; it skips longer lines
             )  # fmt: skip
         except (RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[-1]
@@ -115,6 +123,8 @@ def _from_sentencepiece(model: bytes, source: str, extra_ids: int) -> Tokenizer:
     except DecodeError:
         raise UserError(f"tokenizer {source} is not a SentencePiece model") from None
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM or proto.trainer_spec.byte_fallback:
+        raise UserError(f"tokenizer {source} is no plain unigram model as T5's; give a tokenizer folder")
     if [piece for piece, _ in pieces[:3]] != ["<pad>", "</s>", "<unk>"]:
         raise UserError(f"tokenizer {source} does not begin with <pad>, </s>, <unk> as T5's; give a tokenizer folder")
     sentinels = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]

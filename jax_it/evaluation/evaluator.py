@@ -1,6 +1,7 @@
 """An evaluator holds the examples and what was compiled for them, and scores params as they come."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -84,19 +85,9 @@ class Loss:
         parts = sharding.batch_parts(mesh)
         self._batches = _pack(model, examples, layout, -(-layout.rows // parts) * parts)
 
-        def loss_sum(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
-            hidden_BTD = model.apply(params, batch)
-            return losses.chunked_sum(
-                losses.cross_entropy,
-                model.logits,
-                chunk,
-                model.head(params),
-                hidden_BTD,
-                batch.targets_BT,
-                batch.weights_BT,
-            )
-
-        self._loss_sum = jax.jit(loss_sum, in_shardings=(None, sharding.batch_sharding(mesh)))
+        self._loss_sum = jax.jit(
+            partial(model.loss_sum, losses.cross_entropy, chunk), in_shardings=(None, sharding.batch_sharding(mesh))
+        )
 
     def __call__(self, params: Params) -> float:
         with jax.set_mesh(self._mesh):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_it import losses
 from jax_it.config import Model as ModelConfig
 from jax_it.errors import UserError
 from jax_it.models import t5
@@ -64,6 +65,15 @@ class Model:
     def logits(self, head_VD: jax.Array, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of states [..., D]."""
         return t5.head_logits(self.config, head_VD, hidden)
+
+    def loss_sum(
+        self, loss: losses.TokenLoss, chunk: int, params: Params, batch: Any, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The weighted sum of a batch's token losses and the sum of the weights; see `losses.chunked_sum`."""
+        hidden_BTD = self.apply(params, batch, key)
+        return losses.chunked_sum(
+            loss, self.logits, chunk, self.head(params), hidden_BTD, batch.targets_BT, batch.weights_BT
+        )
 
     def prefill(self, params: Params, source_BS: jax.Array, segments_BS: jax.Array, length: int) -> t5.Cache:
         """The cache for at most `length` target tokens of each source; segment 0 is padding."""

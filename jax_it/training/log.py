@@ -2,18 +2,31 @@
 
 import json
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
-import tensorboardX
 from tqdm import tqdm
 
+from jax_it.errors import UserError
+from jax_it.training.tensorboard import Events
 from jax_it.workdir import Workdir
+
+FLUSH = 30  # seconds between what TensorBoard sees
 
 
 class Log:
+    """What has been logged before `start` stays. Raises UserError where the disk is full."""
+
     def __init__(self, workdir: Workdir, start: int, total: int):
-        self._file = workdir.metrics.open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir.tensorboard), purge_step=start + 1 if start else None)
+        self._workdir = workdir
+        with self._writing():
+            self._file = workdir.metrics.open("a", encoding="utf-8")
+            self._board = Events(workdir.tensorboard)
+            if start:
+                self._board.restart(start + 1)
+        self._flushed = 0.0
         self._total = total
         self._bar = tqdm(total=total, initial=start, desc="training", unit=" steps", disable=None)
 
@@ -22,17 +35,21 @@ class Log:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.close()
-        self._board.close()
-        self._file.close()
+        for file in (self._board, self._file):
+            with suppress(OSError):  # on a full disk: `write` has said so
+                file.close()
 
     def advance(self) -> None:
         self._bar.update()
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        with self._writing():
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+            self._board.scalars(step, values)
+            if time.monotonic() > self._flushed + FLUSH:
+                self._board.flush()
+                self._flushed = time.monotonic()
         shown = {
             "loss": f"{values['loss']:.4f}",
             "tokens/s": f"{values['tokens_per_second']:.0f}",
@@ -47,3 +64,13 @@ class Log:
     def say(self, text: str) -> None:
         """Prints without breaking the progress bar."""
         self._bar.write(text)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self._workdir.path}: {error.strerror}; free space and run the same command, "
+                "which goes on from the last checkpoint"
+            ) from error

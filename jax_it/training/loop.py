@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jax_it import data, evaluation, sharding
+from jax_it import data, evaluation, metrics, sharding
 from jax_it.checkpoint import abstract
 from jax_it.config import Config
 from jax_it.data import tokenizer as tokenizers
@@ -31,12 +31,13 @@ def train(config: Config, workdir: str | Path) -> TrainState:
 
     Raises UserError for whatever the user can mend; what was saved before stays usable.
     """
+    metrics.check(config.eval.metrics)
     place = Workdir(Path(workdir))
-    resuming = place.holds_a_run()
-    if resuming:
-        place.check_same(config)
     mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), place.locked():
+        resuming = place.holds_a_run()
+        if resuming:
+            place.check_same(config)
         tokenizer = place.tokenizer() if resuming else load_tokenizer(config)
         model, params = _load_model(config, place, mesh, resuming)
         check_vocabulary(model, tokenizer)
@@ -60,7 +61,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         part = Part(jax.process_index(), jax.process_count(), parts)
         batches = built.train.read(first, config.train.duration, part)
         throughput = Throughput(peak_flops(mesh.size))
-        with Log(place, first, total) as log, _stop_on_sigterm() as stopping:
+        with Log(place, first, total) as log, _stop_on_sigterm() as stopping, checkpoints:
             print(_summary(model, derived, first), file=sys.stderr)
             if first == 0 and config.eval.at_start and evaluate:
                 log.say(evaluate(0, state.params))
@@ -69,28 +70,26 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                 drawn = next(batches)
                 batch = _place(drawn.batch, mesh)
                 waited = time.perf_counter() - begin
-                state, metrics = step(state, batch)
+                state, measured = step(state, batch)
                 throughput.add(drawn.sizes, _step_flops(model, drawn.sizes, drawn.shape), waited)
                 log.advance()
-                last = number == total
+                last, stop = number == total, stopping()
                 if _due(number, intervals["log"]) or last:
-                    values = {name: float(value) for name, value in metrics.items()}
+                    values = {name: float(value) for name, value in measured.items()}
                     log.write(number, values | throughput.report() | {"skipped": int(state.skipped)})
                     _check_finite(config, state)
-                if _due(number, intervals["checkpoint"]) or last or stopping():
+                if _due(number, intervals["checkpoint"]) or last or stop:
                     checkpoints.save(number, state.params, _without_params(state), {"step": number})
                 if evaluate and (_due(number, intervals["eval"]) or (last and intervals["eval"])):
                     begin = time.perf_counter()
                     log.say(evaluate(number, state.params))
                     throughput.pause(time.perf_counter() - begin)
-                if stopping() and not last:
+                if stop and not last:
                     checkpoints.wait()
                     log.say(
                         f"stopped by SIGTERM after step {number}, which is saved; the same command goes on from there"
                     )
                     break
-        checkpoints.wait()
-        checkpoints.close()
         return state
 
 
@@ -132,7 +131,7 @@ def build_data(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) ->
 def _load_model(config: Config, place: Workdir, mesh: jax.sharding.Mesh, resuming: bool) -> tuple[Model, Any]:
     """The model, and its first weights unless a checkpoint holds later ones."""
     if resuming and place.checkpoints().steps():
-        return place.model(*place.open()), None
+        return place.model(config, place.open()[1]), None
     return hf.load(config.model, mesh, config.train.seed)
 
 

@@ -23,16 +23,6 @@ def token_loss(config: Train) -> losses.TokenLoss:
     return partial(losses.squared_error, scale=config.squared_error_scale, target=config.squared_error_target)
 
 
-def loss_sum(
-    model: Model, loss: losses.TokenLoss, chunk: int, params: Params, batch: Any, key: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of a batch's token losses, and the sum of the weights."""
-    hidden_BTD = model.apply(params, batch, key)
-    return losses.chunked_sum(
-        loss, model.logits, chunk, model.head(params), hidden_BTD, batch.targets_BT, batch.weights_BT
-    )
-
-
 def make_train_step(
     model: Model,
     config: Train,
@@ -46,7 +36,7 @@ def make_train_step(
     Gradients of micro-batches are summed, and divided once by the weight of all of them: the step is
     the same however many parts it is computed in.
     """
-    gradient = jax.value_and_grad(partial(loss_sum, model, token_loss(config), config.loss_chunk), has_aux=True)
+    gradient = jax.value_and_grad(partial(model.loss_sum, token_loss(config), config.loss_chunk), has_aux=True)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step) if model.run.dropout else None

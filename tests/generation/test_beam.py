@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,10 @@ START, END, VOCABULARY, ROWS, LENGTH = 0, 1, 12, 40, 8
 
 
 class Cache(NamedTuple):
-    """That of a chain whose next token depends on the source, the token before the last one, and the last one."""
+    """That of a chain whose next token depends on the source, the token before the last one, and the last one.
+
+    Before the start mark stands a token of the source's own: what a prefilled cache holds.
+    """
 
     logits_RVVV: jax.Array  # of each source, shared by its beams
     before_B: jax.Array
@@ -26,20 +29,24 @@ class Cache(NamedTuple):
 def step(tokens_B: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     sources, rows = cache.logits_RVVV.shape[0], tokens_B.shape[0]
     source_B = jnp.arange(rows) // (rows // sources)
-    before_B = jnp.where(positions_B == 0, START, cache.before_B)
-    return cache.logits_RVVV[source_B, before_B, tokens_B], Cache(cache.logits_RVVV, tokens_B)
+    return cache.logits_RVVV[source_B, cache.before_B, tokens_B], Cache(cache.logits_RVVV, tokens_B)
 
 
 def take_rows(cache: Cache, rows_B: jax.Array) -> Cache:
     return Cache(cache.logits_RVVV, cache.before_B[rows_B])
 
 
+def first_token(logits_VVV: Any) -> Any:
+    """The one before the start mark: any that follows from the chain."""
+    return logits_VVV[START, START].argmax()
+
+
 def search(logits_RVVV: np.ndarray, length: int = LENGTH, step: Callable = step, **settings) -> list[list[int]]:
     """The text of each row, the end mark with it where there is one."""
 
     def run(logits_RVVV: jax.Array) -> jax.Array:
-        rows = logits_RVVV.shape[0]
-        cache = Cache(logits_RVVV, jnp.zeros(rows, jnp.int32))
+        cache = Cache(logits_RVVV, jax.vmap(first_token)(logits_RVVV))
+        rows = len(logits_RVVV)
         return beam_search(
             step, take_rows, cache, rows=rows, length=length, start_token=START, end_token=END, **settings
         )
@@ -75,9 +82,10 @@ def plain_beam_search(
         ended += [(score / number**length_penalty, text) for score, text in candidates[:num_beams] if has_ended(text)]
         ended = sorted(ended, reverse=True)[:num_beams]
         running = [(score, text) for score, text in candidates if not has_ended(text)][:num_beams]
-        hopeless = not running or running[0][0] / number**length_penalty <= ended[-1][0] if ended else False
-        if len(ended) == num_beams and (early_stopping or hopeless):
-            break
+        if len(ended) == num_beams and running:
+            hopeless = running[0][0] / number**length_penalty <= ended[-1][0]
+            if early_stopping or hopeless:
+                break
     return ended[0][1]
 
 
@@ -87,7 +95,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def after(log_probabilities_VVV: np.ndarray, text: list[int]) -> np.ndarray:
-    before, last = [START, START, *text][-2:]
+    before, last = [first_token(log_probabilities_VVV), START, *text][-2:]
     return log_probabilities_VVV[before, last]
 
 
@@ -156,7 +164,7 @@ def test_a_row_alone_gets_the_text_that_it_gets_among_others(chains, early_stopp
 
 
 def test_a_text_of_one_token_is_the_likeliest_token(chains):
-    assert search(chains, 1, num_beams=4) == [[int(chain[START, START].argmax())] for chain in chains]
+    assert search(chains, 1, num_beams=4) == [[int(after(chain, []).argmax())] for chain in chains]
 
 
 def test_the_search_ends_once_every_row_is_closed(chains):

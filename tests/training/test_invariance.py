@@ -39,7 +39,9 @@ def loss_and_gradients(tiny, batch, mesh_config, micro_batches, **train):
         state = jax.device_put(state, shardings)
         step = make_train_step(tiny.model, config, optimizer, schedule, mesh, shardings)
         new, metrics = step(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
-    gradients = jax.tree.map(lambda old, new: np.asarray(old) - np.asarray(new), tiny.params, jax.device_get(new.params))
+    gradients = jax.tree.map(
+        lambda old, new: np.asarray(old) - np.asarray(new), tiny.params, jax.device_get(new.params)
+    )
     return float(metrics["loss"]), gradients
 
 

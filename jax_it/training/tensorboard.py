@@ -1,0 +1,70 @@
+"""Scalars as TensorBoard reads them: protocol buffers in a file of TFRecords.
+
+The messages are those of tensorboard/compat/proto/event.proto and summary.proto. Written here because
+the packages that write them import PyTorch or TensorFlow where they find them, or lose errors in a thread.
+"""
+
+import platform
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class Events:
+    """A new event file in the folder. Its methods raise OSError where the disk is full."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(exist_ok=True)
+        self._file = (folder / f"events.out.tfevents.{time.time():.6f}.{platform.node()}").open("xb")
+        self._write(_text(3, b"brain.Event:2"))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        summary = (_text(1, _text(1, tag.encode()) + struct.pack("<Bf", 0x15, value)) for tag, value in values.items())
+        self._write(b"\x10" + _varint(step) + _text(5, b"".join(summary)))
+
+    def restart(self, step: int) -> None:
+        """Hides what an earlier process has written from this step on."""
+        self._write(b"\x10" + _varint(step) + _text(7, b"\x08\x01"))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, event: bytes) -> None:
+        event = struct.pack("<Bd", 0x09, time.time()) + event
+        length = struct.pack("<Q", len(event))
+        self._file.write(length + _checksum(length) + event + _checksum(event))
+
+
+def _text(field: int, content: bytes) -> bytes:
+    """A field with a length: a text, or a message in the message."""
+    return bytes([field << 3 | 2]) + _varint(len(content)) + content
+
+
+def _varint(number: int) -> bytes:
+    parts = []
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*parts, number])
+
+
+def _checksum(content: bytes) -> bytes:
+    """The masked CRC-32C of a TFRecord."""
+    crc = 0xFFFFFFFF
+    for byte in content:
+        crc = _CRC32C[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def _crc32c_of(byte: int) -> int:
+    for _ in range(8):
+        byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
+    return byte
+
+
+_CRC32C = [_crc32c_of(byte) for byte in range(256)]

@@ -1,0 +1,107 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jax_it import data as chain
+from jax_it.config import Data, Duration, Source
+from jax_it.data.batches import Seq2SeqFormat
+from jax_it.data.loader import WHOLE
+from jax_it.data.packing import Shape
+from jax_it.errors import UserError
+from tests.data.letters import Letters, pairs, write
+
+A = [f"{'abcdefghij'[: 1 + i % 9]} {i}>{'xyz'[: 1 + i % 3]}" for i in range(40)]
+B = [f"say {i}>{i}" for i in range(10)]
+
+
+def settings(folder: Path, **given: Any) -> Data:
+    sources = (
+        Source(path=write(folder / "a.jsonl", pairs(*A))),
+        Source(path=write(folder / "b.jsonl", pairs(*B)), template=("auto", "{{prompt}}? ||| {{completion}}")),
+    )
+    kept = {"source_length": 16, "target_length": 6, "cache_dir": str(folder / "cache"), "max_unknown": 0.5}
+    return Data(train=sources, **{**kept, **given})
+
+
+def build(data: Data, batch_size: int = 16) -> chain.Built:
+    return chain.build(data, Letters(), Seq2SeqFormat(0, 0), batch_size, lambda shape: shape.blocks * shape.source)
+
+
+def trained(built: chain.Built, epochs: int = 1) -> list[str]:
+    """The prompts that a run trains on, in no order."""
+    found = []
+    for step in built.train.read(0, Duration(epochs, "epochs"), WHOLE):
+        for row, segments in zip(step.batch.source_BGS, step.batch.source_segments_BGS, strict=True):
+            found += [Letters().decode(row[segments == segment]) for segment in range(1, segments.max() + 1)]
+    return sorted(found)
+
+
+PROMPTS = sorted(text.split(">")[0] for text in [*A, *B])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_from_files_to_batches_every_example_arrives_once(tmp_path, packing):
+    built = build(settings(tmp_path, packing=packing))
+    assert trained(built) == PROMPTS  # the question mark is unknown to the tokenizer, and is not shown
+    assert built.train.packed == packing
+    rows = built.train.layout
+    assert rows.shape == Shape(1, 16, 6) and rows.rows == 16 if not packing else rows.examples_per_row > 1.5
+
+
+def test_row_lengths_that_are_given_are_taken(tmp_path):
+    built = build(settings(tmp_path, packed_source_length=48, packed_target_length=20))
+    assert built.train.layout.shape == Shape(3, 16, 20) and trained(built) == PROMPTS
+
+
+def test_what_is_held_out_is_evaluated_and_never_trained_on(tmp_path):
+    data = settings(tmp_path, holdout=4)
+    examples = chain.build_eval(data, Letters(), limit=0).examples
+    prompts = {example.prompt.rstrip("?") for example in examples}
+    assert len(prompts) == 8 and {example.task for example in examples} == {"a", "b"}
+    assert prompts.isdisjoint(trained(build(data), epochs=2)) and {*prompts, *trained(build(data))} == set(PROMPTS)
+
+
+def test_held_out_examples_stay_the_same_whatever_else_changes(tmp_path):
+    def held(**given: Any) -> set[str]:
+        return {
+            example.id for example in chain.build_eval(settings(tmp_path, holdout=4, **given), Letters(), 0).examples
+        }
+
+    before = held()
+    assert held(packing=False, mixing="size", source_length=20) == before
+    alone = settings(tmp_path, holdout=4)
+    alone = Data(**{**vars(alone), "train": alone.train[:1]})
+    assert {example.id for example in chain.build_eval(alone, Letters(), 0).examples} == {
+        id for id in before if id.startswith("a/")
+    }
+    assert held(seed=1) != before
+
+
+def test_without_examples_to_evaluate_there_is_no_set(tmp_path):
+    assert chain.build_eval(settings(tmp_path), Letters(), 0) is None
+
+
+def test_the_digest_is_that_of_all_training_data(tmp_path):
+    before = build(settings(tmp_path)).digest
+    assert build(settings(tmp_path, seed=5, source_length=20)).digest == before
+    data = settings(tmp_path)
+    Path(data.train[1].path).write_text(Path(data.train[1].path).read_text().replace("say 0", "say O"))
+    assert chain.digest(data) != before
+    assert chain.digest(Data(**{**vars(data), "train": data.train[::-1]})) != chain.digest(data)
+
+
+def test_what_became_of_each_data_set_is_described(tmp_path):
+    described = chain.describe(build(settings(tmp_path)))
+    assert [(item["name"], item["template"], item["examples"]) for item in described] == [
+        ("a", "auto", 40), ("b", "auto", 10), ("b", "{{prompt}}? ||| {{completion}}", 10),
+    ]  # fmt: skip
+    assert [item["unknown_tokens"] for item in described] == [0, 0, 10]
+
+
+def test_a_fault_in_the_data_names_its_place(tmp_path):
+    data = settings(tmp_path)
+    path = Path(data.train[1].path)
+    path.write_text(path.read_text() + '{"question": "x"}\n')
+    with pytest.raises(UserError, match=rf"^{path}, line 11: none of the fields 'prompt'"):
+        build(data)

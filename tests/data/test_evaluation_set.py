@@ -1,0 +1,102 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jax_it.config import Data, Source
+from jax_it.data import evaluation_set
+from jax_it.data.evaluation_set import EvalSet
+from jax_it.errors import UserError
+from tests.data.letters import END, Letters, ids, pairs, write
+
+RECORDS = [
+    {"id": 17, "task": "maths", "prompt": "one", "completion": "1"},
+    {"id": "x", "prompt": "two", "completion": ["2", "ii", " "]},
+    {"id": None, "task": 5, "prompt": "three", "completion": "3"},
+]
+
+
+def read(*items: Source, limit: int = 0, only: Any = None, **given: Any) -> EvalSet:
+    data = Data(**{"source_length": 8, "target_length": 4, **given})
+    return evaluation_set.read(items, "config.data.eval", data, Letters(), limit, only)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return write(tmp_path / "quiz.jsonl", RECORDS)
+
+
+def test_an_example_has_its_texts_and_its_tokens_with_end_marks(path):
+    found = read(Source(path))
+    assert [example.prompt for example in found.examples] == ["one", "two", "three"]
+    assert [example.references for example in found.examples] == [("1",), ("2", "ii"), ("3",)]
+    assert [example.source for example in found.examples] == [[*ids(text), END] for text in ("one", "two", "three")]
+    assert [example.target for example in found.examples] == [[*ids(text), END] for text in ("1", "2", "3")]
+    assert (found.skipped, found.truncated) == (0, 0)
+
+
+def test_a_task_and_an_id_are_the_record_s_or_else_the_source_s_and_the_number(path):
+    found = read(Source(path), Source(path, name="other"))
+    assert [example.task for example in found.examples] == ["maths", "quiz", "quiz", "maths", "other", "other"]
+    assert [example.id for example in found.examples] == ["17", "x", "quiz/2", "17", "x", "other/2"]
+
+
+@pytest.mark.parametrize("truncate, sources", [("end", ["abcdefg", "abcdefg"]), ("start", ["abcdefg", "bcdefgh"])])
+def test_long_prompts_and_completions_are_cut_as_in_training_and_counted_but_references_stay_whole(
+    tmp_path, truncate, sources
+):
+    found = read(Source(write(tmp_path / "a.jsonl", pairs("abcdefg>xyz", "abcdefgh>xyzw"))), truncate=truncate)
+    assert [example.source for example in found.examples] == [[*ids(text), END] for text in sources]
+    assert [example.target for example in found.examples] == [[*ids("xyz"), END]] * 2
+    assert found.examples[1].references == ("xyzw",) and found.truncated == 1
+    assert found.examples[1].prompt == "abcdefgh"
+
+
+def test_drop_cuts_here_and_refuse_names_the_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", pairs("abc>x", "abcdefgh>x"))
+    assert len(read(Source(path), truncate="drop").examples) == 2
+    with pytest.raises(
+        UserError, match=rf"^{path}, line 2: 9 source tokens do not fit 8; raise config\.data\.source_len"
+    ):
+        read(Source(path), truncate="refuse")
+
+
+def test_examples_without_a_reference_are_skipped_and_counted(tmp_path):
+    records = [
+        *pairs("a>", "b> ", "c>x"),
+        {"prompt": "d", "completion": ["", "y"]},
+        {"prompt": "e", "completion": []},
+    ]
+    found = read(Source(write(tmp_path / "a.jsonl", records)))
+    assert [(example.prompt, example.references) for example in found.examples] == [("c", ("x",)), ("d", ("y",))]
+    assert found.examples[1].target == [*ids("y"), END]  # what the loss is measured on is never the end mark alone
+    assert found.skipped == 3
+    with pytest.raises(UserError, match=r"config\.data\.eval: none of 2 examples has a reference to compare with"):
+        read(Source(write(tmp_path / "b.jsonl", records[:2])))
+
+
+def test_templates_take_turns_by_the_record_s_number(tmp_path):
+    path = write(tmp_path / "a.jsonl", pairs("a>1", "b>2", "c>3", "d>4"))
+    source = Source(path, template=("auto", "{{prompt}}? ||| {{completion}}"))
+    assert [example.prompt for example in read(source).examples] == ["a", "b?", "c", "d?"]
+    only = [np.array([1, 2])]
+    assert [example.prompt for example in read(source, only=only).examples] == ["b?", "c"]
+
+
+def test_only_the_named_records_are_taken_and_a_limit_counts_for_each_source(tmp_path):
+    one = Source(write(tmp_path / "a.jsonl", pairs("a>1", "b>2", "c>3", "d>4")))
+    two = Source(write(tmp_path / "b.jsonl", pairs("e>1", "f>2", "g>3", "h>4")))
+
+    def prompts(**given: Any) -> str:
+        return "".join(example.prompt for example in read(one, two, **given).examples)
+
+    assert prompts() == "abcdefgh" and prompts(limit=1) == "ae" and prompts(limit=3) == "abcefg"
+    only = [np.array([3, 1]), np.array([0])]
+    assert prompts(only=only) == "bde" and prompts(only=only, limit=1) == "be"
+
+
+def test_a_fault_names_its_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", [*pairs("a>1"), {"prompt": "b"}])
+    with pytest.raises(UserError, match=rf"^{path}, line 2: field 'completion' is missing or null"):
+        read(Source(path))

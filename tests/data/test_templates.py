@@ -1,0 +1,236 @@
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jax_it.data.sources import Record
+from jax_it.data.templates import TEMPLATES, Example, Turn, render
+from jax_it.errors import UserError
+
+WHERE = "data/train.jsonl, line 7"
+
+
+def example(template: str, **fields: Any) -> Example:
+    return render(Record(fields, WHERE), template)
+
+
+def refusal(template: str, **fields: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        example(template, **fields)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def pair(prompt: str, *completions: str) -> Example:
+    return Example((Turn("user", prompt), Turn("assistant", completions[0])), completions)
+
+
+USER = {"role": "user", "content": "Hi"}
+ASSISTANT = {"role": "assistant", "content": "Hello"}
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+# By template: what goes in, and what comes out.
+SHAPES: list[tuple[str, dict[str, Any], Example]] = [
+    ("prompt_completion", {"prompt": "a", "completion": "b", "more": 5}, pair("a", "b")),
+    ("prompt_completion", {"prompt": "a", "completion": ["b", "c"]}, pair("a", "b", "c")),
+    ("prompt_completion", {"prompt": "a", "completion": []}, pair("a", "")),
+    ("prompt_completion", {"prompt": " a\n", "completion": ""}, pair(" a\n", "")),
+    ("alpaca", {"instruction": "a", "input": "x", "output": "b"}, pair("a\n\nx", "b")),
+    ("alpaca", {"instruction": "a", "input": "", "output": "b"}, pair("a", "b")),
+    ("alpaca", {"instruction": "a", "input": None, "output": "b"}, pair("a", "b")),
+    ("alpaca", {"instruction": "a", "output": ["b", "c"]}, pair("a", "b", "c")),
+    ("messages", {"messages": [USER, ASSISTANT]}, pair("Hi", "Hello")),
+    (
+        "messages",
+        {"messages": [SYSTEM, USER, ASSISTANT]},
+        Example((Turn("system", "Be kind."), Turn("user", "Hi"), Turn("assistant", "Hello")), ("Hello",)),
+    ),
+    (
+        "messages",
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
+        pair("Hi", "Hello"),
+    ),
+]
+
+
+@pytest.mark.parametrize("template, fields, expected", SHAPES)
+def test_a_template_makes_an_example_of_its_shape(template, fields, expected):
+    assert example(template, **fields) == expected
+
+
+@pytest.mark.parametrize("template, fields, expected", SHAPES)
+def test_auto_takes_the_template_that_fits(template, fields, expected):
+    assert example("auto", **fields) == expected
+
+
+def test_every_template_has_its_shapes_here():
+    assert {template for template, _, _ in SHAPES} | {"auto"} == set(TEMPLATES)
+
+
+def test_a_system_message_stands_before_the_prompt():
+    found = example("messages", messages=[SYSTEM, USER, ASSISTANT])
+    assert (found.prompt, found.completion) == ("Be kind.\n\nHi", "Hello")
+
+
+@pytest.mark.parametrize(
+    "template, fields, message",
+    [
+        ("prompt_completion", {"prompt": "a"}, "field 'completion' is missing or null, which template "
+         "'prompt_completion' needs; its fields: prompt"),
+        ("prompt_completion", {"prompt": None, "completion": "a"}, "field 'prompt' is missing or null"),
+        ("prompt_completion", {"prompt": "a", "completion": 5}, "field 'completion' is int, not the text"),
+        ("prompt_completion", {"prompt": ["a"], "completion": "b"}, "field 'prompt' is list, not the text"),
+        ("prompt_completion", {"prompt": "a", "completion": ["b", None]}, "field 'completion' is NoneType, not"),
+        ("alpaca", {"instruction": "a"}, "field 'output' is missing or null"),
+        ("alpaca", {"instruction": "a", "input": 5, "output": "b"}, "field 'input' is int, not the text"),
+        ("messages", {"text": "a"}, "field 'messages' or 'conversations' is missing or null"),
+        ("messages", {"messages": "Hi"}, "no list of messages with role and content"),
+        ("messages", {"messages": ["Hi"]}, "no list of messages with role and content"),
+        ("messages", {"messages": 5}, "no list of messages with role and content"),
+        ("messages", {"messages": [{"role": "user"}]}, "field 'content' or 'value' is missing or null"),
+        ("messages", {"messages": [{"content": "Hi"}]}, "field 'role' or 'from' is missing or null"),
+        ("messages", {"messages": [{"role": ["user"], "content": "Hi"}]}, "field 'role' is list, not the text"),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "field 'content' is list, not"),
+        ("messages", {"messages": []}, "no single user message and assistant message (its roles: none)"),
+        ("messages", {"messages": [ASSISTANT, USER]}, "no single user message and assistant message (its roles: assis"),
+        ("messages", {"messages": [USER, ASSISTANT] * 2}, "no single user message and assistant message (its roles: "
+         "user, assistant, user, assistant)"),
+        ("auto", {"question": "a", "answer": "b"}, "none of the fields 'prompt', 'instruction', 'messages', "
+         "'conversations', which template 'auto' needs; its fields: question, answer"),
+        ("auto", {}, "none of the fields 'prompt', 'instruction', 'messages', 'conversations', which template 'auto' "
+         "needs; its fields: none"),
+    ],
+)  # fmt: skip
+def test_a_record_of_another_shape_is_refused_with_its_place_the_field_and_those_it_has(template, fields, message):
+    assert refusal(template, **fields).startswith(f"{WHERE}: {message}")
+
+
+def test_half_a_surrogate_pair_is_refused_before_a_tokenizer_fails_on_it():
+    assert example("auto", prompt="\U0001f600", completion="b").prompt == "\U0001f600"
+    for fields in ({"prompt": "\ud83d", "completion": "b"}, {"prompt": "a", "completion": ["b", "\ude00"]}):
+        assert "is half a character: no Unicode text" in refusal("auto", **fields)
+
+
+# Jinja
+
+
+@pytest.mark.parametrize(
+    "template, fields, expected",
+    [
+        ("Q: {{q}} A: ||| {{a}}", {"q": "why", "a": "so"}, pair("Q: why A:", "so")),
+        ("{{q}}|||{{a}}", {"q": " x ", "a": "\ny\n"}, pair("x", "y")),
+        ("{{q}} ||| {{a}} ||| {{b}}", {"q": "x", "a": "y", "b": "z"}, pair("x", "y", "z")),
+        ("{{q}} ||| {{a | join(' ||| ')}}", {"q": "x", "a": ["y", "z", ""]}, pair("x", "y", "z")),
+        ("{{q}} ||| {{a | join(' ||| ')}}", {"q": "x", "a": []}, pair("x", "")),
+        ("{{q}} ||| ", {"q": "x"}, pair("x", "")),
+        ("{{q}} {% if a %} ||| {{a}} {% endif %}", {"q": "x", "a": ""}, pair("x", "")),
+        ("{{q.text[0]}} ||| {{q['n'] + 1}}", {"q": {"text": ["x"], "n": 1}}, pair("x", "2")),
+        ("{{q}} ||| {{['no', 'yes'][label]}}", {"q": "x", "label": 1}, pair("x", "yes")),
+        ("{{q}} ||| {{a or 'none'}}", {"q": "x", "a": None}, pair("x", "none")),
+        ("{% if c is defined %}{{c}}{% endif %}{{q}} ||| b", {"q": "x"}, pair("x", "b")),
+        ("{{self_}} ||| {{loop}}", {"self_": "x", "loop": "y"}, pair("x", "y")),
+        ("<b>{{q}}</b> ||| {{a}}", {"q": "x & y", "a": "<z>"}, pair("<b>x & y</b>", "<z>")),
+    ],
+)
+def test_bars_divide_a_jinja_text_into_the_prompt_and_its_references(template, fields, expected):
+    assert example(template, **fields) == expected
+
+
+def test_bars_in_a_record_s_own_texts_divide_nothing():
+    found = example("{{q}} ||| {{a | join(' ||| ')}}", q="x ||| y", a=["1 ||| 2", "|||"])
+    assert found == pair("x ||| y", "1 ||| 2", "|||")
+    found = example("{% for row in rows %}{{row.text}}{% endfor %} ||| b", rows=[{"text": "||||"}, {"text": "c"}])
+    assert found == pair("||||c", "b")
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{{q}} ||| {{answer}}", "'answer' is missing"),
+        ("{{q}} ||| {{a.text}}", "'str object' has no attribute 'text'"),
+        ("{{q}} ||| {{n}}", "a value that it prints is null"),
+        ("{{q}} ||| {{1 / 0}}", "ZeroDivisionError (division by zero) in the fields"),
+        ("{{q + 1}} ||| {{a}}", "TypeError (can only concatenate str"),
+    ],
+)
+def test_an_absent_field_is_refused_with_its_place_and_the_fields_there_are(template, message):
+    found = refusal(template, q="x", a="y", n=None)
+    assert found.startswith(f"{WHERE}: {message}")
+    assert found.endswith(f", which template {template!r} needs; its fields: q, a, n")
+
+
+def test_a_long_template_is_shortened_in_messages():
+    assert "which template '" + "x" * 57 + "...' needs" in refusal("x" * 100 + "{{q}} ||| {{a}}")
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{{q} ||| {{a}}", "is not valid Jinja: unexpected '}'"),
+        ("{% if q %} ||| {{a}}", "is not valid Jinja: Unexpected end of template"),
+        ("{{q | shout}} ||| {{a}}", "is not valid Jinja: No filter named 'shout'"),
+        ("alpacca", "is not one of auto, prompt_completion, alpaca, messages, and no Jinja text with '|||' in it"),
+        (
+            "{{q}} || {{a}}",
+            "is not one of auto, prompt_completion, alpaca, messages, and no Jinja text with '|||' in it",
+        ),
+    ],
+)
+def test_a_text_that_is_no_template_is_refused(template, message):
+    assert refusal(template, q="x", a="y").startswith(f"template {template!r} {message}")
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "q.__class__", "q.__class__.__mro__", "''.__class__.__base__.__subclasses__()", "'%s' % q.__class__",
+        "choice.__globals__", "self.__init__.__globals__", "range(10 ** 9) | list",
+    ],
+)  # fmt: skip
+def test_a_template_does_not_reach_python(expression):
+    assert refusal("{{" + expression + "}} ||| b", q=["x"]).startswith(f"{WHERE}: ")
+
+
+def test_a_template_changes_its_own_copy_of_a_record_alone():
+    fields = {"q": ["x"], "d": {"a": [0]}}
+    template = "{% set _ = q.append('y') %}{% set _ = d.a.append(1) %}{{q | join}} ||| {{d.a | join}}"
+    assert [example(template, **fields) for _ in range(2)] == [pair("xy", "01")] * 2
+    assert fields == {"q": ["x"], "d": {"a": [0]}}
+
+
+@pytest.mark.parametrize(
+    "items, expected",
+    [(["b", "a", "b"], "b"), (["b", "a"], "b,a"), (["a", "b", "b", "a", "c"], "a,b"), ([], ""), ([1, 1, 2], "1")],
+)
+def test_most_frequent_gives_what_occurs_most_in_the_order_of_first_occurrence(items, expected):
+    assert example("q ||| {{items_ | most_frequent | join(',')}}", items_=items).completion == expected
+
+
+def test_choice_depends_on_its_options_alone_and_uses_all_of_them():
+    def drawn(options: list[Any]) -> str:
+        return example("{{choice(options)}} ||| {{options | choice}}", options=options).prompt
+
+    lists = [[f"{i}{letter}" for letter in "abc"] for i in range(60)]
+    before = [drawn(options) for options in lists]
+    random.seed(5)
+    assert [drawn(options) for options in lists] == before
+    counts = Counter(text[-1] for text in before)
+    assert set(counts) == set("abc") and min(counts.values()) > 8
+    found = example("{{choice(options)}} ||| {{options | choice}}", options=["x", "y", "z"])
+    assert found.prompt == found.completion
+    code = (
+        "from jax_it.data.sources import Record\nfrom jax_it.data.templates import render\n"
+        f"for options in {lists!r}: print(render(Record({{'o': options}}, ''), '{{{{choice(o)}}}} ||| b').prompt)"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "3"}
+    root = Path(__file__).parents[2]
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=root, text=True).split() == before
+
+
+def test_choice_among_nothing_is_refused():
+    assert refusal("{{choice([])}} ||| b").startswith(f"{WHERE}: IndexError (")

@@ -1,0 +1,333 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jax_it.config import Data, Source
+from jax_it.data import sources, templates, tokenized
+from jax_it.data.tokenized import Tokenized, tokenize
+from jax_it.errors import UserError
+from tests.data.letters import END, UNKNOWN, Letters, ids, pairs, write
+
+LENIENT = {"max_dropped": 1.0, "max_truncated": 1.0, "max_unknown": 1.0}
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def read(item: Tokenized) -> list[tuple[list[int], list[int]]]:
+    return [(item.source(i).tolist(), item.target(i).tolist()) for i in range(item.counts.examples)]
+
+
+def run(path: str, cache: Path, tokenizer: Letters | None = None, **settings: Any) -> Tokenized:
+    given = {"source_length": 8, "target_length": 4, "cache_dir": str(cache), **LENIENT, **settings}
+    (item,) = tokenize(Source(path), "config.data.train.0", Data(**given), tokenizer or Letters())
+    return item
+
+
+def refusal(path: str, cache: Path, **settings: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        run(path, cache, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def marked(prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    return [*ids(prompt), END], [*ids(completion), END]
+
+
+# Tokens
+
+
+@pytest.mark.parametrize(
+    "truncate, expected",
+    [
+        ("end", [("abc", "xy"), ("abcdefg", "xyz"), ("abcdefg", "xyz"), ("abcdefg", "x"), ("ab", "xyz"), ("", "x")]),
+        ("start", [("abc", "xy"), ("abcdefg", "xyz"), ("bcdefgh", "xyz"), ("cdefghi", "x"), ("ab", "xyz"), ("", "x")]),
+        ("drop", [("abc", "xy"), ("abcdefg", "xyz"), None, None, None, ("", "x")]),
+    ],
+)
+def test_both_sides_end_with_their_mark_and_are_cut_as_the_config_says(tmp_path, cache, truncate, expected):
+    records = pairs("abc>xy", "abcdefg>xyz", "abcdefgh>xyz", "abcdefghi>x", "ab>xyzw", ">x")
+    item = run(write(tmp_path / "a.jsonl", records), cache, truncate=truncate)
+    assert read(item) == [marked(*pair) if pair else ([], []) for pair in expected]
+    assert item.source_lengths.tolist() == [len(pair[0]) + 1 if pair else 0 for pair in expected]
+    assert item.target_lengths.tolist() == [len(pair[1]) + 1 if pair else 0 for pair in expected]
+    assert item.source(0).dtype == item.target(0).dtype == np.int32
+
+
+def test_refuse_names_the_first_line_that_does_not_fit(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", pairs("abc>xy", "abcdefgh>x", "abcdefghi>x"))
+    assert refusal(path, cache, truncate="refuse") == (
+        f"{path}, line 2: 9 source and 2 target tokens do not fit 8 and 4; raise them, or choose another "
+        "config.data.truncate"
+    )
+    assert run(path, cache, truncate="refuse", source_length=10).counts.kept == 3
+
+
+def test_everything_is_counted(tmp_path, cache):
+    records = pairs("abc>xy", "ab>", "ab>  ", "abcdefgh>xyzw", "abcdefgh>x", "Ab>Xyzw", "A>")
+    item = run(write(tmp_path / "a.jsonl", records), cache)
+    counts = item.counts
+    assert asdict(counts) == {
+        "examples": 7,
+        "empty_completion": 3,
+        "too_long": 0,
+        "truncated": 3,
+        "truncated_source": 2,
+        "truncated_target": 2,
+        "source_tokens": 3 + 2 + 2 + 8 + 8 + 2 + 1 + 7,
+        "target_tokens": 2 + 0 + 0 + 4 + 1 + 4 + 0 + 7,
+        "unknown_tokens": 3,
+    }
+    assert (counts.dropped, counts.kept) == (3, 4)
+    assert read(item)[1] == read(item)[2] == read(item)[6] == ([], [])
+    counts = run(write(tmp_path / "a.jsonl", records), cache, truncate="drop").counts
+    assert (counts.empty_completion, counts.too_long, counts.truncated, counts.kept) == (3, 3, 0, 1)
+
+
+def test_blanks_alone_are_no_completion_and_are_kept_within_one(tmp_path, cache):
+    item = run(write(tmp_path / "a.jsonl", pairs("a> ", "a> b ", "a>\n\t")), cache)
+    assert read(item) == [([], []), marked("a", " b "), ([], [])]
+
+
+def test_an_example_counts_once_where_both_its_sides_are_cut(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", pairs("abcdefgh>x", "a>xyzw", "a>x", "a>x"))
+    assert run(path, cache).counts.truncated == 2
+    assert "2 of 4 examples truncated" in refusal(path, cache, max_truncated=0.4)
+
+
+def test_a_source_is_tokenised_under_each_of_its_templates(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", [{"q": "ab", "a": "c"}, {"q": "b", "a": ""}])
+    source = Source(path, template=("{{q}} ||| {{a}}", "{{a}} ||| {{q}}"))
+    one, two = tokenize(source, "", Data(cache_dir=str(cache), **LENIENT), Letters())
+    assert read(one) == [marked("ab", "c"), ([], [])] and read(two) == [marked("c", "ab"), marked("", "b")]
+    assert (one.template, two.template) == source.template
+    assert tokenized.eligible([one]).tolist() == [0] and tokenized.eligible([two]).tolist() == [0, 1]
+    assert tokenized.eligible([one, two]).tolist() == [0]
+
+
+def test_many_records_keep_their_order_and_their_places(tmp_path, cache):
+    records = [{"prompt": str(i), "completion": str(i % 7)} for i in range(2345)]
+    item = run(write(tmp_path / "a.jsonl", records), cache)
+    assert read(item) == [marked(str(i), str(i % 7)) for i in range(2345)]
+
+
+def test_texts_for_training_a_tokenizer_are_those_of_all_sources_and_templates(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"q": "ab", "a": "c"}])
+    other = write(tmp_path / "b.jsonl", pairs("x>y"))
+    items = (Source(path, template=("{{q}} ||| {{a}}", "Q ||| {{q}}")), Source(other))
+    assert list(tokenized.prompts_and_completions(items, "")) == ["ab", "c", "Q", "ab", "x", "y"]
+
+
+# Limits
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"max_dropped": 0.3}, "1 of 3 examples dropped (1 with an empty completion, 0 too long), 33.3%; mend the "
+         "data, or allow it with config.data.max_dropped=0.334 or more"),
+        ({"truncate": "drop", "max_dropped": 0.5}, "2 of 3 examples dropped (1 with an empty completion, 1 too long)"),
+        ({"max_truncated": 0.3}, "1 of 3 examples truncated, 33.3%; mend the data, or allow it with config.data"),
+        ({"max_unknown": 0.05}, "1 of 19 tokens unknown to the tokenizer, 5.3%; mend the data, or allow it with "
+         "config.data.max_unknown=0.053 or more"),
+    ],
+)  # fmt: skip
+def test_a_share_above_its_limit_is_refused_with_the_setting_that_allows_it(tmp_path, cache, settings, message):
+    path = write(tmp_path / "a.jsonl", pairs("ab>", "Abcdefgh>x", "a>x"))
+    for _ in range(2):  # also when it comes from the cache
+        assert refusal(path, cache, **settings).startswith(f"data set a: {message}")
+
+
+def test_the_share_that_a_refusal_names_is_enough(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", pairs("a>", "a>", "ABC>x", "a>x", "a>x", "a>x", "a>x"))
+    for limit in ("max_dropped", "max_unknown"):
+        named = float(refusal(path, cache, **{limit: 0.0}).split(f"config.data.{limit}=")[1].split()[0])
+        assert run(path, cache, **{limit: named}).counts.kept == 5
+
+
+def test_a_data_set_of_which_nothing_is_left_is_refused_whatever_the_limits(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", pairs("a>", "abcdefgh>x"))
+    expected = "data set a: no example is left of 2: 1 with an empty completion, 1 too long"
+    assert refusal(path, cache, truncate="drop") == expected
+
+
+# The cache
+
+
+def folders(cache: Path) -> set[str]:
+    return {path.name for path in cache.iterdir()}
+
+
+def test_what_was_tokenised_once_is_read_from_the_cache(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", pairs("abc>xy", "b>z"))
+    tokenizer = Letters()
+    first = run(path, cache, tokenizer)
+    assert tokenizer.encoded == 4
+    os.utime(path, (1, 1))
+    renamed = shutil.copy(path, tmp_path / "b.jsonl")
+    for again in (run(path, cache, tokenizer), run(str(renamed), cache, tokenizer)):
+        assert read(again) == read(first) and again.counts == first.counts
+    assert tokenizer.encoded == 4 and len(folders(cache)) == 1
+    assert isinstance(first.source_tokens, np.memmap)
+
+
+def test_limits_are_no_part_of_the_key(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", pairs("abc>xy"))
+    for settings in ({"max_dropped": 0.1}, {"max_unknown": 0.2}, {"seed": 5}, {"packing": False}):
+        run(path, cache, **settings)
+    assert len(folders(cache)) == 1
+
+
+def test_whatever_decides_the_tokens_makes_another_cache(tmp_path, cache, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "abc", "completion": "xy", "instruction": "abc", "output": "xy"}])
+    run(path, cache)
+    known = folders(cache)
+
+    def renewed() -> bool:
+        nonlocal known
+        before, known = known, folders(cache)
+        return len(known - before) == 1
+
+    for settings in (
+        {"source_length": 9}, {"target_length": 5}, {"truncate": "start"}, {"truncate": "drop"},
+        {"tokenizer": Letters("others")},
+    ):  # fmt: skip
+        run(path, cache, **settings)
+        assert renewed(), settings
+    base = {"source_length": 8, "target_length": 4, "cache_dir": str(cache), **LENIENT}
+    for source in (
+        Source(path, template=("alpaca",)),
+        Source(path, template=("{{prompt}} ||| x",)),
+        Source(path, limit=1),
+    ):
+        tokenize(source, "", Data(**base), Letters())
+        assert renewed(), source
+    monkeypatch.setattr(tokenized, "_code", lambda: "other code")
+    run(path, cache)
+    assert renewed()
+    Path(path).write_text(Path(path).read_text().replace('"xy"', '"xz"', 1))
+    assert read(run(path, cache)) == [marked("abc", "xz")] and renewed()
+
+
+def test_a_failure_halfway_leaves_nothing_behind(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", pairs("abc>xy"))
+    Path(path).write_text(Path(path).read_text() + "{broken")
+    assert "line 2: not valid JSON" in refusal(path, cache)
+    assert folders(cache) == set()
+
+
+KILLED = """
+import os, signal, sys
+from jax_it.config import Data, Source
+from jax_it.data import tokenized
+from tests.data.letters import Letters
+write = tokenized._write_tokens
+def die(folder, pairs):
+    write(folder, pairs)
+    os.kill(os.getpid(), signal.SIGKILL)
+tokenized._write_tokens = die
+tokenized.tokenize(Source(sys.argv[1]), "", Data(source_length=8, target_length=4, cache_dir=sys.argv[2]), Letters())
+"""
+
+
+def test_what_a_killed_process_left_is_not_used(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", pairs("abc>xy"))
+    root = Path(__file__).parents[2]
+    killed = subprocess.run([sys.executable, "-c", KILLED, path, str(cache)], cwd=root, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = folders(cache)
+    assert left.startswith(".part-")
+    tokenizer = Letters()
+    assert read(run(path, cache, tokenizer)) == [marked("abc", "xy")] and tokenizer.encoded == 2
+
+
+def test_two_that_build_the_same_cache_at_once_both_succeed(tmp_path, cache, monkeypatch):
+    path = write(tmp_path / "a.jsonl", pairs("abc>xy", "b>z"))
+    both, write_tokens = threading.Barrier(2, timeout=20), tokenized._write_tokens
+
+    def write_together(folder: Path, pairs: Iterator[Any]) -> None:
+        write_tokens(folder, pairs)
+        both.wait()
+
+    monkeypatch.setattr(tokenized, "_write_tokens", write_together)
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda: found.append(read(run(path, cache)))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[marked("abc", "xy"), marked("b", "z")]] * 2
+    assert len(folders(cache)) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_refused_with_its_setting(tmp_path, cache, monkeypatch):
+    path = write(tmp_path / "a.jsonl", pairs("abc>xy"))
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert refusal(path, blocked).startswith(f"config.data.cache_dir: cannot write {blocked}/")
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(13, "Read-only file system")
+
+    with monkeypatch.context() as patch:  # the mode of a folder means nothing to root, who may run the tests
+        patch.setattr("tempfile.mkdtemp", refuse)
+        assert refusal(path, cache).endswith(": Read-only file system; free space or name another")
+
+    def full(folder: Path, pairs: Any) -> None:
+        (folder / "source_tokens.bin").write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tokenized, "_write_tokens", full)
+    assert refusal(path, cache).endswith(": No space left on device; free space or name another")
+    assert folders(cache) == set()
+
+
+@pytest.mark.parametrize("damage", ["cut", "odd", "gone", "json"])
+def test_a_damaged_cache_is_refused_with_the_remedy(tmp_path, cache, damage):
+    path = write(tmp_path / "a.jsonl", pairs("abc>xy"))
+    run(path, cache)
+    (folder,) = cache.iterdir()
+    file = folder / ("counts.json" if damage == "json" else "source_tokens.bin")
+    content = file.read_bytes()
+    file.write_bytes(content[: {"cut": -4, "odd": -1, "gone": 0, "json": -1}[damage]])
+    if damage == "gone":
+        file.unlink()
+    assert refusal(path, cache) == f"the cached data set {folder} is damaged; remove it, and it is made again"
+    shutil.rmtree(folder)
+    assert read(run(path, cache)) == [marked("abc", "xy")]
+
+
+# The whole chain, against the slow and plain way to do it.
+
+
+def test_tokens_are_those_of_templates_and_tokenizer_applied_one_by_one(tmp_path, cache):
+    rng = np.random.default_rng(0)
+    words = ["abc", "de", "F", "g", "hijkl"]
+    records = [
+        {"q": " ".join(rng.choice(words, rng.integers(0, 9))), "a": " ".join(rng.choice(words, rng.integers(0, 4)))}
+        for _ in range(200)
+    ]
+    path = write(tmp_path / "a.jsonl", records)
+    template, tokenizer = "Do: {{q}} ||| {{a}}", Letters()
+    data = Data(source_length=16, target_length=6, cache_dir=str(cache), **LENIENT)
+    (item,) = tokenize(Source(path, template=(template,)), "", data, tokenizer)
+    expected, unknown = [], 0
+    for record in sources.read(Source(path)):
+        example = templates.render(record, template)
+        (prompt,), (completion,) = tokenizer.encode([example.prompt]), tokenizer.encode([example.completion])
+        unknown += [*prompt, *completion].count(UNKNOWN)
+        expected.append(([*prompt[:15], END], [*completion[:5], END]) if completion else ([], []))
+    assert read(item) == expected and item.counts.unknown_tokens == unknown > 0

@@ -1,0 +1,74 @@
+"""A disk that is full: what was there stays, one line says what to do, and the same command then goes on."""
+
+import resource
+import shutil
+from contextlib import contextmanager
+
+import pytest
+
+from jax_it.errors import UserError
+from jax_it.evaluation import Scored, results
+from jax_it.training.log import Log
+from jax_it.workdir import Workdir
+from tests.tiny_run import STEPS, copy, fails, losses, start, write_rows
+
+
+@contextmanager
+def room_for(size):
+    """Within it no file can grow over so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_the_run_goes_on_from_it(config, finished, tmp_path):
+    run = copy(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / str(STEPS))
+    full = start("train", "--config", config, "--workdir", run, limit=20_000)
+    output = full.communicate()[0]
+    assert full.returncode == 2, output
+    last = output.splitlines()[-1]
+    assert last.startswith(f"jax-it train: could not save a checkpoint to {run}/checkpoints: File too large; ")
+    assert last.endswith("run the same command, which goes on from step 9")
+    assert "Traceback" not in output
+    assert Workdir(run).checkpoints().steps() == [9]
+    done = start("train", "--config", config, "--workdir", run)
+    output = done.communicate()[0]
+    assert done.returncode == 0 and "steps 10 to 12" in output, output
+    assert losses(run) == losses(finished)
+    assert sorted(file.name for file in (run / "checkpoints").iterdir()) == ["12", "9"]
+
+
+def test_a_new_run_that_does_not_fit_leaves_no_folder(capfd, config, tmp_path):
+    run = tmp_path / "run"
+    with room_for(2000):
+        line = fails(capfd, "train", "--config", config, "--workdir", run)
+    assert f"cannot write to {run}: File too large; free space or name another --workdir" in line
+    assert not run.exists()
+
+
+def test_an_export_that_does_not_fit_leaves_no_folder(capfd, finished, tmp_path):
+    for size in (1000, 20_000):  # too small for the weights, and for the tokenizer alone
+        with room_for(size):
+            line = fails(capfd, "export", "--workdir", finished, "--output", tmp_path / "out")
+        assert f"cannot write {tmp_path}/out: File too large; free space and export again" in line
+        assert not list(tmp_path.iterdir())
+
+
+def test_predictions_that_do_not_fit_leave_those_that_were_there(tmp_path):
+    scored = Scored({"all": {"loss": 1.0, "n": 1.0}}, [{"id": "1", "prediction": "word " * 1000}])
+    write_rows(tmp_path / "predictions.jsonl", [{"id": "old"}])
+    with room_for(1000), pytest.raises(UserError, match=r"cannot write .*: File too large; free space and evaluate"):
+        results.write(tmp_path, scored)
+    assert [file.name for file in tmp_path.iterdir()] == ["predictions.jsonl"]
+    assert "old" in (tmp_path / "predictions.jsonl").read_text()
+
+
+def test_a_log_that_does_not_fit_says_so(tmp_path):
+    with pytest.raises(UserError) as error, Log(Workdir(tmp_path), 0, 9) as log, room_for(100):
+        log.write(1, {"loss": 1.0, "tokens_per_second": 2.0, "mfu": 0.5, "learning_rate": 0.125, "grad_norm": 0.25})
+    line = str(error.value)
+    assert f"cannot write to {tmp_path}: File too large; free space and run the same command" in line

@@ -1,0 +1,161 @@
+"""A run that is stopped anywhere, by anything, goes on with the same command and repeats the losses bit for bit."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from jax_it import config as settings
+from jax_it import evaluation, training
+from jax_it.config import Mesh
+from jax_it.sharding import make_mesh
+from jax_it.workdir import Workdir
+from tests.tiny_run import STEPS, copy, losses, start, succeeds
+
+
+def wait_for(process, run, pattern):
+    """Returns when a file that fits the pattern is in the run's folder."""
+    while not any(run.glob(pattern)):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.0005)
+
+
+def stop(process, how=signal.SIGKILL):
+    """Its output."""
+    process.send_signal(how)
+    return process.communicate()[0]
+
+
+def finish(config, run):
+    """The output of the command that takes the run to its end."""
+    process = start("train", "--config", config, "--workdir", run)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def weights(run):
+    place = Workdir(run)
+    config, derived = place.open()
+    model = place.model(config, derived)
+    return place.params(model, STEPS, make_mesh(Mesh(data=1), jax.devices()[:1]), config.model.param_dtype)
+
+
+def assert_same_run(run, reference):
+    assert losses(run) == losses(reference)
+    kept = sorted(file.name for file in (run / "checkpoints").iterdir())
+    assert kept == sorted(file.name for file in (reference / "checkpoints").iterdir())
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), weights(run), weights(reference)))
+    leftovers = [file for file in run.rglob("*") if "tmp" in file.name or file.name.endswith(".part")]
+    assert not leftovers
+
+
+def test_a_run_that_is_stopped_again_and_again_is_the_run_that_was_not(config, finished, tmp_path):
+    run = tmp_path / "run"
+
+    process = start("train", "--config", config, "--workdir", run)
+    wait_for(process, run, "model/*")  # the folder is being made, or has just become a run
+    time.sleep(random.Random(0).uniform(0, 0.02))
+    stop(process)
+
+    process = start("train", "--config", config, "--workdir", run)
+    assert f"steps 1 to {STEPS}" in process.stdout.readline()  # the first step is being compiled
+    output = stop(process, signal.SIGTERM)
+    saved = len(losses(run))
+    assert f"stopped by SIGTERM after step {saved}, which is saved; the same command goes on from there" in output
+    assert Workdir(run).checkpoints().steps()[-1] == saved < STEPS
+
+    process = start("train", "--config", config, "--workdir", run)
+    wait_for(process, run, "checkpoints/*tmp*")  # a checkpoint is being written
+    assert f"steps {saved + 1} to {STEPS}" in stop(process)
+
+    finish(config, run)
+    assert_same_run(run, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_a_run_that_is_killed_at_any_time_is_the_run_that_was_not(config, finished, tmp_path, seed):
+    run = tmp_path / "run"
+    begin = time.monotonic()
+    finish(config, tmp_path / "timed")
+    length = time.monotonic() - begin
+    moments = random.Random(seed)
+    for _ in range(4):
+        process = start("train", "--config", config, "--workdir", run)
+        time.sleep(moments.uniform(0.3, 1) * length)
+        stop(process)
+    finish(config, run)
+    assert_same_run(run, finished)
+
+
+def test_sigterm_during_an_evaluation_saves_the_step_that_it_says(config, tmp_path, monkeypatch, capfd):
+    """It comes after that step's turn to save: one more step is taken."""
+
+    class Evaluator:
+        def __init__(self, *arguments):
+            pass
+
+        def __call__(self, params):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return evaluation.Scored({"all": {"loss": 1.0, "n": 1.0}}, [])
+
+    def step(state, batch):
+        return replace(state, step=state.step + 1), {"loss": 0.0, "grad_norm": 0.0, "learning_rate": 0.0}
+
+    monkeypatch.setattr(evaluation, "Evaluator", Evaluator)
+    monkeypatch.setattr(training.loop, "make_train_step", lambda *arguments: step)
+    run = tmp_path / "run"
+    training.train(settings.load(str(config), {"eval.every": "4 steps"}), run)
+    assert "stopped by SIGTERM after step 5, which is saved" in capfd.readouterr().out
+    assert Workdir(run).checkpoints().steps() == [3, 5]
+    assert [line["step"] for line in losses(run)] == [1, 2, 3, 4, 5]
+
+
+def test_the_log_has_each_step_once_even_where_a_kill_cut_a_line(config, finished, tmp_path):
+    run = copy(finished, tmp_path / "run")
+    log = run / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    Workdir(run).rewind_metrics(STEPS)
+    assert log.read_text() == "".join(lines)
+    for torn in (lines[-1][:-1], lines[-1][:30], '{"step": 10', "\0\0\0\0", '"step"\n', "[]\n"):
+        log.write_text("".join(lines[:9]) + torn)
+        Workdir(run).rewind_metrics(9)
+        assert log.read_text() == "".join(lines[:9])
+    Workdir(run).rewind_metrics(0)
+    assert log.read_text() == "" and not (run / "tensorboard").exists()
+
+
+@pytest.mark.slow
+def test_a_second_process_on_the_same_folder_is_refused_and_harms_nothing(config, finished, tmp_path):
+    run = tmp_path / "run"
+    processes = [start("train", "--config", config, "--workdir", run) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert sorted(codes) == [0, 2], outputs
+    refused, winner = codes.index(2), processes[codes.index(0)]
+    assert outputs[refused].startswith(f"jax-it train: process {winner.pid} on ")
+    assert outputs[refused].endswith(f"trains in {run}; wait for it or stop it, or name another --workdir\n")
+    assert_same_run(run, finished)
+
+
+def test_a_run_goes_on_on_another_mesh_and_back_with_the_same_losses(config, finished, tmp_path, capfd):
+    """On 1 device up to step 9, on 8 at step 10, and on 1 again for the rest."""
+    run = copy(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "12")
+    layout = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    keep = ("--config.train.checkpoint_every=1 steps", "--config.train.keep=9")
+    succeeds(capfd, "train", "--config", config, "--workdir", run, *layout, *keep)
+    assert Workdir(run).checkpoints().steps() == [9, 10, 11, 12]
+    for step in ("11", "12"):
+        shutil.rmtree(run / "checkpoints" / step)
+    assert "1 cpu device(s), steps 11 to 12" in finish(config, run)
+    for line, other in zip(losses(run), losses(finished), strict=True):
+        for name in ("step", "loss", "grad_norm", "learning_rate", "examples", "tokens"):
+            assert line[name] == pytest.approx(other[name], rel=1e-5), (line["step"], name)

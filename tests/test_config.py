@@ -1,0 +1,448 @@
+import ast
+import dataclasses
+import json
+import math
+import re
+import shlex
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_collections
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jax_it import config as settings
+from jax_it.config import Config, Duration, Rates
+from jax_it.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    """The smallest config that resolves, as `resolve` takes it, with changes such as train__seed=1."""
+    made: dict[str, Any] = {"model": {"path": "some/model"}, "data": {"train": [{"path": "train.jsonl"}]}}
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        node: Any = made
+        for key in parents:
+            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+        node[last] = value
+    return made
+
+
+def refusal(**changes: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        settings.resolve(tree(**changes))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.py"
+    path.write_text(
+        "from jax_it import config as defaults\n"
+        "def get_config(arg=''):\n"
+        "    config = defaults.default()\n"
+        "    config.model.path = arg or 'some/model'\n"
+        "    config.data.train = [{'path': 'a.jsonl'}, {'path': 'b.jsonl', 'limit': 3}]\n"
+        "    return config\n"
+    )
+    return path
+
+
+# Types
+
+
+def leaves(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every setting and its declared type, found without the code under test."""
+    for name, hint in typing.get_type_hints(kind).items():
+        path = f"{prefix}__{name}".removeprefix("__")
+        if dataclasses.is_dataclass(hint) and hint is not Duration:
+            yield path, hint
+            yield from leaves(typing.cast(type, hint), path)
+        elif typing.get_origin(hint) is tuple and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+            yield path, hint
+            yield from leaves(typing.get_args(hint)[0], f"{path}__0")
+        else:
+            yield path, hint
+
+
+LEAVES = dict(leaves(Config, ""))
+
+
+def wrong_values(hint: Any) -> list[Any]:
+    origin = typing.get_origin(hint)
+    if hint is Duration:
+        return ["soon", [], None, "-1 steps", {}]
+    if origin is Literal:
+        return ["nonsense", 5, None]
+    if origin is tuple:
+        return [5, {"a": 1}, None, [None]]
+    if origin is Mapping or dataclasses.is_dataclass(hint):
+        return [5, "text", [1], None]
+    if origin is types.UnionType:
+        return ["text", True, math.inf]
+    return {
+        str: [5, None, ["text"], True],
+        int: ["text", 1.5, None, True, "1.5", [1]],
+        float: ["text", None, True, math.nan, math.inf, "1e999"],
+        bool: ["maybe", 1, 0, None, "1"],
+    }[hint]
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_a_value_of_the_wrong_type_is_refused_with_the_name_of_the_field(name):
+    full = settings.to_dict(Config(data=settings.Data((settings.Source(),), (settings.Source(),))))
+    for value in wrong_values(LEAVES[name]):
+        changed = json.loads(json.dumps(full))
+        *parents, last = name.split("__")
+        node = changed
+        for key in parents:
+            node = node[int(key) if key.isdigit() else key]
+        node[last] = value
+        with pytest.raises(UserError, match=re.escape(f"config.{name.replace('__', '.')}")):
+            settings.resolve(changed)
+
+
+def test_every_setting_has_a_section_a_type_and_a_default():
+    assert len(LEAVES) > 80
+    # A source is the only thing whose fields a default config does not show.
+    shown = [name for name in LEAVES if "__0" not in name]
+    default = settings.default()
+    for name in shown:
+        node = default
+        for key in name.split("__"):
+            node = node[key]
+
+
+def test_whole_numbers_stand_for_floats_and_whole_floats_for_ints():
+    config = settings.resolve(tree(train__clip=2, train__batch_size=1e2))
+    assert (config.train.clip, config.train.batch_size) == (2.0, 100)
+    assert type(config.train.clip) is float and type(config.train.batch_size) is int
+
+
+def test_dataclasses_are_checked_like_dicts():
+    made = tree(data__train=[settings.Source(path="a.jsonl", weight=typing.cast(Any, "much"))])
+    with pytest.raises(UserError, match=r"config\.data\.train\.0\.weight: expected float, got 'much'"):
+        settings.resolve(made)
+    with pytest.raises(UserError, match=r"config\.data: expected a section with fields"):
+        settings.resolve({"data": settings.Model()})
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train__lerning_rate": 1}, "config.train.lerning_rate is not a setting; it has: duration, batch_size"),
+        ({"train__batchsize": 1}, "config.train.batchsize is not a setting; did you mean 'batch_size'?"),
+        ({"trian": {}}, "config.trian is not a setting; did you mean 'train'?"),
+        ({"data__train__0__tempalte": "auto"}, "config.data.train.0.tempalte is not a setting; did you mean 'temp"),
+        ({"train__optimizer__beta_1": 1}, "config.train.optimizer.beta_1 is not a setting; did you mean 'beta1'?"),
+        ({"model__5": 1}, "config.model.5 is not a setting; it has: path, pretrained"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_is_refused_with_a_suggestion(changes, message):
+    assert refusal(**changes).startswith(message)
+
+
+def test_a_choice_that_does_not_exist_is_refused_with_those_that_do():
+    assert refusal(train__loss="l2") == "config.train.loss: 'l2' is not one of 'cross_entropy', 'squared_error'"
+
+
+# Overrides
+
+
+@pytest.mark.parametrize(
+    "name, text, read, value",
+    [
+        ("train.seed", "7", lambda c: c.train.seed, 7),
+        ("train.batch_size", "1e3", lambda c: c.train.batch_size, 1000),
+        ("train.optimizer.learning_rate", "3e-4", lambda c: c.train.optimizer.learning_rate, 3e-4),
+        ("train.optimizer.name", "lion", lambda c: c.train.optimizer.name, "lion"),
+        ("train.duration", "200", lambda c: c.train.duration, Duration(200, "steps")),
+        ("train.duration", "2 epochs", lambda c: c.train.duration, Duration(2, "epochs")),
+        ("eval.every", "", lambda c: c.eval.every, Duration(0, "steps")),
+        ("model.pretrained", "false", lambda c: c.model.pretrained, False),
+        ("eval.at_start", "True", lambda c: c.eval.at_start, True),
+        ("model.dropout", "0.1", lambda c: c.model.dropout, 0.1),
+        ("model.dropout", "None", lambda c: c.model.dropout, None),
+        ("model.path", "123", lambda c: c.model.path, "123"),
+        ("mesh.fsdp", "-1", lambda c: (c.mesh.fsdp, c.mesh.data), (-1, 1)),
+        ("data.train.0.path", "c.jsonl", lambda c: [s.path for s in c.data.train], ["c.jsonl", "b.jsonl"]),
+        ("data.train[1].path", "c.jsonl", lambda c: [s.path for s in c.data.train], ["a.jsonl", "c.jsonl"]),
+        ("data.train.1.limit", "5", lambda c: c.data.train[1].limit, 5),
+        ("data.train.0.template", "alpaca", lambda c: c.data.train[0].template, ("alpaca",)),
+        ("data.train.0.template", "['alpaca', 'auto']", lambda c: c.data.train[0].template, ("alpaca", "auto")),
+        ("data.train.0.template", "[{{a}}] ||| {{b}}", lambda c: c.data.train[0].template, ("[{{a}}] ||| {{b}}",)),
+        ("data.train.0.template", "({{a}}) ||| {{b}}", lambda c: c.data.train[0].template, ("({{a}}) ||| {{b}}",)),
+        ("data.train", "[{'path': 'c.jsonl'}]", lambda c: [s.path for s in c.data.train], ["c.jsonl"]),
+        ("eval.metrics", "('bleu', 'chrf')", lambda c: c.eval.metrics, ("bleu", "chrf")),
+        ("eval.metrics", "bleu", lambda c: c.eval.metrics, ("bleu",)),
+        ("model.architecture", "{'d_model': 8}", lambda c: c.model.architecture, {"d_model": 8}),
+        ("model.architecture.d_model", "8", lambda c: c.model.architecture, {"d_model": 8}),
+        ("model.architecture.model_type", "t5", lambda c: c.model.architecture, {"model_type": "t5"}),
+        ("model.architecture.is_decoder", "false", lambda c: c.model.architecture, {"is_decoder": False}),
+    ],
+)  # fmt: skip
+def test_an_override_is_read_as_its_field_s_type_asks(file, name, text, read, value):
+    overrides = {name: text}
+    if name == "mesh.fsdp":
+        overrides["mesh.data"] = "1"
+    found = read(settings.load(str(file), overrides))
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("train.sede", "7", "config.train.sede is not a setting; did you mean 'seed'?"),
+        ("trian.seed", "7", "config has no entry 'trian'; did you mean 'train'?"),
+        ("train.seed", "x", "config.train.seed: expected int, got 'x'"),
+        ("train.seed.deep", "7", "config.train.seed has no field 'deep': it is a single value"),
+        ("train.batch_size.deep.er", "7", "config.train.batch_size has no field 'deep': it is a single value"),
+        ("model.path.deep.er", "7", "config.model.path has no field 'deep': it is a single value"),
+        ("data.train.2.path", "x", "config.data.train has no entry '2'; it has: 0, 1"),
+        ("data.train.first.path", "x", "config.data.train has no entry 'first'; it has: 0, 1"),
+        ("data.eval.0.path", "x", "config.data.eval has no entry '0'; it is empty"),
+        ("data.train", "c.jsonl", "config.data.train: expected a list, got 'c.jsonl'"),
+        ("data.train.0", "c.jsonl", "config.data.train.0: expected a section with fields, got 'c.jsonl'"),
+        ("model.architecture", "{[]: 1}", "config.model.architecture: expected a mapping, got '{[]: 1}'"),
+        ("", "x", "config. is not a setting"),
+    ],
+)
+def test_an_override_that_does_not_fit_is_refused_with_the_name_of_the_field(file, name, text, message):
+    with pytest.raises(UserError) as caught:
+        settings.load(str(file), {name: text})
+    assert str(caught.value).startswith(message)
+
+
+# Durations
+
+RATES = Rates(epoch_steps=12.5, step_examples=8, step_tokens=1000)
+
+
+@pytest.mark.parametrize(
+    "text, steps",
+    [
+        ("200 steps", 200), ("1 step", 1), ("200", 200), (" 200  steps ", 200), ("200steps", 200), ("0.5 steps", 1),
+        ("2 epochs", 25), ("1 epoch", 13), ("0.5 epochs", 7), ("1e-1 epochs", 2),
+        ("16 examples", 2), ("17 examples", 3), ("1 example", 1), ("1e2 examples", 13), ("1e+2 examples", 13),
+        ("5000 tokens", 5), ("5001 tokens", 6),
+        ("5%", 10), ("5 %", 10), ("100%", 200), ("0.1%", 1),
+        ("", 0), ("0", 0), ("0 epochs", 0), ("0%", 0),
+    ],
+)  # fmt: skip
+def test_a_duration_is_steps_rounded_up(text, steps):
+    assert Duration.parse(text, "here").steps(RATES, total_steps=200) == steps
+
+
+@pytest.mark.parametrize("value", [3, 3.0, "3", Duration(3, "steps")])
+def test_a_bare_number_means_steps(value):
+    assert settings.resolve(tree(train__duration=value)).train.duration == Duration(3, "steps")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["soon", "-1 steps", "3 weeks", "steps", "1.2.3 steps", ".", "nan", "inf", "1e999 steps", "3 epochs 2", "1 e"],
+)
+def test_a_text_that_is_no_duration_is_refused_with_examples(text):
+    with pytest.raises(UserError, match=r"^here: .* is not a duration; write for example '200 steps', '3 epochs'"):
+        Duration.parse(text, "here")
+
+
+@given(st.floats(1e-6, 1e15), st.sampled_from(typing.get_args(settings.Unit)))
+def test_a_duration_s_text_gives_it_back_to_the_last_digit(value, unit):
+    assert Duration.parse(str(Duration(value, unit)), "") == Duration(value, unit)
+
+
+@pytest.mark.parametrize("text", ["1234567 steps", "123456789 tokens", "3 epochs", "0.123456789 epochs", "5%", ""])
+def test_a_duration_is_saved_as_it_was_written(text):
+    assert str(Duration.parse(text, "")) == text
+
+
+# Combinations
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model__path": ""}, "config.model.path is empty"),
+        ({"model__path": "", "model__architecture": {"a": 1}}, "config.model.pretrained needs config.model.path"),
+        ({"model__path": "", "model__architecture": {"a": 1}, "model__pretrained": False}, "config.model.tokenizer is"),
+        ({"model__tokenizer": "train"}, "config.model.tokenizer_size goes with config.model.tokenizer='train'"),
+        ({"model__tokenizer_size": 100}, "config.model.tokenizer_size goes with config.model.tokenizer='train'"),
+        ({"model__tokenizer": "train", "model__tokenizer_size": -1}, "config.model.tokenizer_size: -1 must be at"),
+        ({"model__dropout": 1.0}, "config.model.dropout: 1.0 must be in [0, 1)"),
+        ({"data__train": []}, "config.data.train is empty"),
+        ({"data__train__0__path": ""}, "config.data.train.0.path is empty"),
+        ({"data__train__0__template": []}, "config.data.train.0.template is empty"),
+        ({"data__train__0__limit": -1}, "config.data.train.0: weight and limit must not be negative"),
+        ({"data__eval": [{"path": ""}]}, "config.data.eval.0.path is empty"),
+        ({"data__eval": [{"path": "x"}], "data__holdout": 5}, "config.data.holdout and config.data.eval exclude"),
+        ({"data__holdout": -1}, "config.data.holdout: -1 must be at least 0"),
+        ({"data__source_length": 1}, "config.data.source_length: 1 must be at least 2"),
+        ({"data__target_length": 1}, "config.data.target_length: 1 must be at least 2"),
+        ({"data__mixing": "weights", "data__train__0__weight": 0}, "config.data.mixing='weights' needs a source with"),
+        ({"data__train__0__weight": 2}, "config.data.train.0.weight has no effect with data.mixing='all'"),
+        ({"data__mixing": "size", "data__train__0__weight": 2}, "config.data.train.0.weight has no effect with"),
+        ({"data__mixing": "size", "data__mixing_temperature": 0}, "config.data.mixing_temperature: 0.0 must be"),
+        ({"data__mixing_cap": 5}, "config.data.mixing_cap has no effect with data.mixing='all'; set that to 'size'"),
+        ({"data__mixing": "weights", "data__mixing_temperature": 2}, "config.data.mixing_temperature has no effect"),
+        ({"data__packed_source_length": 1024}, "config.data.packed_source_length and packed_target_length are given"),
+        ({"data__packed_source_length": 256, "data__packed_target_length": 128}, "config.data.packed_source_length: 2"),
+        ({"data__packed_source_length": 512, "data__packed_target_length": 64}, "config.data.packed_target_length: 64"),
+        ({"data__packed_source_length": 600, "data__packed_target_length": 128}, "config.data.packed_source_length: 6"),
+        ({"data__max_truncated": 1.5}, "config.data.max_truncated: 1.5 must be in [0, 1]"),
+        ({"train__duration": ""}, "config.train.duration must be positive"),
+        ({"train__duration": "5%"}, "config.train.duration must be positive and in steps, epochs, examples or tokens"),
+        ({"train__batch_size": 0}, "config.train.batch_size: 0 must be at least 1"),
+        ({"train__label_smoothing": 1.0}, "config.train.label_smoothing: 1.0 must be in [0, 1)"),
+        ({"train__optimizer__beta2": 1.0}, "config.train.optimizer.beta2: 1.0 must be in [0, 1)"),
+        ({"train__optimizer__final_rate": -0.1}, "config.train.optimizer.final_rate: -0.1 must be in [0, 1]"),
+        ({"train__keep": 0}, "config.train.keep: 0 must be at least 1"),
+        ({"eval__best": "rougel"}, "config.eval.best: 'rougel' is not measured; add it to eval.metrics"),
+        ({"eval__best": "rougeL", "eval__generate": False}, "config.eval.best: 'rougeL' is not measured"),
+        ({"mesh__fsdp": -1}, "config.mesh: sizes must be positive, and at most one of them -1"),
+        ({"mesh__tensor": 0}, "config.mesh: sizes must be positive"),
+        ({"mesh__context": 2}, "config.mesh.context: only 1 is supported for now"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_read(changes, message):
+    assert refusal(**changes).startswith(message)
+
+
+# Saving
+
+
+def test_a_config_comes_back_from_json_as_it_was():
+    made = tree(
+        model__architecture={"d_model": 8, "feed_forward_proj": "gated-gelu", "eos_token_id": [1]},
+        model__dropout=0.05,
+        data__train=[{"path": "a", "template": ["auto", "{{a}} ||| {{b}}"], "weight": 2.5}, {"path": "b"}],
+        data__mixing="weights",
+        train__duration="1234567 examples",
+        train__optimizer={"warmup": "1001 steps", "decay": "12.5%", "learning_rate": 1 / 3},
+        eval__every="0 epochs",
+        eval__metrics=["bleu"],
+    )
+    config = settings.resolve(made)
+    assert settings.resolve(json.loads(json.dumps(settings.to_dict(config)))) == config
+
+
+def test_the_defaults_come_back_from_a_configdict_as_they_are():
+    default = settings.default()
+    default.model.path = "some/model"
+    default.data.train = [ml_collections.ConfigDict({"path": "a.jsonl"})]
+    config = settings.resolve(settings.to_dict(default))
+    expected = Config(settings.Model(path="some/model"), settings.Data(train=(settings.Source(path="a.jsonl"),)))
+    assert config == expected
+
+
+# Config files
+
+
+def test_a_config_file_s_argument_follows_a_colon(file):
+    assert settings.load(f"{file}:other/model").model.path == "other/model"
+    assert settings.load(str(file)).model.path == "some/model"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("def get_config(", "config file {file} does not run: SyntaxError: '(' was never closed"),
+        ("import no_such_module", "config file {file} does not run: ModuleNotFoundError: No module named 'no_such_mod"),
+        ("x = 1", "config file {file} has no get_config(arg='')"),
+        ("def get_config(): pass", "{file}: get_config('') failed: TypeError: get_config() takes 0 positional"),
+        ("def get_config(arg): pass", "{file}: get_config('') returned None, not a config; end it with 'ret"),
+        ("def get_config(arg): return 1 / 0", "{file}: get_config('') failed: ZeroDivisionError: division by zero"),
+        ("def get_config(arg): raise ValueError", "{file}: get_config('') failed: ValueError: "),
+        (
+            "from jax_it import config\ndef get_config(arg): config.default().trian.seed = 1",
+            "{file}: get_config('') failed: AttributeError: 'trian' Did you mean \"train\" instead of \"trian\"?",
+        ),
+        (
+            "from jax_it import config\ndef get_config(arg):\n c = config.default()\n c.trian = 1\n return c",
+            "config.trian is not a setting; did you mean 'train'?",
+        ),
+        (
+            "from jax_it import config\ndef get_config(arg):\n c = config.default()\n c.train.seed = 'x'\n return c",
+            "config.train.seed: expected int, got 'x'",
+        ),
+    ],
+)  # fmt: skip
+def test_a_config_file_that_does_not_work_is_one_clear_line(tmp_path, content, message):
+    file = tmp_path / "broken.py"
+    file.write_text(content)
+    with pytest.raises(UserError) as caught:
+        settings.load(str(file))
+    assert str(caught.value).startswith(message.format(file=file)) and "\n" not in str(caught.value)
+
+
+def test_a_config_file_that_is_absent_or_no_python_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config file .*/absent\.py does not exist"):
+        settings.load(f"{tmp_path}/absent.py:arg")
+    (tmp_path / "config.yaml").write_text("a: 1")
+    with pytest.raises(UserError, match=r"config file .*/config\.yaml is not Python; its name must end in \.py"):
+        settings.load(f"{tmp_path}/config.yaml")
+
+
+def test_a_file_may_set_durations_as_numbers_and_sections_as_plain_dicts(tmp_path):
+    file = tmp_path / "plain.py"
+    file.write_text(
+        "def get_config(arg=''):\n"
+        "    return {'model': {'path': 'some/model'}, 'train': {'duration': 100, 'log_every': 5},\n"
+        "            'data': {'train': ({'path': 'a.jsonl'},)}}\n"
+    )
+    config = settings.load(str(file), {"train.seed": "3"})
+    assert (str(config.train.duration), str(config.train.log_every), config.train.seed) == ("100 steps", "5 steps", 3)
+    file.write_text(
+        "from jax_it import config as defaults\n"
+        "def get_config(arg=''):\n"
+        "    config = defaults.default()\n"
+        "    config.model.path = 'some/model'\n"
+        "    config.data.train = [{'path': 'a.jsonl'}]\n"
+        "    config.train.duration = 100\n"
+        "    return config\n"
+    )
+    assert str(settings.load(str(file)).train.duration) == "100 steps"
+
+
+# The recipes
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_recipe_resolves_and_its_docstring_holds_commands_that_do_too(file):
+    settings.load(str(file))
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    commands = re.findall(r"^ *(jax-it train .*)", text.replace("\\\n", ""), re.M)
+    assert commands, f"{file} names no command 'jax-it train --config configs/{file.name} --workdir …'"
+    for command in commands:
+        words = shlex.split(command)
+        assert words[2] == "--config" and words[3].split(":")[0] == f"configs/{file.name}" and "--workdir" in words
+        overrides = [word.removeprefix("--config.").split("=", 1) for word in words if word.startswith("--config.")]
+        settings.load(f"{ROOT}/{words[3]}", dict(overrides))
+
+
+@pytest.mark.parametrize("arg, pretrained", [("", True), ("random", False)])
+def test_the_t0_recipe_starts_from_a_checkpoint_or_from_random_weights(arg, pretrained):
+    model = settings.load(f"{ROOT}/configs/t0_t5_small.py:{arg}").model
+    assert model.pretrained == pretrained and bool(model.path) == pretrained
+    assert bool(model.architecture) != pretrained
+
+
+def test_an_argument_that_a_recipe_does_not_know_is_refused():
+    with pytest.raises(UserError, match=r"get_config\('rnd'\) failed: ValueError: the argument may be 'random'"):
+        settings.load(f"{ROOT}/configs/t0_t5_small.py:rnd")
+    with pytest.raises(UserError, match=r"get_config\('many'\) failed: ValueError: invalid literal for int"):
+        settings.load(f"{ROOT}/configs/flan_t5_xl.py:many")
+
+
+def test_the_recipe_for_flan_t5_xl_holds_to_its_description():
+    train = settings.load(f"{ROOT}/configs/flan_t5_xl.py:4").train
+    assert (str(train.duration), train.batch_size, str(train.optimizer.warmup)) == ("3 epochs", 64, "500 steps")
+    assert (train.optimizer.name, train.optimizer.weight_decay) == ("adamw", 0.01)

@@ -1,0 +1,97 @@
+"""Whole runs on the built-in data with a very small model."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jax_it import config as settings
+from jax_it.config import resolve
+from jax_it.training import train
+from jax_it.workdir import Workdir
+
+TINY = {"model_type": "t5", "vocab_size": 120, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+
+
+def make_config(tmp_path, **changes):
+    tree = settings.to_dict(settings.Config())
+    tree["model"] |= {"pretrained": False, "architecture": TINY, "tokenizer": "train", "tokenizer_size": 120}
+    tree["data"] |= {
+        "train": [{"path": "builtin:instructions", "limit": 60}],
+        "eval": [{"path": "builtin:instructions", "split": "test", "limit": 10}],
+        "source_length": 128, "target_length": 64, "cache_dir": str(tmp_path / "cache"), "max_truncated": 1.0,
+    }  # fmt: skip
+    tree["train"] |= {"duration": "6 steps", "batch_size": 8, "log_every": "1 steps", "checkpoint_every": "3 steps"}
+    tree["mesh"] |= {"data": 2, "fsdp": 2, "tensor": 2}
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        tree[section][field] = value
+    return resolve(tree)
+
+
+def logged(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_logs_every_step_and_keeps_its_checkpoints(tmp_path):
+    state = train(make_config(tmp_path), tmp_path / "run")
+    lines = logged(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(np.isfinite(line["loss"]) and 0 < line["source_fill"] <= 1 and line["mfu"] > 0 for line in lines)
+    assert Workdir(tmp_path / "run").checkpoints().steps() == [3, 6]
+    assert int(state.step) == 6
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_training_lowers_the_loss(tmp_path):
+    fast = settings.to_dict(
+        settings.Optimizer(learning_rate=0.01, schedule="constant", warmup=settings.Duration(0, "steps"))
+    )
+    train(make_config(tmp_path, train__duration="30 steps", train__optimizer=fast), tmp_path / "run")
+    lines = logged(tmp_path / "run")
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+
+
+def test_a_run_in_epochs_trains_on_every_example_once_an_epoch(tmp_path):
+    train(make_config(tmp_path, train__duration="2 epochs"), tmp_path / "run")
+    assert sum(line["examples"] for line in logged(tmp_path / "run")) == 2 * 60
+
+
+def test_a_finished_run_started_again_does_nothing(tmp_path):
+    config = make_config(tmp_path)
+    first = train(config, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    second = train(config, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first.params), jax.device_get(second.params))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_evaluation_in_the_loop_scores_the_start_the_interval_and_the_end(tmp_path):
+    config = make_config(
+        tmp_path, eval__at_start=True, eval__every="4 steps", eval__metrics=["rougeL"], eval__max_new_tokens=4
+    )
+    train(config, tmp_path / "run")
+    found = {
+        int(folder.name): json.loads((folder / "metrics.json").read_text())
+        for folder in (tmp_path / "run" / "eval").iterdir()
+    }
+    assert sorted(found) == [0, 4, 6]
+    assert all(scores["all"]["n"] == 10 and "rougeL" in scores["all"] for scores in found.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["adafactor", pytest.param("lion", marks=pytest.mark.slow), pytest.param("sgd", marks=pytest.mark.slow)]
+)
+def test_every_optimizer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path, name):
+    optimizer = {**settings.to_dict(settings.Optimizer(learning_rate=1e-3)), "name": name}
+    whole = make_config(tmp_path, train__optimizer=optimizer)
+    train(whole, tmp_path / "whole")
+    train(whole, tmp_path / "cut")
+    # What a run killed after its third step leaves behind.
+    for folder in (tmp_path / "cut" / "checkpoints" / "6",):
+        for file in sorted(folder.rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else file.unlink()
+        folder.rmdir()
+    train(whole, tmp_path / "cut")
+    assert [line["loss"] for line in logged(tmp_path / "cut")] == [line["loss"] for line in logged(tmp_path / "whole")]
