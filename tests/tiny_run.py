@@ -15,7 +15,7 @@ import pytest
 
 from jax_it.cli import main
 
-STEPS = 12  # of the run; a checkpoint every 3
+STEPS = 60  # of the run; a checkpoint every 15, of which the last two are kept
 
 CONFIG = '''
 """Two sources, one of them under two templates, through a tokenizer that is trained on them."""
@@ -38,18 +38,18 @@ def get_config(arg=""):
         "decoder_start_token_id": 0,
     }
     config.data.train = [
-        {"path": str(HERE / "sums.jsonl")},
+        {"path": str(HERE / "say.jsonl")},
         {"path": str(HERE / "names.jsonl"), "template": ["Who? {{name}} ||| {{who}}", "{{name}}: ||| {{who}}"]},
     ]
     config.data.eval = [{"path": str(HERE / "test.jsonl")}]
     config.data.source_length = 32
     config.data.target_length = 16
     config.data.cache_dir = str(HERE / "cache")
-    config.train.duration = "12 steps"
+    config.train.duration = "60 steps"
     config.train.batch_size = 8
     config.train.log_every = "1 steps"
-    config.train.checkpoint_every = "3 steps"
-    config.train.optimizer.learning_rate = 1e-2
+    config.train.checkpoint_every = "15 steps"
+    config.train.optimizer.learning_rate = 3e-2
     config.train.optimizer.warmup = "2 steps"
     config.eval.metrics = ["rougeL", "exact_match"]
     config.eval.batch_size = 4
@@ -60,18 +60,19 @@ def get_config(arg=""):
 def write_recipe(folder: Path) -> Path:
     """The config file, with its data beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    sums = [{"prompt": f"add {i} and {i + 3}", "completion": f"it is {2 * i + 3}"} for i in range(36)]
-    names = [{"name": f"name {i}", "who": f"number {i * i}"} for i in range(12)]
+    words = ["red", "green", "blue", "pink", "grey", "teal"]
+    say = [{"prompt": f"say {words[i % 6]} {i}", "completion": " ".join(words[i % 6 : i % 6 + 2])} for i in range(36)]
+    names = [{"name": f"name {i}", "who": f"number {i % 3}"} for i in range(12)]
     test = [
         {
             "id": f"t{i}",
-            "task": ("small", "large")[i > 3],
-            "prompt": f"add {i * 5} and 1",
-            "completion": [f"it is {i * 5 + 1}", f"{i * 5 + 1}"],
+            "task": ("first", "last")[i > 3],
+            "prompt": f"say {words[i % 6]} {i + 36}",
+            "completion": [" ".join(words[i % 6 : i % 6 + 2]), words[i % 6]],
         }
         for i in range(7)
     ]
-    for name, rows in {"sums": sums, "names": names, "test": test}.items():
+    for name, rows in {"say": say, "names": names, "test": test}.items():
         write_rows(folder / f"{name}.jsonl", rows)
     (folder / "config.py").write_text(CONFIG)
     return folder / "config.py"

@@ -118,9 +118,9 @@ def hold_out(tokenized: Sequence[Tokenized], number: int, seed: int) -> np.ndarr
 
 def _apportion(rates: np.ndarray, total: int) -> np.ndarray:
     """`total` split into whole numbers as near to the rates as can be (largest remainders)."""
-    exact = rates * total
+    exact = np.round(rates * total, 9)  # ties go to the first, however the last digits came out
     counts = np.floor(exact).astype(np.int64)
-    counts[np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]] += 1
+    counts[np.argsort(np.round(counts - exact, 9), kind="stable")[: total - int(counts.sum())]] += 1
     return counts
 
 

@@ -125,8 +125,8 @@ def test_data_that_has_changed_since_the_run_started_is_refused(capfd, config, f
     run = recipe / "run"
     saved = run / "config.json"
     saved.write_text(saved.read_text().replace(str(finished.parent), str(recipe)))
-    with (recipe / "sums.jsonl").open("a") as file:
-        file.write('{"prompt": "add 1 and 1", "completion": "it is 2"}\n')
+    with (recipe / "say.jsonl").open("a") as file:
+        file.write('{"prompt": "say red", "completion": "red"}\n')
     before = tree(run)
     line = fails(capfd, "train", "--config", recipe / "config.py", "--workdir", run)
     has(line, "data has changed", run, "another --workdir")
@@ -155,7 +155,7 @@ def test_a_folder_without_a_run_or_checkpoint_is_named(capfd, finished, tmp_path
     nowhere = tmp_path / "nowhere"
     has(fails(capfd, command, "--workdir", nowhere, *options), nowhere, "holds no run", "jax-it train")
     line = fails(capfd, command, "--workdir", finished, "--checkpoint", 7, *options)
-    has(line, "--checkpoint 7", "9, 12, latest and best")
+    has(line, "--checkpoint 7", "45, 60, latest and best")
     has(fails(capfd, command, "--workdir", finished, "--checkpoint", "best", *options), finished, "jax-it eval")
     run = copy(finished, tmp_path / "run")
     shutil.rmtree(run / "checkpoints")

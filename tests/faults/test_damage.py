@@ -128,24 +128,24 @@ def test_where_all_checkpoints_are_damaged_none_is_touched_and_one_line_says_so(
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_repeats_its_losses(config, finished, tmp_path):
     run = copy(finished, tmp_path / "run")
-    lost = max(files(run / "checkpoints" / "12" / "params"), key=lambda file: file.stat().st_size)
+    lost = max(files(run / "checkpoints" / "60" / "params"), key=lambda file: file.stat().st_size)
     lost.unlink()
     done = start("train", "--config", config, "--workdir", run)
     output = done.communicate()[0]
     assert done.returncode == 0, output
     first, second = output.splitlines()[:2]
-    assert f"{run}/checkpoints/12 cannot be read" in first and "goes on from step 9" in first
-    assert "steps 10 to 12" in second
+    assert f"{run}/checkpoints/60 cannot be read" in first and "goes on from step 45" in first
+    assert "steps 46 to 60" in second
     assert losses(run) == losses(finished)
-    assert sorted(f.name for f in (run / "checkpoints").iterdir()) == ["12", "9"]
-    assert (run / "damaged-checkpoint-12").is_dir()
+    assert sorted(f.name for f in (run / "checkpoints").iterdir()) == ["45", "60"]
+    assert (run / "damaged-checkpoint-60").is_dir()
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(capfd, config, finished, tmp_path):
     run = copy(finished, tmp_path / "run")
-    for step in ("9", "12"):
+    for step in ("45", "60"):
         shutil.rmtree(run / "checkpoints" / step / "training")
     line = fails(capfd, "train", "--config", config, "--workdir", run)
     assert "none of the checkpoints" in line and "restore one from a copy, or start over in another --workdir" in line
-    assert sorted(f.name for f in (run / "checkpoints").iterdir()) == ["12", "9"]
+    assert sorted(f.name for f in (run / "checkpoints").iterdir()) == ["45", "60"]
     assert losses(run) == losses(finished)

@@ -32,14 +32,14 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_the_run_goes_o
     assert full.returncode == 2, output
     last = output.splitlines()[-1]
     assert last.startswith(f"jax-it train: could not save a checkpoint to {run}/checkpoints: File too large; ")
-    assert last.endswith("run the same command, which goes on from step 9")
+    assert last.endswith("run the same command, which goes on from step 45")
     assert "Traceback" not in output
-    assert Workdir(run).checkpoints().steps() == [9]
+    assert Workdir(run).checkpoints().steps() == [45]
     done = start("train", "--config", config, "--workdir", run)
     output = done.communicate()[0]
-    assert done.returncode == 0 and "steps 10 to 12" in output, output
+    assert done.returncode == 0 and "steps 46 to 60" in output, output
     assert losses(run) == losses(finished)
-    assert sorted(file.name for file in (run / "checkpoints").iterdir()) == ["12", "9"]
+    assert sorted(file.name for file in (run / "checkpoints").iterdir()) == ["45", "60"]
 
 
 def test_a_new_run_that_does_not_fit_leaves_no_folder(capfd, config, tmp_path):

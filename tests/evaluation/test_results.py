@@ -1,0 +1,75 @@
+"""What an evaluation found, as files and as text."""
+
+import json
+
+import pytest
+
+from jax_it.errors import UserError
+from jax_it.evaluation import Scored, examples_text, table, write
+
+
+def row(task, number, prompt="add 1", prediction="it is 2"):
+    references = [f"it is {number}", "another"]
+    return {"id": str(number), "task": task, "prompt": prompt, "prediction": prediction, "references": references}
+
+
+SCORED = Scored(
+    {
+        "sums": {"rougeL": 50.0, "n": 2.0},
+        "translation": {"rougeL": 0.25, "n": 1.0},
+        "all": {"loss": 1.23456, "n": 3.0, "rougeL": 33.3333},
+    },
+    [row("sums", 1), row("translation", 2, "à\nla", "ü" * 300), row("sums", 3)],
+)
+
+
+def test_the_table_has_a_line_for_each_task_and_one_for_all():
+    assert [line.split() for line in table(SCORED).splitlines()] == [
+        ["loss", "rougeL", "n"],
+        ["sums", "50.0", "2"],
+        ["translation", "0.2", "1"],
+        ["all", "1.2346", "33.3", "3"],
+    ]
+    assert len({len(line) for line in table(SCORED).splitlines()}) == 1
+
+
+def test_the_examples_show_the_first_of_each_task_on_one_line_each():
+    assert examples_text(SCORED).splitlines() == [
+        "[sums] add 1",
+        "    prediction: it is 2",
+        "    reference:  it is 1",
+        r"[translation] à\nla",
+        "    prediction: " + "ü" * 199 + "…",
+        "    reference:  it is 2",
+    ]
+    assert examples_text(SCORED, each=2).count("[sums]") == 2
+    assert examples_text(Scored(SCORED.metrics, [])) == ""
+
+
+def test_what_is_written_is_read_back_as_it_was(tmp_path):
+    write(tmp_path / "eval" / "3", SCORED)
+    assert json.loads((tmp_path / "eval" / "3" / "metrics.json").read_text(encoding="utf-8")) == SCORED.metrics
+    lines = (tmp_path / "eval" / "3" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == SCORED.predictions
+    assert "à" in lines[1]
+    assert sorted(file.name for file in (tmp_path / "eval" / "3").iterdir()) == ["metrics.json", "predictions.jsonl"]
+
+
+def test_half_a_surrogate_pair_does_not_lose_the_predictions(tmp_path):
+    write(tmp_path, Scored(SCORED.metrics, [row("sums", 1, prediction="\ud83d")]))
+    (line,) = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["prediction"] == "\ud83d"
+
+
+def test_metrics_come_last_so_that_they_say_that_the_step_is_scored(tmp_path):
+    (tmp_path / "metrics.json").mkdir()  # in the way
+    with pytest.raises(UserError, match=rf"cannot write {tmp_path}: .*; free space and evaluate again"):
+        write(tmp_path, SCORED)
+    assert (tmp_path / "predictions.jsonl").is_file()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.json", "predictions.jsonl"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "eval").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*eval/3: "):
+        write(tmp_path / "eval" / "3", SCORED)

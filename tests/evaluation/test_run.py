@@ -1,0 +1,144 @@
+"""`evaluate` of a finished run: the files that it writes hold what can be computed from them and from the data."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_it import config as settings
+from jax_it import data, evaluate, metrics, sharding
+from jax_it.data.batches import Placed, Seq2SeqFormat
+from jax_it.data.packing import Layout, Shape
+from jax_it.evaluation import Evaluator
+from jax_it.workdir import Workdir
+from tests.tiny_run import STEPS, copy
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished, tmp_path_factory):
+    """(the run's folder, what `evaluate` returned)"""
+    run = copy(finished, tmp_path_factory.mktemp("evaluated") / "run")
+    step, scored = evaluate(run)
+    assert step == STEPS
+    return run, scored
+
+
+@pytest.fixture(scope="module")
+def parts(finished):
+    """(config, layout, model, params on one device, tokenizer, examples) of the run."""
+    place = Workdir(finished)
+    config, derived = place.open()
+    mesh = sharding.make_mesh(settings.Mesh(), jax.devices()[:1])
+    model = place.model(config, derived)
+    params = place.params(model, STEPS, mesh, jnp.float32)
+    tokenizer = place.tokenizer()
+    return config, derived.layout, model, params, tokenizer, data.build_eval(config.data, tokenizer, 0), mesh
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_predictions_are_written_with_their_task_prompt_and_references_in_the_order_of_the_data(finished, evaluated):
+    run, scored = evaluated
+    rows = read(run / "eval" / "60" / "predictions.jsonl")
+    expected = [
+        {"id": row["id"], "task": row["task"], "prompt": row["prompt"], "references": row["completion"]}
+        for row in read(finished.parent / "test.jsonl")
+    ]
+    assert [{name: value for name, value in row.items() if name != "prediction"} for row in rows] == expected
+    assert all(isinstance(row["prediction"], str) for row in rows) and rows == scored.predictions
+
+
+def test_the_metrics_of_a_task_are_those_of_its_rows(evaluated):
+    run, scored = evaluated
+    written = json.loads((run / "eval" / "60" / "metrics.json").read_text())
+    assert written == scored.metrics and list(written) == ["first", "last", "all"]
+    rows = read(run / "eval" / "60" / "predictions.jsonl")
+    for task, values in written.items():
+        chosen = [row for row in rows if task in (row["task"], "all")]
+        expected = metrics.score(
+            ["rougeL", "exact_match"],
+            [row["prediction"] for row in chosen],
+            [row["references"] for row in chosen],
+        )
+        assert {name: value for name, value in values.items() if name != "loss"} == expected | {"n": len(chosen)}
+        assert ("loss" in values) == (task == "all")
+
+
+def test_predictions_are_those_of_greedy_decoding_one_token_after_another(evaluated, parts):
+    """Without a cache, packing or batch: the likeliest next token after all tokens so far."""
+    config, _, model, params, tokenizer, examples, _ = parts
+    format = Seq2SeqFormat(model.config.start_token, model.config.pad_token)
+    length = config.data.target_length
+
+    @jax.jit
+    def next_token(batch, place):
+        return model.logits(model.head(params), model.apply(params, batch)[0, place]).argmax()
+
+    rows = read(evaluated[0] / "eval" / "60" / "predictions.jsonl")
+    for row, example in zip(rows, examples.examples, strict=True):
+        tokens = []
+        while len(tokens) < length and (not tokens or tokens[-1] != tokenizer.end):
+            target = np.array([*tokens, *[0] * (length - len(tokens))])
+            batch = format.batch([[Placed(np.array(example.source), target, 0)]], Shape(1, 32, length))
+            tokens.append(int(next_token(batch, len(tokens))))
+        assert row["prediction"] == tokenizer.decode(tokens)
+
+
+def test_the_loss_is_that_of_every_example_alone(evaluated, parts):
+    _, _, model, params, _, examples, _ = parts
+    format = Seq2SeqFormat(model.config.start_token, model.config.pad_token)
+
+    @jax.jit
+    def log_probabilities(batch):
+        return jax.nn.log_softmax(model.logits(model.head(params), model.apply(params, batch)[0]))
+
+    total, count = 0.0, 0
+    for example in examples.examples:
+        placed = Placed(np.array(example.source), np.array(example.target), 0)
+        found = np.asarray(log_probabilities(format.batch([[placed]], Shape(1, 32, 16))))
+        total -= sum(float(found[t, token]) for t, token in enumerate(example.target))
+        count += len(example.target)
+    assert evaluated[1].metrics["all"]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("devices, layout", [(1, Layout(Shape(1, 32, 16), 1, 1.0, 1.0, 1.0)), (8, None)])
+def test_the_scores_do_not_depend_on_rows_devices_or_batches(evaluated, parts, devices, layout):
+    config, own, model, params, tokenizer, examples, _ = parts
+    mesh = sharding.make_mesh(settings.Mesh(tensor=min(devices, 2)), jax.devices()[:devices])
+    params = jax.device_put(params, sharding.shardings(model.letters, params, mesh))
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=3))
+    scored = Evaluator(model, tokenizer, examples, config, layout or own, mesh)(params)
+    assert scored.predictions == evaluated[1].predictions
+    for task, values in evaluated[1].metrics.items():
+        assert scored.metrics[task] == pytest.approx(values, rel=1e-5)
+
+
+def test_a_run_evaluated_twice_gives_the_same_files(evaluated):
+    run, _ = evaluated
+    files = [run / "eval" / "60" / name for name in ("metrics.json", "predictions.jsonl")]
+    before = [file.read_bytes() for file in files]
+    evaluate(run)
+    assert [file.read_bytes() for file in files] == before
+    assert sorted((run / "eval" / "60").iterdir()) == files
+
+
+def test_the_scores_choose_the_best_checkpoint(evaluated, tmp_path):
+    run = copy(evaluated[0], tmp_path / "run")
+    assert evaluate(run, "45")[0] == 45
+    scores = {step: json.loads((run / "eval" / str(step) / "metrics.json").read_text())["all"] for step in (45, 60)}
+    best = min(scores, key=lambda step: scores[step]["loss"])
+    assert Workdir(run).choose_step("best", "loss") == best
+    assert evaluate(run, "best")[0] == best
+
+
+def test_without_generation_there_is_the_loss_alone(evaluated, parts):
+    config, layout, model, params, tokenizer, examples, mesh = parts
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, generate=False))
+    scored = Evaluator(model, tokenizer, examples, config, layout, mesh)(params)
+    assert scored.predictions == [] and list(scored.metrics) == ["all"]
+    assert scored.metrics["all"] == pytest.approx({"loss": evaluated[1].metrics["all"]["loss"], "n": 7}, rel=1e-5)
