@@ -18,10 +18,12 @@ from jax_it.generation import Generator
 from jax_it.models import Model, Params
 
 ALL = "all"
+WITHOUT_REFERENCE, TRUNCATED = "without_reference", "truncated"
 
 
 class Scored(NamedTuple):
-    metrics: dict[str, dict[str, float]]  # by task, and "all"; `n` is the number of examples
+    metrics: dict[str, dict[str, float]]
+    """By task, and "all". `n` examples are scored; "all" also counts those left out and the prompts cut."""
     predictions: list[dict[str, Any]]  # id, task, prompt, prediction, references
 
 
@@ -38,13 +40,14 @@ class Evaluator:
         metrics.check(config.eval.metrics)
         self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
         self._examples = examples.examples
+        self._left_out = {WITHOUT_REFERENCE: float(examples.skipped), TRUNCATED: float(examples.truncated)}
         self._loss = Loss(model, self._examples, layout, config.train.loss_chunk, mesh)
         length = config.eval.max_new_tokens or config.data.target_length
         self._generate = Generator(model, mesh, length, min(config.eval.batch_size, len(self._examples)))
 
     def __call__(self, params: Params) -> Scored:
         """Loss per target token over all examples; the config's metrics for each task and over all."""
-        overall = {"loss": self._loss(params), "n": float(len(self._examples))}
+        overall = {"loss": self._loss(params), "n": float(len(self._examples)), **self._left_out}
         if not self._config.eval.generate:
             return Scored({ALL: overall}, [])
         texts = self._predict(params)

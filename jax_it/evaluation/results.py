@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jax_it.checkpoint import write_atomically
 from jax_it.errors import UserError
-from jax_it.evaluation.evaluator import ALL, Scored
+from jax_it.evaluation.evaluator import ALL, TRUNCATED, WITHOUT_REFERENCE, Scored
 
 
 def write(folder: Path, scored: Scored) -> None:
@@ -21,13 +21,18 @@ def write(folder: Path, scored: Scored) -> None:
 
 def table(scored: Scored) -> str:
     """A line for each task, and one for all."""
-    names = list(scored.metrics[ALL])
+    overall = scored.metrics[ALL]
+    names = [name for name in overall if name not in (WITHOUT_REFERENCE, TRUNCATED)]
     names.sort(key=lambda name: name == "n")
     width = max(len(task) for task in scored.metrics)
     lines = [" " * width + "".join(f"  {name:>11}" for name in names)]
     for task, values in scored.metrics.items():
         cells = (_cell(values.get(name), name) for name in names)
         lines.append(f"{task:<{width}}" + "".join(f"  {cell:>11}" for cell in cells))
+    if skipped := overall.get(WITHOUT_REFERENCE):
+        lines.append(f"{skipped:.0f} examples without a reference are left out")
+    if truncated := overall.get(TRUNCATED):
+        lines.append(f"{truncated:.0f} prompts are cut to the source length")
     return "\n".join(lines)
 
 

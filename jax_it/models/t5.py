@@ -57,6 +57,12 @@ class Config:
         head = target * 2 * self.width * self.vocabulary
         return self.encoder_layers * encoder + self.decoder_layers * decoder + head
 
+    def scores(self, source_length: int, target_length: int, source_blocks: int = 1) -> float:
+        """How many attention scores a row's forward pass makes, over all heads and layers."""
+        source, target = source_blocks * source_length, target_length
+        encoder = self.encoder_layers * source * source_length
+        return self.heads * (encoder + self.decoder_layers * target * (source + target))
+
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
     """The config of a T5-like `config.json`. A value that is not implemented is a UserError."""

@@ -157,6 +157,6 @@ def test_a_run_goes_on_on_another_mesh_and_back_with_the_same_losses(config, fin
         shutil.rmtree(run / "checkpoints" / step)
     assert "1 cpu device(s), steps 51 to 60" in finish(config, run)
     for line, other in zip(losses(run), losses(finished), strict=True):
-        print(line["step"],line["loss"],line["loss"]/other["loss"]-1)
+        print(line["step"], line["loss"], line["loss"] / other["loss"] - 1)
         for name in ("step", "loss", "learning_rate", "examples", "tokens"):
             assert line[name] == pytest.approx(other[name], rel=1e-5), (line["step"], name)
