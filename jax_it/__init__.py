@@ -15,7 +15,7 @@ _PLACES = {
     "train": "jax_it.training",
     "evaluate": "jax_it.evaluation.run",
     "load": "jax_it.workdir",
-    "generate": "jax_it.generate",
+    "generate": "jax_it.predict",
     "save": "jax_it.export",
 }
 

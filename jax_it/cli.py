@@ -149,8 +149,8 @@ def _evaluate(options: argparse.Namespace, changes: dict[str, str]) -> None:
 
 
 def _generate(options: argparse.Namespace, changes: dict[str, str]) -> None:
-    from jax_it.generate import generate_file, read_prompts
     from jax_it.generation import Sampling
+    from jax_it.predict import generate_file, read_prompts
 
     if options.input and not options.output:
         raise UserError("--input needs --output, the file that the rows are written to")

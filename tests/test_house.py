@@ -19,7 +19,7 @@ FLOORS = {
     "workdir": 4,
     "evaluation": 5,
     "training": 6,
-    "export": 7, "generate": 7, "preview": 7, "plan": 7, "serving": 7, "report": 7,
+    "export": 7, "predict": 7, "preview": 7, "plan": 7, "serving": 7, "report": 7,
     "cli": 8, "__init__": 8,
     "__main__": 9,
 }  # fmt: skip
