@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -141,12 +142,14 @@ class Checkpoints:
         try:
             write()
             self._manager.check_for_errors()
-        except Exception as error:  # a full disk surfaces as OSError or as one of TensorStore's errors
+        except Exception as error:
             self._clean()
+            if not (reason := disk_error(error)):
+                raise
             whole = sorted(int(f.name) for f in self.folder.iterdir() if f.name.isdigit())
             after = f"goes on from step {whole[-1]}" if whole else "starts over"
             raise UserError(
-                f"could not save a checkpoint to {self.folder}: {_reason(error)}; "
+                f"could not save a checkpoint to {self.folder}: {reason}; "
                 f"mend that and run the same command, which {after}"
             ) from error
 
@@ -200,13 +203,16 @@ def _reason(error: BaseException) -> str:
 def disk_error(error: BaseException) -> str:
     """What the operating system said of a file, "" where the error is another one.
 
-    Libraries in C++ and Rust put it into the text of their own errors, or of what caused those.
+    TensorStore and libraries in Rust put its number into the text of their own errors.
     """
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    texts = [str(e) for e in (error, error.__cause__, error.__context__)]
-    signs = ("No space left on device", "Disk quota exceeded", "File too large", "Permission denied")
-    return next((sign for sign in signs if any(sign in text for text in texts)), "")
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        if number := re.search(r"os error (\d+)|os_error_code='(\d+)'", str(cause)):
+            return os.strerror(int(number[1] or number[2]))
+        cause = cause.__cause__ or cause.__context__
+    return ""
 
 
 def write_atomically(file: Path, content: Any) -> None:

@@ -14,15 +14,19 @@ GOOD = [{"prompt": f"add {i} and 1", "completion": f"it is {i + 1}"} for i in ra
 
 @pytest.fixture
 def refused(capfd, config, tmp_path):
-    """`refused(data or None, *options)`: the line with which training is refused; it must leave no folder behind."""
+    """`refused(data or None, *options)`: the line with which training is refused; it must leave no folder behind.
 
-    def refused(data, *options):
+    With `command="preview"`, which reads the same and builds no weights, the same in less time.
+    """
+
+    def refused(data, *options, command="train"):
         if data is not None:
             file = tmp_path / "data.jsonl"
             file.write_text(data) if isinstance(data, str) else write_rows(file, data)
             options = (f"--config.data.train=[{{'path': '{file}'}}]", *options)
-        line = fails(capfd, "train", "--config", config, "--workdir", tmp_path / "run", *options)
-        assert line.startswith("jax-it train: ")
+        workdir = ("--workdir", tmp_path / "run") if command == "train" else ()
+        line = fails(capfd, command, "--config", config, *workdir, *options)
+        assert line.startswith(f"jax-it {command}: ")
         assert not (tmp_path / "run").exists()
         return line
 
@@ -64,8 +68,8 @@ def test_a_template_that_does_not_exist_is_named_with_those_that_do(refused):
 
 def test_data_without_any_target_is_refused_whatever_its_limits(refused):
     rows = [{"prompt": f"add {i}", "completion": ""} for i in range(5)]
-    has(refused(rows), "5 of 5 examples dropped", "config.data.max_dropped")
-    has(refused(rows, "--config.data.max_dropped=1"), "no example is left")
+    has(refused(rows, command="preview"), "5 of 5 examples dropped", "config.data.max_dropped")
+    has(refused(rows, "--config.data.max_dropped=1", command="preview"), "no example is left")
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(refused):
@@ -84,11 +88,15 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(refused):
         ("eval.metrics=rougel", ("'rougel'", "did you mean 'rougeL'")),
         ("mesh.data=3", ("config.mesh", "data=3", "device")),
         ("model.architecture.num_layers=two", ("config.model.architecture", "num_layers", "'two'")),
-        ("data.cache_dir=/dev/null", ("config.data.cache_dir", "/dev/null")),
     ],
 )
 def test_a_setting_that_cannot_be_is_named(refused, option, parts):
     has(refused(None, f"--config.{option}"), *parts)
+
+
+def test_a_cache_that_cannot_be_written_is_named(refused):
+    options = ("--config.data.cache_dir=/dev/null",)
+    has(refused(None, *options, command="preview"), "config.data.cache_dir", "/dev/null")
 
 
 def test_a_config_file_that_does_not_exist_or_run_is_named(capfd, tmp_path):

@@ -4,8 +4,10 @@ import resource
 import shutil
 from contextlib import contextmanager
 
+import jax
 import pytest
 
+from jax_it.checkpoint import Checkpoints
 from jax_it.errors import UserError
 from jax_it.evaluation import Scored, results
 from jax_it.training.log import Log
@@ -42,6 +44,20 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_the_run_goes_o
     assert done.returncode == 0 and "steps 46 to 60" in output, output
     assert losses(run) == losses(finished)
     assert sorted(file.name for file in (run / "checkpoints").iterdir()) == ["45", "60"]
+
+
+def test_an_old_checkpoint_is_not_deleted_before_the_new_one_is_whole(tmp_path):
+    params = {"matrix": jax.random.normal(jax.random.key(0), (100, 100))}
+    with (
+        pytest.raises(UserError, match="File too large; mend that and run the same command, which goes on from step 1"),
+        Checkpoints(tmp_path, keep=1) as checkpoints,
+    ):
+        checkpoints.save(1, params, params, {})
+        checkpoints.wait()
+        with room_for(20_000):
+            checkpoints.save(2, params, params, {})
+            checkpoints.wait()
+    assert Checkpoints(tmp_path).steps() == [1]
 
 
 def test_a_new_run_that_does_not_fit_leaves_no_folder(capfd, config, tmp_path):
