@@ -154,7 +154,7 @@ def _generate(options: argparse.Namespace, changes: dict[str, str]) -> None:
 
     if options.input and not options.output:
         raise UserError("--input needs --output, the file that the rows are written to")
-    if options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1:
+    if not options.temperature >= 0 or options.top_k < 0 or not 0 < options.top_p <= 1:  # nan is neither
         raise UserError("--temperature and --top-k must not be negative, and --top-p must be in (0, 1]")
     if options.num_beams > 1 and options.temperature:
         raise UserError("--num-beams and --temperature exclude each other: beam search draws nothing")

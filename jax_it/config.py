@@ -80,6 +80,19 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Adapters beside the weights, which alone are trained (Hu et al. 2021)."""
+
+    rank: int = 0  # 0: no adapters; all weights are trained
+    alpha: float = 16.0  # an adapter's output is multiplied by alpha / rank
+    targets: tuple[str, ...] = ("all-linear",)  # Transformers' names ("q_proj"), or regular expressions of them
+    rank_stabilized: bool = False  # rsLoRA (Kalajdzievski 2023): multiplied by alpha / rank ** 0.5
+    dora: bool = False  # DoRA (Liu et al. 2024): the magnitude of each output is trained too
+    dropout: float = 0.0  # a rate, of an adapter's input
+    path: str = ""  # a PEFT folder to start from; it sets all of the above
+
+
+@dataclass(frozen=True)
 class Model:
     path: str = ""  # a folder in Transformers format or a hub name
     pretrained: bool = True  # False: random weights in the architecture of `path`
@@ -90,6 +103,10 @@ class Model:
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the master weights and optimizer state
     remat: Literal["none", "layer"] = "none"  # layer: recompute each layer in the backward pass
     dropout: float | None = None  # a rate; None: the one in config.json
+    chat_template: str = ""  # Jinja file; "": the checkpoint's own; "default": one for base models; "none": plain text
+    prefix_lm: bool = False  # a causal model's attention looks both ways within the prompt
+    lora: Lora = field(default_factory=Lora)
+    quantize: Literal["none", "int8", "nf4"] = "none"  # of the weights beneath adapters (QLoRA, Dettmers et al. 2023)
 
 
 @dataclass(frozen=True)
@@ -111,8 +128,10 @@ class Data:
     train: tuple[Source, ...] = ()
     eval: tuple[Source, ...] = ()
     holdout: int = 0  # examples kept out of each training source, and evaluated, where `eval` is empty
-    source_length: int = 512  # tokens, the end mark included
+    source_length: int = 512  # tokens, the end mark included; of encoder-decoders
     target_length: int = 128
+    sequence_length: int = 2048  # tokens of a causal model's longest example, prompt included, and of its packed rows
+    learn: Literal["all", "last"] = "all"  # which of a conversation's assistant turns a causal model learns
     truncate: Literal["end", "start", "drop", "refuse"] = "end"  # the side of the source that is cut
     packing: bool = True
     packed_source_length: int = 0  # tokens in a packed row; 0: chosen by the step's cost on this data
@@ -149,6 +168,7 @@ class Train:
     loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    balance_loss: float = 0.0  # the weight of the router's balancing loss, of mixtures of experts
     loss_chunk: int = 128  # target positions of a row whose logits exist at a time
     squared_error_scale: float = 15.0  # k and M of Hui & Belkin 2020, their values for many classes
     squared_error_target: float = 30.0
@@ -261,17 +281,17 @@ def resolve(tree: Mapping[str, Any]) -> Config:
 
 
 _AT_LEAST: dict[str, float] = {
-    "model.tokenizer_size": 0,
-    "data.source_length": 2, "data.target_length": 2, "data.holdout": 0, "data.mixing_cap": 0,
+    "model.tokenizer_size": 0, "model.lora.rank": 0, "model.lora.alpha": 0,
+    "data.source_length": 2, "data.target_length": 2, "data.sequence_length": 2, "data.holdout": 0, "data.mixing_cap": 0,
     "data.packed_source_length": 0, "data.packed_target_length": 0,
     "train.batch_size": 1, "train.micro_batches": 1,
-    "train.loss_chunk": 1, "train.clip": 0, "train.z_loss": 0,
+    "train.loss_chunk": 1, "train.clip": 0, "train.z_loss": 0, "train.balance_loss": 0,
     "train.keep": 1, "train.keep_best": 0, "train.max_skipped": 0,
     "train.optimizer.learning_rate": 0, "train.optimizer.weight_decay": 0, "train.optimizer.epsilon": 0,
     "eval.batch_size": 1, "eval.max_new_tokens": 0, "eval.limit": 0,
 }  # fmt: skip
 _SHARES = ("data.max_dropped", "data.max_truncated", "data.max_unknown", "train.optimizer.final_rate")
-_BELOW_ONE = ("train.label_smoothing", "train.optimizer.beta1", "train.optimizer.beta2")
+_BELOW_ONE = ("model.lora.dropout", "train.label_smoothing", "train.optimizer.beta1", "train.optimizer.beta2")
 
 
 def _check(config: Config) -> None:

@@ -26,6 +26,20 @@ class Seq2SeqBatch(NamedTuple):
     positions_BT: np.ndarray
 
 
+class CausalBatch(NamedTuple):
+    """Rows of a causal model. Segment 0 is padding. Arrays are int32, weights float32.
+
+    The target of a position is the token after it in the same segment; a segment's last token has none.
+    """
+
+    tokens_BT: np.ndarray
+    targets_BT: np.ndarray
+    weights_BT: np.ndarray  # 1 where the loss counts
+    segments_BT: np.ndarray
+    positions_BT: np.ndarray  # within the segment
+    prefix_BT: np.ndarray | None = None  # of a prefix-LM: 1 in a segment's prompt, whose positions see each other
+
+
 class Placed(NamedTuple):
     """An example's tokens and the block of the row that its source goes to."""
 

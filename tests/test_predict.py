@@ -1,0 +1,125 @@
+"""Generation for rows of a file: what they may look like, and what is refused before the work begins."""
+
+import datetime
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import jax_it
+from jax_it.errors import UserError
+from jax_it.generation import Sampling
+from jax_it.predict import read_prompts
+from tests import tiny_run
+from tests.tiny_run import fails, succeeds, write_rows
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return tiny_run.finished(tmp_path_factory)
+
+
+@pytest.fixture
+def generate(capfd, run, tmp_path):
+    """`generate(file, *options)`: the rows of the output."""
+
+    def generate(file, *options):
+        output = tmp_path / "out.jsonl"
+        succeeds(
+            capfd, "generate", "--model", run, "--input", file, "--output", output, "--max-new-tokens", 6, *options
+        )
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    return generate
+
+
+def messages(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def test_a_prompt_is_its_text_and_messages_are_those_of_the_system_and_the_user(tmp_path):
+    rows = [
+        {"prompt": " as it is\n", "messages": "not read"},
+        messages(("user", "say red")),
+        messages(("system", "be brief"), ("user", "say red")),
+    ]
+    found, prompts = read_prompts(str(write_rows(tmp_path / "in.jsonl", rows)))
+    assert found == rows
+    assert prompts == [" as it is\n", "say red", "be brief\n\nsay red"]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"text": "x"}, "no text in the field 'prompt', and no 'messages'; its fields: text"),
+        ({"prompt": 3}, "no text in the field 'prompt'"),
+        ({"prompt": None}, "no text in the field 'prompt'"),
+        ({"prompt": None, "messages": []}, "messages must be one user message"),
+        (messages(("user", "a"), ("assistant", "b"), ("user", "c")), "'user', 'assistant', 'user'"),
+        (messages(("assistant", "a")), "'assistant'"),
+        ({"messages": "say red"}, "no text in the field 'prompt'"),
+        ({}, "no text in the field 'prompt'"),
+    ],
+)
+def test_a_row_without_one_question_is_named_with_its_line(tmp_path, row, message):
+    file = write_rows(tmp_path / "in.jsonl", [{"prompt": "fine"}, row])
+    with pytest.raises(UserError) as error:
+        read_prompts(str(file))
+    assert f"{file}, line 2: " in str(error.value) and message in str(error.value)
+
+
+def test_rows_of_csv_and_parquet_come_back_as_json_lines(generate, tmp_path):
+    (tmp_path / "in.csv").write_text('id,prompt\n1,"say red, 3"\n2,say teal 5\n')
+    rows = generate(tmp_path / "in.csv")
+    assert [(row["id"], row["prompt"]) for row in rows] == [("1", "say red, 3"), ("2", "say teal 5")]
+    day = datetime.date(2026, 1, 2)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"prompt": "say teal 5", "day": day}]), tmp_path / "in.parquet"
+    )
+    (row,) = generate(tmp_path / "in.parquet")
+    assert row == {"prompt": "say teal 5", "day": "2026-01-02", "prediction": rows[1]["prediction"]}
+
+
+def test_the_order_and_the_texts_do_not_depend_on_lengths_or_batches(generate, run, tmp_path):
+    words = ("red", "green", "blue", "pink", "grey", "teal")
+    prompts = ["more " * (i * 7 % 5) + f"say {words[i % 6]} {i}" for i in range(11)]
+    rows = generate(write_rows(tmp_path / "in.jsonl", [{"prompt": prompt} for prompt in prompts]))
+    assert [row["prompt"] for row in rows] == prompts
+    model, params, tokenizer = jax_it.load(str(run))
+    assert [row["prediction"] for row in rows] == jax_it.generate(model, params, tokenizer, prompts, 6, batch_size=3)
+    assert len({row["prediction"] for row in rows}) > 1
+
+
+def test_a_seed_gives_the_same_draws_again_and_another_seed_others(generate, tmp_path):
+    file = write_rows(tmp_path / "in.jsonl", [{"prompt": f"say red {i}"} for i in range(8)])
+    draw = ("--temperature", "2", "--top-k", "50", "--top-p", "0.99")
+    first, again, other = (generate(file, *draw, "--seed", seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_no_prompts_make_no_texts(run):
+    assert jax_it.generate(*jax_it.load(str(run)), [], sampling=Sampling(num_beams=2)) == []
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ((), "--input needs --output"),
+        (("--output", "{here}/nowhere/out.jsonl"), "cannot write {here}/nowhere/out.jsonl: it must be a file"),
+        (("--output", "{here}"), "cannot write {here}: it must be a file in a folder that exists"),
+        (("--output", "{here}/out.jsonl", "--temperature", "-1"), "--temperature and --top-k must not be negative"),
+        (("--output", "{here}/out.jsonl", "--temperature", "nan"), "--temperature"),
+        (("--output", "{here}/out.jsonl", "--top-p", "0"), "--top-p must be in (0, 1]"),
+        (("--output", "{here}/out.jsonl", "--top-k", "5"), "--top-k and --top-p need a --temperature"),
+        (("--output", "{here}/out.jsonl", "--num-beams", "2", "--temperature", "1"), "exclude each other"),
+        (("--output", "{here}/out.jsonl", "--num-beams", "0"), "0 is not a positive whole number"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(capfd, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr("jax_it.predict.load", None)
+    file = write_rows(tmp_path / "in.jsonl", [{"prompt": "say red"}])
+    options = [option.format(here=tmp_path) for option in options]
+    line = fails(capfd, "generate", "--model", "any", "--input", file, *options)
+    assert message.format(here=tmp_path) in line
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]

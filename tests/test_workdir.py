@@ -1,0 +1,225 @@
+"""A run's folder: what it takes for the same run, which checkpoint it chooses, and what it makes of damage."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jax_it import config as settings
+from jax_it.config import Mesh
+from jax_it.data import tokenizer as tokenizers
+from jax_it.data.packing import Layout, Shape
+from jax_it.errors import UserError
+from jax_it.models import build
+from jax_it.sharding import make_mesh
+from jax_it.workdir import Derived, Workdir, load
+from tests import tiny_run
+
+TREE = {
+    "model": {
+        "pretrained": False,
+        "tokenizer": "bytes",
+        "architecture": {"model_type": "t5", "vocab_size": 384, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1},
+    },
+    "data": {"train": [{"path": "a.jsonl"}, {"path": "b.jsonl", "template": ["{{x}} ||| {{y}}"]}]},
+    "train": {"duration": "1234567 steps"},
+}
+DERIVED = Derived(Layout(Shape(2, 32, 40), 7, 3.5, 0.75, 0.875), True, 100, "digest", False)
+
+
+def resolve(**changes):
+    tree = json.loads(json.dumps(TREE))
+    for name, value in changes.items():
+        *sections, field = name.split("__")
+        node = tree
+        for section in sections:
+            node = node[int(section)] if section.isdigit() else node.setdefault(section, {})
+        node[field] = value
+    return settings.resolve(tree)
+
+
+def write_metrics(place, step, **overall):
+    place.eval(step).mkdir(parents=True, exist_ok=True)
+    (place.eval(step) / "metrics.json").write_text(json.dumps({"all": overall}))
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A run's folder, with checkpoints of steps 3, 5 and 10 by name alone."""
+    place, config = Workdir(tmp_path / "run"), resolve()
+    assert not place.holds_a_run()
+    model = build(config.model.architecture, "the test", config.model)
+    place.create(config, DERIVED, model, tokenizers.load("bytes"))
+    for step in (3, 5, 10):
+        (place.path / "checkpoints" / str(step)).mkdir(parents=True)
+    return place
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return tiny_run.finished(tmp_path_factory)
+
+
+def test_what_was_created_is_opened_again(place):
+    assert place.holds_a_run()
+    config, derived = place.open()
+    assert derived == DERIVED
+    assert config == resolve()
+    place.check_same(resolve())
+    saved = json.loads((place.path / "config.json").read_text())
+    assert {"python", "jax", "flax", "optax", "orbax-checkpoint"} <= saved["versions"].keys()
+    assert place.tokenizer().encode(["text"]) == tokenizers.load("bytes").encode(["text"])
+    assert place.model(config, derived).config.vocabulary == 384 and not place.model(config, derived).config.tied
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train__seed": 1}, "config.train.seed=0, not 1"),
+        ({"train__optimizer__learning_rate": 1.0}, "config.train.optimizer.learning_rate=0.0003, not 1.0"),
+        ({"train__duration": "1234568 steps"}, "config.train.duration="),
+        ({"data__train__0__path": "c.jsonl"}, "config.data.train.0.path='a.jsonl', not 'c.jsonl'"),
+        ({"data__train__1__template": ["alpaca"]}, "config.data.train.1.template.0='{{x}} ||| {{y}}', not 'alpaca'"),
+        ({"data__train__1__template": ["{{x}} ||| {{y}}", "auto"]}, "config.data.train.1.template.1=None, not 'auto'"),
+        ({"data__train": [{"path": "a.jsonl"}]}, "config.data.train.1"),
+        ({"model__architecture__d_model": 16}, "config.model.architecture.d_model=8, not 16"),
+        ({"model__architecture__dropout_rate": 0.5}, "config.model.architecture.dropout_rate=None, not 0.5"),
+        ({"model__dropout": 0.5}, "config.model.dropout=None, not 0.5"),
+    ],
+)
+def test_another_config_is_refused_and_the_field_that_differs_is_named(place, changes, message):
+    with pytest.raises(UserError) as error:
+        place.check_same(resolve(**changes))
+    line = str(error.value)
+    assert f"{place.path} holds a run with {message}" in line
+    assert line.endswith("go on with its config, or name another --workdir")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mesh__tensor": 2},
+        {"eval__metrics": ["bleu"], "eval__every": "5 steps"},
+        {"data__cache_dir": "/elsewhere"},
+        {"model__remat": "layer"},
+        {"train__micro_batches": 4, "train__loss_chunk": 64},
+        {"train__log_every": "1 steps", "train__checkpoint_every": "1 epochs"},
+        {"train__keep": 9, "train__keep_best": 0, "train__max_skipped": 1},
+    ],
+)
+def test_what_does_not_change_the_losses_may_change(place, changes):
+    place.check_same(resolve(**changes))
+
+
+def test_the_model_of_a_resumed_run_is_computed_as_its_config_now_says(place):
+    _, derived = place.open()
+    assert not place.model(resolve(), derived).run.remat
+    assert place.model(resolve(model__remat="layer"), derived).run.remat
+
+
+def test_the_latest_the_best_or_a_numbered_checkpoint_is_chosen(place):
+    write_metrics(place, 3, loss=2.0, rougeL=50.0)
+    write_metrics(place, 5, loss=1.0, rougeL=40.0)
+    write_metrics(place, 7, loss=0.5, rougeL=99.0)  # its checkpoint is gone
+    assert place.choose_step("latest", "loss") == 10
+    assert place.choose_step("best", "loss") == 5
+    assert place.choose_step("best", "rougeL") == 3
+    assert place.choose_step("3", "loss") == 3
+
+
+@pytest.mark.parametrize("which", ["7", "-3", "newest", "", "3.0", "³"])
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(place, which):
+    with pytest.raises(UserError, match=r"has 3, 5, 10, latest and best"):
+        place.choose_step(which, "loss")
+
+
+def test_without_a_score_there_is_no_best_checkpoint(place):
+    for content in (None, "", "{", "[]", '{"all": {}}', '{"all": {"loss": NaN}}', '{"all": {"loss": null}}'):
+        if content is not None:
+            place.eval(5).mkdir(parents=True, exist_ok=True)
+            (place.eval(5) / "metrics.json").write_text(content)
+        assert place.scores("loss")(5) is None
+        with pytest.raises(UserError, match=r"no checkpoint of .* has a score \(loss\); run jax-it eval first"):
+            place.choose_step("best", "loss")
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "[1]", "{}", '{"config": {}, "derived": {"layout": {}}}'])
+def test_a_damaged_config_is_named(place, content):
+    (place.path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"run/config.json is not that of a run, or damaged .*name another --workdir"):
+        place.open()
+
+
+def test_a_config_with_a_setting_of_another_version_is_named(place):
+    saved = json.loads((place.path / "config.json").read_text())
+    saved["config"]["train"]["momentum"] = 0.9
+    (place.path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=r"run/config.json: config.train.momentum is not a setting"):
+        place.open()
+
+
+def test_a_lost_model_config_is_named(place):
+    (place.path / "model" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"model/config.json cannot be read"):
+        place.model(*place.open())
+
+
+def test_a_folder_is_locked_once_and_free_again_after(place):
+    with place.locked():
+        for _ in range(2):  # the one that was refused has taken nothing away
+            with pytest.raises(UserError, match=r"process \d+ on .* trains in .*run; wait for it or stop it"):
+                place.locked().__enter__()
+    with place.locked():
+        pass
+    assert place.holds_a_run()
+
+
+def test_a_folder_that_has_become_no_run_is_left_as_it_was_found(tmp_path):
+    with pytest.raises(KeyError), Workdir(tmp_path / "new").locked():
+        raise KeyError
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "notes.txt").write_text("mine")
+    with Workdir(tmp_path).locked():
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_could_not_be_made_leaves_nothing(tmp_path, monkeypatch):
+    config = resolve()
+    model = build(config.model.architecture, "the test", config.model)
+    tokenizer = tokenizers.load("bytes")
+
+    def full(folder):  # as the tokenizers library says it
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(tokenizer, "save", full)
+    with pytest.raises(UserError, match=r"cannot write to .*: No space left on device; free space or name another"):
+        Workdir(tmp_path).create(config, DERIVED, model, tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_newest_checkpoint_of_a_run_is_loaded_sharded_over_all_devices(finished):
+    model, params, tokenizer = load(str(finished))
+    place = Workdir(finished)
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    expected = place.params(model, tiny_run.STEPS, mesh, np.float32)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert all(len(leaf.sharding.device_set) == jax.device_count() for leaf in jax.tree.leaves(params))
+    assert tokenizer.digest() == place.tokenizer().digest()
+
+
+def test_a_run_without_a_checkpoint_is_not_taken_for_a_model(place):
+    for step in (3, 5, 10):
+        (place.path / "checkpoints" / str(step)).rmdir()
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        load(str(place.path))
+    (place.path / "checkpoints").rmdir()
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        load(str(place.path))
+
+
+def test_frozen_values_are_saved_as_they_are(place):
+    """JSON has no tuples; what is read back must still equal the config that was resolved."""
+    assert dataclasses.asdict(place.open()[0]) == dataclasses.asdict(resolve())
