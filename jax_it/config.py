@@ -282,8 +282,8 @@ def resolve(tree: Mapping[str, Any]) -> Config:
 
 _AT_LEAST: dict[str, float] = {
     "model.tokenizer_size": 0, "model.lora.rank": 0, "model.lora.alpha": 0,
-    "data.source_length": 2, "data.target_length": 2, "data.sequence_length": 2, "data.holdout": 0, "data.mixing_cap": 0,
-    "data.packed_source_length": 0, "data.packed_target_length": 0,
+    "data.source_length": 2, "data.target_length": 2, "data.sequence_length": 2,
+    "data.holdout": 0, "data.mixing_cap": 0, "data.packed_source_length": 0, "data.packed_target_length": 0,
     "train.batch_size": 1, "train.micro_batches": 1,
     "train.loss_chunk": 1, "train.clip": 0, "train.z_loss": 0, "train.balance_loss": 0,
     "train.keep": 1, "train.keep_best": 0, "train.max_skipped": 0,
