@@ -32,7 +32,7 @@ class Side:
         self._data = build_data(config, model, tokenizer).train
         schedule = make_schedule(config.train.optimizer, 1000, 0, 0)
         optimizer = make_optimizer(config.train.optimizer, schedule, model.letters)
-        state = start(jax.tree.map(lambda p: p + 0, params), optimizer)
+        state = start(jax.tree.map(lambda p: p + 0, params), {}, optimizer)
         shardings = state_shardings(model, state, mesh)
         self._state = jax.device_put(state, shardings)
         self._step = make_train_step(model, config.train, optimizer, schedule, mesh, shardings)

@@ -97,13 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
 
-    export = add("export", _export, "Write a checkpoint as a folder in Transformers format.")
+    export = add("export", _export, "Write a checkpoint as a folder in Transformers format, or its adapters in PEFT's.")
     export.add_argument("--workdir", required=True, help="the run's folder")
     export.add_argument("--output", required=True, help="a folder that does not exist yet")
     export.add_argument("--checkpoint", **checkpoint)
     export.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="", help="(default: the model's)"
     )
+
+    export.add_argument("--adapter-only", action="store_true", help="the adapters alone, in PEFT format")
 
     preview = add("preview", _preview, "Show what the model will see, and what becomes of each data set.")
     preview.add_argument("--config", **config)
@@ -170,8 +172,8 @@ def _generate(options: argparse.Namespace, changes: dict[str, str]) -> None:
 def _export(options: argparse.Namespace, changes: dict[str, str]) -> None:
     from jax_it.export import export
 
-    step = export(options.workdir, options.output, options.checkpoint, options.dtype)
-    print(f"step {step} is in {options.output}, in Transformers format")
+    step = export(options.workdir, options.output, options.checkpoint, options.dtype, options.adapter_only)
+    print(f"step {step} is in {options.output}, in {'PEFT' if options.adapter_only else 'Transformers'} format")
 
 
 def _preview(options: argparse.Namespace, changes: dict[str, str]) -> None:

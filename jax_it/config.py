@@ -132,7 +132,7 @@ class Data:
     target_length: int = 128
     sequence_length: int = 2048  # tokens of a causal model's longest example, prompt included, and of its packed rows
     learn: Literal["all", "last"] = "all"  # which of a conversation's assistant turns a causal model learns
-    truncate: Literal["end", "start", "drop", "refuse"] = "end"  # the side of the source that is cut
+    truncate: Literal["end", "start", "drop", "refuse"] = "end"  # the side of the prompt that is cut, or of a conversation
     packing: bool = True
     packed_source_length: int = 0  # tokens in a packed row; 0: chosen by the step's cost on this data
     packed_target_length: int = 0

@@ -1,13 +1,14 @@
-"""A run's weights as a folder in Transformers format, read back and compared before it is called done."""
+"""A run's weights as a folder in Transformers or PEFT format, read back and compared before it is called done."""
 
+import dataclasses
 import shutil
 import stat
 import tempfile
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_it import sharding
@@ -15,29 +16,68 @@ from jax_it.checkpoint import disk_error
 from jax_it.config import Mesh
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
-from jax_it.models import Model, Params, hf
-from jax_it.models.weights import flatten
+from jax_it.models import Model, Params, hf, peft, tensors
 from jax_it.workdir import Workdir
 
 
-def export(workdir: str | Path, output: str | Path, checkpoint: str = "latest", dtype: str = "") -> int:
-    """Writes a checkpoint of a run to `output`, which must not exist yet. Returns its step."""
+def export(
+    workdir: str | Path, output: str | Path, checkpoint: str = "latest", dtype: str = "", adapter_only: bool = False
+) -> int:
+    """Writes a checkpoint of a run to `output`, which must not exist yet. Returns its step.
+
+    Adapters are merged into the model's weights or, with `adapter_only`, written alone in PEFT's format.
+    """
     _check_free(Path(output))
     place = Workdir(Path(workdir))
     config, derived = place.open()
+    # The weights beneath adapters are read as exactly as they are written.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
     step = place.choose_step(checkpoint, config.eval.best)
     mesh = sharding.make_mesh(Mesh())
     model = place.model(config, derived)
-    params = place.params(model, step, mesh, jnp.dtype(config.model.param_dtype))
-    save(output, model, params, place.tokenizer(), extras=place.path / "model", dtype=dtype)
+    if adapter_only and model.adapter is None:
+        raise UserError(f"the run in {place.path} trained all weights; export it without --adapter-only")
+    params, tokenizer = place.params(model, config, step, mesh), place.tokenizer()
+    if adapter_only:
+        save_adapter(output, model, params, tokenizer, config.model.path, dtype or "float32")
+    else:
+        save(output, model, params, tokenizer, extras=place.path / "model", dtype=dtype)
     return step
 
 
 def save(
     output: str | Path, model: Model, params: Params, tokenizer: Tokenizer, extras: Path | None = None, dtype: str = ""
 ) -> None:
-    """Writes config.json, weights, tokenizer and generation settings: whole or not at all."""
-    output = Path(output)
+    """Writes config.json, weights, tokenizer and generation settings: whole or not at all. Adapters are merged."""
+    model, params = model.merge(params)
+
+    def write(folder: Path) -> None:
+        hf.save(folder, model, params, dtype)
+        tokenizer.save(folder)
+        hf.save_generation_settings(extras, folder, model)
+        _compare(folder, tensors.SINGLE, lambda dtype: hf.tensors_of(model, params, dtype))
+
+    _write_whole(Path(output), write)
+
+
+def save_adapter(
+    output: str | Path, model: Model, params: Params, tokenizer: Tokenizer, base: str, dtype: str = "float32"
+) -> None:
+    """Writes a model's adapters in PEFT's format, with the tokenizer: whole or not at all.
+
+    `base` is the base model's folder or hub name.
+    """
+
+    def write(folder: Path) -> None:
+        peft.write(folder, model, params, base, dtype)
+        tokenizer.save(folder)
+        _compare(folder, peft.WEIGHTS, lambda dtype: peft.tensors_of(model, params, dtype))
+
+    _write_whole(Path(output), write)
+
+
+def _write_whole(output: Path, write: Callable[[Path], None]) -> None:
+    """Has a folder written beside `output`, and renames it."""
     _check_free(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -45,10 +85,7 @@ def save(
     except OSError as error:
         raise UserError(f"cannot write to {output.parent}: {error.strerror}") from error
     try:
-        hf.save(part, model, params, dtype)
-        tokenizer.save(part)
-        hf.save_generation_settings(extras, part, model)
-        _compare(part, model, params)
+        write(part)
         _share(part)
         part.replace(output)
     except Exception as error:
@@ -66,22 +103,17 @@ def _check_free(output: Path) -> None:
 
 def _share(folder: Path) -> None:
     """Gives all of it the permissions of an ordinary new file: tempfile and safetensors keep theirs private."""
-    mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
+    mode = stat.S_IMODE(min(folder.glob("*config.json")).stat().st_mode)
     for file in folder.glob("*.*"):
         file.chmod(mode)
     folder.chmod(mode | (mode & 0o444) >> 2)  # who may read may enter
 
 
-def _compare(folder: Path, model: Model, params: Params) -> None:
-    """Reads the weights back and holds them against what was to be written."""
-    leaves = flatten(params)
+def _compare(folder: Path, single: str, tensors_of: Callable[[Any], Iterable[tuple[str, np.ndarray]]]) -> None:
+    """Reads the tensors back and holds them against what was to be written, in the dtype that they have there."""
     with ExitStack() as stack:
-        tensors = hf.Tensors(folder, stack)
-        for path, weight in model.weights.items():
-            array = leaves[path]
-            for i, name in enumerate(weight.names(array.shape)):
-                layer = np.asarray(jax.device_get(array[i] if weight.stacked else array))
-                shape = weight.tensor_shape(array.shape)
-                written = tensors.read(name, tuple(slice(0, n) for n in shape))
-                if weight.restore(layer).astype(written.dtype).tobytes() != written.tobytes():
-                    raise UserError(f"{folder}: {name} does not read back as it was written; export again")
+        written = tensors.Tensors(folder, stack, single)
+        dtype = written.read(min(written.names()), ()).dtype
+        for name, tensor in tensors_of(dtype):
+            if written.read(name, tuple(slice(0, n) for n in tensor.shape)).tobytes() != tensor.tobytes():
+                raise UserError(f"{folder}: {name} does not read back as it was written; export again")

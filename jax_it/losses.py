@@ -50,11 +50,13 @@ def chunked_sum(
     hidden_BTD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
+    head_trained: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of token losses and the sum of their weights, both float32.
 
     `logits(head, hidden_BCD)` gives float32 logits; at most `chunk` positions of a row have theirs at
     a time. Gradients are taken chunk by chunk in the forward pass: no logits wait for a backward one.
+    A head that is not trained has none.
     """
     length = targets_BT.shape[1]
     chunks = -(-length // chunk)
@@ -62,13 +64,14 @@ def chunked_sum(
     pad = [(0, 0), (0, extra)]
     arrays = (jnp.pad(hidden_BTD, [*pad, (0, 0)]), jnp.pad(targets_BT, pad), jnp.pad(weights_BT, pad))
     split = tuple(jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0) for a in arrays)
-    return _sum_over_chunks(loss, logits, head, *split), weights_BT.sum(dtype=jnp.float32)
+    return _sum_over_chunks(loss, logits, head_trained, head, *split), weights_BT.sum(dtype=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _sum_over_chunks(
-    loss: TokenLoss, logits: Callable, head: Any, hidden_XBCD: jax.Array, targets_XBC: jax.Array, weights_XBC: jax.Array
-) -> jax.Array:
+    loss: TokenLoss, logits: Callable, head_trained: bool, head: Any, hidden_XBCD: jax.Array, targets_XBC: jax.Array,
+    weights_XBC: jax.Array,
+) -> jax.Array:  # fmt: skip
     def add(total: jax.Array, chunk: tuple) -> tuple[jax.Array, None]:
         return total + _chunk_sum(loss, logits, head, *chunk), None
 
@@ -79,23 +82,26 @@ def _chunk_sum(loss: TokenLoss, logits: Callable, head: Any, hidden: Any, target
     return jnp.sum(weights * loss(logits(head, hidden), targets), dtype=jnp.float32)
 
 
-def _forward(loss: TokenLoss, logits: Callable, head: Any, hidden: Any, targets: Any, weights: Any) -> Any:
+def _forward(
+    loss: TokenLoss, logits: Callable, head_trained: bool, head: Any, hidden: Any, targets: Any, weights: Any
+) -> Any:
     def add(carry: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
         total, head_gradient = carry
         hidden, targets, weights = chunk
-        value, (for_head, for_hidden) = jax.value_and_grad(
-            lambda head, hidden: _chunk_sum(loss, logits, head, hidden, targets, weights), argnums=(0, 1)
-        )(head, hidden)
+        value, (for_hidden, *for_head) = jax.value_and_grad(
+            lambda hidden, head: _chunk_sum(loss, logits, head, hidden, targets, weights),
+            argnums=(0, 1) if head_trained else (0,),
+        )(hidden, head)
         return (total + value, jax.tree.map(jnp.add, head_gradient, for_head)), for_hidden
 
-    zeros = jax.tree.map(jnp.zeros_like, head)
+    zeros = [jax.tree.map(jnp.zeros_like, head)] if head_trained else []
     (total, head_gradient), hidden_gradient = jax.lax.scan(add, (jnp.float32(0), zeros), (hidden, targets, weights))
     return total, (head_gradient, hidden_gradient)
 
 
-def _backward(loss: TokenLoss, logits: Callable, gradients: tuple, cotangent: jax.Array) -> tuple:
+def _backward(loss: TokenLoss, logits: Callable, head_trained: bool, gradients: tuple, cotangent: jax.Array) -> tuple:
     for_head, for_hidden = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradients)
-    return for_head, for_hidden, None, None
+    return for_head[0] if head_trained else None, for_hidden, None, None
 
 
 _sum_over_chunks.defvjp(_forward, _backward)

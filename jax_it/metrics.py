@@ -1,17 +1,22 @@
-"""Scores of generated texts against references: ROUGE, BLEU, chrF, exact match and token F1, from 0 to 100.
+"""Scores of generated texts against references: ROUGE, BLEU, chrF, exact matches and token F1, from 0 to 100.
 
 ROUGE is `rouge-score`'s, BLEU and chrF are `sacrebleu`'s, on the text as it is. Every example has one
-or more references; how each metric treats several is said at its function.
+or more references; how each metric treats several is said at its function. A name's ending says how a
+text is cut into tokens where it is not the metric's own way: `rougeL_chars`, `bleu_zh`.
 """
 
 import difflib
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from functools import partial
 from itertools import zip_longest
 from statistics import fmean
+from types import SimpleNamespace
+from typing import Any
 
 import sacrebleu
 
@@ -22,6 +27,20 @@ Predictions = Sequence[str]
 References = Sequence[Sequence[str]]  # of each prediction, one or more
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+ROUGE_CHARS = ("rouge1_chars", "rouge2_chars", "rougeL_chars")
+
+# Letters of the scripts that do not part words by spaces, and of Korean, whose endings are written onto the word.
+_UNSPACED = re.compile(
+    "[\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+    "\u3041-\u30ff\u31f0-\u31ff\u3105-\u312f\u31a0-\u31bf"  # kana and bopomofo
+    "\u1100-\u11ff\ua960-\ua97f\uac00-\ud7ff"  # Hangul
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"  # Thai, Lao, Burmese, Khmer
+)
+# A minus counts where it joins no two things (not in 3-5), and a comma where it groups thousands (or lakhs).
+_NUMBER = re.compile(
+    r"(?:(?<![\dA-Za-z)\]])([-−]))?(?:\$([-−])?)?"
+    r"(\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\dA-Za-z.])\.\d+)"
+)
 
 
 def score(names: Sequence[str], predictions: Predictions, references: References) -> Scores:
@@ -31,8 +50,10 @@ def score(names: Sequence[str], predictions: Predictions, references: References
     """
     check(names)
     _check_examples(predictions, references)
-    types = [name for name in names if name in ROUGE]
-    scores = rouge(types, predictions, references) if types else {}
+    scores: Scores = {}
+    for family, score_family in ((ROUGE, rouge), (ROUGE_CHARS, rouge_chars)):
+        if wanted := [name for name in names if name in family]:
+            scores |= score_family(wanted, predictions, references)
     for name in names:
         if name not in scores:
             scores[name] = METRICS[name](predictions, references)
@@ -57,16 +78,62 @@ def rouge(types: Sequence[str], predictions: Predictions, references: References
     bootstrap samples for the mean. rougeLsum takes lines for sentences. Only a-z and 0-9 make words: a
     text in another script scores 0, as does an empty one, even against an empty reference.
     """
+    return dict(zip(types, _rouge(types, None, predictions, references), strict=True))
+
+
+def rouge_chars(names: Sequence[str], predictions: Predictions, references: References) -> Scores:
+    """`rouge` for text in any script, under names that end in `_chars`, over the tokens of `characters`.
+
+    Nothing is stemmed.
+    """
+    types = [name.removesuffix("_chars") for name in names]
+    return dict(zip(names, _rouge(types, characters, predictions, references), strict=True))
+
+
+def characters(text: str) -> list[str]:
+    """Each character of Chinese, Japanese, Korean, Thai, Lao, Burmese and Khmer, and whole words of the rest.
+
+    Words are runs of letters and digits, in lower case; marks stay on their letter, and all else is
+    dropped. Unicode's compatibility forms count as what they stand for (NFKC): full width is half width.
+    """
+    tokens: list[str] = []
+    before = ""  # what the last token can take: "" nothing, "M" marks, "LNM" letters, digits and marks
+    for character in unicodedata.normalize("NFKC", text).lower():
+        kind = unicodedata.category(character)[0]
+        alone = kind != "M" and bool(_UNSPACED.match(character))
+        if kind in before and not alone:
+            tokens[-1] += character
+        elif kind in "LN":
+            tokens.append(character)
+            before = "M" if alone else "LNM"
+        else:
+            before = ""
+    return tokens
+
+
+def _rouge(
+    types: Sequence[str],
+    tokenize: Callable[[str], list[str]] | None,
+    predictions: Predictions,
+    references: References,
+) -> list[float]:
+    """The mean F-measure of each type; None: English words, stemmed."""
     # It imports nltk and with it scipy.stats: a second, which no command should wait for that scores nothing.
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(list(types), use_stemmer=True)
+    tokenizer: Any = SimpleNamespace(tokenize=tokenize) if tokenize else None
+    scorer = RougeScorer(list(types), use_stemmer=tokenize is None, tokenizer=tokenizer)
     best = [scorer.score_multi(texts, prediction) for prediction, texts in zip(predictions, references, strict=True)]
-    return {name: 100 * fmean(example[name].fmeasure for example in best) for name in types}
+    return [100 * fmean(example[name].fmeasure for example in best) for name in types]
 
 
-def _rouge_of(name: str, predictions: Predictions, references: References) -> float:
-    return rouge([name], predictions, references)[name]
+def _one(
+    family: Callable[[Sequence[str], Predictions, References], Scores],
+    name: str,
+    predictions: Predictions,
+    references: References,
+) -> float:
+    return family([name], predictions, references)[name]
 
 
 def bleu(predictions: Predictions, references: References) -> float:
@@ -75,6 +142,11 @@ def bleu(predictions: Predictions, references: References) -> float:
     N-grams are matched against all references of an example; the one closest in length counts for brevity.
     """
     return float(sacrebleu.corpus_bleu(predictions, _streams(references)).score)
+
+
+def bleu_zh(predictions: Predictions, references: References) -> float:
+    """`bleu` for Chinese, with sacrebleu's tokenizer zh: Chinese characters one by one, the rest as in 13a."""
+    return float(sacrebleu.corpus_bleu(predictions, _streams(references), tokenize="zh").score)
 
 
 def chrf(predictions: Predictions, references: References) -> float:
@@ -90,6 +162,36 @@ def _streams(references: References) -> list[tuple[str, ...]]:
 def exact_match(predictions: Predictions, references: References) -> float:
     """The share of predictions that equal a reference, white space at both ends aside. Case and punctuation count."""
     return _mean_of_best(lambda prediction, text: float(prediction.strip() == text.strip()), predictions, references)
+
+
+def final_number(predictions: Predictions, references: References) -> float:
+    """The share of predictions whose final number equals a reference's (GSM8K's exact match, Cobbe et al. 2021).
+
+    The final number is the first one after the last "####", or else the last of the text. Numbers are
+    compared as exact decimals: 1,234.50 equals $1234.5, and 20% equals 20. Where either text has none, they differ.
+    """
+
+    def equal(prediction: str, reference: str) -> float:
+        number = find_final_number(prediction)
+        return float(number is not None and number == find_final_number(reference))
+
+    return _mean_of_best(equal, predictions, references)
+
+
+def find_final_number(text: str) -> Decimal | None:
+    """The first number after the last "####", or else the last number of the text; None where there is none."""
+    _, mark, end = text.rpartition("####")
+    if mark and (numbers := _numbers(end)):
+        return numbers[0]
+    numbers = _numbers(text)
+    return numbers[-1] if numbers else None
+
+
+def _numbers(text: str) -> list[Decimal]:
+    return [
+        Decimal(("-" if before or after else "") + digits.replace(",", ""))
+        for before, after, digits in _NUMBER.findall(text)
+    ]
 
 
 def token_f1(predictions: Predictions, references: References) -> float:
@@ -119,13 +221,18 @@ def _mean_of_best(metric: Callable[[str, str], float], predictions: Predictions,
 
 
 METRICS: dict[str, Callable[[Predictions, References], float]] = {
-    "rouge1": partial(_rouge_of, "rouge1"),
-    "rouge2": partial(_rouge_of, "rouge2"),
-    "rougeL": partial(_rouge_of, "rougeL"),
-    "rougeLsum": partial(_rouge_of, "rougeLsum"),
+    "rouge1": partial(_one, rouge, "rouge1"),
+    "rouge2": partial(_one, rouge, "rouge2"),
+    "rougeL": partial(_one, rouge, "rougeL"),
+    "rougeLsum": partial(_one, rouge, "rougeLsum"),
+    "rouge1_chars": partial(_one, rouge_chars, "rouge1_chars"),
+    "rouge2_chars": partial(_one, rouge_chars, "rouge2_chars"),
+    "rougeL_chars": partial(_one, rouge_chars, "rougeL_chars"),
     "bleu": bleu,
+    "bleu_zh": bleu_zh,
     "chrf": chrf,
     "exact_match": exact_match,
+    "final_number": final_number,
     "token_f1": token_f1,
 }
 

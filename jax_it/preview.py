@@ -1,7 +1,14 @@
 """What the model will see: text, tokens, loss mask, packing, and what became of each data set."""
 
+from itertools import islice
+
+import numpy as np
+
 from jax_it import data
 from jax_it.config import Config
+from jax_it.data import chat
+from jax_it.data.batches import CausalBatch, Seq2SeqBatch
+from jax_it.data.formats import CausalFormat
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.models import build, hf
 from jax_it.training.loop import build_data, check_vocabulary, load_tokenizer
@@ -12,8 +19,15 @@ def preview(config: Config, number: int) -> str:
     tokenizer = load_tokenizer(config)
     model = build(*hf.read_values(config.model), config.model)
     check_vocabulary(model, tokenizer)
-    built = build_data(config, model, tokenizer)
-    return "\n\n".join([_data_sets(built), _rows(config, built), _examples(built, tokenizer, number)])
+    return report(config, build_data(config, model, tokenizer), tokenizer, number)
+
+
+def report(config: Config, built: data.Built, tokenizer: Tokenizer, number: int) -> str:
+    """The same, of data that is built."""
+    parts = [_data_sets(built), _rows(config, built)]
+    if tokenizer.chat_template is not None and isinstance(built.train.format, CausalFormat):
+        parts.append(_generation(tokenizer))
+    return "\n\n".join([*parts, _examples(built, tokenizer, number)])
 
 
 def _data_sets(built: data.Built) -> str:
@@ -28,7 +42,8 @@ def _data_sets(built: data.Built) -> str:
                 f"    dropped    {_share(counts.empty_completion, counts.examples)} with an empty completion, "
                 f"{_share(counts.too_long, counts.examples)} too long",
                 f"    truncated  {_share(counts.truncated_source, counts.examples)} sources, "
-                f"{_share(counts.truncated_target, counts.examples)} targets",
+                f"{_share(counts.truncated_target, counts.examples)} targets"
+                + (f", {_share(counts.truncated_turns, counts.examples)} by turns" if counts.truncated_turns else ""),
                 f"    tokens     mean source {counts.source_tokens / counts.examples:.1f}, "
                 f"target {counts.target_tokens / counts.examples:.1f} (before truncation)",
                 f"    supervised {_share(counts.target_tokens, tokens)} of the tokens",
@@ -45,11 +60,11 @@ def _rows(config: Config, built: data.Built) -> str:
     layout, train = built.train.layout, built.train
     shape, rates = layout.shape, train.rates
     kind = "Packed rows" if train.packed else "Rows, padded to the longest of each batch"
+    source = f"source {shape.blocks} x {shape.source} tokens, {layout.source_fill:.1%} full; target "
     return "\n".join(
         [
             kind,
-            f"  source {shape.blocks} x {shape.source} tokens, {layout.source_fill:.1%} full; "
-            f"target {shape.target} tokens, {layout.target_fill:.1%} full",
+            f"  {source if shape.source else ''}{shape.target} tokens, {layout.target_fill:.1%} full",
             f"  {layout.rows} rows a step, {layout.examples_per_row:.2f} examples a row: "
             f"{rates.step_examples:.1f} examples and {rates.step_tokens:.0f} tokens a step",
             f"  an epoch has {train.mixture.epoch_examples} examples and {rates.epoch_steps:.1f} steps; "
@@ -61,23 +76,61 @@ def _rows(config: Config, built: data.Built) -> str:
 def _examples(built: data.Built, tokenizer: Tokenizer, number: int) -> str:
     batch = built.train.batch(0).batch
     lines = ["First examples of the first batch: tokens that the loss counts stand in [brackets]"]
-    shown = 0
-    for row in range(len(batch.targets_BT)):
-        for segment in range(1, int(batch.segments_BT[row].max()) + 1):
-            if shown == number:
-                return "\n".join(lines)
-            shown += 1
-            source = batch.source_BGS[row][batch.source_segments_BGS[row] == segment]
-            here = batch.segments_BT[row] == segment
-            targets, weights = batch.targets_BT[row][here], batch.weights_BT[row][here]
-            pieces = zip(tokenizer.show(targets), weights, strict=True)
-            lines += [
-                f"  row {row}, segment {segment}: {len(source)} source and {len(targets)} target tokens",
-                f"    source text   {_short(tokenizer.decode(source))}",
-                f"    source tokens {_short(' '.join(tokenizer.show(source)))}",
-                f"    target text   {_short(tokenizer.decode(targets))}",
-                f"    target tokens {_short(' '.join(f'[{piece}]' if weight else piece for piece, weight in pieces))}",
-            ]
+    rows = range(len(batch.targets_BT))
+    places = ((row, s) for row in rows for s in range(1, int(batch.segments_BT[row].max()) + 1))
+    for row, segment in islice(places, number):
+        if isinstance(batch, Seq2SeqBatch):
+            lines += _pair(batch, row, segment, tokenizer)
+        else:
+            lines += _sequence(batch, row, segment, tokenizer)
+    return "\n".join(lines)
+
+
+def _pair(batch: Seq2SeqBatch, row: int, segment: int, tokenizer: Tokenizer) -> list[str]:
+    source = batch.source_BGS[row][batch.source_segments_BGS[row] == segment]
+    here = batch.segments_BT[row] == segment
+    targets = batch.targets_BT[row][here]
+    return [
+        f"  row {row}, segment {segment}: {len(source)} source and {len(targets)} target tokens",
+        f"    source text   {_short(tokenizer.decode(source))}",
+        f"    source tokens {_short(' '.join(tokenizer.show(source)))}",
+        f"    target text   {_short(tokenizer.decode(targets))}",
+        f"    target tokens {_short(_bracketed(targets, batch.weights_BT[row][here] > 0, tokenizer))}",
+    ]
+
+
+def _sequence(batch: CausalBatch, row: int, segment: int, tokenizer: Tokenizer) -> list[str]:
+    here = batch.segments_BT[row] == segment
+    tokens, weights = batch.tokens_BT[row][here], batch.weights_BT[row][here]
+    learnt = np.concatenate([[False], weights[:-1] > 0])  # a weight is that of the next token
+    return [
+        f"  row {row}, segment {segment}: {len(tokens)} tokens, {int(learnt.sum())} of them supervised",
+        f"    text   {_short(repr(tokenizer.text(tokens)))}",
+        f"    learnt {_short(repr(tokenizer.text(tokens[learnt])))}",
+        f"    tokens {_short(_bracketed(tokens, learnt, tokenizer))}",
+    ]
+
+
+def _bracketed(tokens: np.ndarray, learnt: np.ndarray, tokenizer: Tokenizer) -> str:
+    pieces = zip(tokenizer.show(tokens), learnt, strict=True)
+    return " ".join(f"[{piece}]" if is_learnt else piece for piece, is_learnt in pieces)
+
+
+def _generation(tokenizer: Tokenizer) -> str:
+    """How a conversation's answer begins and ends, and whether other programs would begin it otherwise."""
+    lines = [
+        "Chat template",
+        f"  an answer ends with {' or '.join(tokenizer.show(chat.ends(tokenizer)))}",
+    ]
+    if (differing := chat.generation_prompt(tokenizer)) is None:
+        lines.append("  the template's generation prompt is what stands before an answer in training")
+    else:
+        ours, theirs = map(repr, differing)
+        lines += [
+            "  the template's generation prompt differs from what stands before an answer in training",
+            f"    in training       {_short(ours)}",
+            f"    generation prompt {_short(theirs)}",
+        ]
     return "\n".join(lines)
 
 

@@ -64,8 +64,15 @@ def spec(letters: str, shape: Sequence[int], mesh: jax.sharding.Mesh | jax.shard
 
 
 def shardings(letters: Any, shapes: Any, mesh: jax.sharding.Mesh) -> Any:
-    """A tree of NamedShardings for a tree of letters and one of arrays (or their shapes and dtypes)."""
-    return jax.tree.map(lambda names, array: NamedSharding(mesh, spec(names, array.shape, mesh)), letters, shapes)
+    """A tree of NamedShardings for a tree of letters and one of arrays (or their shapes and dtypes).
+
+    Where a weight is several arrays, as a quantised one, all of them have its letters.
+    """
+
+    def place(names: str, weight: Any) -> Any:
+        return jax.tree.map(lambda array: NamedSharding(mesh, spec(names, array.shape, mesh)), weight)
+
+    return jax.tree.map(place, letters, shapes)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -22,15 +22,19 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
+import jax.numpy as jnp
 
 from jax_it import config as settings
 from jax_it import sharding
 from jax_it.checkpoint import Checkpoints, abstract, disk_error, write_atomically
 from jax_it.config import Config
 from jax_it.data import tokenizer as tokenizers
+from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
 from jax_it.errors import UserError
-from jax_it.models import Model, Params, build, hf
+from jax_it.models import Model, Params, build, hf, peft, with_tied_head
+from jax_it.models.lora import Adapter, Target
+from jax_it.models.tensors import find_folder, fingerprint
 from jax_it.models.weights import flatten
 
 # What a resumed run may change: where and how it is computed, watched and kept, but not what it computes.
@@ -49,6 +53,8 @@ class Derived:
     total_steps: int
     data_digest: str
     tied: bool
+    adapter: Adapter | None = None  # what is trained, if not all weights
+    base_digest: str = ""  # of the frozen weights' files
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class Workdir:
         try:
             (self.path / "model").mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / "model" / "config.json", dict(model.values))
-            came_from = hf.find_folder(config.model.path) if config.model.path else None
+            came_from = find_folder(config.model.path) if config.model.path else None
             hf.save_generation_settings(came_from, self.path / "model", model)
             tokenizer.save(self.path / "tokenizer")
             versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
@@ -125,7 +131,11 @@ class Workdir:
             derived = saved["derived"]
             layout = derived.pop("layout")
             layout = Layout(Shape(*layout.pop("shape")), **layout)
-            return settings.resolve(saved["config"]), Derived(layout=layout, **derived)
+            adapter = derived.pop("adapter", None)
+            if adapter:
+                adapter["targets"] = tuple(Target(*target) for target in adapter["targets"])
+                adapter = Adapter(**adapter)
+            return settings.resolve(saved["config"]), Derived(layout=layout, adapter=adapter, **derived)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{self.path} holds no run (no config.json); start one with jax-it train") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -157,7 +167,8 @@ class Workdir:
             values = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read ({error}); restore it") from None
-        return hf.with_tied_head(build(values, str(file), config.model), derived.tied)
+        model = with_tied_head(build(values, str(file), config.model), derived.tied)
+        return dataclasses.replace(model, adapter=derived.adapter)
 
     def checkpoints(self) -> Checkpoints:
         """The run's checkpoints, to read."""
@@ -195,12 +206,27 @@ class Workdir:
             raise UserError(f"--checkpoint {which}: {self.path} has {', '.join(map(str, steps))}, latest and best")
         return int(which)
 
-    def params(self, model: Model, step: int, mesh: jax.sharding.Mesh, dtype: Any) -> Params:
-        """The weights of a checkpoint, sharded over the mesh."""
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.shapes)
-        return self.checkpoints().restore_params(
-            step, abstract(shapes, sharding.shardings(model.letters, shapes, mesh))
+    def params(self, model: Model, config: Config, step: int, mesh: jax.sharding.Mesh) -> Params:
+        """The weights of a checkpoint, sharded over the mesh, beside those that the run has not trained."""
+        dtype = jnp.dtype(config.model.param_dtype)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.trained_shapes)
+        trained = self.checkpoints().restore_params(
+            step, abstract(shapes, sharding.shardings(model.trained_letters, shapes, mesh))
         )
+        return model.join(trained, self.frozen(model, config, mesh))
+
+    def frozen(self, model: Model, config: Config, mesh: jax.sharding.Mesh) -> Params:
+        """The weights beneath the run's adapters, which no checkpoint holds. Raises UserError if they have changed."""
+        if model.adapter is None:
+            return {}
+        if config.model.pretrained:
+            now, then = fingerprint(find_folder(config.model.path)), self.open()[1].base_digest
+            if now != then:
+                raise UserError(
+                    f"the weights in {config.model.path} are not those that the run in {self.path} was started from; "
+                    "restore them"
+                )
+        return hf.load_base(config.model, mesh, config.train.seed)[1]
 
     def rewind_metrics(self, step: int) -> None:
         """Drops logged steps after `step`, which a resumed run will take again, and what a kill cut off."""
@@ -217,16 +243,28 @@ class Workdir:
 
 
 def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
-    """The model of a run's newest checkpoint, a Transformers folder or a hub name, over all devices."""
+    """The model of a run's newest checkpoint, a Transformers or PEFT folder or a hub name, over all devices."""
     mesh = sharding.make_mesh(settings.Mesh())
     place = Workdir(Path(path))
     if (place.path / "model" / "config.json").is_file():  # a run, and not a model
         config, derived = place.open()
         model = place.model(config, derived)
-        params = place.params(model, place.choose_step("latest", ""), mesh, config.model.param_dtype)
+        params = place.params(model, config, place.choose_step("latest", ""), mesh)
         return model, params, place.tokenizer()
+    if peft.is_folder(path):
+        base = peft.base_of(path)
+        model, params = hf.load(settings.Model(path=base, lora=settings.Lora(path=path)), mesh)
+        with_tokenizer = path if (place.path / "tokenizer_config.json").is_file() else base
+        return model, params, tokenizers.load(str(find_folder(with_tokenizer)))
     model, params = hf.load(settings.Model(path=path), mesh)
-    return model, params, tokenizers.load(str(hf.find_folder(path)))
+    return model, params, tokenizers.load(str(find_folder(path)))
+
+
+def make_format(model: Model, tokenizer: tokenizers.Tokenizer) -> Format:
+    """How this model sees examples."""
+    if model.kind == "causal":
+        return CausalFormat(tokenizer.pad, model.run.prefix_lm)
+    return Seq2SeqFormat(model.config.start_token, model.config.pad_token)
 
 
 def _lock(stream: TextIO, folder: Path) -> None:

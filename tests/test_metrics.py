@@ -4,6 +4,8 @@ import itertools
 import math
 import subprocess
 import sys
+from collections import Counter
+from decimal import Decimal
 from statistics import fmean
 
 import pytest
@@ -90,9 +92,87 @@ def test_several_rouge_types_are_scored_in_one_pass(monkeypatch):
             super().__init__(types, **arguments)
 
     monkeypatch.setattr(rouge_scorer, "RougeScorer", Counting)
-    names = ["rougeLsum", "bleu", "rouge1", "rougeL"]
+    names = ["rougeLsum", "rouge2_chars", "bleu", "rouge1", "rougeL", "rougeL_chars"]
     assert list(metrics.score(names, PREDICTIONS, REFERENCES)) == names
-    assert passes == [["rougeLsum", "rouge1", "rougeL"]]
+    assert passes == [["rougeLsum", "rouge1", "rougeL"], ["rouge2", "rougeL"]]
+
+
+def test_characters_are_single_in_scripts_without_spaces_and_words_in_the_rest():
+    assert metrics.characters("我喜欢Python 3, 你呢？") == [*"我喜欢", "python", "3", *"你呢"]
+    assert metrics.characters("１２００元，ＡＢＣ。") == ["1200", "元", "abc"]  # full width
+    assert metrics.characters("カタカナﾃｽﾄとかな、ー") == [*"カタカナテストとかなー"]
+    assert metrics.characters("한국어를 배워요") == [*"한국어를배워요"]
+    assert metrics.characters("ที่นี่") == ["ที่", "นี่"]  # marks stay on their letter
+    assert metrics.characters("हिन्दी में Ünïcode") == ["हिन्दी", "में", "ünïcode"]
+    assert metrics.characters("日本Tokyo東京2020年") == ["日", "本", "tokyo", "東", "京", "2020", "年"]
+    assert metrics.characters("don't snake_case ½") == ["don", "t", "snake", "case", "1", "2"]
+    assert metrics.characters(" \n…！\u0301") == []
+
+
+def test_rouge_of_characters_counts_by_hand():
+    # 猫坐在垫子上 against 猫躺在垫上: 4 characters of 6 and 5 shared, in order; of 5 and 4 pairs only 在垫.
+    scores = metrics.score(metrics.ROUGE_CHARS, ["猫坐在垫子上。"], [["猫躺在垫上"]])
+    assert scores == pytest.approx({"rouge1_chars": 800 / 11, "rouge2_chars": 200 / 9, "rougeL_chars": 800 / 11})
+    # 上海 Beijing 3 against beijing 3 上海: all 4 tokens shared, 2 of 3 pairs, 2 in order.
+    scores = metrics.score(metrics.ROUGE_CHARS, ["上海 Beijing 3"], [["beijing 3, 上海"]])
+    assert scores == pytest.approx({"rouge1_chars": 100, "rouge2_chars": 200 / 3, "rougeL_chars": 50})
+    assert metrics.score(["rouge1", "rougeL"], ["猫坐在垫子上"], [["猫坐在垫子上"]]) == {"rouge1": 0, "rougeL": 0}
+
+
+MIXED = st.lists(st.sampled_from([*"天地人。", "word", "Word", "7"]), max_size=7)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(MIXED, st.lists(MIXED, min_size=1, max_size=3)), min_size=1, max_size=3))
+def test_rouge_of_characters_is_that_by_brute_force(examples):
+    def tokens(parts):
+        return [part.lower() for part in parts if part != "。"]
+
+    def f_measure(shared, predicted, expected):
+        return 2 * shared / (predicted + expected) if shared else 0.0
+
+    def ngrams(parts, n):
+        return Counter(tuple(parts[i : i + n]) for i in range(len(parts) - n + 1))
+
+    def subsequences(parts):
+        return {chosen for n in range(len(parts) + 1) for chosen in itertools.combinations(parts, n)}
+
+    def brute(name, predicted, expected):
+        if name == "rougeL_chars":
+            longest = max(map(len, subsequences(predicted) & subsequences(expected)))
+            return f_measure(longest, len(predicted), len(expected))
+        n = int(name[5])
+        first, second = ngrams(predicted, n), ngrams(expected, n)
+        return f_measure((first & second).total(), first.total(), second.total())
+
+    predictions = [" ".join(predicted) for predicted, _ in examples]
+    references = [[" ".join(parts) for parts in several] for _, several in examples]
+    scores = metrics.score(metrics.ROUGE_CHARS, predictions, references)
+    for name in metrics.ROUGE_CHARS:
+        best = [max(brute(name, tokens(p), tokens(parts)) for parts in several) for p, several in examples]
+        assert scores[name] == pytest.approx(100 * fmean(best))
+        assert metrics.METRICS[name](predictions, references) == scores[name]
+
+
+CHINESE = (
+    ["国家主席今天访问了3个城市，并发表讲话。", "他喜欢用Python编程。", ""],
+    [["国家主席今天访问了三个城市，并发表了讲话。", "主席今天访问了3个城市。"], ["他喜欢用Python写程序。"], ["好。"]],
+)
+
+
+def test_bleu_of_chinese_is_sacrebleus_with_its_tokenizer_zh():
+    predictions, references = CHINESE
+    streams = [[texts[0] for texts in references], [references[0][1], None, None]]
+    expected = sacrebleu.corpus_bleu(predictions, streams, tokenize="zh").score
+    assert expected > 30
+    assert metrics.score(["bleu_zh"], predictions, references)["bleu_zh"] == pytest.approx(expected, abs=1e-9)
+    assert metrics.score(["bleu"], predictions, references)["bleu"] < 10
+
+
+def test_bleu_of_chinese_counts_characters_by_hand():
+    # 我爱北京天安门 for 我爱南京天安门: 6 of 7 characters, 4 of 6 pairs, 2 of 5 triples (京天安, 天安门) and 1 of 4.
+    expected = 100 * (6 / 7 * 4 / 6 * 2 / 5 * 1 / 4) ** 0.25
+    assert metrics.score(["bleu_zh"], ["我爱北京天安门"], [["我爱南京天安门"]])["bleu_zh"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name, expected", [("bleu", 48.530827), ("chrf", 59.73)])
@@ -129,6 +209,72 @@ def test_references_may_differ_in_number(name):
 )
 def test_exact_match_ignores_white_space_at_the_ends_alone(prediction, references, expected):
     assert metrics.score(["exact_match"], [prediction], [references]) == {"exact_match": 100 * expected}
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("She makes 9 * 2 = $<<9*2=18>>18 a day.\n#### 18", "18"),
+        ("So 3 apples.\n#### 4 apples for 5 people", "4"),  # the first after the mark
+        ("#### 1\n#### 2", "2"),  # the last mark
+        ("It is 7. ####", "7"),  # nothing follows the mark
+        ("It is 7. #### none", "7"),
+        ("First 3, then 18.", "18"),
+        ("#### $1,234,567.50", "1234567.5"),
+        ("#### 70,000", "70000"),
+        ("#### 1,00,000", "100000"),  # lakhs
+        ("a pair 1,2", "2"),
+        ("either 10, 20", "20"),
+        ("1,2345", "2345"),
+        ("#### 20%", "20"),
+        ("#### -5", "-5"),
+        ("#### −5", "-5"),
+        ("-$5", "-5"),
+        ("$-5", "-5"),
+        ("x=-5", "-5"),
+        ("答案是-5。", "-5"),
+        ("3-5", "5"),
+        ("(2)-5", "5"),
+        ("10 - 5", "5"),
+        ("COVID-19", "19"),
+        ("costs $.50", "0.5"),
+        ("The answer is...18...", "18"),
+        ("The answer is **18**.", "18"),
+        ("\\boxed{18}", "18"),
+        ("答案是１８。", "18"),  # full width
+        ("#### 0.1000000000000000055511151231257827", "0.1000000000000000055511151231257827"),
+        ("9" * 5000, "9" * 5000),
+        ("none", None),
+        ("", None),
+        ("####", None),
+        ("$ - , . %", None),
+    ],
+)
+def test_the_final_number_is_the_one_after_the_mark_or_the_last(text, number):
+    assert metrics.find_final_number(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize(
+    "prediction, references, expected",
+    [
+        ("I think it is 18 dollars.", ["9 * 2 = 18\n#### 18"], 1),
+        ("#### 18.00", ["#### 18"], 1),
+        ("#### $1,000.", ["#### 1000"], 1),
+        ("50", ["#### 50%"], 1),
+        ("-0", ["0"], 1),
+        ("0.1", ["0.1000000000000000055511151231257827"], 0),  # equal as floats
+        ("#### 19", ["#### 18"], 0),
+        ("#### -18", ["#### 18"], 0),
+        ("18", ["17", "18"], 1),
+        ("eighteen", ["#### 18"], 0),
+        ("18", ["eighteen"], 0),
+        ("eighteen", ["eighteen"], 0),
+        ("18", ["eighteen", "18"], 1),
+        ("", [""], 0),
+    ],
+)
+def test_final_numbers_are_compared_as_exact_decimals(prediction, references, expected):
+    assert metrics.score(["final_number"], [prediction], [references]) == {"final_number": 100 * expected}
 
 
 @pytest.mark.parametrize(
@@ -170,7 +316,7 @@ def test_every_score_of_any_text_is_from_0_to_100(examples):
 
 @pytest.mark.parametrize("name", sorted(metrics.METRICS))
 def test_a_perfect_prediction_scores_100(name):
-    text = "The quick brown fox jumps over the lazy dog."
+    text = "The quick brown fox jumps over 13 lazy dogs."
     assert metrics.score([name], [text], [["Something else.", text]])[name] == pytest.approx(100)
 
 

@@ -1,12 +1,8 @@
 """What a training or evaluation step takes: arrays of static shapes, made by numpy on the host."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-
-from jax_it.data.packing import Shape
 
 
 class Seq2SeqBatch(NamedTuple):
@@ -40,47 +36,21 @@ class CausalBatch(NamedTuple):
     prefix_BT: np.ndarray | None = None  # of a prefix-LM: 1 in a segment's prompt, whose positions see each other
 
 
+class Encoded(NamedTuple):
+    """An example as token ids, int32. A causal one is all target, with a source of no token."""
+
+    source: np.ndarray
+    target: np.ndarray
+    learnt: np.ndarray | None = None  # bool, of a causal example: which of the target's tokens are learnt
+
+
 class Placed(NamedTuple):
     """An example's tokens and the block of the row that its source goes to."""
 
     source: np.ndarray
     target: np.ndarray
     block: int
-
-
-@dataclass(frozen=True)
-class Seq2SeqFormat:
-    """How an encoder-decoder sees examples: the only thing of the model that batches depend on."""
-
-    start: int  # the decoder's first token
-    pad: int
-
-    def batch(self, rows: Sequence[Sequence[Placed]], shape: Shape) -> Seq2SeqBatch:
-        """A batch of these rows, each a list of examples; an empty list makes a row of padding."""
-        number = len(rows)
-        source = np.full((number, shape.blocks, shape.source), self.pad, np.int32)
-        source_segments = np.zeros_like(source)
-        source_positions = np.zeros_like(source)
-        tokens = np.full((number, shape.target), self.pad, np.int32)
-        targets, segments, positions = tokens.copy(), np.zeros_like(tokens), np.zeros_like(tokens)
-        for r, row in enumerate(rows):
-            used = [0] * shape.blocks
-            at = 0
-            for segment, example in enumerate(row, 1):
-                here = (r, example.block, slice(used[example.block], used[example.block] + len(example.source)))
-                source[here] = example.source
-                source_segments[here] = segment
-                source_positions[here] = np.arange(len(example.source))
-                used[example.block] += len(example.source)
-                there = slice(at, at + len(example.target))
-                targets[r, there] = example.target
-                tokens[r, at] = self.start
-                tokens[r, at + 1 : there.stop] = example.target[:-1]
-                segments[r, there] = segment
-                positions[r, there] = np.arange(len(example.target))
-                at = there.stop
-        weights = (segments > 0).astype(np.float32)
-        return Seq2SeqBatch(source, source_segments, source_positions, tokens, targets, weights, segments, positions)
+    learnt: np.ndarray | None = None
 
 
 def bucket(length: int, limit: int) -> int:

@@ -1,5 +1,6 @@
 """Examples to evaluate on: tokens for the model, texts for the metrics."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,10 @@ import numpy as np
 
 from jax_it.config import Data, Source
 from jax_it.data import sources, templates
+from jax_it.data.batches import Encoded
+from jax_it.data.encoding import Counts
+from jax_it.data.formats import CausalFormat, Format
+from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 
@@ -16,8 +21,8 @@ class EvalExample(NamedTuple):
     task: str
     prompt: str
     references: tuple[str, ...]
-    source: list[int]  # tokens, with the end mark, cut to the config's length
-    target: list[int]  # of the first reference
+    prompt_tokens: list[int]  # what generation starts from
+    encoded: Encoded  # what the loss is taken on: the prompt and the first reference, cut as in training
 
 
 class EvalSet(NamedTuple):
@@ -27,7 +32,13 @@ class EvalSet(NamedTuple):
 
 
 def read(
-    items: Sequence[Source], where: str, data: Data, tokenizer: Tokenizer, limit: int, only: Sequence[np.ndarray] | None
+    items: Sequence[Source],
+    where: str,
+    data: Data,
+    tokenizer: Tokenizer,
+    format: Format,
+    limit: int,
+    only: Sequence[np.ndarray] | None,
 ) -> EvalSet:
     """The examples of some sources; `only` names the records of each to take, `limit` how many at most.
 
@@ -36,6 +47,7 @@ def read(
     cut also with truncate="drop": a score over fewer examples would not compare.
     """
     chosen: list[EvalExample] = []
+    rendered: list[Example] = []
     places: list[str] = []
     skipped = 0
     for i, source in enumerate(items):
@@ -58,28 +70,30 @@ def read(
                     task=task if isinstance(task, str) else name,
                     prompt=example.prompt,
                     references=references,
-                    source=[],
-                    target=[],
+                    prompt_tokens=[],
+                    encoded=Encoded(np.zeros(0, np.int32), np.zeros(0, np.int32)),
                 )
             )
+            rendered.append(Example((*example.turns[:-1], Turn("assistant", references[0])), references))
             places.append(record.where)
     if not chosen:
         raise UserError(f"{where}: none of {skipped} examples has a reference to compare with")
-    prompts = tokenizer.encode([example.prompt for example in chosen])
-    completions = tokenizer.encode([example.references[0] for example in chosen])
-    room = data.source_length - 1
-    if data.truncate == "refuse":
-        for place, prompt in zip(places, prompts, strict=True):
-            if len(prompt) > room:
+    counts = Counts()
+    encoded = format.encode(rendered, places, data, tokenizer, counts, evaluation=True)
+    examples, truncated = [], 0
+    for answered, place in zip(chosen, places, strict=True):
+        before = dataclasses.replace(counts)
+        item = next(encoded)
+        assert item is not None  # as there is a reference
+        if counts.cut_prompts > before.cut_prompts:
+            truncated += 1
+            if data.truncate == "refuse":
+                number, what = counts.source_tokens - before.source_tokens, "source "
+                if isinstance(format, CausalFormat):
+                    number, what = number + counts.target_tokens - before.target_tokens, ""
                 raise UserError(
-                    f"{place}: {len(prompt) + 1} source tokens do not fit {data.source_length}; "
-                    "raise config.data.source_length, or choose another config.data.truncate"
+                    f"{place}: {number} {what}tokens do not fit {getattr(data, format.length_field)}; "
+                    f"raise config.data.{format.length_field}, or choose another config.data.truncate"
                 )
-    examples = [
-        example._replace(
-            source=[*(prompt[-room:] if data.truncate == "start" else prompt[:room]), tokenizer.end],
-            target=[*completion[: data.target_length - 1], tokenizer.end],
-        )
-        for example, prompt, completion in zip(chosen, prompts, completions, strict=True)
-    ]
-    return EvalSet(examples, skipped, sum(len(prompt) > room for prompt in prompts))
+        examples.append(answered._replace(prompt_tokens=format.prompt_of(item), encoded=item))
+    return EvalSet(examples, skipped, truncated)

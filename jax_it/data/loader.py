@@ -10,13 +10,17 @@ import grain
 import numpy as np
 
 from jax_it.config import Duration, Rates
-from jax_it.data.batches import Placed, Seq2SeqBatch, Seq2SeqFormat, bucket
+from jax_it.data.batches import Placed
+from jax_it.data.formats import Batch, Format
 from jax_it.data.mixture import Mixture
-from jax_it.data.packing import WINDOW, Layout, Rows, Shape, pack
+from jax_it.data.packing import WINDOW, Layout, Rows, Shape
 
 
 class Sizes(NamedTuple):
-    """What a step trains on, over all hosts: real examples and tokens, and all positions."""
+    """What a step trains on, over all hosts: real examples and tokens, and all positions.
+
+    All tokens of a causal model are target tokens, those that are not learnt as well.
+    """
 
     examples: int
     source_tokens: int
@@ -31,7 +35,7 @@ class Sizes(NamedTuple):
 
 class Step(NamedTuple):
     step: int
-    batch: Seq2SeqBatch  # this host's rows
+    batch: Batch  # this host's rows
     sizes: Sizes
     shape: Shape
 
@@ -55,11 +59,11 @@ class TrainData:
     shuffled; without one each row is an example, and a batch is padded to its longest.
     """
 
-    def __init__(self, mixture: Mixture, format: Seq2SeqFormat, layout: Layout, packed: bool):
+    def __init__(self, mixture: Mixture, format: Format, layout: Layout, packed: bool):
         self.mixture = mixture
         self.layout = layout
         self.packed = packed
-        self._format = format
+        self.format = format
         self._ends = [0]  # after each epoch planned so far: how many rows there are up to there
         self._plan = lru_cache(maxsize=2)(self._plan_epoch)
 
@@ -91,7 +95,9 @@ class TrainData:
         ]
         multiple = math.lcm(part.multiple, part.count)
         padded = -(-len(rows) // multiple) * multiple
-        shape = self.layout.shape if self.packed else self._longest(rows)
+        shape = self.layout.shape
+        if not self.packed:
+            shape = self.format.fit([example for row in rows for example in row], shape)
         source = sum(len(example.source) for row in rows for example in row)
         target = sum(len(example.target) for row in rows for example in row)
         sizes = Sizes(
@@ -104,15 +110,7 @@ class TrainData:
         rows += [[]] * (padded - len(rows))
         each = padded // part.count
         mine = rows[part.index * each : (part.index + 1) * each]
-        return Step(step, self._format.batch(mine, shape), sizes, shape)
-
-    def _longest(self, rows: list[list[Placed]]) -> Shape:
-        """The shape of a padded batch: that of its longest, rounded up to a bucket."""
-        examples = [example for row in rows for example in row]
-        source = max((len(example.source) for example in examples), default=1)
-        target = max((len(example.target) for example in examples), default=1)
-        limit = self.layout.shape
-        return Shape(1, bucket(source, limit.source), bucket(target, limit.target))
+        return Step(step, self.format.batch(mine, shape), sizes, shape)
 
     def _row(self, row: int) -> list[Placed]:
         """The examples of a row of the run."""
@@ -120,13 +118,11 @@ class TrainData:
             self._rows_until(len(self._ends))
         epoch = int(np.searchsorted(self._ends, row, side="right")) - 1
         plan, drawn = self._plan(epoch), self.mixture.epoch(epoch)
-        local = row - self._ends[epoch]
         placed = []
-        for i in range(plan.ends[local], plan.ends[local + 1]):
-            at = plan.members[i]
+        for at, block in plan.row(row - self._ends[epoch]):
             tokens = self.mixture.tokenized[drawn.source[at]][drawn.template[at]]
-            example = int(drawn.example[at])
-            placed.append(Placed(tokens.source(example), tokens.target(example), int(plan.block[i])))
+            example = tokens.example(int(drawn.example[at]))
+            placed.append(Placed(example.source, example.target, block, example.learnt))
         return placed
 
     def _row_after(self, epochs: float) -> int:
@@ -150,7 +146,7 @@ class TrainData:
         members, blocks, counts = [], [], []
         for start in range(0, total, WINDOW):
             window = drawn.part(start, start + WINDOW)
-            rows = pack(window.source_length, window.target_length, self.layout.shape)
+            rows = self.format.pack(window.source_length, window.target_length, self.layout.shape)
             # Rows come out of the packer sorted by what they hold; training must not see that order.
             for row in self.mixture.shuffled_rows(len(rows), number, start):
                 span = slice(rows.ends[row], rows.ends[row + 1])

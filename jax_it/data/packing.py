@@ -19,7 +19,10 @@ WINDOW = 16384  # examples that are packed together; the memory and the time of 
 
 
 class Shape(NamedTuple):
-    """The static shape of a row: `blocks` of `source` positions, and `target` positions."""
+    """The static shape of a row: `blocks` of `source` positions, and `target` positions.
+
+    A causal model's row has no source: its shape is (0, 0, positions).
+    """
 
     blocks: int
     source: int
@@ -40,6 +43,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ends) - 1
 
+    def row(self, r: int) -> list[tuple[int, int]]:
+        """(example, block) of each example of a row."""
+        span = slice(self.ends[r], self.ends[r + 1])
+        return list(zip(self.members[span].tolist(), self.block[span].tolist(), strict=True))
+
 
 def pack(source_lengths: np.ndarray, target_lengths: np.ndarray, shape: Shape) -> Rows:
     """Packs examples into as few rows as can quickly be found. Every example is in exactly one row.
@@ -51,10 +59,32 @@ def pack(source_lengths: np.ndarray, target_lengths: np.ndarray, shape: Shape) -
         return Rows(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(1, np.int64))
     block_of, targets = _fill_blocks(source_lengths, target_lengths, shape)
     row_of_block, place = _group_blocks(targets, shape)
-    row = row_of_block[block_of]
-    members = np.lexsort((np.arange(len(row)), place[block_of], row))
-    counts = np.bincount(row)
-    return Rows(members, place[block_of][members], np.concatenate([[0], np.cumsum(counts)]))
+    return _rows(row_of_block[block_of], place[block_of])
+
+
+def pack_sequences(lengths: np.ndarray, room: int) -> Rows:
+    """Packs sequences of these lengths into rows of `room` positions: best-fit decreasing, in one dimension."""
+    row_of = np.zeros(len(lengths), np.int64)
+    opened: list[tuple[int, int]] = []  # sorted (free positions, row)
+    rows = 0
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[i])
+        at = bisect_left(opened, (length, -1))
+        if at < len(opened):
+            free, row = opened.pop(at)
+        else:
+            free, row = room, rows
+            rows += 1
+        row_of[i] = row
+        if free > length:
+            insort(opened, (free - length, row))
+    return _rows(row_of, np.zeros_like(row_of))
+
+
+def _rows(row_of: np.ndarray, block_of: np.ndarray) -> Rows:
+    """Rows in which examples stand by block, and within one in their order."""
+    members = np.lexsort((np.arange(len(row_of)), block_of, row_of))
+    return Rows(members, block_of[members], np.concatenate([[0], np.cumsum(np.bincount(row_of))]))
 
 
 def _fill_blocks(sources: np.ndarray, targets: np.ndarray, shape: Shape) -> tuple[np.ndarray, list[int]]:
@@ -116,7 +146,7 @@ class Layout:
     shape: Shape
     rows: int  # in a step
     examples_per_row: float
-    source_fill: float  # share of the positions that hold a token
+    source_fill: float  # share of the positions that hold a token; 0 where there are none
     target_fill: float
 
 
@@ -131,14 +161,15 @@ def choose_layout(
     least, which no estimate can tell apart: that which wastes the fewest target positions.
     """
     if shape is not None:
-        return _layout(sources, targets, batch_size, shape)
+        return layout_of(pack(sources, targets, shape), sources, targets, batch_size, shape)
     layouts = []
     for blocks in (1, 2, 3, 4, 6, 8):
         loose = Shape(blocks, smallest.source, max(smallest.target, blocks * smallest.target))
         per_row = float(np.sum(targets)) / max(len(pack(sources, targets, loose)), 1)
         first = max(_round_up(per_row, 8), smallest.target)
         for length in range(first, max(_round_up(1.5 * per_row, 8), first) + 1, 8):
-            layouts.append(_layout(sources, targets, batch_size, Shape(blocks, smallest.source, length)))
+            tried = Shape(blocks, smallest.source, length)
+            layouts.append(layout_of(pack(sources, targets, tried), sources, targets, batch_size, tried))
 
     def off_target(layout: Layout) -> float:
         return abs(layout.rows * layout.examples_per_row / batch_size - 1)
@@ -150,14 +181,14 @@ def choose_layout(
     return max(cheap, key=lambda layout: layout.target_fill)
 
 
-def _layout(sources: np.ndarray, targets: np.ndarray, batch_size: int, shape: Shape) -> Layout:
-    rows = pack(sources, targets, shape)
+def layout_of(rows: Rows, sources: np.ndarray, targets: np.ndarray, batch_size: int, shape: Shape) -> Layout:
+    """The layout of `batch_size` examples in rows that are packed as this sample is."""
     per_row = len(sources) / len(rows)
     return Layout(
         shape=shape,
         rows=_even(batch_size / per_row),
         examples_per_row=per_row,
-        source_fill=float(sources.sum()) / (len(rows) * shape.blocks * shape.source),
+        source_fill=float(sources.sum()) / max(len(rows) * shape.blocks * shape.source, 1),
         target_fill=float(targets.sum()) / (len(rows) * shape.target),
     )
 
@@ -170,6 +201,19 @@ def _even(rows: float) -> int:
     digits = int(math.log2(max(rows, 1)))
     unit = 2 ** max(min(digits, 3), digits - 2)
     return max(round(rows / unit) * unit, 1)
+
+
+def nearly(rows: float) -> int:
+    """`rows` rounded to a multiple of the greatest power of 2 that stays within a tenth of it, and at least 1.
+
+    For rows of a given length, whose shape cannot make up for a number that is rounded more.
+    """
+    number = max(round(rows), 1)
+    for power in range(int(math.log2(number)) + 1):
+        rounded = round(rows / 2**power) * 2**power
+        if abs(rounded - rows) <= 0.1 * rows:
+            number = rounded
+    return number
 
 
 def _round_up(value: float, multiple: int) -> int:

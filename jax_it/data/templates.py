@@ -4,6 +4,7 @@ A template is a name of `TEMPLATES`, or Jinja text in which `|||` divides the pr
 completion, as in P3 ("{{question}} ||| {{answer}}"); further parts are further references.
 """
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -37,8 +38,12 @@ class Example(NamedTuple):
         return self.turns[-1].text
 
 
-class MissingField(Exception):
-    """Raised by a template for a record that lacks a field; `render` says where."""
+class Malformed(Exception):
+    """Raised by a template for a record that it cannot take; `render` says where."""
+
+
+class MissingField(Malformed):
+    """Of a record that lacks a field."""
 
 
 def render(record: Record, template: str) -> Example:
@@ -51,15 +56,27 @@ def render(record: Record, template: str) -> Example:
         raise UserError(
             f"{record.where}: {error}, which template {_short(template)} needs; its fields: {fields}"
         ) from None
+    except Malformed as error:
+        raise UserError(f"{record.where}: {error}") from None
+
+
+def conversation(record: Record) -> tuple[Turn, ...]:
+    """The turns of a record's messages, which end with the user, to generate an answer to. Raises UserError."""
+    try:
+        turns = turns_of(record.fields, answered=False)
+        _check_unicode(Example(turns, ()))
+    except Malformed as error:
+        raise UserError(f"{record.where}: {error}") from None
+    return turns
 
 
 def _check_unicode(example: Example) -> Example:
     """JSON can spell half of a surrogate pair, which is no character and which tokenizers refuse."""
-    for text in (example.prompt, *example.references):
+    for text in (*(turn.text for turn in example.turns), *example.references):
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise MissingField(f"{text[error.start]!r} is half a character: no Unicode text") from None
+            raise Malformed(f"{text[error.start]!r} is half a character: no Unicode text") from None
     return example
 
 
@@ -104,19 +121,55 @@ def _alpaca(fields: Fields) -> Example:
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
-def _messages(fields: Fields) -> Example:
-    """{messages: [{role, content}]} or ShareGPT's {conversations: [{from, value}]}: one question, one answer."""
+def turns_of(fields: Fields, answered: bool) -> tuple[Turn, ...]:
+    """The turns of {messages: [{role, content}]} or ShareGPT's {conversations: [{from, value}]}.
+
+    User and assistant take turns, after a system turn or none; with `answered` the assistant has the last
+    one, else the user. Raises Malformed for anything else.
+    """
     messages = _field(fields, "messages", "conversations")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise MissingField("no list of messages with role and content")
-    turns = []
-    for message in messages:
-        role = _text(_field(message, "role", "from"), "role")
-        turns.append(Turn(_ROLES.get(role, role), _text(_field(message, "content", "value"), "content")))
-    roles = [turn.role for turn in turns]
-    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise MissingField(f"no single user message and assistant message (its roles: {', '.join(roles) or 'none'})")
-    return Example(tuple(turns), (turns[-1].text,))
+        raise Malformed("no list of messages with role and content")
+    turns = [_turn(message, number) for number, message in enumerate(messages, 1)]
+    if turns and turns[0].role == "system" and not turns[0].text.strip():
+        del turns[0]
+    spoken = [turn for turn in turns if turn.role != "system"]
+    if not spoken:
+        raise Malformed(f"no messages of user and assistant (roles: {', '.join(t.role for t in turns) or 'none'})")
+    for number, turn in enumerate(turns, 1):
+        if turn.role == "system" and number > 1:
+            raise Malformed(f"message {number} is of the system, which speaks first or not at all")
+    if spoken[0].role != "user":
+        raise Malformed("the messages begin with the assistant; the user must speak first")
+    for number, (one, two) in enumerate(itertools.pairwise(spoken), 2):
+        if one.role == two.role:
+            raise Malformed(f"two messages of the {one.role} in a row, the second of them turn {number}")
+    last = "assistant" if answered else "user"
+    if spoken[-1].role != last:
+        raise Malformed(f"the messages end with the {spoken[-1].role}; the last one must be of the {last}")
+    for number, turn in enumerate(spoken, 1):
+        if not turn.text.strip() and not (answered and number == len(spoken)):
+            raise Malformed(f"turn {number}, of the {turn.role}, is empty")
+    return tuple(turns)
+
+
+def _turn(message: dict[str, Any], number: int) -> Turn:
+    role = _text(_field(message, "role", "from"), "role")
+    role = _ROLES.get(role, role)
+    if role not in ("system", "user", "assistant"):
+        raise Malformed(f"message {number} has the role {role!r}, not system, user (human) or assistant (gpt)")
+    if message.get("tool_calls") or message.get("function_call"):
+        raise Malformed(f"message {number} calls a tool, which jax_it does not render")
+    content = _field(message, "content", "value")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(_text(part.get("text"), "text") for part in content)
+    return Turn(role, _text(content, "content"))
+
+
+def _messages(fields: Fields) -> Example:
+    """A conversation of any number of turns, whose last one is the completion."""
+    turns = turns_of(fields, answered=True)
+    return Example(turns, (turns[-1].text,))
 
 
 def _auto(fields: Fields) -> Example:

@@ -1,12 +1,17 @@
 """Tokenizers: that of a Transformers folder, a SentencePiece file, bytes, or one trained on the data."""
 
+import copy
 import hashlib
 import io
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import tokenizers
 
 from jax_it.errors import UserError
 
@@ -14,37 +19,96 @@ from jax_it.errors import UserError
 class Tokenizer:
     """Text to token ids and back, without the marks that templates and formats add.
 
-    `end` closes a text, `pad` fills rows, `unknown` stands for what the vocabulary lacks (None where
-    nothing is lacking, as with bytes). `size` is the number of ids.
+    `start` begins a text where the tokenizer sets such a mark by itself (Llama, Gemma), `end` closes it,
+    `pad` fills rows (the end mark, where there is none of its own: segments tell padding apart), `unknown`
+    stands for what the vocabulary lacks (None where nothing is lacking, as with bytes). `size` is the number of ids.
     """
 
     def __init__(self, backend: Any, source: str):
-        if backend.eos_token_id is None or backend.pad_token_id is None:
-            raise UserError(f"tokenizer {source} has no end-of-text or no padding token; jax_it needs both")
+        if backend.eos_token_id is None:
+            raise UserError(f"tokenizer {source} has no end-of-text token; jax_it needs one")
         self.backend = backend
+        self.name = self.template_name = source
         self.end: int = backend.eos_token_id
-        self.pad: int = backend.pad_token_id
-        self.unknown: int | None = backend.unk_token_id if backend.is_fast else None
+        self.pad: int = self.end if backend.pad_token_id is None else backend.pad_token_id
+        unknown = backend.unk_token_id
+        # Tokenizers of bytes name some other mark as the unknown token, and never make it of a text.
+        self.unknown: int | None = (
+            unknown if backend.is_fast and unknown not in (self.end, backend.bos_token_id) else None
+        )
+        start = backend.bos_token_id
+        self.start: int | None = start if start is not None and backend("a")["input_ids"][:1] == [start] else None
         self.size: int = len(backend)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text that renders conversations, if there is one."""
+        template = self.backend.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    def with_chat_template(self, template: str | None, name: str) -> "Tokenizer":
+        """This tokenizer with another chat template, or with none; `name` is the template's in messages."""
+        backend = copy.copy(self.backend)
+        backend.chat_template = template
+        changed = Tokenizer(backend, self.name)
+        changed.template_name = name
+        return changed
+
+    @cached_property
+    def marks(self) -> frozenset[str]:
+        """The texts that are one token wherever they stand: special tokens, and others that were added."""
+        added = self.backend.added_tokens_decoder.values()
+        return frozenset({*(token.content for token in added), *self.backend.all_special_tokens})
+
+    @cached_property
+    def special(self) -> frozenset[int]:
+        """The ids of special tokens."""
+        return frozenset(self.backend.all_special_ids).union(
+            id for id, token in self.backend.added_tokens_decoder.items() if token.special
+        )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self.backend(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]] | None:
+        """Ids [n] of each text as `encode` gives them, and [n, 2] where each begins and ends in it, in characters.
+
+        None where the tokenizer cannot tell.
+        """
+        if not self.backend.is_fast:
+            return None
+        encodings = self._plain.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.array(item.ids, np.int32), np.array(item.offsets, np.int64).reshape(-1, 2)) for item in encodings]
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The tokenizer without its post-processor, which shortens the offsets of tokens that begin with a space."""
+        plain = tokenizers.Tokenizer.from_str(self.backend.backend_tokenizer.to_str())
+        plain.post_processor = None
+        plain.no_padding()
+        plain.no_truncation()
+        return plain
+
     def decode(self, tokens: Iterable[int]) -> str:
         """The text, without padding and end marks."""
         return self.backend.decode(list(tokens), skip_special_tokens=True)
+
+    def text(self, tokens: Iterable[int]) -> str:
+        """The text with all marks."""
+        return self.backend.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def show(self, tokens: Iterable[int]) -> list[str]:
         """The pieces, special ones included, for people to read."""
         return self.backend.convert_ids_to_tokens([int(token) for token in tokens])
 
     def digest(self) -> str:
-        """A hash of everything that decides `encode`."""
+        """A hash of everything that decides how texts and conversations become ids."""
         if self.backend.is_fast:
             text = self.backend.backend_tokenizer.to_str()
         else:
             text = f"{self.backend!r} {sorted(self.backend.get_vocab().items())}"
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        marks = (self.start, self.end, self.pad, self.backend.special_tokens_map, self.chat_template)
+        return hashlib.blake2b(f"{marks} {text}".encode(), digest_size=16).hexdigest()
 
     def save(self, folder: Path) -> None:
         self.backend.save_pretrained(folder)

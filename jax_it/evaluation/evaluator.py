@@ -1,5 +1,6 @@
 """An evaluator holds the examples and what was compiled for them, and scores params as they come."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,12 +11,15 @@ from tqdm import tqdm
 
 from jax_it import losses, metrics, sharding
 from jax_it.config import Config
-from jax_it.data.batches import Placed, Seq2SeqBatch, Seq2SeqFormat
-from jax_it.data.evaluation_set import EvalExample, EvalSet
-from jax_it.data.packing import Layout, pack
+from jax_it.data import chat
+from jax_it.data.batches import Encoded
+from jax_it.data.evaluation_set import EvalSet
+from jax_it.data.formats import Format, pack_rows
+from jax_it.data.packing import Layout
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.generation import Generator
 from jax_it.models import Model, Params
+from jax_it.workdir import make_format
 
 ALL = "all"
 WITHOUT_REFERENCE, TRUNCATED = "without_reference", "truncated"
@@ -41,9 +45,11 @@ class Evaluator:
         self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
         self._examples = examples.examples
         self._left_out = {WITHOUT_REFERENCE: float(examples.skipped), TRUNCATED: float(examples.truncated)}
-        self._loss = Loss(model, self._examples, layout, config.train.loss_chunk, mesh)
+        encoded = [example.encoded for example in self._examples]
+        self._loss = Loss(model, make_format(model, tokenizer), encoded, layout, config.train.loss_chunk, mesh)
         length = config.eval.max_new_tokens or config.data.target_length
-        self._generate = Generator(model, mesh, length, min(config.eval.batch_size, len(self._examples)))
+        rows = min(config.eval.batch_size, len(self._examples))
+        self._generate = Generator(model, mesh, length, rows, ends=chat.ends(tokenizer))
 
     def __call__(self, params: Params) -> Scored:
         """Loss per target token over all examples; the config's metrics for each task and over all."""
@@ -65,9 +71,9 @@ class Evaluator:
 
     def _predict(self, params: Params) -> list[str]:
         texts = [""] * len(self._examples)
-        sources = [example.source for example in self._examples]
+        prompts = [example.prompt_tokens for example in self._examples]
         with tqdm(total=len(texts), desc="generating", unit=" examples", disable=None, leave=False) as bar:
-            for i, tokens in self._generate(params, sources):
+            for i, tokens in self._generate(params, prompts):
                 texts[i] = self._tokenizer.decode(tokens)
                 bar.update()
         return texts
@@ -82,12 +88,12 @@ class Loss:
     """Cross-entropy in nats a target token, over packed rows of one compiled shape."""
 
     def __init__(
-        self, model: Model, examples: Sequence[EvalExample], layout: Layout, chunk: int, mesh: jax.sharding.Mesh
-    ):
+        self, model: Model, format: Format, examples: Sequence[Encoded], layout: Layout, chunk: int,
+        mesh: jax.sharding.Mesh,
+    ):  # fmt: skip
         self._mesh = mesh
         parts = sharding.batch_parts(mesh)
-        self._batches = _pack(model, examples, layout, -(-layout.rows // parts) * parts)
-
+        self._batches = pack_rows(format, examples, layout, -(-layout.rows // parts) * parts)
         self._loss_sum = jax.jit(
             partial(model.loss_sum, losses.cross_entropy, chunk), in_shardings=(None, sharding.batch_sharding(mesh))
         )
@@ -95,21 +101,5 @@ class Loss:
     def __call__(self, params: Params) -> float:
         with jax.set_mesh(self._mesh):
             sums = [self._loss_sum(params, batch) for batch in self._batches]
-        total, weight = np.array([[float(a), float(b)] for a, b in sums]).sum(0)
-        return float(total / weight)
-
-
-def _pack(model: Model, examples: Sequence[EvalExample], layout: Layout, rows: int) -> list[Seq2SeqBatch]:
-    """All examples in batches of so many packed rows; the last one is filled up with empty rows."""
-    format = Seq2SeqFormat(model.config.start_token, model.config.pad_token)
-    lengths = np.array([(len(example.source), len(example.target)) for example in examples])
-    packed = pack(lengths[:, 0], lengths[:, 1], layout.shape)
-    placed: list[list[Placed]] = []
-    for row in range(len(packed)):
-        span = slice(packed.ends[row], packed.ends[row + 1])
-        members = zip(packed.members[span], packed.block[span], strict=True)
-        placed.append(
-            [Placed(np.array(examples[i].source), np.array(examples[i].target), int(block)) for i, block in members]
-        )
-    placed += [[]] * (-len(placed) % rows)
-    return [format.batch(placed[i : i + rows], layout.shape) for i in range(0, len(placed), rows)]
+        total, weight = np.array([(0.0, 0.0), *((float(a), float(b)) for a, b in sums)]).sum(0)
+        return float(total / weight) if weight else math.nan

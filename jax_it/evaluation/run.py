@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from jax_it import data, sharding
 from jax_it.config import Mesh
 from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import Evaluator, Scored
 from jax_it.evaluation.results import write
-from jax_it.workdir import Workdir
+from jax_it.workdir import Workdir, make_format
 
 
 def evaluate(workdir: str | Path, checkpoint: str = "latest") -> tuple[int, Scored]:
@@ -22,15 +21,15 @@ def evaluate(workdir: str | Path, checkpoint: str = "latest") -> tuple[int, Scor
     config, derived = place.open()
     step = place.choose_step(checkpoint, config.eval.best)
     tokenizer = place.tokenizer()
-    examples = data.build_eval(config.data, tokenizer, config.eval.limit)
+    model = place.model(config, derived)
+    examples = data.build_eval(config.data, tokenizer, make_format(model, tokenizer), config.eval.limit)
     if examples is None:
         raise UserError(
             f"the run in {place.path} has nothing to evaluate on: set config.data.eval or config.data.holdout"
         )
     mesh = sharding.make_mesh(Mesh())
-    model = place.model(config, derived)
     with jax.set_mesh(mesh):
         evaluator = Evaluator(model, tokenizer, examples, config, derived.layout, mesh)
-        scored = evaluator(place.params(model, step, mesh, jnp.dtype(config.model.param_dtype)))
+        scored = evaluator(place.params(model, config, step, mesh))
     write(place.eval(step), scored)
     return step, scored

@@ -19,11 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_it.generation.sampling import is_end
+
 NEVER = -jnp.inf  # the score of a text that is not there
 
 
 class Texts(NamedTuple):
-    """Texts of each row. Tokens follow a start mark; beyond a text's end stands the end mark."""
+    """Texts of each row. Tokens follow the first step's; beyond a text's end stands the end mark."""
 
     tokens_BKT: jax.Array  # T is one more than the greatest length
     scores_BK: jax.Array
@@ -50,19 +52,19 @@ def beam_search(
     take_rows: Callable[[Any, jax.Array], Any],
     cache: Any,
     *,
-    rows: int,
+    first_B: jax.Array,
     length: int,
     num_beams: int,
-    start_token: int,
-    end_token: int,
+    end_tokens: tuple[int, ...],
     length_penalty: float = 1.0,
     early_stopping: bool = False,
 ) -> jax.Array:
     """The best text of each row, tokens [B, T]; the end mark repeats to a row's end.
 
-    `step(tokens_B, positions_B, cache)` returns the logits [B, V] after one more token a row, and the new
-    cache. `take_rows(cache, rows_B)` returns the cache whose row b is row `rows_B[b]`: first K of each row, then
-    those that go on. Row b * K + k is always a beam of row b, so what these share need not move.
+    `step(tokens_B, number, cache)` returns the logits [B, V] after one more token a row, whose number counts
+    from 0, and the new cache; `first_B` are the tokens of the first step. `take_rows(cache, rows_B)` returns
+    the cache whose row b is row `rows_B[b]`: first K of each row, then those that go on. Row b * K + k is
+    always a beam of row b, so what these share need not move.
     """
     penalties_T = jnp.asarray(np.arange(1, length + 1) ** float(length_penalty), jnp.float32)
 
@@ -72,9 +74,9 @@ def beam_search(
     def advance(state: State) -> State:
         position, running = state.position, state.running
         last_B = running.tokens_BKT[:, :, position].reshape(-1)
-        logits_BV, cache = step(last_B, jnp.full_like(last_B, position), state.cache)
+        logits_BV, cache = step(last_B, position, state.cache)
         candidates, beams_BC = _extend(running, logits_BV, position)
-        ends_BC = (candidates.tokens_BKT[:, :, position + 1] == end_token) | (position + 1 == length)
+        ends_BC = is_end(candidates.tokens_BKT[:, :, position + 1], end_tokens) | (position + 1 == length)
         going = candidates._replace(scores_BK=jnp.where(ends_BC, NEVER, candidates.scores_BK))
         chosen_BK = going.best(num_beams)
         running, beams_BK = going.take(chosen_BK), jnp.take_along_axis(beams_BC, chosen_BK, axis=1)
@@ -85,7 +87,8 @@ def beam_search(
         cache = take_rows(cache, (beams_BK + num_beams * jnp.arange(rows)[:, None]).reshape(-1))
         return State(position + 1, running, ended, open_B, cache)
 
-    tokens_BKT = jnp.full((rows, num_beams, length + 1), end_token, jnp.int32).at[:, :, 0].set(start_token)
+    rows = first_B.shape[0]
+    tokens_BKT = jnp.full((rows, num_beams, length + 1), end_tokens[0], jnp.int32).at[:, :, 0].set(first_B[:, None])
     nothing_BK = jnp.full((rows, num_beams), NEVER, jnp.float32)
     running = Texts(tokens_BKT, nothing_BK.at[:, 0].set(0))  # all start alike, so one alone is extended first
     cache = take_rows(cache, jnp.repeat(jnp.arange(rows), num_beams))

@@ -24,6 +24,11 @@ class Sampling(NamedTuple):
 GREEDY = Sampling()
 
 
+def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
+    """Where a token is one that ends a text."""
+    return jnp.isin(tokens, jnp.asarray(ends))
+
+
 def choose(logits_BV: jax.Array, sampling: Sampling, rows_B: jax.Array, position: jax.Array) -> jax.Array:
     """The next token of each row. What is drawn for a row depends on the seed, its number and its position alone."""
     if not sampling.temperature:

@@ -13,95 +13,180 @@ from flax import nnx
 from jax_it import losses
 from jax_it.config import Model as ModelConfig
 from jax_it.errors import UserError
-from jax_it.models import t5
-from jax_it.models.weights import Weight, flatten, unflatten
+from jax_it.models.experts import Routing
+from jax_it.models.families import FAMILIES
+from jax_it.models.family import Family, Kind, Run
+from jax_it.models.linear import dense
+from jax_it.models.lora import Adapter
+from jax_it.models.quantized import Quantized
+from jax_it.models.weights import Weight, flatten, is_vector, unflatten
 
 Params = dict[str, Any]  # nested dicts of arrays
 
-FAMILIES = {"t5": t5, "mt5": t5, "umt5": t5}  # model_type of config.json -> the module that computes it
+ADAPTER = "adapter"  # the params' entry that holds the adapters
 
 
 @dataclass(frozen=True)
 class Model:
-    """A family's pure functions for one configuration. `params` is always the first argument."""
+    """A family's pure functions for one configuration. `params` is always the first argument.
+
+    Params are the weights of the base model, and under "adapter" the adapters, if the model has any. What
+    is trained is the adapters, or else everything.
+    """
 
     values: Mapping[str, Any]  # config.json
-    config: t5.Config
-    run: t5.Run
+    family: Family
+    config: Any  # the family's
+    run: Run
+    adapter: Adapter | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return self.family.kind
 
     def init(self, key: jax.Array) -> Params:
-        """Random float32 weights, with the distributions that the family's authors trained from."""
-        return nnx.to_pure_dict(nnx.state(t5.T5(self.config, rngs=nnx.Rngs(params=key))))
+        """Random float32 weights of the base model, with the distributions that its authors trained from."""
+        return nnx.to_pure_dict(nnx.state(self.family.module(self.config, rngs=nnx.Rngs(params=key))))
 
     @cached_property
     def shapes(self) -> Params:
-        """The params as ShapeDtypeStructs; nothing is computed."""
+        """The base model's weights as ShapeDtypeStructs; nothing is computed."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
-        """The weight table, path by path."""
-        table = t5.weight_table(self.config)
-        assert table.keys() == flatten(self.shapes).keys(), "the weight table and the module name other weights"
+        """The base model's weight table, path by path."""
+        table, paths = self.family.weight_table(self.config), flatten(self.shapes)
+        assert table.keys() == paths.keys(), f"only one of table and module has {table.keys() ^ paths.keys()}"
         return table
 
     @cached_property
     def letters(self) -> Params:
-        """The params' tree with each weight's axis letters."""
+        """The tree of `shapes` with each weight's axis letters."""
         return unflatten({path: weight.letters for path, weight in self.weights.items()})
+
+    @cached_property
+    def trained_letters(self) -> Params:
+        """The tree of what is trained, with axis letters."""
+        return self.adapter.letters(self.weights) if self.adapter else self.letters
+
+    @cached_property
+    def trained_shapes(self) -> Params:
+        """The tree of what is trained, as float32 ShapeDtypeStructs."""
+        if self.adapter is None:
+            return self.shapes
+        return jax.eval_shape(self.init_adapter, jax.random.key(0), self.shapes)
+
+    def init_adapter(self, key: jax.Array, base: Params) -> Params:
+        """Adapters that change nothing yet, beside the weights `base`."""
+        assert self.adapter is not None
+        return self.adapter.init(key, self.weights, base)
+
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """(what is trained, the rest)."""
+        if self.adapter is None:
+            return params, {}
+        return params[ADAPTER], {name: value for name, value in params.items() if name != ADAPTER}
+
+    def join(self, trained: Params, frozen: Params) -> Params:
+        """The inverse of `split`."""
+        return trained if self.adapter is None else {**frozen, ADAPTER: trained}
+
+    def merge(self, params: Params) -> tuple["Model", Params]:
+        """The same model without adapters, its weights in float32 with what these add."""
+        trained, base = self.split(params)
+        if self.adapter is None:
+            return self, params
+        return dataclasses.replace(self, adapter=None), self.adapter.merge(base, trained, self.weights)
 
     @cached_property
     def parameter_count(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
 
+    @cached_property
+    def trained_count(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.trained_shapes))
+
     def apply(self, params: Params, batch: Any, key: jax.Array | None = None) -> jax.Array:
         """States before the head [B, T, D] for every target position; dropout where a key is given."""
-        return self._module(params)(batch, self.run, key)
+        return self._module(params, key)(batch, self.run, key)
+
+    def routing(self, params: Params, batch: Any) -> Routing:
+        """How a mixture of experts sends a batch's tokens, without a gradient."""
+        return jax.lax.stop_gradient(self._module(params).states(batch, self.run)[1])
 
     def head(self, params: Params) -> jax.Array:
         """The weights that `logits` takes, [V, D]."""
-        return params["embedding" if self.config.tied else "head"]
+        weight = params["embedding" if self.config.tied else "head"]
+        return dense(weight, self.run.dtype) if isinstance(weight, Quantized) else weight
 
     def logits(self, head_VD: jax.Array, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of states [..., D]."""
-        return t5.head_logits(self.config, head_VD, hidden)
+        return self.family.head_logits(self.config, head_VD, hidden)
 
     def loss_sum(
-        self, loss: losses.TokenLoss, chunk: int, params: Params, batch: Any, key: jax.Array | None = None
+        self,
+        loss: losses.TokenLoss,
+        chunk: int,
+        params: Params,
+        batch: Any,
+        key: jax.Array | None = None,
+        balance_X: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """The weighted sum of a batch's token losses and the sum of the weights; see `losses.chunked_sum`."""
-        hidden_BTD = self.apply(params, batch, key)
-        return losses.chunked_sum(
-            loss, self.logits, chunk, self.head(params), hidden_BTD, batch.targets_BT, batch.weights_BT
+        """The weighted sum of a batch's token losses and the sum of the weights; see `losses.chunked_sum`.
+
+        `balance_X` is what a unit of each expert's router probability costs beside that, in a mixture of experts.
+        """
+        module = self._module(params, key)
+        if balance_X is None:
+            hidden_BTD = module(batch, self.run, key)
+        else:
+            hidden_BTD, routing = module.states(batch, self.run, key)
+        head_VD = self.head(params)
+        total, weight = losses.chunked_sum(
+            loss, self.logits, chunk, head_VD, hidden_BTD, batch.targets_BT, batch.weights_BT, self.adapter is None
         )
+        if balance_X is not None:
+            total += jnp.dot(balance_X, routing.probabilities_X)
+        return total, weight
 
-    def prefill(self, params: Params, source_BS: jax.Array, segments_BS: jax.Array, length: int) -> t5.Cache:
-        """The cache for at most `length` target tokens of each source; segment 0 is padding."""
-        return self._module(params).prefill(source_BS, segments_BS, length, self.run)
+    def prefill(
+        self, params: Params, prompts_BS: jax.Array, segments_BS: jax.Array, length: int
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """(the tokens [B] that the first step takes, their positions [B], the cache).
 
-    def step(
-        self, params: Params, tokens_B: jax.Array, positions_B: jax.Array, cache: t5.Cache
-    ) -> tuple[jax.Array, t5.Cache]:
+        The cache holds at most `length` new tokens of each prompt, or source; segment 0 is padding.
+        """
+        return self._module(params).prefill(prompts_BS, segments_BS, length, self.run)
+
+    def step(self, params: Params, tokens_B: jax.Array, positions_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
         """Logits [B, V] after one more token a row, which stands at that row's position, and the new cache."""
         hidden_BD, cache = self._module(params).step(tokens_B, positions_B, cache, self.run)
         return self.logits(self.head(params), hidden_BD), cache
 
-    def take_rows(self, cache: t5.Cache, rows_B: jax.Array) -> t5.Cache:
+    def take_rows(self, cache: Any, rows_B: jax.Array) -> Any:
         """The cache whose target row b is row `rows_B[b]` of this one; both must have the same source.
 
         The sources stay. Where there are n times as many rows as sources, row b has source b // n.
         """
-        return t5.take_rows(cache, rows_B)
+        return self.family.take_rows(cache, rows_B)
 
-    def _module(self, params: Params) -> t5.T5:
+    def _module(self, params: Params, key: jax.Array | None = None) -> Any:
         """The module with its weights in the computation's dtype; norms and biases stay float32."""
-        graph, _ = nnx.split(nnx.eval_shape(lambda: t5.T5(self.config, rngs=nnx.Rngs(params=jax.random.key(0)))))
 
-        def cast(letters: str, array: jax.Array) -> jax.Array:
-            vector = len(letters.removeprefix("L ").split()) == 1
-            return array if vector or "E" in letters else array.astype(self.run.dtype)
+        def cast(letters: str, weight: Any) -> Any:
+            keeps = isinstance(weight, Quantized) or is_vector(letters) or "E" in letters
+            return weight if keeps else weight.astype(self.run.dtype)
 
-        return nnx.merge(graph, jax.tree.map(cast, self.letters, params))
+        trained, base = self.split(params)
+        if self.adapter is not None:
+            base = jax.lax.stop_gradient(base)
+        base = jax.tree.map(cast, self.letters, base if self.adapter else trained)
+        if self.adapter is not None:
+            base = self.adapter.attach(base, trained, None if key is None else jax.random.fold_in(key, 0))
+        make = self.family.module
+        graph, _ = nnx.split(nnx.eval_shape(lambda: make(self.config, rngs=nnx.Rngs(params=jax.random.key(0)))))
+        return nnx.merge(graph, base)
 
 
 def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
@@ -109,11 +194,19 @@ def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
     kind = values.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type {kind!r} is not supported; jax_it has {', '.join(FAMILIES)}")
-    config = FAMILIES[kind].read_config(values, where)
-    accelerator = jax.default_backend() != "cpu"
-    dtype = {"auto": jnp.bfloat16 if accelerator else jnp.float32, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    family = FAMILIES[kind]
+    if model.prefix_lm and family.kind != "causal":
+        raise UserError(f"config.model.prefix_lm: {kind} is an encoder-decoder, which reads both ways anyway")
+    config = family.read_config(values, where)
+    dtype = {"auto": default_dtype(), "float32": jnp.float32, "bfloat16": jnp.bfloat16}
     dropout = config.dropout if model.dropout is None else model.dropout
-    return Model(values, config, t5.Run(dtype[model.dtype], model.remat == "layer", dropout))
+    run = Run(dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm)
+    return Model(values, family, config, run)
+
+
+def default_dtype() -> Any:
+    """Of the computation: float32 on CPU, where bfloat16 is slow."""
+    return jnp.bfloat16 if jax.default_backend() != "cpu" else jnp.float32
 
 
 def with_tied_head(model: Model, tied: bool) -> Model:

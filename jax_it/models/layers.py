@@ -4,6 +4,7 @@
     N heads        K key-value heads            H head size                F feed-forward
     V vocabulary   L layers                     E relative-position buckets
     R adapter rank X experts                    G source blocks of a row
+    P learned positions
 
 A packed row's source is G blocks of S positions each, and no example crosses a block's border, so
 self-attention in the encoder costs no more than in padded batches.
@@ -11,10 +12,13 @@ self-attention in the encoder costs no more than in padded batches.
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from jax_it.models.linear import dropout
 
 MASKED = -1e30  # a score's value where attention is not allowed; finite, so that a row of them is no NaN
 
@@ -23,7 +27,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
+
+
+NormKind = Literal["rms", "rms_plus_one", "layer"]
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
@@ -37,19 +45,6 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; `x` itself where there is no key. The rate is rounded to a multiple of 1/256.
-
-    Four elements share one random word: random numbers are most of dropout's cost.
-    """
-    dropped = round(rate * 256)
-    if key is None or not dropped:
-        return x
-    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
-    octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
-    return jnp.where(octets >= dropped, x * jnp.asarray(256 / (256 - dropped), x.dtype), 0)
-
-
 def split_key(key: jax.Array | None, number: int) -> list[jax.Array | None]:
     return [None] * number if key is None else list(jax.random.split(key, number))
 
@@ -59,6 +54,28 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 *= jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + epsilon)
     return (x32 * scale_D.astype(jnp.float32)).astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """A norm over the last axes, computed in float32: "rms", Gemma's "rms_plus_one" (scaled by 1 + w), or "layer"."""
+
+    def __init__(self, kind: NormKind, shape: tuple[int, ...], epsilon: float):
+        self.kind, self.epsilon = kind, epsilon
+        self.scale = nnx.Param(jnp.zeros(shape) if kind == "rms_plus_one" else jnp.ones(shape))
+        if kind == "layer":
+            self.bias = nnx.Param(jnp.zeros(shape))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.scale[...].astype(jnp.float32)
+        axes = tuple(range(-scale.ndim, 0))
+        x32 = x.astype(jnp.float32)
+        if self.kind == "layer":
+            x32 -= x32.mean(axes, keepdims=True)
+        x32 *= jax.lax.rsqrt(jnp.square(x32).mean(axes, keepdims=True) + self.epsilon)
+        x32 *= 1 + scale if self.kind == "rms_plus_one" else scale
+        if self.kind == "layer":
+            x32 += self.bias[...].astype(jnp.float32)
+        return x32.astype(x.dtype)
 
 
 def relative_buckets(distance: jax.Array, *, bidirectional: bool, buckets: int, max_distance: int) -> jax.Array:
@@ -94,21 +111,33 @@ def toeplitz(values_NW: jax.Array, length: int) -> jax.Array:
 
 def attend(
     query_BTNH: jax.Array,
-    key_BSNH: jax.Array,
-    value_BSNH: jax.Array,
+    key_BSKH: jax.Array,
+    value_BSKH: jax.Array,
     *,
     mask_BTS: jax.Array,
     bias: jax.Array | None = None,
+    scale: float = 1.0,
+    cap: float = 0.0,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention without scaling, as T5's, shape [B, T, N, H]. Scores and softmax are float32.
+    """Attention, shape [B, T, N, H]; N // K heads of queries share each head of keys. Scores and softmax are float32.
 
-    `bias` is added to the scores, [N, T, S] or [B, N, T, S].
+    Scores are multiplied by `scale`, squashed to (-cap, cap) where a cap is given (Gemma 2), and `bias` is added
+    to them, [N, T, S] or [B, N, T, S].
     """
-    scores = jnp.einsum("BTNH,BSNH->BNTS", query_BTNH, key_BSNH, preferred_element_type=jnp.float32)
+    rows, length, heads, _ = query_BTNH.shape
+    key_heads = key_BSKH.shape[2]
+    # M: the heads of queries that share a head of keys
+    query_BTKMH = query_BTNH.reshape(rows, length, key_heads, heads // key_heads, -1)
+    scores = jnp.einsum("BTKMH,BSKH->BKMTS", query_BTKMH, key_BSKH, preferred_element_type=jnp.float32)
+    if scale != 1:
+        scores *= scale
+    if cap:
+        scores = cap * jnp.tanh(scores / cap)
     if bias is not None:
-        scores += bias
-    scores = jnp.where(mask_BTS[:, None], scores, MASKED)
+        scores += bias.reshape(*bias.shape[:-3], key_heads, heads // key_heads, *bias.shape[-2:])
+    scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
     weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, dropout_key)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights.astype(value_BSNH.dtype), value_BSNH)
+    attended = jnp.einsum("BKMTS,BSKH->BTKMH", weights.astype(value_BSKH.dtype), value_BSKH)
+    return attended.reshape(rows, length, heads, -1)

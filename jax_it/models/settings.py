@@ -18,7 +18,8 @@ HARMLESS = frozenset(
     top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
     bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
     forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens tie_encoder_decoder
+    begin_suppress_tokens tie_encoder_decoder initializer_range cross_attention_hidden_size
+    output_router_logits router_aux_loss_coef unk_token_id
     """.split()
 )
 
@@ -30,8 +31,8 @@ class Settings:
     """
 
     def __init__(self, values: Mapping[str, Any], where: str):
+        self.where = where
         self._values = values
-        self._where = where
         self._asked: set[str] = set()
 
     def get(self, key: str, kind: type[T], default: T) -> T:
@@ -45,8 +46,39 @@ class Settings:
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            raise UserError(f"{self._where}: {key} is {value!r}; it must be of type {kind.__name__}")
+            raise UserError(f"{self.where}: {key} is {value!r}; it must be of type {kind.__name__}")
         return value
+
+    def has(self, key: str) -> bool:
+        """Whether there is a value; it counts as asked for."""
+        self._asked.add(key)
+        return self._values.get(key) is not None
+
+    def need(self, key: str, kind: type[T]) -> T:
+        """A value without which there is no model."""
+        if self._values.get(key) is None:
+            raise UserError(f"{self.where}: {key} is missing")
+        return self.get(key, kind, self._values[key])
+
+    def get_list(self, key: str, kind: type[T]) -> list[T]:
+        """A list of values of one type; empty where there is none."""
+        found = self.get(key, list, [])
+        if not all(isinstance(item, kind) for item in found):
+            raise UserError(f"{self.where}: {key} is {found!r}; it must be a list of {kind.__name__}")
+        return found
+
+    def get_tokens(self, key: str) -> tuple[int, ...]:
+        """One token id or several; empty where there is none."""
+        value = self._values.get(key)
+        self._asked.add(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
+            raise UserError(f"{self.where}: {key} is {value!r}; it must be a token id or a list of them")
+        return tuple(ids)
+
+    def section(self, key: str) -> "Settings":
+        """The settings of a mapping inside this one."""
+        return Settings(self.get(key, dict, {}), f"{self.where}: {key}")
 
     def choose(self, key: str, known: Sequence[str]) -> str:
         value = self.get(key, str, "")
@@ -55,19 +87,20 @@ class Settings:
         return value
 
     def refuse(self, key: str, known: Sequence[str]) -> None:
-        raise UserError(f"{self._where}: {key} {self._values.get(key)!r} is not one of {', '.join(known)}")
+        raise UserError(f"{self.where}: {key} {self._values.get(key)!r} is not one of {', '.join(known)}")
 
     def expect(self, **only: Any) -> None:
         """Keys of which one value alone is implemented."""
         for key, value in only.items():
             if self.get(key, type(value), value) != value:
-                raise UserError(f"{self._where}: {key}={self._values[key]!r} is not supported; only {value!r} is")
+                raise UserError(f"{self.where}: {key}={self._values[key]!r} is not supported; only {value!r} is")
 
     def finish(self, ignored: Sequence[str] = ()) -> None:
         """Refuses keys that nobody asked for and that are not known to be harmless."""
         unknown = sorted(set(self._values) - self._asked - HARMLESS - set(ignored))
+        unknown = [key for key in unknown if not key.startswith("_")]  # private notes of some version's
         if unknown:
             raise UserError(
-                f"{self._where}: {', '.join(unknown)}: not known to jax_it, so the model cannot be read faithfully; "
+                f"{self.where}: {', '.join(unknown)}: not known to jax_it, so the model cannot be read faithfully; "
                 "remove what has no effect on the model"
             )

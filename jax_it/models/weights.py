@@ -1,70 +1,126 @@
 """The weight table's line, and how an array with our axes is cut out of Transformers' tensors."""
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class _Group(NamedTuple):
+    """One axis of a tensor: our letters that are merged in it, or fixed entries ("1/3"), and what is beside them."""
+
+    before: int
+    axes: tuple[str, ...]
+    after: int
 
 
 class Weight(NamedTuple):
     """One weight: our axes, and Transformers' name and axes for it.
 
     `Weight("L D N H", "model.layers.{L}.q_proj.weight", "(N H) D")` says that our array [L, D, N, H]
-    is a stack over L of the transposes of tensors [N * H, D].
+    is a stack over L of the transposes of tensors [N * H, D]. A letter in the name is one that is stacked.
+    A weight may be a part of a tensor: "64+(K H)+32 D" has 64 entries of the tensor's first axis before
+    it and 32 after it, and in "(N 1/3 H) D" it is the entry 1 of 3 between N and H.
     """
 
     letters: str
     name: str
     layout: str
 
-    def names(self, shape: Sequence[int]) -> list[str]:
-        """The tensors that make up the weight, in order."""
-        return [self.name.format(L=i) for i in range(shape[0])] if self.stacked else [self.name]
+    @property
+    def stacked(self) -> tuple[str, ...]:
+        """The letters, the first of ours, over which tensors are stacked."""
+        return tuple(letter for letter in self.letters.split() if f"{{{letter}}}" in self.name)
 
     @property
-    def stacked(self) -> bool:
-        return self.letters.startswith("L ")
+    def partial(self) -> bool:
+        """Whether other weights share its tensors."""
+        return any(g.before or g.after or any("/" in axis for axis in g.axes) for g in self._groups())
+
+    def tensors(self, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], str]]:
+        """(index into our array, name) of each tensor that the weight is stacked from."""
+        sizes = self._sizes(shape)
+        for index in itertools.product(*(range(sizes[letter]) for letter in self.stacked)):
+            yield index, self._name(index)
+
+    def names(self, shape: Sequence[int]) -> list[str]:
+        """The tensors that make up the weight, in order."""
+        return [name for _, name in self.tensors(shape)]
 
     def tensor_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of each of those tensors."""
-        sizes = dict(zip(self.letters.split(), shape, strict=True))
-        return tuple(math.prod(sizes[letter] for letter in group) for group in self._groups())
+        sizes = self._sizes(shape)
+        return tuple(g.before + math.prod(sizes[axis] for axis in g.axes) + g.after for g in self._groups())
 
     def cut(
         self, shape: Sequence[int], index: Sequence[slice], read: Callable[[str, tuple[slice, ...]], np.ndarray]
     ) -> np.ndarray:
         """The part `index` of our array; `read(name, slices)` gives a part of one of Transformers' tensors."""
-        letters = self.letters.split()
-        sizes = dict(zip(letters, shape, strict=True))
+        letters, groups = self.letters.split(), self._groups()
+        sizes = self._sizes(shape)
         spans = {a: i.indices(n)[:2] for a, i, n in zip(letters, index, shape, strict=True)}
-        groups = self._groups()
+        spans |= {axis: (0, size) for axis, size in sizes.items() if "/" in axis}
         slices = []
-        for group in groups:
+        for before, axes, _ in groups:
             # Within a merged axis only the first letter may be cut: the rest lie inside each of its steps.
-            step = math.prod(sizes[a] for a in group[1:])
-            if any(spans[a] != (0, sizes[a]) for a in group[1:]):
-                raise ValueError(f"{self.name}: axis {' '.join(group)} may be cut along {group[0]} only")
-            slices.append(slice(spans[group[0]][0] * step, spans[group[0]][1] * step))
-        flat = [a for group in groups for a in group]
-        inner = [a for a in letters if a != "L"] if self.stacked else letters
-        parts = []
-        for i in range(*spans["L"]) if self.stacked else (0,):
-            part = read(self.name.format(L=i), tuple(slices))
-            part = part.reshape([spans[a][1] - spans[a][0] for a in flat])
-            parts.append(part.transpose([flat.index(a) for a in inner]))
-        return np.stack(parts) if self.stacked else parts[0]
+            step = math.prod(sizes[a] for a in axes[1:])
+            if any(spans[a] != (0, sizes[a]) for a in axes[1:]):
+                raise ValueError(f"{self.name}: axis {' '.join(axes)} may be cut along {axes[0]} only")
+            slices.append(slice(before + spans[axes[0]][0] * step, before + spans[axes[0]][1] * step))
+        stacked = [range(*spans[letter]) for letter in self.stacked]
+        extent = {axis: stop - start for axis, (start, stop) in spans.items()}
+        parts = [
+            self._as_ours(read(self._name(position), tuple(slices)), extent) for position in itertools.product(*stacked)
+        ]
+        return np.stack(parts).reshape(*map(len, stacked), *parts[0].shape) if stacked else parts[0]
 
-    def restore(self, array: np.ndarray) -> np.ndarray:
-        """One of Transformers' tensors from our array without its axis L; the inverse of `cut`."""
-        inner = self.letters.removeprefix("L ").split()
-        flat = [a for group in self._groups() for a in group]
-        shape = self.tensor_shape(((1,) if self.stacked else ()) + array.shape)
-        return np.ascontiguousarray(array.transpose([inner.index(a) for a in flat]).reshape(shape))
+    def restore(self, array: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+        """One of Transformers' tensors from our array without its stacked axes; the inverse of `cut`.
 
-    def _groups(self) -> list[list[str]]:
-        return [found.strip("()").split() for found in re.findall(r"\([^)]*\)|\w+", self.layout)]
+        A weight that shares its tensors is written `into` one that is there already.
+        """
+        shape = (1,) * len(self.stacked) + array.shape
+        tensor = np.empty(self.tensor_shape(shape), array.dtype) if into is None else into
+        self.part_of(tensor, array.shape)[...] = array
+        return tensor
+
+    def part_of(self, tensor: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+        """A view with our axes, without the stacked ones, of the weight's part of a tensor."""
+        place = tuple(slice(g.before, n - g.after) for g, n in zip(self._groups(), tensor.shape, strict=True))
+        return self._as_ours(tensor[place], self._sizes((1,) * len(self.stacked) + tuple(shape)))
+
+    def _as_ours(self, tensor: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+        flat = [axis for group in self._groups() for axis in group.axes]
+        split = tensor.reshape([sizes[axis] for axis in flat])
+        split = split[tuple(int(axis.split("/")[0]) if "/" in axis else slice(None) for axis in flat)]
+        flat = [axis for axis in flat if "/" not in axis]
+        inner = self.letters.split()[len(self.stacked) :]
+        return split.transpose([flat.index(axis) for axis in inner])
+
+    def _name(self, index: Sequence[int]) -> str:
+        return self.name.format(**dict(zip(self.stacked, index, strict=True)))
+
+    def _sizes(self, shape: Sequence[int]) -> dict[str, int]:
+        fixed = {axis: int(axis.split("/")[1]) for group in self._groups() for axis in group.axes if "/" in axis}
+        return dict(zip(self.letters.split(), shape, strict=True)) | fixed
+
+    def _groups(self) -> list[_Group]:
+        groups = []
+        for before, merged, after in re.findall(r"(\d+\+)?(\([^)]*\)|[A-Z])(\+\d+)?", self.layout):
+            groups.append(_Group(int(before[:-1] or 0), tuple(merged.strip("()").split()), int(after[1:] or 0)))
+        return groups
+
+
+def is_vector(letters: str) -> bool:
+    """Whether a weight with these axes is, for each layer, a norm's scale or a bias: no matrix.
+
+    Heads and their entries count as one axis.
+    """
+    axes = set(letters.split()) - {"L"}
+    return len(axes - {"H"} if axes & {"N", "K"} else axes) <= 1
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

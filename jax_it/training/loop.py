@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,19 @@ import jax
 from jax_it import data, evaluation, metrics, sharding
 from jax_it.checkpoint import abstract
 from jax_it.config import Config
+from jax_it.data import chat
 from jax_it.data import tokenizer as tokenizers
-from jax_it.data.batches import Seq2SeqFormat
 from jax_it.data.loader import Part
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError
 from jax_it.models import Model, hf
+from jax_it.models.tensors import find_folder, fingerprint
 from jax_it.training.log import Log
 from jax_it.training.optimizer import make_optimizer, make_schedule
 from jax_it.training.state import TrainState, start, state_shardings
 from jax_it.training.step import make_train_step
 from jax_it.training.throughput import Throughput, peak_flops
-from jax_it.workdir import Derived, Workdir
+from jax_it.workdir import Derived, Workdir, make_format
 
 # What bias, mask, softmax and dropout cost for one attention score, in matmul FLOPs of the same time: they are
 # bound by memory. Measured on two CPU cores at 512 positions; an H100's ratio of the two is of the same order.
@@ -44,19 +46,19 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         if resuming:
             place.check_same(config)
         tokenizer = place.tokenizer() if resuming else load_tokenizer(config)
-        model, params = _load_model(config, place, mesh, resuming)
+        model, trained, frozen = _load_model(config, place, mesh, resuming)
         check_vocabulary(model, tokenizer)
         built = build_data(config, model, tokenizer)
         derived = _derive(config, place, model, built, tokenizer, resuming)
         total, intervals = derived.total_steps, _intervals(config, built, derived.total_steps)
 
         schedule = make_schedule(config.train.optimizer, total, intervals["warmup"], intervals["decay"])
-        optimizer = make_optimizer(config.train.optimizer, schedule, model.letters)
-        shapes = jax.eval_shape(lambda params: start(params, optimizer), _shapes_of(model, config))
+        optimizer = make_optimizer(config.train.optimizer, schedule, model.trained_letters)
+        shapes = jax.eval_shape(partial(start, optimizer=optimizer), _shapes_of(model, config), frozen)
         shardings = state_shardings(model, shapes, mesh)
         checkpoints = place.writing_checkpoints(config)
-        state = _restore_or_start(checkpoints, params, optimizer, shapes, shardings)
-        del params
+        state = _restore_or_start(checkpoints, trained, frozen, optimizer, shapes, shardings)
+        del trained, frozen
         step = make_train_step(model, config.train, optimizer, schedule, mesh, shardings)
         evaluate = _make_evaluator(config, place, model, tokenizer, derived, mesh)
 
@@ -69,7 +71,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         with Log(place, first, total) as log, _stop_on_sigterm() as stopping, checkpoints:
             print(_summary(model, derived, first), file=sys.stderr)
             if first == 0 and config.eval.at_start and evaluate:
-                log.say(evaluate(0, state.params))
+                log.say(evaluate(0, model.join(state.params, state.frozen)))
             for number in range(first + 1, total + 1):
                 begin = time.perf_counter()
                 drawn = next(batches)
@@ -87,7 +89,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                     checkpoints.save(number, state.params, _without_params(state), {"step": number})
                 if evaluate and (_due(number, intervals["eval"]) or (last and intervals["eval"])):
                     begin = time.perf_counter()
-                    log.say(evaluate(number, state.params))
+                    log.say(evaluate(number, model.join(state.params, state.frozen)))
                     throughput.pause(time.perf_counter() - begin)
                 if stop and not last:
                     checkpoints.wait()
@@ -103,7 +105,8 @@ def load_tokenizer(config: Config) -> tokenizers.Tokenizer:
     model = config.model
     if model.tokenizer == "train":
         return tokenizers.train(data.texts(config.data.train), model.tokenizer_size)
-    return tokenizers.load(model.tokenizer or str(hf.find_folder(model.path)))
+    found = tokenizers.load(model.tokenizer or str(find_folder(model.path)))
+    return chat.with_chat_template(found, model.chat_template)
 
 
 def check_vocabulary(model: Model, tokenizer: tokenizers.Tokenizer) -> None:
@@ -113,30 +116,34 @@ def check_vocabulary(model: Model, tokenizer: tokenizers.Tokenizer) -> None:
             f"the tokenizer has {tokenizer.size} ids and the model's embedding {model.config.vocabulary} rows "
             "(vocab_size in its config.json): give the model its own tokenizer with config.model.tokenizer"
         )
-    for name, of_model, of_tokenizer in (
-        ("eos_token_id", model.config.end_token, tokenizer.end),
-        ("pad_token_id", model.config.pad_token, tokenizer.pad),
-    ):
-        if of_model != of_tokenizer:
-            raise UserError(f"{name} is {of_model} in the model's config.json and {of_tokenizer} in the tokenizer")
+    if model.kind == "causal":  # segments mark its padding, and texts end where the tokenizer says
+        return
+    if tokenizer.end not in model.config.end_tokens:
+        ends = ", ".join(map(str, model.config.end_tokens))
+        raise UserError(f"eos_token_id is {ends} in the model's config.json and {tokenizer.end} in the tokenizer")
+    if model.config.pad_token != tokenizer.pad:
+        raise UserError(
+            f"pad_token_id is {model.config.pad_token} in the model's config.json and {tokenizer.pad} in the tokenizer"
+        )
 
 
 def build_data(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -> data.Built:
     """The training data, its row lengths chosen by what a row costs this model."""
-    format = Seq2SeqFormat(model.config.start_token, model.config.pad_token)
 
     def row_cost(shape: Shape) -> float:
         sizes = (shape.source, shape.target, shape.blocks)
         return model.config.flops(*sizes) + FLOPS_OF_A_SCORE * model.config.scores(*sizes)
 
-    return data.build(config.data, tokenizer, format, config.train.batch_size, row_cost)
+    return data.build(config.data, tokenizer, make_format(model, tokenizer), config.train.batch_size, row_cost)
 
 
-def _load_model(config: Config, place: Workdir, mesh: jax.sharding.Mesh, resuming: bool) -> tuple[Model, Any]:
-    """The model, and its first weights unless a checkpoint holds later ones."""
+def _load_model(config: Config, place: Workdir, mesh: jax.sharding.Mesh, resuming: bool) -> tuple[Model, Any, Any]:
+    """The model, what is trained as it is at first, unless a checkpoint holds it as it is now, and the rest."""
     if resuming and place.checkpoints().steps():
-        return place.model(config, place.open()[1]), None
-    return hf.load(config.model, mesh, config.train.seed)
+        model = place.model(config, place.open()[1])
+        return model, None, place.frozen(model, config, mesh)
+    model, params = hf.load(config.model, mesh, config.train.seed)
+    return model, *model.split(params)
 
 
 def _derive(
@@ -145,7 +152,15 @@ def _derive(
     """What the run worked out at its start: read back where it is resumed, and refused if the data has changed."""
     if not resuming:
         steps = built.train.steps(config.train.duration)
-        derived = Derived(built.train.layout, built.train.packed, steps, built.digest, model.config.tied)
+        derived = Derived(
+            layout=built.train.layout,
+            packed=built.train.packed,
+            total_steps=steps,
+            data_digest=built.digest,
+            tied=model.config.tied,
+            adapter=model.adapter,
+            base_digest=fingerprint(find_folder(config.model.path)) if model.adapter and config.model.path else "",
+        )
         place.create(config, derived, model, tokenizer)
         return derived
     derived = place.open()[1]
@@ -177,7 +192,7 @@ def _due(step: int, interval: int) -> bool:
 
 def _shapes_of(model: Model, config: Config) -> Any:
     dtype = config.model.param_dtype
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.shapes)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.trained_shapes)
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:
@@ -190,16 +205,17 @@ def _without_params(state: TrainState) -> dict[str, Any]:
 
 
 def _restore_or_start(
-    checkpoints: Any, params: Any, optimizer: Any, shapes: TrainState, shardings: TrainState
+    checkpoints: Any, trained: Any, frozen: Any, optimizer: Any, shapes: TrainState, shardings: TrainState
 ) -> TrainState:
     """The state of the newest whole checkpoint, or the first one."""
     found = checkpoints.restore_newest(
         abstract(shapes.params, shardings.params), abstract(_without_params(shapes), _without_params(shardings))
     )
     if found is None:
-        return jax.jit(lambda params: start(params, optimizer), out_shardings=shardings)(params)
+        begin = jax.jit(partial(start, optimizer=optimizer), out_shardings=shardings, donate_argnums=(0, 1))
+        return begin(trained, frozen)
     _, params, rest, _ = found
-    return TrainState(params=params, **rest)
+    return TrainState(params=params, frozen=frozen, **rest)
 
 
 def _make_evaluator(
@@ -213,7 +229,7 @@ def _make_evaluator(
     """`evaluate(step, params) -> text` for evaluation within the loop; None where none is asked for."""
     if not (config.eval.every.value or config.eval.at_start):
         return None
-    examples = data.build_eval(config.data, tokenizer, config.eval.limit)
+    examples = data.build_eval(config.data, tokenizer, make_format(model, tokenizer), config.eval.limit)
     if examples is None:
         raise UserError("config.eval.every needs examples: set config.data.eval or config.data.holdout")
     evaluator = evaluation.Evaluator(model, tokenizer, examples, config, derived.layout, mesh)
@@ -234,9 +250,9 @@ def _place(batch: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _step_flops(model: Model, sizes: Any, shape: Any) -> float:
-    """FLOPs of the forward pass, and twice that of the backward."""
+    """FLOPs of the forward pass, and twice that of the backward; as many again where weights are frozen."""
     rows = sizes.target_positions / shape.target
-    return 3 * rows * model.config.flops(shape.source, shape.target, shape.blocks)
+    return (2 if model.adapter else 3) * rows * model.config.flops(shape.source, shape.target, shape.blocks)
 
 
 def _check_finite(config: Config, state: TrainState) -> None:
@@ -251,11 +267,17 @@ def _check_finite(config: Config, state: TrainState) -> None:
 def _summary(model: Model, derived: Derived, first: int) -> str:
     layout = derived.layout
     shape = layout.shape
-    rows = f"{layout.rows} rows of {shape.blocks} x {shape.source} + {shape.target} tokens"
-    fill = f", {layout.source_fill:.0%} and {layout.target_fill:.0%} full" if derived.packed else " at most"
+    if model.kind == "causal":
+        rows, fill = f"{layout.rows} rows of {shape.target} tokens", f"{layout.target_fill:.0%}"
+    else:
+        rows = f"{layout.rows} rows of {shape.blocks} x {shape.source} + {shape.target} tokens"
+        fill = f"{layout.source_fill:.0%} and {layout.target_fill:.0%}"
+    fill = f", {fill} full" if derived.packed else " at most"
     examples = round(layout.rows * layout.examples_per_row)
+    adapters = f" and {model.trained_count / 1e6:.2f}M in adapters, which are trained" if model.adapter else ""
     return (
-        f"{model.parameter_count / 1e6:.1f}M parameters, {jax.device_count()} {jax.default_backend()} device(s), "
+        f"{model.parameter_count / 1e6:.1f}M parameters{adapters}, "
+        f"{jax.device_count()} {jax.default_backend()} device(s), "
         f"steps {first + 1} to {derived.total_steps} of about {examples} examples: {rows}{fill}"
     )
 

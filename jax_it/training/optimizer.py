@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_it.config import Optimizer
+from jax_it.models.weights import is_vector
 
 
 def make_schedule(config: Optimizer, total_steps: int, warmup: int, decay: int) -> optax.Schedule:
@@ -45,12 +46,8 @@ def make_optimizer(config: Optimizer, schedule: optax.Schedule, letters: Any) ->
     return made[config.name]()
 
 
-def _axes(letters: str) -> list[str]:
-    return letters.removeprefix("L ").split()
-
-
 def _decays(letters: str) -> bool:
-    return len(_axes(letters)) > 1 and "E" not in letters
+    return not is_vector(letters) and "E" not in letters.split()
 
 
 def _adafactor(config: Optimizer, schedule: optax.Schedule, letters: Any) -> optax.GradientTransformation:

@@ -1,5 +1,6 @@
 """What a training step carries on: the weights, the optimizer's memory and a few counters."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +17,16 @@ from jax_it.models.weights import flatten
 @dataclass(frozen=True)
 class TrainState:
     step: jax.Array  # steps done, int32
-    params: Params
+    params: Params  # what is trained
+    frozen: Params  # the rest of the model's, as it was at the start
     optimizer: Any
     skipped: jax.Array  # steps left out for a non-finite gradient, int32
     skipped_in_a_row: jax.Array
 
 
-def start(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def start(params: Params, frozen: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step. The counters are arrays of their own, since each is donated."""
-    return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0), jnp.int32(0))
+    return TrainState(jnp.int32(0), params, frozen, optimizer.init(params), jnp.int32(0), jnp.int32(0))
 
 
 def state_shardings(model: Model, state: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -32,8 +34,8 @@ def state_shardings(model: Model, state: Any, mesh: jax.sharding.Mesh) -> Any:
 
     What is left, such as Adafactor's rows and columns, is small and whole on every device.
     """
-    shapes = flatten(model.shapes)
-    letters = flatten(model.letters)
+    shapes = flatten(model.trained_shapes)
+    letters = flatten(model.trained_letters)
 
     def place(path: tuple, leaf: Any) -> jax.sharding.NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
@@ -42,4 +44,6 @@ def state_shardings(model: Model, state: Any, mesh: jax.sharding.Mesh) -> Any:
             return jax.sharding.NamedSharding(mesh, sharding.spec(letters[weight], leaf.shape, mesh))
         return sharding.replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    frozen = sharding.shardings(model.letters, state.frozen, mesh) if state.frozen else {}
+    placed = jax.tree_util.tree_map_with_path(place, dataclasses.replace(state, frozen={}))
+    return dataclasses.replace(placed, frozen=frozen)

@@ -36,11 +36,20 @@ def make_train_step(
     Gradients of micro-batches are summed, and divided once by the weight of all of them: the step is
     the same however many parts it is computed in.
     """
-    gradient = jax.value_and_grad(partial(model.loss_sum, token_loss(config), config.loss_chunk), has_aux=True)
+    loss_sum = partial(model.loss_sum, token_loss(config), config.loss_chunk)
+
+    def of_trained(params: Params, frozen: Params, *rest: Any) -> tuple[jax.Array, jax.Array]:
+        return loss_sum(model.join(params, frozen), *rest)
+
+    gradient = jax.value_and_grad(of_trained, has_aux=True)
+    dropout = bool(model.run.dropout or (model.adapter and model.adapter.dropout))
+    balance = config.balance_loss if model.config.experts else 0.0
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if model.run.dropout else None
-        total, weight, gradients = _sum_gradients(gradient, state.params, batch, config.micro_batches, key)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step) if dropout else None
+        parts = _split(batch, config.micro_batches)
+        balance_X = _balance(model, state, batch, parts, balance) if balance else None
+        total, weight, gradients = _sum_gradients(gradient, state.params, state.frozen, parts, key, balance_X)
         gradients = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), gradients)
         norm = optax.tree.norm(gradients)
         if config.clip:
@@ -63,6 +72,7 @@ def make_train_step(
         new = TrainState(
             step=state.step + 1,
             params=params,
+            frozen=state.frozen,
             optimizer=memory,
             skipped=state.skipped + skipped,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
@@ -77,20 +87,47 @@ def make_train_step(
     )
 
 
+def _split(batch: Any, parts: int) -> Any:
+    """The batch in so many parts, along a new first axis.
+
+    Every part takes every parts-th row, so that each device's rows stay where they are.
+    """
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+
 def _sum_gradients(
-    gradient: Callable, params: Params, batch: Any, parts: int, key: jax.Array | None
+    gradient: Callable, params: Params, frozen: Params, parts: Any, key: jax.Array | None, balance_X: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, Params]:
-    """(loss sum, weight, summed gradients) over the batch, computed in so many parts one after another."""
-    if parts == 1:
-        (total, weight), gradients = gradient(params, batch, key)
+    """(loss sum, weight, summed gradients) over all parts, computed one after another."""
+    number = jax.tree.leaves(parts)[0].shape[0]
+    if number == 1:
+        (total, weight), gradients = gradient(params, frozen, jax.tree.map(lambda x: x[0], parts), key, balance_X)
         return total, weight, gradients
-    # Every part takes every parts-th row, so that each device's rows stay where they are.
-    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
     def add(sums: tuple, xs: tuple) -> tuple[tuple, None]:
         part, i = xs
-        (total, weight), gradients = gradient(params, part, None if key is None else jax.random.fold_in(key, i))
+        part_key = None if key is None else jax.random.fold_in(key, i)
+        (total, weight), gradients = gradient(params, frozen, part, part_key, balance_X)
         return jax.tree.map(jnp.add, sums, (total, weight, gradients)), None
 
     zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(add, zeros, (split, jnp.arange(parts)))[0]
+    return jax.lax.scan(add, zeros, (parts, jnp.arange(number)))[0]
+
+
+def _balance(model: Model, state: TrainState, batch: Any, parts: Any, coefficient: float) -> jax.Array:
+    """What a unit of each expert's router probability costs, [X], in units of the summed token loss.
+
+    The balancing loss (Shazeer et al. 2017, Fedus et al. 2021) is X * sum over experts of (share of tokens *
+    mean probability), over all tokens and layers of the step, as in Transformers. The shares have no gradient,
+    so once they are known it is a sum over tokens; with micro-batches they take a forward pass of their own.
+    """
+    params = model.join(state.params, state.frozen)
+
+    def add(counts_X: jax.Array, part: Any) -> tuple[jax.Array, None]:
+        return counts_X + model.routing(params, part).counts_X, None
+
+    experts = model.config.experts.number
+    counts_X = jax.lax.scan(add, jnp.zeros(experts, jnp.float32), parts)[0]
+    tokens = jnp.maximum((batch.segments_BT > 0).sum(), 1) * model.config.layers
+    weight = jnp.maximum(batch.weights_BT.sum(), 1)
+    return coefficient * weight * experts * counts_X / jnp.square(tokens.astype(jnp.float32))

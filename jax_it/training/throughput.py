@@ -65,9 +65,10 @@ class Throughput:
             "seconds_per_step": seconds / self._steps,
             "mfu": self._flops / seconds / self.peak,
             "data_share": self._waited / seconds,
-            "source_fill": totals["source_tokens"] / totals["source_positions"],
             "target_fill": totals["target_tokens"] / totals["target_positions"],
         }
+        if totals["source_positions"]:
+            rates["source_fill"] = totals["source_tokens"] / totals["source_positions"]
         self._begin, self._waited, self._steps, self._flops, self._totals = time.perf_counter(), 0.0, 0, 0.0, {}
         return rates
 

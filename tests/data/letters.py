@@ -19,6 +19,8 @@ class Letters:
     """As `jax_it.data.tokenizer.Tokenizer`: a token a letter, and capitals are unknown."""
 
     pad, end, unknown, size = PAD, END, UNKNOWN, FIRST + len(KNOWN)
+    start: int | None = None
+    chat_template: str | None = None
 
     def __init__(self, name: str = "letters"):
         self.name = name
@@ -30,6 +32,8 @@ class Letters:
 
     def decode(self, tokens: Iterable[int]) -> str:
         return "".join(KNOWN[token - FIRST] for token in tokens if token >= FIRST)
+
+    text = decode
 
     def show(self, tokens: Iterable[int]) -> list[str]:
         return [("<pad>", "</s>", "<unk>", *KNOWN)[token] for token in tokens]

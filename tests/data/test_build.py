@@ -5,7 +5,7 @@ import pytest
 
 from jax_it import data as chain
 from jax_it.config import Data, Duration, Source
-from jax_it.data.batches import Seq2SeqFormat
+from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.loader import WHOLE
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError
@@ -13,6 +13,8 @@ from tests.data.letters import Letters, pairs, write
 
 A = [f"{'abcdefghij'[: 1 + i % 9]} {i}>{'xyz'[: 1 + i % 3]}" for i in range(40)]
 B = [f"say {i}>{i}" for i in range(10)]
+
+FORMAT = Seq2SeqFormat(0, 0)
 
 
 def settings(folder: Path, **given: Any) -> Data:
@@ -25,7 +27,7 @@ def settings(folder: Path, **given: Any) -> Data:
 
 
 def build(data: Data, batch_size: int = 16) -> chain.Built:
-    return chain.build(data, Letters(), Seq2SeqFormat(0, 0), batch_size, lambda shape: shape.blocks * shape.source)
+    return chain.build(data, Letters(), FORMAT, batch_size, lambda shape: shape.blocks * shape.source)
 
 
 def trained(built: chain.Built, epochs: int = 1) -> list[str]:
@@ -56,7 +58,7 @@ def test_row_lengths_that_are_given_are_taken(tmp_path):
 
 def test_what_is_held_out_is_evaluated_and_never_trained_on(tmp_path):
     data = settings(tmp_path, holdout=4)
-    examples = chain.build_eval(data, Letters(), limit=0).examples
+    examples = chain.build_eval(data, Letters(), FORMAT, limit=0).examples
     prompts = {example.prompt.rstrip("?") for example in examples}
     assert len(prompts) == 8 and {example.task for example in examples} == {"a", "b"}
     assert prompts.isdisjoint(trained(build(data), epochs=2)) and {*prompts, *trained(build(data))} == set(PROMPTS)
@@ -64,22 +66,21 @@ def test_what_is_held_out_is_evaluated_and_never_trained_on(tmp_path):
 
 def test_held_out_examples_stay_the_same_whatever_else_changes(tmp_path):
     def held(**given: Any) -> set[str]:
-        return {
-            example.id for example in chain.build_eval(settings(tmp_path, holdout=4, **given), Letters(), 0).examples
-        }
+        data = settings(tmp_path, holdout=4, **given)
+        return {example.id for example in chain.build_eval(data, Letters(), FORMAT, 0).examples}
 
     before = held()
     assert held(packing=False, mixing="size", source_length=20) == before
     alone = settings(tmp_path, holdout=4)
     alone = Data(**{**vars(alone), "train": alone.train[:1]})
-    assert {example.id for example in chain.build_eval(alone, Letters(), 0).examples} == {
+    assert {example.id for example in chain.build_eval(alone, Letters(), FORMAT, 0).examples} == {
         id for id in before if id.startswith("a/")
     }
     assert held(seed=1) != before
 
 
 def test_without_examples_to_evaluate_there_is_no_set(tmp_path):
-    assert chain.build_eval(settings(tmp_path), Letters(), 0) is None
+    assert chain.build_eval(settings(tmp_path), Letters(), FORMAT, 0) is None
 
 
 def test_the_digest_is_that_of_all_training_data(tmp_path):

@@ -7,7 +7,9 @@ import pytest
 from jax_it.config import Data, Source
 from jax_it.data import evaluation_set
 from jax_it.data.evaluation_set import EvalSet
+from jax_it.data.formats import CausalFormat, Seq2SeqFormat
 from jax_it.errors import UserError
+from tests.data.chat_tokenizers import checkpoint
 from tests.data.letters import END, Letters, ids, pairs, write
 
 RECORDS = [
@@ -17,9 +19,16 @@ RECORDS = [
 ]
 
 
-def read(*items: Source, limit: int = 0, only: Any = None, **given: Any) -> EvalSet:
+def read(
+    *items: Source,
+    limit: int = 0,
+    only: Any = None,
+    format: Any = Seq2SeqFormat(0, 0),  # noqa: B008 (it is frozen)
+    tokenizer: Any = None,
+    **given: Any,
+) -> EvalSet:
     data = Data(**{"source_length": 8, "target_length": 4, **given})
-    return evaluation_set.read(items, "config.data.eval", data, Letters(), limit, only)
+    return evaluation_set.read(items, "config.data.eval", data, tokenizer or Letters(), format, limit, only)
 
 
 @pytest.fixture
@@ -31,8 +40,12 @@ def test_an_example_has_its_texts_and_its_tokens_with_end_marks(path):
     found = read(Source(path))
     assert [example.prompt for example in found.examples] == ["one", "two", "three"]
     assert [example.references for example in found.examples] == [("1",), ("2", "ii"), ("3",)]
-    assert [example.source for example in found.examples] == [[*ids(text), END] for text in ("one", "two", "three")]
-    assert [example.target for example in found.examples] == [[*ids(text), END] for text in ("1", "2", "3")]
+    assert [example.prompt_tokens for example in found.examples] == [
+        [*ids(text), END] for text in ("one", "two", "three")
+    ]
+    assert [example.encoded.target.tolist() for example in found.examples] == [
+        [*ids(text), END] for text in ("1", "2", "3")
+    ]
     assert (found.skipped, found.truncated) == (0, 0)
 
 
@@ -47,8 +60,8 @@ def test_long_prompts_and_completions_are_cut_as_in_training_and_counted_but_ref
     tmp_path, truncate, sources
 ):
     found = read(Source(write(tmp_path / "a.jsonl", pairs("abcdefg>xyz", "abcdefgh>xyzw"))), truncate=truncate)
-    assert [example.source for example in found.examples] == [[*ids(text), END] for text in sources]
-    assert [example.target for example in found.examples] == [[*ids("xyz"), END]] * 2
+    assert [example.prompt_tokens for example in found.examples] == [[*ids(text), END] for text in sources]
+    assert [example.encoded.target.tolist() for example in found.examples] == [[*ids("xyz"), END]] * 2
     assert found.examples[1].references == ("xyzw",) and found.truncated == 1
     assert found.examples[1].prompt == "abcdefgh"
 
@@ -70,7 +83,8 @@ def test_examples_without_a_reference_are_skipped_and_counted(tmp_path):
     ]
     found = read(Source(write(tmp_path / "a.jsonl", records)))
     assert [(example.prompt, example.references) for example in found.examples] == [("c", ("x",)), ("d", ("y",))]
-    assert found.examples[1].target == [*ids("y"), END]  # what the loss is measured on is never the end mark alone
+    # What the loss is measured on is never the end mark alone.
+    assert found.examples[1].encoded.target.tolist() == [*ids("y"), END]
     assert found.skipped == 3
     with pytest.raises(UserError, match=r"config\.data\.eval: none of 2 examples has a reference to compare with"):
         read(Source(write(tmp_path / "b.jsonl", records[:2])))
@@ -100,3 +114,44 @@ def test_a_fault_names_its_line(tmp_path):
     path = write(tmp_path / "a.jsonl", [*pairs("a>1"), {"prompt": "b"}])
     with pytest.raises(UserError, match=rf"^{path}, line 2: field 'completion' is missing or null"):
         read(Source(path))
+
+
+# Causal models
+
+
+def test_a_causal_example_has_its_prompt_and_the_first_reference_after_it(path):
+    found = read(Source(path), format=CausalFormat(0), sequence_length=20)
+    assert [example.prompt_tokens for example in found.examples] == [ids(text) for text in ("one", "two", "three")]
+    for example, text in zip(found.examples, ("one1", "two2", "three3"), strict=True):
+        assert example.encoded.target.tolist() == [*ids(text), END]
+        assert example.encoded.learnt.tolist() == [False] * (len(text) - 1) + [True] * 2
+    assert found.examples[1].references == ("2", "ii") and found.truncated == 0
+
+
+@pytest.mark.parametrize("truncate, prompt", [("end", "abcdef"), ("start", "cdefgh"), ("drop", "abcdef")])
+def test_a_causal_prompt_is_cut_as_in_training_and_counted(tmp_path, truncate, prompt):
+    source = Source(write(tmp_path / "a.jsonl", pairs("abcdefgh>x", "abc>x")))
+    found = read(source, format=CausalFormat(0), sequence_length=8, truncate=truncate)
+    assert [example.prompt_tokens for example in found.examples] == [ids(prompt), ids("abc")]
+    assert found.truncated == 1 and found.examples[0].prompt == "abcdefgh"
+    with pytest.raises(UserError, match=r"line 1: 10 tokens do not fit 8; raise config\.data\.sequence_length"):
+        read(source, format=CausalFormat(0), sequence_length=8, truncate="refuse")
+
+
+def test_a_conversation_s_last_answer_is_the_reference_and_what_stands_before_it_the_prompt(tmp_path):
+    it, format = checkpoint("llama3"), CausalFormat(0)
+    says = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    records = [{"messages": [*says, {**says[0], "content": "Bye"}, {**says[1], "content": "See you"}]}]
+    source = Source(write(tmp_path / "a.jsonl", records))
+    (example,) = read(source, format=format, tokenizer=it, sequence_length=200).examples
+    assert example.references == ("See you",)
+    assert it.text(example.prompt_tokens).endswith(
+        "Hello<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert it.text(example.encoded.target[example.encoded.learnt]) == "Hello<|eot_id|>See you<|eot_id|>"
+    room = len(example.encoded.target) - 1
+    found = read(source, format=format, tokenizer=it, sequence_length=room, truncate="end")
+    assert found.truncated == 1
+    assert it.text(found.examples[0].encoded.target[found.examples[0].encoded.learnt]) == "See you<|eot_id|>"
+    assert "Hello" not in it.text(found.examples[0].prompt_tokens)

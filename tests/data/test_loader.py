@@ -7,7 +7,8 @@ import pytest
 
 from jax_it.config import Data, Duration, Source
 from jax_it.data import loader
-from jax_it.data.batches import Placed, Seq2SeqBatch, Seq2SeqFormat, bucket
+from jax_it.data.batches import Placed, Seq2SeqBatch, bucket
+from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.loader import Part, Step, TrainData
 from jax_it.data.mixture import mix
 from jax_it.data.packing import Layout, Shape, pack

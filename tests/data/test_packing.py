@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_it.data.packing import Layout, Rows, Shape, _even, choose_layout, pack
+from jax_it.data.packing import Layout, Rows, Shape, _even, choose_layout, nearly, pack, pack_sequences
 
 SMALLEST = Shape(1, 512, 128)  # of an example's row, in the tests of layouts
 
@@ -220,3 +220,44 @@ def test_the_number_of_rows_can_be_shared_by_devices_and_micro_batches(wanted):
     rows = _even(wanted)
     assert rows >= 1 and (rows % 8 == 0 or rows < 8 or wanted < 8) and rows & -rows >= rows / 8
     assert abs(rows - wanted) <= max(wanted / 3, 1)
+
+
+@given(st.floats(0.01, 1e5))
+def test_rows_of_a_given_length_are_rounded_by_a_tenth_at_the_most(wanted):
+    rows = nearly(wanted)
+    assert rows >= 1 and (abs(rows - wanted) <= 0.1 * wanted or (rows == max(round(wanted), 1) and wanted < 5))
+    assert wanted < 5 or rows & -rows >= 0.09 * wanted, "an odd number, where an even one is as near"
+
+
+# Sequences
+
+
+def check_sequences(rows: Rows, lengths: np.ndarray, room: int) -> None:
+    assert sorted(rows.members.tolist()) == list(range(len(lengths))) and not rows.block.any()
+    for r in range(len(rows)):
+        held = [i for i, _ in rows.row(r)]
+        assert held == sorted(held) and held and sum(int(lengths[i]) for i in held) <= room
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 60).flatmap(lambda room: st.tuples(st.just(room), st.lists(st.integers(1, room), max_size=60))))
+def test_every_sequence_is_in_exactly_one_row_and_no_row_exceeds_its_room(problem):
+    room, lengths = problem[0], np.array(problem[1], np.int64)
+    rows = pack_sequences(lengths, room)
+    check_sequences(rows, lengths, room)
+    # No two rows could be one.
+    sums = sorted(sum(int(lengths[i]) for i, _ in rows.row(r)) for r in range(len(rows)))
+    assert len(sums) < 2 or sums[0] + sums[1] > room
+
+
+def test_sequences_fill_holes_as_long_ones_leave_them():
+    rows = pack_sequences(np.array([3, 5, 6, 2, 4, 4]), 8)
+    assert [[i for i, _ in rows.row(r)] for r in range(3)] == [[2, 3], [0, 1], [4, 5]]
+    assert len(pack_sequences(np.zeros(0, np.int64), 8)) == 0
+
+
+def test_sequences_like_a_chat_data_set_s_fill_their_rows():
+    lengths = np.clip(np.random.default_rng(0).gamma(1.5, 250, 16384), 10, 2048).astype(np.int64)
+    rows = pack_sequences(lengths, 2048)
+    check_sequences(rows, lengths, 2048)
+    assert len(rows) <= 1.01 * lengths.sum() / 2048 + 1

@@ -5,8 +5,12 @@ from typing import Any
 import pytest
 
 from jax_it import config as settings
+from jax_it import data as chain
 from jax_it.data import tokenizer as tokenizers
-from jax_it.preview import preview
+from jax_it.data.formats import CausalFormat
+from jax_it.data.tokenizer import Tokenizer
+from jax_it.preview import preview, report
+from tests.data.chat_tokenizers import KINDS, checkpoint, made
 from tests.data.letters import pairs, write
 
 ARCHITECTURE = {
@@ -104,3 +108,65 @@ def test_long_texts_are_shortened_in_the_middle(tmp_path):
         tmp_path, train=[{"path": write(tmp_path / "long.jsonl", pairs(f"{'a' * 900}z>b"))}], source_length=1024
     )
     assert re.search(r"source text   a{300} … a{299}z\n", text)
+
+
+# Causal models
+
+
+def shown_causal(folder: Path, it: Tokenizer, records: list[dict[str, Any]], **given: Any) -> str:
+    data = {
+        "train": [{"path": write(folder / "talks.jsonl", records)}], "sequence_length": 128,
+        "cache_dir": str(folder / "cache"), "max_dropped": 0.5, **given,
+    }  # fmt: skip
+    train = {"batch_size": 3, "duration": "2 epochs"}
+    config = settings.resolve({"model": {"path": "unused"}, "data": data, "train": train})
+    built = chain.build(config.data, it, CausalFormat(it.pad), config.train.batch_size, lambda shape: 1.0)
+    return report(config, built, it, 9)
+
+
+TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "I am"}] * 2
+
+
+def test_of_a_causal_model_it_shows_the_texts_the_pieces_and_the_packing(tmp_path):
+    text = shown_causal(tmp_path, checkpoint("chatml"), [{"messages": TALK}, *pairs("q>x", "q>")])
+    assert "  talks: 3 examples, 2 kept\n    dropped    1 (33.33%) with an empty completion" in text
+    assert " targets\n" in text and "by turns" not in text
+    assert re.search(r"Packed rows\n  128 tokens, [\d.]+% full\n  2 rows a step, 2\.00 examples a row", text)
+    supervised, of = re.search(r"supervised (\d+) \((.*)%\) of the tokens", text).groups()
+    shown = re.findall(r"  row \d+, segment \d: (\d+) tokens, (\d+) of them supervised\n(.*\n.*\n.*)", text)
+    assert len(shown) == 4  # the step is two epochs
+    shown = sorted(set(shown))
+    assert len(shown) == 2
+    assert sum(int(number) for _, number, _ in shown) == int(supervised)
+    assert float(of) == pytest.approx(100 * int(supervised) / sum(int(tokens) for tokens, _, _ in shown), abs=0.01)
+    (talk,) = [lines for _, _, lines in shown if "am" in lines]
+    assert "assistant\\nI am<|im_end|>" in talk
+    assert "learnt 'I am<|im_end|>I am<|im_end|>'" in talk
+    assert talk.count("[<|im_end|>]") == 2 and talk.count("[") == talk.count("]")
+    pieces = talk.split("tokens ")[1].split()
+    brackets = [piece for piece in pieces if piece.startswith("[")]
+    assert "".join(piece[1:-1] for piece in brackets).replace("▁", " ") == "I am<|im_end|>I am<|im_end|>"
+    assert "  the template's generation prompt is what stands before an answer in training" in text
+    assert "  an answer ends with <|im_end|>\n" in text
+
+
+def test_it_says_where_the_generation_prompt_differs_and_what_ends_an_answer(tmp_path):
+    text = shown_causal(tmp_path, checkpoint("qwen3"), pairs("q>x"))
+    assert "the template's generation prompt differs from what stands before an answer in training" in text
+    assert re.search(r"in training       '.*assistant\\n<think>\\n\\n</think>\\n\\n'\n", text)
+    assert re.search(r"generation prompt '.*assistant\\n'\n", text)
+    text = shown_causal(tmp_path / "gemma", checkpoint("gemma"), pairs("q>x"))
+    assert "  an answer ends with <eos> or <end_of_turn>\n" in text
+
+
+def test_conversations_that_lost_turns_are_shown(tmp_path):
+    text = shown_causal(
+        tmp_path, checkpoint("phi4"), [{"messages": TALK * 9}, *pairs("q>x")], sequence_length=64, packing=False
+    )
+    assert " targets, 1 (50.00%) by turns\n" in text
+    assert "Rows, padded to the longest of each batch\n  64 tokens, " in text
+
+
+def test_without_a_chat_template_nothing_is_said_of_one(tmp_path):
+    text = shown_causal(tmp_path, made(KINDS["llama2"], None), pairs("q>x"))
+    assert "Chat template" not in text and "learnt 'x</s>'" in text

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jax_it.data.sources import Record
-from jax_it.data.templates import TEMPLATES, Example, Turn, render
+from jax_it.data.templates import TEMPLATES, Example, Turn, conversation, render
 from jax_it.errors import UserError
 
 WHERE = "data/train.jsonl, line 7"
@@ -55,6 +55,31 @@ SHAPES: list[tuple[str, dict[str, Any], Example]] = [
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
         pair("Hi", "Hello"),
     ),
+    (
+        "messages",
+        {"messages": [SYSTEM, USER, ASSISTANT, {"role": "user", "content": "Bye"}, {**ASSISTANT, "content": ""}]},
+        Example(
+            (
+                Turn("system", "Be kind."),
+                Turn("user", "Hi"),
+                Turn("assistant", "Hello"),
+                Turn("user", "Bye"),
+                Turn("assistant", ""),
+            ),
+            ("",),
+        ),
+    ),
+    ("messages", {"messages": [{**SYSTEM, "content": ""}, USER, ASSISTANT]}, pair("Hi", "Hello")),
+    (
+        "messages",
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+                ASSISTANT,
+            ]
+        },
+        pair("Hi", "Hello"),
+    ),
 ]
 
 
@@ -96,10 +121,21 @@ def test_a_system_message_stands_before_the_prompt():
         ("messages", {"messages": [{"content": "Hi"}]}, "field 'role' or 'from' is missing or null"),
         ("messages", {"messages": [{"role": ["user"], "content": "Hi"}]}, "field 'role' is list, not the text"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "field 'content' is list, not"),
-        ("messages", {"messages": []}, "no single user message and assistant message (its roles: none)"),
-        ("messages", {"messages": [ASSISTANT, USER]}, "no single user message and assistant message (its roles: assis"),
-        ("messages", {"messages": [USER, ASSISTANT] * 2}, "no single user message and assistant message (its roles: "
-         "user, assistant, user, assistant)"),
+        ("messages", {"messages": []}, "no messages of user and assistant (roles: none)"),
+        ("messages", {"messages": [SYSTEM]}, "no messages of user and assistant (roles: system)"),
+        ("messages", {"messages": [ASSISTANT, USER]}, "the messages begin with the assistant; the user must speak"),
+        ("messages", {"messages": [SYSTEM, ASSISTANT]}, "the messages begin with the assistant; the user must speak"),
+        ("messages", {"messages": [USER, USER, ASSISTANT]}, "two messages of the user in a row, the second of them tu"),
+        ("messages", {"messages": [USER, ASSISTANT, ASSISTANT]}, "two messages of the assistant in a row, the second"),
+        ("messages", {"messages": [USER, ASSISTANT, USER]}, "the messages end with the user; the last one must be of"),
+        ("messages", {"messages": [USER, SYSTEM, ASSISTANT]}, "message 2 is of the system, which speaks first or not"),
+        ("messages", {"messages": [SYSTEM, SYSTEM, USER, ASSISTANT]}, "message 2 is of the system, which speaks first"),
+        ("messages", {"messages": [USER, {"role": "tool", "content": "4"}]}, "message 2 has the role 'tool', not"),
+        ("messages", {"conversations": [{"from": "bot", "value": "Hi"}]}, "message 1 has the role 'bot', not"),
+        ("messages", {"messages": [{"role": "user", "content": " "}, ASSISTANT]}, "turn 1, of the user, is empty"),
+        ("messages", {"messages": [USER, {**ASSISTANT, "content": ""}, USER, ASSISTANT]}, "turn 2, of the assistant"),
+        ("messages", {"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "message 2 calls a tool, which"),
+        ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}, "field 'content' or 'value' is"),
         ("auto", {"question": "a", "answer": "b"}, "none of the fields 'prompt', 'instruction', 'messages', "
          "'conversations', which template 'auto' needs; its fields: question, answer"),
         ("auto", {}, "none of the fields 'prompt', 'instruction', 'messages', 'conversations', which template 'auto' "
@@ -108,6 +144,19 @@ def test_a_system_message_stands_before_the_prompt():
 )  # fmt: skip
 def test_a_record_of_another_shape_is_refused_with_its_place_the_field_and_those_it_has(template, fields, message):
     assert refusal(template, **fields).startswith(f"{WHERE}: {message}")
+
+
+def test_a_conversation_to_answer_ends_with_the_user():
+    assert conversation(Record({"messages": [USER, ASSISTANT, USER]}, WHERE)) == (
+        Turn("user", "Hi"), Turn("assistant", "Hello"), Turn("user", "Hi"),
+    )  # fmt: skip
+    for messages, message in (
+        ([USER, ASSISTANT], "the messages end with the assistant; the last one must be of the user"),
+        ([{"role": "user", "content": "\n"}], "turn 1, of the user, is empty"),
+        ([{"role": "user", "content": "\ud83d"}], "is half a character"),
+    ):
+        with pytest.raises(UserError, match=f"^{WHERE}: .*{message}"):
+            conversation(Record({"messages": messages}, WHERE))
 
 
 def test_half_a_surrogate_pair_is_refused_before_a_tokenizer_fails_on_it():

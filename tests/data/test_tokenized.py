@@ -14,10 +14,12 @@ import pytest
 
 from jax_it.config import Data, Source
 from jax_it.data import sources, templates, tokenized
+from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.tokenized import Tokenized, tokenize
 from jax_it.errors import UserError
 from tests.data.letters import END, UNKNOWN, Letters, ids, pairs, write
 
+FORMAT = Seq2SeqFormat(0, 0)
 LENIENT = {"max_dropped": 1.0, "max_truncated": 1.0, "max_unknown": 1.0}
 
 
@@ -32,7 +34,7 @@ def read(item: Tokenized) -> list[tuple[list[int], list[int]]]:
 
 def run(path: str, cache: Path, tokenizer: Letters | None = None, **settings: Any) -> Tokenized:
     given = {"source_length": 8, "target_length": 4, "cache_dir": str(cache), **LENIENT, **settings}
-    (item,) = tokenize(Source(path), "config.data.train.0", Data(**given), tokenizer or Letters())
+    (item,) = tokenize(Source(path), "config.data.train.0", Data(**given), tokenizer or Letters(), FORMAT)
     return item
 
 
@@ -87,6 +89,7 @@ def test_everything_is_counted(tmp_path, cache):
         "truncated": 3,
         "truncated_source": 2,
         "truncated_target": 2,
+        "truncated_turns": 0,
         "source_tokens": 3 + 2 + 2 + 8 + 8 + 2 + 1 + 7,
         "target_tokens": 2 + 0 + 0 + 4 + 1 + 4 + 0 + 7,
         "unknown_tokens": 3,
@@ -111,7 +114,7 @@ def test_an_example_counts_once_where_both_its_sides_are_cut(tmp_path, cache):
 def test_a_source_is_tokenised_under_each_of_its_templates(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", [{"q": "ab", "a": "c"}, {"q": "b", "a": ""}])
     source = Source(path, template=("{{q}} ||| {{a}}", "{{a}} ||| {{q}}"))
-    one, two = tokenize(source, "", Data(cache_dir=str(cache), **LENIENT), Letters())
+    one, two = tokenize(source, "", Data(cache_dir=str(cache), **LENIENT), Letters(), FORMAT)
     assert read(one) == [marked("ab", "c"), ([], [])] and read(two) == [marked("c", "ab"), marked("", "b")]
     assert (one.template, two.template) == source.template
     assert tokenized.eligible([one]).tolist() == [0] and tokenized.eligible([two]).tolist() == [0, 1]
@@ -213,7 +216,7 @@ def test_whatever_decides_the_tokens_makes_another_cache(tmp_path, cache, monkey
         Source(path, template=("{{prompt}} ||| x",)),
         Source(path, limit=1),
     ):
-        tokenize(source, "", Data(**base), Letters())
+        tokenize(source, "", Data(**base), Letters(), FORMAT)
         assert renewed(), source
     monkeypatch.setattr(tokenized, "_code", lambda: "other code")
     run(path, cache)
@@ -233,13 +236,15 @@ KILLED = """
 import os, signal, sys
 from jax_it.config import Data, Source
 from jax_it.data import tokenized
+from jax_it.data.formats import Seq2SeqFormat
 from tests.data.letters import Letters
 write = tokenized._write_tokens
 def die(folder, pairs):
     write(folder, pairs)
     os.kill(os.getpid(), signal.SIGKILL)
 tokenized._write_tokens = die
-tokenized.tokenize(Source(sys.argv[1]), "", Data(source_length=8, target_length=4, cache_dir=sys.argv[2]), Letters())
+data = Data(source_length=8, target_length=4, cache_dir=sys.argv[2])
+tokenized.tokenize(Source(sys.argv[1]), "", data, Letters(), Seq2SeqFormat(0, 0))
 """
 
 
@@ -323,7 +328,7 @@ def test_tokens_are_those_of_templates_and_tokenizer_applied_one_by_one(tmp_path
     path = write(tmp_path / "a.jsonl", records)
     template, tokenizer = "Do: {{q}} ||| {{a}}", Letters()
     data = Data(source_length=16, target_length=6, cache_dir=str(cache), **LENIENT)
-    (item,) = tokenize(Source(path, template=(template,)), "", data, tokenizer)
+    (item,) = tokenize(Source(path, template=(template,)), "", data, tokenizer, FORMAT)
     expected, unknown = [], 0
     for record in sources.read(Source(path)):
         example = templates.render(record, template)

@@ -10,7 +10,8 @@ import pytest
 
 from jax_it import config as settings
 from jax_it import data, evaluate, metrics, sharding
-from jax_it.data.batches import Placed, Seq2SeqFormat
+from jax_it.data.batches import Placed
+from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
 from jax_it.evaluation import Evaluator
 from jax_it.workdir import Workdir

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_it.models import layers, t5
+from jax_it.models import layers
+from jax_it.models.families import t5
 from tests.parity import cases
 
 BOTH_WAYS = pytest.mark.parametrize("bidirectional", [True, False], ids=["encoder", "decoder"])

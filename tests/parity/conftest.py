@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from jax_it.data.batches import CausalBatch, Seq2SeqBatch
 from jax_it.models import Model, Params
 from tests.parity import cases, pytorch
 from tests.parity.cases import Case, Inputs, Results
@@ -16,35 +17,38 @@ class Loaded(NamedTuple):
     case: Case
     folder: Path
     given: Inputs
+    batch: CausalBatch | Seq2SeqBatch
     model: Model
     params: Params
 
 
-# Of the same computation as another case, but for a line or two: compiled by make parity and make test-slow alone.
-VARIANTS = {"t5_1_1_tied", "byt5", "deep_decoder", "mt5_tied", "umt5_tied"}
-PARAMS = [
-    pytest.param(case, id=case.name, marks=pytest.mark.slow if case.name in VARIANTS else ()) for case in cases.CASES
-]
+@pytest.fixture(scope="session", params=cases.params(cases.ALL))
+def case(request: Any) -> Case:
+    return request.param
 
 
-@pytest.fixture(scope="session", params=PARAMS)
-def loaded(request: Any, tmp_path_factory: Any) -> Loaded:
-    case = request.param
-    folder = cases.write(case, tmp_path_factory.mktemp(case.name))
-    return Loaded(case, folder, cases.inputs(case), *cases.load(folder))
+@pytest.fixture(scope="session")
+def folder(case: Case, tmp_path_factory: Any) -> Path:
+    return cases.write(case, tmp_path_factory.mktemp(case.name))
+
+
+@pytest.fixture(scope="session")
+def loaded(case: Case, folder: Path) -> Loaded:
+    given = cases.inputs(case)
+    return Loaded(case, folder, given, cases.batch(case, given), *cases.load(folder, dropout=0.0))
 
 
 @pytest.fixture(scope="session")
 def ours(loaded: Loaded) -> Results:
-    return cases.results(loaded.model, loaded.params, loaded.given)
+    return cases.results(loaded.model, loaded.params, loaded.batch)
 
 
 @pytest.fixture(scope="session")
-def torch_model(loaded: Loaded) -> Any:
+def torch_model(folder: Path) -> Any:
     """Transformers' model of the same folder. Needs PyTorch: for tests marked parity alone."""
-    return pytorch.open_folder(loaded.folder)
+    return pytorch.open_folder(folder)
 
 
 @pytest.fixture(scope="session")
-def theirs(torch_model: Any, loaded: Loaded) -> Results:
-    return pytorch.results(torch_model, loaded.given)
+def theirs(torch_model: Any, case: Case) -> Results:
+    return pytorch.results(torch_model, cases.inputs(case))

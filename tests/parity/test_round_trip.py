@@ -2,19 +2,22 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from jax_it import config, sharding
 from jax_it.models import hf
+from jax_it.models import tensors as tensor_files
 from tests.parity import cases
 
 
 def tensors(folder):
-    """All tensors of a folder, as (dtype, shape, bytes)."""
+    """All tensors of a folder, as (dtype, shape, bytes), by plain name."""
     found = {}
     for file in folder.glob("*.safetensors"):
-        read = safetensors.numpy.load_file(file)
+        read = {cases.plain(name): tensor for name, tensor in safetensors.numpy.load_file(file).items()}
         assert not found.keys() & read.keys()
         found |= {name: (tensor.dtype, tensor.shape, tensor.tobytes()) for name, tensor in read.items()}
     return found
@@ -28,7 +31,7 @@ def export(folder, target, **settings):
     return target
 
 
-ANY_CASE = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+ANY_CASE = pytest.mark.parametrize("case", cases.params(cases.ALL))
 
 
 @ANY_CASE
@@ -39,8 +42,24 @@ ANY_CASE = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.na
 def test_every_tensor_comes_back_byte_for_byte(case, dtype, param_dtype, tmp_path):
     folder = cases.write(case, tmp_path / "published", dtype)
     exported = tensors(export(folder, tmp_path / "exported", param_dtype=param_dtype))
-    published = {name: tensor for name, tensor in tensors(folder).items() if name not in case.dead}
-    assert exported == published
+    assert exported == living(case, tensors(folder))
+
+
+def living(case, found):
+    """The tensors without those that nobody reads."""
+    return {name: tensor for name, tensor in found.items() if name not in case.dead}
+
+
+@ANY_CASE
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_tensor_comes_back_byte_for_byte_from_a_model_in_shards(case, dtype, tmp_path):
+    folder = cases.write(case, tmp_path / "published", dtype)
+    mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=4, tensor=2), jax.devices()[:8])
+    model, params = hf.load(config.Model(path=str(folder)), mesh)
+    assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
+    (tmp_path / "exported").mkdir()
+    hf.save(tmp_path / "exported", model, params)
+    assert tensors(tmp_path / "exported") == living(case, tensors(folder))
 
 
 @ANY_CASE
@@ -53,9 +72,9 @@ def test_an_exported_folder_reads_as_the_same_model(case, tmp_path):
 
 def test_a_large_model_is_written_in_shards_with_an_index_of_them(tmp_path, monkeypatch):
     folder = cases.write(cases.BY_NAME["t5_1_1"], tmp_path / "published")
-    monkeypatch.setattr(hf, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(tensor_files, "SHARD_BYTES", 40_000)
     exported = export(folder, tmp_path / "exported")
-    index = json.loads((exported / hf.INDEX).read_text())
+    index = json.loads((exported / tensor_files.INDEX).read_text())
     shards = {file.name: safetensors.numpy.load_file(file) for file in exported.glob("*.safetensors")}
     assert len(shards) > 3
     assert index["weight_map"] == {name: shard for shard, read in shards.items() for name in read}
@@ -79,7 +98,7 @@ def test_a_head_that_repeats_the_embedding_is_read_as_tied(tmp_path):
     folder = cases.write(case, tmp_path / "published")
     made = cases.tensors(case)
     aliases = {name: made["shared.weight"].copy() for name in ("lm_head.weight", "encoder.embed_tokens.weight")}
-    safetensors.numpy.save_file(made | aliases, folder / hf.SINGLE)
+    safetensors.numpy.save_file(made | aliases, folder / tensor_files.SINGLE)
     model, params = cases.load(folder)
     assert model.config.tied
     assert "head" not in params

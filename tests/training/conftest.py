@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jax_it import config as settings
-from jax_it.data.batches import Placed, Seq2SeqBatch, Seq2SeqFormat
+from jax_it.data.batches import Placed, Seq2SeqBatch
+from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.packing import Shape, pack
 from jax_it.models import Model, Params, build
 

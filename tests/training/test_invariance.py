@@ -34,7 +34,7 @@ def loss_and_gradients(tiny, batch, mesh_config, micro_batches, **train):
         schedule = make_schedule(optimizer_config, 10, 0, 0)
         optimizer = make_optimizer(optimizer_config, schedule, tiny.model.letters)
         # A copy: the step donates its state, and placing an array where it lies would not make one.
-        state = start(jax.tree.map(lambda p: p + 0, tiny.params), optimizer)
+        state = start(jax.tree.map(lambda p: p + 0, tiny.params), {}, optimizer)
         shardings = state_shardings(tiny.model, state, mesh)
         state = jax.device_put(state, shardings)
         step = make_train_step(tiny.model, config, optimizer, schedule, mesh, shardings)

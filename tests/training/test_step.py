@@ -22,7 +22,7 @@ def run(tiny, steps=1, batch=None, **train):
     with jax.set_mesh(mesh):
         schedule = make_schedule(config.optimizer, 10, 0, 0)
         optimizer = make_optimizer(config.optimizer, schedule, tiny.model.letters)
-        state = start(jax.tree.map(lambda p: p + 0, tiny.params), optimizer)
+        state = start(jax.tree.map(lambda p: p + 0, tiny.params), {}, optimizer)
         step = make_train_step(tiny.model, config, optimizer, schedule, mesh, state_shardings(tiny.model, state, mesh))
         found = []
         for _ in range(steps):
@@ -61,7 +61,7 @@ def test_a_batch_without_weights_moves_nothing_by_its_loss(tiny):
 def test_adamw_state_lies_where_its_weights_lie(tiny):
     mesh = sharding.make_mesh(Mesh(data=1, fsdp=2, tensor=4))
     optimizer = make_optimizer(Optimizer(), lambda step: 0.1, tiny.model.letters)
-    state = jax.eval_shape(lambda params: start(params, optimizer), tiny.params)
+    state = jax.eval_shape(lambda params: start(params, {}, optimizer), tiny.params)
     placed = state_shardings(tiny.model, state, mesh)
     memory = placed.optimizer[0].mu["encoder"]["layers"]["mlp"]["up"]
     assert memory == placed.params["encoder"]["layers"]["mlp"]["up"]

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import layers
-from jax_it.models.layers import attend, dropout, rms_norm, split_key
+from jax_it.models.family import Family, Run
+from jax_it.models.layers import attend, rms_norm, split_key
+from jax_it.models.linear import dropout, look_up, project
 from jax_it.models.settings import Settings
 from jax_it.models.weights import Weight
 from jax_it.sharding import constrain
@@ -43,7 +45,7 @@ class Config:
     bias_everywhere: bool  # every layer has its own relative-position bias, not the first alone
     start_token: int
     pad_token: int
-    end_token: int
+    end_tokens: tuple[int, ...]
 
     def flops(self, source_length: int, target_length: int, source_blocks: int = 1) -> float:
         """Matmul FLOPs of one row's forward pass: `source_blocks` blocks of `source_length`, one target row."""
@@ -100,7 +102,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
         bias_everywhere=kind == "umt5",
         start_token=settings.get("decoder_start_token_id", int, settings.get("pad_token_id", int, 0)),
         pad_token=settings.get("pad_token_id", int, 0),
-        end_token=settings.get("eos_token_id", int, 1),
+        end_tokens=settings.get_tokens("eos_token_id") or (1,),
     )
     settings.finish(
         ignored=("initializer_factor", "classifier_dropout", "scalable_attention")
@@ -141,21 +143,6 @@ def _attention_weights(ours: str, theirs: str, name: str) -> dict[str, Weight]:
     return table
 
 
-# Names under which a checkpoint may repeat a weight; they must hold the same bytes.
-ALIASES = {
-    "encoder.embed_tokens.weight": "shared.weight",
-    "decoder.embed_tokens.weight": "shared.weight",
-}
-HEAD = "lm_head.weight"  # also an alias, where it equals the embedding
-ARCHITECTURES = {
-    "t5": "T5ForConditionalGeneration",
-    "mt5": "MT5ForConditionalGeneration",
-    "umt5": "UMT5ForConditionalGeneration",
-}
-# Weights of old checkpoints that no Transformers version reads.
-IGNORED = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
-
-
 def values_to_save(c: Config) -> dict[str, Any]:
     """The config.json values that decide between tied and untied, scaled and not, in old and new Transformers."""
     values: dict[str, Any] = {"decoder_start_token_id": c.start_token}
@@ -174,13 +161,13 @@ class Attention(nnx.Module):
         self.output = layers.normal(rngs, (c.heads, c.head_size, c.width), (c.heads * c.head_size) ** -0.5)
 
     def queries(self, x_BTD: jax.Array) -> jax.Array:
-        return jnp.einsum("BTD,DNH->BTNH", x_BTD, self.query[...])
+        return project(x_BTD, self.query, "BTD,DNH->BTNH")
 
     def keys_values(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jnp.einsum("BSD,DNH->BSNH", x_BSD, self.key[...]), jnp.einsum("BSD,DNH->BSNH", x_BSD, self.value[...])
+        return project(x_BSD, self.key, "BSD,DNH->BSNH"), project(x_BSD, self.value, "BSD,DNH->BSNH")
 
     def project(self, x_BTNH: jax.Array) -> jax.Array:
-        return jnp.einsum("BTNH,NHD->BTD", x_BTNH, self.output[...])
+        return project(x_BTNH, self.output, "BTNH,NHD->BTD")
 
 
 class Mlp(nnx.Module):
@@ -192,10 +179,10 @@ class Mlp(nnx.Module):
         self.down = layers.normal(rngs, (c.feed_forward, c.width), c.feed_forward**-0.5)
 
     def __call__(self, c: Config, x_BTD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-        h_BTF = layers.ACTIVATIONS[c.activation](jnp.einsum("BTD,DF->BTF", x_BTD, self.up[...]))
+        h_BTF = layers.ACTIVATIONS[c.activation](project(x_BTD, self.up, "BTD,DF->BTF"))
         if c.gated:
-            h_BTF *= jnp.einsum("BTD,DF->BTF", x_BTD, self.linear[...])
-        return jnp.einsum("BTF,FD->BTD", dropout(constrain(h_BTF, "B T F"), rate, key), self.down[...])
+            h_BTF *= project(x_BTD, self.linear, "BTD,DF->BTF")
+        return project(dropout(constrain(h_BTF, "B T F"), rate, key), self.down, "BTF,FD->BTD")
 
 
 class Layer(nnx.Module):
@@ -250,14 +237,6 @@ def take_rows(cache: Cache, rows_B: jax.Array) -> Cache:
     return Cache(cache.memory, cache.key_LBTNH[:, rows_B], cache.value_LBTNH[:, rows_B])
 
 
-class Run(NamedTuple):
-    """How a forward pass is computed: nothing of it changes what the model is."""
-
-    dtype: Any
-    remat: bool = False
-    dropout: float = 0.0  # the rate where a key is given
-
-
 class T5(nnx.Module):
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
         self.config = c
@@ -275,7 +254,7 @@ class T5(nnx.Module):
         return self.decode(batch.tokens_BT, batch.segments_BT, encoded_BSD, segments_BS, run, decoder_key)
 
     def embed(self, tokens: jax.Array, run: Run) -> jax.Array:
-        return self.embedding[...][tokens].astype(run.dtype)
+        return look_up(self.embedding, tokens, run.dtype)
 
     def encode(
         self, source_BGS: jax.Array, segments_BGS: jax.Array, run: Run, key: jax.Array | None = None
@@ -325,15 +304,21 @@ class T5(nnx.Module):
         x_BTD = _scan_layers(self.decoder.layers, x_BTD, layer, c.decoder_layers, run, scan)
         return dropout(rms_norm(x_BTD, self.decoder.norm[...], c.epsilon), run.dropout, last)
 
-    def prefill(self, source_BS: jax.Array, source_segments_BS: jax.Array, length: int, run: Run) -> Cache:
-        """The cache before the first of at most `length` target tokens: cross-attention's keys are made once."""
+    def prefill(
+        self, source_BS: jax.Array, source_segments_BS: jax.Array, length: int, run: Run
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        """(start tokens [B], their positions [B], cache) for at most `length` target tokens of each source.
+
+        Cross-attention's keys are made once.
+        """
         c = self.config
         encoded_BSD = self.encode(source_BS[:, None], source_segments_BS[:, None], run)
         graph, state = nnx.split(self.decoder.layers)
         keys, values = jax.lax.map(lambda state: nnx.merge(graph, state).cross.keys_values(encoded_BSD), state)
         shape = (c.decoder_layers, source_BS.shape[0], length, c.heads, c.head_size)
         empty = jnp.zeros(shape, run.dtype)
-        return Cache(Memory(keys, values, source_segments_BS), empty, empty)
+        first_B = jnp.full(source_BS.shape[0], c.start_token, jnp.int32)
+        return first_B, jnp.zeros_like(first_B), Cache(Memory(keys, values, source_segments_BS), empty, empty)
 
     def step(self, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache, run: Run) -> tuple[jax.Array, Cache]:
         """The decoder's states [B, D] after one more token a row, at its own position, and the new cache."""
@@ -441,3 +426,25 @@ def _scan_layers(stacked: Any, x_BTD: jax.Array, layer: Any, number: int, run: R
         return layer(x_BTD, nnx.merge(graph, xs[0]), xs[1]), None
 
     return jax.lax.scan(jax.checkpoint(body) if run.remat else body, x_BTD, (state, keys))[0]
+
+
+def _family(architecture: str) -> Family:
+    return Family(
+        kind="seq2seq",
+        architecture=architecture,
+        read_config=read_config,
+        weight_table=weight_table,
+        module=T5,
+        head_logits=head_logits,
+        take_rows=take_rows,
+        embedding="shared.weight",
+        head="lm_head.weight",
+        aliases={"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"},
+        ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+        values_to_save=values_to_save,
+    )
+
+
+T5_FAMILY = _family("T5ForConditionalGeneration")
+MT5_FAMILY = _family("MT5ForConditionalGeneration")
+UMT5_FAMILY = _family("UMT5ForConditionalGeneration")

@@ -1,0 +1,329 @@
+"""Conversations as token ids, and which of them the assistant said.
+
+A checkpoint's chat template is a program that may do what it likes with the texts it is given, and most
+templates have no `{% generation %}` marks. So where the assistant's texts stand is proven for every
+conversation: it is rendered again with each of these texts between two characters that stand nowhere else.
+If what comes out without them is the plain rendering, the characters have shown the places; if not, the
+template changes the text, and the conversation is refused.
+"""
+
+import datetime
+import functools
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jax_it.data.templates import Turn
+from jax_it.data.tokenizer import Tokenizer
+from jax_it.errors import UserError
+
+_PLACEHOLDER = "Hello"  # an answer, where none is known yet
+_PROBE = (Turn("user", "Hi"), Turn("assistant", _PLACEHOLDER), Turn("user", "Bye"), Turn("assistant", _PLACEHOLDER))
+_DATE = datetime.date(2024, 7, 26)  # what templates take for today: data must not change overnight
+
+# For base models: words that every vocabulary has, and the end mark that they already know. A line of its
+# own for the text keeps the prompt's last token apart from the answer's first.
+DEFAULT = (
+    "{% for message in messages %}{{ '' if loop.first else '\\n\\n' }}"
+    "{% if message['role'] == 'system' %}{{ message['content'] | trim }}"
+    "{% elif message['role'] == 'user' %}{{ 'User:\\n' + message['content'] | trim }}"
+    "{% else %}{{ 'Assistant:\\n' + message['content'] | trim + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:\\n' }}{% endif %}"
+)
+
+
+class Conversation(NamedTuple):
+    """A conversation as token ids; `learnt` is true of what the assistant says, ends of turns included."""
+
+    tokens: np.ndarray  # int32
+    learnt: np.ndarray  # bool
+
+
+class _Marks(NamedTuple):
+    """What a chat template does around every answer."""
+
+    end: str  # the token that ends the assistant's turn
+    space: bool  # a space before the answer belongs to the answer's first token
+
+
+class _Rendered(NamedTuple):
+    text: str
+    spans: list[tuple[int, int]]  # of the assistant's turns, with what ends each of them
+
+
+def with_chat_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
+    """The tokenizer with the chat template of `config.model.chat_template`, which `save` writes beside it.
+
+    "" leaves its own, "none" takes it away, "default" sets one for base models; else it is a Jinja file's name.
+    Raises UserError for a file that cannot be read, and for a template whose answers cannot be told apart.
+    """
+    template: str | None
+    if not setting:
+        return tokenizer
+    if setting == "none":
+        template = None
+    elif setting == "default":
+        template = ("{{ bos_token }}" if tokenizer.start is not None else "") + DEFAULT
+    else:
+        try:
+            template = Path(setting).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"config.model.chat_template: {setting!r} is neither 'default', 'none' nor a file to read: {reason}"
+            ) from None
+    changed = tokenizer.with_chat_template(template, setting)
+    if template is not None:
+        try:
+            _marks(changed)
+        except UserError as error:
+            raise UserError(f"config.model.chat_template: {error}") from None
+    return changed
+
+
+def encode(
+    conversations: Sequence[Sequence[Turn]], places: Sequence[str], tokenizer: Tokenizer, learn: str
+) -> list[Conversation]:
+    """Each conversation, which ends with the assistant, as the chat template renders it.
+
+    `learn` is "all" or "last": which of the assistant's turns are learnt. `places` say where each is from.
+    Raises UserError naming the place where the template refuses the conversation, leaves out a turn or
+    changes an answer, and where the tokens of an answer cannot be told from those before it.
+    """
+    if not conversations:
+        return []
+    rendered = [_render(turns, tokenizer, where, learn) for turns, where in zip(conversations, places, strict=True)]
+    found = tokenizer.encode_with_offsets([item.text for item in rendered])
+    made = []
+    for i, (item, where) in enumerate(zip(rendered, places, strict=True)):
+        masked = _mask(item, *found[i], tokenizer) if found else None
+        tokens, learnt = masked or _piecewise(item, tokenizer, where)
+        made.append(_started_once(tokens, learnt, tokenizer))
+    return made
+
+
+def prompts(conversations: Sequence[Sequence[Turn]], places: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids that an answer to each conversation, which ends with the user, is generated from.
+
+    They are those that stand before the answer's first token in training.
+    """
+    answered = [(*turns, Turn("assistant", _PLACEHOLDER)) for turns in conversations]
+    encoded = encode(answered, places, tokenizer, "last")
+    return [item.tokens[: int(np.argmax(item.learnt))].tolist() for item in encoded]
+
+
+def ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end an answer: the end of text and, with a chat template, its end of turn."""
+    if tokenizer.chat_template is None:
+        return (tokenizer.end,)
+    return tuple(sorted({tokenizer.end, *tokenizer.encode([_marks(tokenizer).end])[0]}))
+
+
+def generation_prompt(tokenizer: Tokenizer) -> tuple[str, str] | None:
+    """The end of the prompt in training and by the template's own generation prompt, where the two differ."""
+    question = _PROBE[:1]
+    (ours,) = prompts([question], ["a probe"], tokenizer)
+    (theirs,) = tokenizer.encode([_apply(question, tokenizer, "a probe", generation=True)])
+    theirs = _started_once(np.array(theirs, np.int32), np.zeros(len(theirs), bool), tokenizer).tokens.tolist()
+    return None if ours == theirs else (tokenizer.text(ours), tokenizer.text(theirs))
+
+
+def prompt_text(turns: Sequence[Turn], tokenizer: Tokenizer, where: str) -> str:
+    """Turns that end with the user as the chat template renders them, with its generation prompt."""
+    return _apply(turns, tokenizer, where, generation=True)
+
+
+# Rendering
+
+
+def _apply(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, generation: bool = False) -> str:
+    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    template = _dated(tokenizer.chat_template or "")
+    try:
+        text = tokenizer.backend.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=generation
+        )
+    except Exception as error:  # a template may run any expression on any text
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: {_of(tokenizer)} does not take this conversation: {reason}") from None
+    assert isinstance(text, str)
+    return text
+
+
+def _of(tokenizer: Tokenizer) -> str:
+    return f"the chat template of {tokenizer.template_name}"
+
+
+@functools.cache
+def _dated(template: str) -> str:
+    """The template with a fixed day for `strftime_now`, in each format that it asks for."""
+    formats = set(re.findall(r"strftime_now\(\s*[\"'](.*?)[\"']\s*\)", template))
+    if not formats:
+        return template
+    days = {text: _DATE.strftime(text) for text in sorted(formats)}
+    return f"{{%- macro strftime_now(format) -%}}{{{{ {days!r}[format] }}}}{{%- endmacro -%}}{template}"
+
+
+def _render(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, learn: str) -> _Rendered:
+    """The conversation and the proven places of its answers, each with the end of its turn."""
+    marks = _marks(tokenizer)
+    text = _apply(turns, tokenizer, where)
+    for turn in turns:
+        if turn.role != "assistant" and turn.text.strip() not in text:
+            raise UserError(
+                f"{where}: {_of(tokenizer)} leaves out or changes the {turn.role} turn {_short(turn.text)}"
+                + ("; put its text into the first user turn" if turn.role == "system" else "")
+            )
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+    if learn == "last":
+        answers = answers[-1:]
+    for i in answers:
+        if marks.end in turns[i].text:
+            raise UserError(
+                f"{where}: the assistant's turn {_short(turns[i].text)} holds {marks.end!r}, which would end it midway"
+            )
+    places = _places(turns, answers, text, tokenizer, where)
+    spans = []
+    for i, (start, stop) in zip(answers, places, strict=True):
+        blank = len(text[stop:]) - len(text[stop:].lstrip())
+        if not text.startswith(marks.end, stop + blank):
+            raise UserError(
+                f"{where}: {_of(tokenizer)} does not end the assistant's turn {_short(turns[i].text)} with "
+                f"{marks.end!r}: the model would not learn to stop"
+            )
+        space = marks.space and text[:start].endswith(" ")
+        spans.append((start - space, stop + blank + len(marks.end)))
+    return _Rendered(text, spans)
+
+
+def _places(
+    turns: Sequence[Turn], answers: Sequence[int], text: str, tokenizer: Tokenizer, where: str
+) -> list[tuple[int, int]]:
+    """Where each answer stands in the rendering `text`, with as much of its blanks as the template keeps.
+
+    The marks stand within an answer's own blanks, so that a template that strips them does so here too.
+    """
+    opening, closing = _unused(turns, text)
+    marked, bare = list(turns), list(turns)
+    blanks = {}
+    for i in answers:
+        said, core = turns[i].text, turns[i].text.strip()
+        blanks[i] = said[: len(said) - len(said.lstrip())], said[len(said.rstrip()) :]
+        bare[i] = Turn("assistant", f"{opening}{core}{closing}")
+        marked[i] = Turn("assistant", f"{blanks[i][0]}{bare[i].text}{blanks[i][1]}")
+    rendered = _apply(marked, tokenizer, where)
+    if rendered.replace(opening, "").replace(closing, "") == text:
+        pattern = re.compile(f"(\\s*){opening}([^{opening}{closing}]*){closing}(\\s*)")
+        found = list(pattern.finditer(rendered))
+        # The blanks that stand there when the answers have none are the template's.
+        of_template = found if marked == bare else list(pattern.finditer(_apply(bare, tokenizer, where)))
+        places = []
+        for number, (i, match, other) in enumerate(zip(answers, found, of_template, strict=False)):
+            start = match.start(2) - 1 - 2 * number
+            stop = start + len(match[2])
+            before, after = len(match[1]) - len(other[1]), len(match[3]) - len(other[3])
+            kept = text[start - before : start], text[stop : stop + after]
+            if (
+                match[2] == turns[i].text.strip()
+                and (before >= 0 and blanks[i][0].endswith(kept[0]))
+                and (after >= 0 and blanks[i][1].startswith(kept[1]))
+            ):
+                places.append((start - before, stop + after))
+        if len(places) == len(found) == len(of_template) == len(answers):
+            return places
+    # A template may take the last answer apart and put it together again (a reasoning, say). It is whole if it
+    # stands after what generation starts from, which knows nothing of it.
+    if list(answers) == [len(turns) - 1]:
+        before_answer, said = _apply(turns[:-1], tokenizer, where, generation=True), turns[-1].text
+        for whole in (said, said.strip(), said.lstrip(), said.rstrip()):
+            if text.startswith(before_answer + whole):
+                return [(len(before_answer), len(before_answer + whole))]
+    raise UserError(
+        f"{where}: {_of(tokenizer)} changes the assistant's text, so that what to learn cannot be told; "
+        + ("try config.data.learn='last', or " if len(answers) > 1 else "")
+        + "set another config.model.chat_template"
+    )
+
+
+def _unused(turns: Sequence[Turn], text: str) -> tuple[str, str]:
+    """Two characters of the private use area that stand in none of the texts."""
+    seen = set(text).union(*(turn.text for turn in turns))
+    free = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in seen)
+    return next(free), next(free)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+@functools.lru_cache(maxsize=8)
+def _marks(tokenizer: Tokenizer) -> _Marks:
+    """What the template does around the answers of a short conversation. Raises UserError if it marks no end."""
+    text = _apply(_PROBE, tokenizer, "a short conversation")
+    places = _places(_PROBE, (1, 3), text, tokenizer, "a short conversation")
+    found = {_mark(text[stop:].lstrip(), tokenizer) for _, stop in places}
+    end = found.pop()
+    if found or not end:
+        raise UserError(
+            f"{_of(tokenizer)} does not end each of the assistant's turns with one and the same special token: the "
+            "model would never learn to stop; set another config.model.chat_template"
+        )
+    start = places[-1][0]
+    joined = False
+    if encoded := tokenizer.encode_with_offsets([text]):
+        joined = any(begin == start - 1 and start < stop for begin, stop in encoded[0][1].tolist())
+    return _Marks(end, joined and text[start - 1] == " ")
+
+
+def _mark(text: str, tokenizer: Tokenizer) -> str:
+    """The special or added token that a text begins with, or ""."""
+    return max((token for token in tokenizer.marks if text.startswith(token)), key=len, default="")
+
+
+# Tokens
+
+
+def _mask(
+    item: _Rendered, tokens: np.ndarray, offsets: np.ndarray, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The tokens of the whole rendering and which are learnt; None where one begins before an answer and ends in it."""
+    learnt = np.zeros(len(tokens), bool)
+    begins, stops = offsets[:, 0], offsets[:, 1]
+    for start, stop in item.spans:
+        learnt |= (begins >= start) & (begins < stop)
+        for i in np.flatnonzero((begins < start) & (stops > start)):
+            # Special tokens of some tokenizers swallow the blanks after them, those of the answer too.
+            swallowed = item.text[start : stops[i]].isspace() and int(tokens[i]) in tokenizer.special
+            if not swallowed:
+                return None
+    return tokens, learnt
+
+
+def _piecewise(item: _Rendered, tokenizer: Tokenizer, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of each part of the rendering by itself, if together they are the same text."""
+    cuts = [0, *(place for span in item.spans for place in span), len(item.text)]
+    pieces = tokenizer.encode([item.text[a:b] for a, b in itertools.pairwise(cuts)])
+    tokens = [token for piece in pieces for token in piece]
+    if tokenizer.text(tokens) != tokenizer.text(tokenizer.encode([item.text])[0]):
+        raise UserError(
+            f"{where}: a token of {tokenizer.name} reaches from before an answer of the assistant into it, so that "
+            "what to learn cannot be told; strip the answers, or set another config.model.chat_template"
+        )
+    learnt = [i % 2 == 1 for i, piece in enumerate(pieces) for _ in piece]
+    return np.array(tokens, np.int32), np.array(learnt, bool)
+
+
+def _started_once(tokens: np.ndarray, learnt: np.ndarray, tokenizer: Tokenizer) -> Conversation:
+    """The conversation with one mark of beginning, where the tokenizer sets one or the template has written any."""
+    start = tokenizer.start
+    if start is not None:
+        written = 0
+        while written < len(tokens) and tokens[written] == start:
+            written += 1
+        tokens = np.concatenate([[start], tokens[written:]]).astype(np.int32)
+        learnt = np.concatenate([[False], learnt[written:]])
+    return Conversation(tokens, learnt)

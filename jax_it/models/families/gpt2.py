@@ -1,0 +1,86 @@
+"""GPT-2 (Radford et al. 2019): learned positions, layer norms, matrices stored as [inputs, outputs]."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_it.models import layers
+from jax_it.models.decoder import Config
+from jax_it.models.families import llama
+from jax_it.models.settings import Settings
+from jax_it.models.weights import Weight
+
+
+def read_config(values: Mapping[str, Any], where: str) -> Config:
+    settings = Settings(values, where)
+    width, heads = settings.need("n_embd", int), settings.need("n_head", int)
+    activation = settings.get("activation_function", str, "gelu_new")
+    if activation not in layers.ACTIVATIONS:
+        settings.refuse("activation_function", list(layers.ACTIVATIONS))
+    rate = settings.get("resid_pdrop", float, 0.1)
+    for key in ("embd_pdrop", "attn_pdrop"):
+        if settings.get(key, float, 0.1) != rate:
+            settings.refuse(key, [f"{rate}, the rate of resid_pdrop"])
+    settings.expect(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    config = Config(
+        model_type=settings.need("model_type", str),
+        vocabulary=settings.need("vocab_size", int),
+        width=width,
+        layers=settings.need("n_layer", int),
+        heads=heads,
+        key_heads=heads,
+        head_size=width // heads,
+        feed_forward=settings.get("n_inner", int, 4 * width),
+        activation=activation,
+        epsilon=settings.get("layer_norm_epsilon", float, 1e-5),
+        tied=settings.get("tie_word_embeddings", bool, True),
+        end_tokens=settings.get_tokens("eos_token_id"),
+        gated=False,
+        norm="layer",
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        positions=settings.get("n_positions", int, settings.get("n_ctx", int, 1024)),
+        dropout=rate,
+    )
+    summary = ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")
+    settings.finish(ignored=("n_ctx", "reorder_and_upcast_attn", *(f"summary_{name}" for name in summary)))
+    return config
+
+
+def weight_table(c: Config) -> dict[str, Weight]:
+    layer = "transformer.h.{L}"
+    table = {
+        "embedding": Weight("V D", "transformer.wte.weight", "V D"),
+        "positions": Weight("P D", "transformer.wpe.weight", "P D"),
+        "layers.attention.output": Weight("L N H D", f"{layer}.attn.c_proj.weight", "(N H) D"),
+        "layers.attention.output_bias": Weight("L D", f"{layer}.attn.c_proj.bias", "D"),
+        "layers.mlp.up": Weight("L D F", f"{layer}.mlp.c_fc.weight", "D F"),
+        "layers.mlp.up_bias": Weight("L F", f"{layer}.mlp.c_fc.bias", "F"),
+        "layers.mlp.down": Weight("L F D", f"{layer}.mlp.c_proj.weight", "F D"),
+        "layers.mlp.down_bias": Weight("L D", f"{layer}.mlp.c_proj.bias", "D"),
+    }
+    for i, path in enumerate(("query", "key", "value")):
+        heads = "K" if i else "N"
+        part = f"{i * c.width}+({heads} H)+{(2 - i) * c.width}"
+        table[f"layers.attention.{path}"] = Weight(f"L D {heads} H", f"{layer}.attn.c_attn.weight", f"D {part}")
+        table[f"layers.attention.{path}_bias"] = Weight(f"L {heads} H", f"{layer}.attn.c_attn.bias", part)
+    for path, letters, name in (
+        ("layers.attention_norm", "L D", f"{layer}.ln_1"),
+        ("layers.mlp_norm", "L D", f"{layer}.ln_2"),
+        ("norm", "D", "transformer.ln_f"),
+    ):
+        table[f"{path}.scale"] = Weight(letters, f"{name}.weight", "D")
+        table[f"{path}.bias"] = Weight(letters, f"{name}.bias", "D")
+    if not c.tied:
+        table["head"] = Weight("V D", "lm_head.weight", "V D")
+    return table
+
+
+GPT2 = llama.make_family(
+    "GPT2LMHeadModel",
+    read_config,
+    weight_table,
+    embedding="transformer.wte.weight",
+    ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
+    prefix="transformer.",
+)

@@ -1,0 +1,82 @@
+"""GPT-NeoX and Pythia (Black et al. 2022): part of each head rotates; attention and feed-forward side by side."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_it.models import layers, rope
+from jax_it.models.decoder import Config
+from jax_it.models.families import llama
+from jax_it.models.settings import Settings
+from jax_it.models.weights import Weight
+
+
+def read_config(values: Mapping[str, Any], where: str) -> Config:
+    settings = Settings(values, where)
+    width, heads = settings.need("hidden_size", int), settings.need("num_attention_heads", int)
+    activation = settings.get("hidden_act", str, "gelu")
+    if activation not in layers.ACTIVATIONS:
+        settings.refuse("hidden_act", list(layers.ACTIVATIONS))
+    settings.expect(attention_dropout=0.0, hidden_dropout=0.0)
+    bias = settings.get("attention_bias", bool, True)
+    config = Config(
+        model_type=settings.need("model_type", str),
+        vocabulary=settings.need("vocab_size", int),
+        width=width,
+        layers=settings.need("num_hidden_layers", int),
+        heads=heads,
+        key_heads=heads,
+        head_size=width // heads,
+        feed_forward=settings.need("intermediate_size", int),
+        activation=activation,
+        epsilon=settings.get("layer_norm_eps", float, 1e-5),
+        tied=settings.get("tie_word_embeddings", bool, False),
+        end_tokens=settings.get_tokens("eos_token_id"),
+        gated=False,
+        norm="layer",
+        placement="parallel" if settings.get("use_parallel_residual", bool, True) else "before",
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=True,
+        ropes=(rope.read(settings, width // heads, share=0.25, theta_key="rotary_emb_base", share_key="rotary_pct"),),
+    )
+    settings.finish(ignored=("classifier_dropout", "is_decoder", "rope_theta", "partial_rotary_factor"))
+    return config
+
+
+def weight_table(c: Config) -> dict[str, Weight]:
+    layer = "gpt_neox.layers.{L}"
+    table = {
+        "embedding": Weight("V D", "gpt_neox.embed_in.weight", "V D"),
+        "layers.attention.output": Weight("L N H D", f"{layer}.attention.dense.weight", "D (N H)"),
+        "layers.mlp.up": Weight("L D F", f"{layer}.mlp.dense_h_to_4h.weight", "F D"),
+        "layers.mlp.up_bias": Weight("L F", f"{layer}.mlp.dense_h_to_4h.bias", "F"),
+        "layers.mlp.down": Weight("L F D", f"{layer}.mlp.dense_4h_to_h.weight", "D F"),
+        "layers.mlp.down_bias": Weight("L D", f"{layer}.mlp.dense_4h_to_h.bias", "D"),
+    }
+    for i, path in enumerate(("query", "key", "value")):
+        heads, qkv = "K" if i else "N", f"{layer}.attention.query_key_value"
+        table[f"layers.attention.{path}"] = Weight(f"L D {heads} H", f"{qkv}.weight", f"({heads} {i}/3 H) D")
+        if c.attention_bias:
+            table[f"layers.attention.{path}_bias"] = Weight(f"L {heads} H", f"{qkv}.bias", f"({heads} {i}/3 H)")
+    if c.output_bias:
+        table["layers.attention.output_bias"] = Weight("L D", f"{layer}.attention.dense.bias", "D")
+    for path, letters, name in (
+        ("layers.attention_norm", "L D", f"{layer}.input_layernorm"),
+        ("layers.mlp_norm", "L D", f"{layer}.post_attention_layernorm"),
+        ("norm", "D", "gpt_neox.final_layer_norm"),
+    ):
+        table[f"{path}.scale"] = Weight(letters, f"{name}.weight", "D")
+        table[f"{path}.bias"] = Weight(letters, f"{name}.bias", "D")
+    if not c.tied:
+        table["head"] = Weight("V D", "embed_out.weight", "V D")
+    return table
+
+
+GPT_NEOX = llama.make_family(
+    "GPTNeoXForCausalLM",
+    read_config,
+    weight_table,
+    embedding="gpt_neox.embed_in.weight",
+    head="embed_out.weight",
+    ignored=r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",
+)

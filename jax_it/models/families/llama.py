@@ -1,0 +1,135 @@
+"""Llama 2 and 3 (Touvron et al. 2023), SmolLM2, and all that Transformers calls Llama.
+
+Most families have Llama's names for their settings and weights; they begin with `read_common` and `weight_table`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_it.models import decoder, layers, rope
+from jax_it.models.decoder import Config
+from jax_it.models.family import Family
+from jax_it.models.settings import Settings
+from jax_it.models.weights import Weight
+
+
+def read_common(settings: Settings, *, tied: bool = False, act: str = "hidden_act") -> dict[str, Any]:
+    """The values that families with Llama's settings share, as arguments of `Config`."""
+    activation = settings.get(act, str, "silu")
+    if activation not in layers.ACTIVATIONS:
+        settings.refuse(act, list(layers.ACTIVATIONS))
+    settings.expect(attention_dropout=0.0, pretraining_tp=1, is_encoder_decoder=False, add_cross_attention=False)
+    settings.expect(is_decoder=False, chunk_size_feed_forward=0)
+    width, heads = settings.need("hidden_size", int), settings.need("num_attention_heads", int)
+    return {
+        "model_type": settings.need("model_type", str),
+        "vocabulary": settings.need("vocab_size", int),
+        "width": width,
+        "layers": settings.need("num_hidden_layers", int),
+        "heads": heads,
+        "key_heads": settings.get("num_key_value_heads", int, heads),
+        "head_size": settings.get("head_dim", int, width // heads),
+        "feed_forward": settings.need("intermediate_size", int),
+        "activation": activation,
+        "epsilon": settings.get("rms_norm_eps", float, 1e-6),
+        "tied": settings.get("tie_word_embeddings", bool, tied),
+        "end_tokens": settings.get_tokens("eos_token_id"),
+        "pad_token": settings.get("pad_token_id", int, -1) if settings.has("pad_token_id") else None,
+        "start_token": settings.get("bos_token_id", int, -1) if settings.has("bos_token_id") else None,
+    }
+
+
+def read_windows(settings: Settings, number: int, window: int, every: tuple[str, ...] = ()) -> tuple[int, ...]:
+    """Each layer's window, by `layer_types`, or else by the repeating pattern `every`; 0 for full attention."""
+    default = [every[i % len(every)] for i in range(number)] if every else ["full_attention"] * number
+    kinds = settings.get_list("layer_types", str) or default
+    known = {"sliding_attention": window, "full_attention": 0}
+    if len(kinds) != number or not set(kinds) <= set(known):
+        settings.refuse("layer_types", [f"a list of {number} of {', '.join(known)}"])
+    return tuple(known[kind] for kind in kinds)
+
+
+def read_config(values: Mapping[str, Any], where: str) -> Config:
+    settings = Settings(values, where)
+    common = read_common(settings)
+    bias = settings.get("attention_bias", bool, False)
+    config = Config(
+        **common,
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=settings.get("mlp_bias", bool, False),
+        ropes=(rope.read(settings, common["head_size"]),),
+    )
+    settings.expect(rope_interleaved=False)
+    settings.finish(ignored=("is_llama_config", "transformers.js_config"))
+    return config
+
+
+def weight_table(c: Config) -> dict[str, Weight]:
+    """The weights under Llama's names, for whichever of them the config asks."""
+    layer, ours = "model.layers.{L}", "layers"
+    table = {
+        "embedding": Weight("V D", "model.embed_tokens.weight", "V D"),
+        "norm.scale": Weight("D", "model.norm.weight", "D"),
+    }
+    if not c.tied:
+        table["head"] = Weight("V D", "lm_head.weight", "V D")
+    attention = f"{layer}.self_attn"
+    for path, name, heads in (("query", "q_proj", "N"), ("key", "k_proj", "K"), ("value", "v_proj", "K")):
+        table[f"{ours}.attention.{path}"] = Weight(f"L D {heads} H", f"{attention}.{name}.weight", f"({heads} H) D")
+        if c.attention_bias:
+            bias = Weight(f"L {heads} H", f"{attention}.{name}.bias", f"({heads} H)")
+            table[f"{ours}.attention.{path}_bias"] = bias
+    table[f"{ours}.attention.output"] = Weight("L N H D", f"{attention}.o_proj.weight", "D (N H)")
+    if c.output_bias:
+        table[f"{ours}.attention.output_bias"] = Weight("L D", f"{attention}.o_proj.bias", "D")
+    for path, heads in (("query", "N"), ("key", "K")):
+        norm = f"{ours}.attention.{path}_norm.scale"
+        if c.head_norm == "each":
+            table[norm] = Weight("L H", f"{attention}.{path[0]}_norm.weight", "H")
+        elif c.head_norm == "all":
+            table[norm] = Weight(f"L {heads} H", f"{attention}.{path[0]}_norm.weight", f"({heads} H)")
+    if not c.experts:
+        for path, letters, layout in (("gate", "D F", "F D"), ("up", "D F", "F D"), ("down", "F D", "D F")):
+            table[f"{ours}.mlp.{path}"] = Weight(f"L {letters}", f"{layer}.mlp.{path}_proj.weight", layout)
+            if c.mlp_bias:
+                out = letters[-1]
+                table[f"{ours}.mlp.{path}_bias"] = Weight(f"L {out}", f"{layer}.mlp.{path}_proj.bias", out)
+    for path, name in _NORMS[c.placement].items():
+        table[f"{ours}.{path}.scale"] = Weight("L D", f"{layer}.{name}.weight", "D")
+    return table
+
+
+_NORMS = {
+    "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "after": {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
+    "both": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+
+
+def make_family(architecture: str, read_config: Any, weight_table: Any = weight_table, **changes: Any) -> Family:
+    """A causal family whose names are Llama's."""
+    common: dict[str, Any] = {
+        "embedding": "model.embed_tokens.weight",
+        "head": "lm_head.weight",
+        "ignored": r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
+        "values_to_save": lambda c: {"tie_word_embeddings": c.tied},
+    }
+    return Family(
+        kind="causal",
+        architecture=architecture,
+        read_config=read_config,
+        weight_table=weight_table,
+        module=decoder.Decoder,
+        head_logits=decoder.head_logits,
+        take_rows=decoder.take_rows,
+        **(common | changes),
+    )
+
+
+LLAMA = make_family("LlamaForCausalLM", read_config)

@@ -1,0 +1,28 @@
+"""OLMo 2 (OLMo team 2024): Llama, with norms after attention and feed-forward, and of all queries and keys."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_it.models import rope
+from jax_it.models.decoder import Config
+from jax_it.models.families import llama
+from jax_it.models.settings import Settings
+
+
+def read_config(values: Mapping[str, Any], where: str) -> Config:
+    settings = Settings(values, where)
+    common = llama.read_common(settings)
+    bias = settings.get("attention_bias", bool, False)
+    config = Config(
+        **common | {"epsilon": settings.get("rms_norm_eps", float, 1e-5)},
+        placement="after",
+        head_norm="all",
+        attention_bias=bias,
+        output_bias=bias,
+        ropes=(rope.read(settings, common["head_size"]),),
+    )
+    settings.finish()
+    return config
+
+
+OLMO2 = llama.make_family("Olmo2ForCausalLM", read_config)

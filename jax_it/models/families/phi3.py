@@ -1,0 +1,41 @@
+"""Phi-3 and Phi-4: Llama, with queries, keys and values in one tensor, and gate and up in another."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_it.models import rope
+from jax_it.models.decoder import Config
+from jax_it.models.families import llama
+from jax_it.models.settings import Settings
+from jax_it.models.weights import Weight
+
+
+def read_config(values: Mapping[str, Any], where: str) -> Config:
+    settings = Settings(values, where)
+    common = llama.read_common(settings)
+    settings.expect(resid_pdrop=0.0, embd_pdrop=0.0, attention_bias=False, mlp_bias=False, lm_head_bias=False)
+    window = settings.get("sliding_window", int, 0)
+    config = Config(
+        **common | {"epsilon": settings.get("rms_norm_eps", float, 1e-5)},
+        ropes=(rope.read(settings, common["head_size"]),),
+        windows=(window,) * common["layers"] if window else (),
+    )
+    # The code of its own that a checkpoint brings computes what this family does.
+    settings.finish(ignored=("auto_map", "full_attn_mod", "interpolate_factor"))
+    return config
+
+
+def weight_table(c: Config) -> dict[str, Weight]:
+    layer = "model.layers.{L}"
+    qkv, up = f"{layer}.self_attn.qkv_proj.weight", f"{layer}.mlp.gate_up_proj.weight"
+    queries, keys, inner = c.heads * c.head_size, c.key_heads * c.head_size, c.feed_forward
+    return llama.weight_table(c) | {
+        "layers.attention.query": Weight("L D N H", qkv, f"(N H)+{2 * keys} D"),
+        "layers.attention.key": Weight("L D K H", qkv, f"{queries}+(K H)+{keys} D"),
+        "layers.attention.value": Weight("L D K H", qkv, f"{queries + keys}+(K H) D"),
+        "layers.mlp.gate": Weight("L D F", up, f"F+{inner} D"),
+        "layers.mlp.up": Weight("L D F", up, f"{inner}+F D"),
+    }
+
+
+PHI3 = llama.make_family("Phi3ForCausalLM", read_config, weight_table)

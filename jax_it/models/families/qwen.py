@@ -1,0 +1,82 @@
+"""Qwen2 and 2.5 (biases of queries, keys and values), Qwen3 (norms of queries and keys), Qwen3-MoE."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_it.models import rope
+from jax_it.models.decoder import Config
+from jax_it.models.experts import Experts
+from jax_it.models.families import llama
+from jax_it.models.settings import Settings
+from jax_it.models.weights import Weight
+
+
+def _read_windows(settings: Settings, number: int) -> tuple[int, ...]:
+    """The windows of the layers from `max_window_layers` on, where `use_sliding_window` is set."""
+    window, first = settings.get("sliding_window", int, 4096), settings.get("max_window_layers", int, 28)
+    if not settings.get("use_sliding_window", bool, False):
+        window = 0
+    default = tuple("sliding_attention" if window and i >= first else "full_attention" for i in range(number))
+    windows = llama.read_windows(settings, number, window, default)
+    return windows if any(windows) else ()
+
+
+def read_qwen2(values: Mapping[str, Any], where: str) -> Config:
+    settings = Settings(values, where)
+    common = llama.read_common(settings)
+    windows = _read_windows(settings, common["layers"])
+    config = Config(**common, attention_bias=True, ropes=(rope.read(settings, common["head_size"]),), windows=windows)
+    settings.expect(use_mrope=False)
+    settings.finish()
+    return config
+
+
+def read_qwen3(values: Mapping[str, Any], where: str) -> Config:
+    settings = Settings({"head_dim": 128, **values}, where)
+    config = _read_qwen3(settings)
+    settings.finish()
+    return config
+
+
+def read_qwen3_moe(values: Mapping[str, Any], where: str) -> Config:
+    """All layers must be mixtures: dense ones among them could not be stacked with the rest."""
+    settings = Settings(values, where)
+    number = "num_local_experts" if settings.has("num_local_experts") else "num_experts"
+    experts = Experts(
+        number=settings.get(number, int, 128),
+        per_token=settings.get("num_experts_per_tok", int, 8),
+        feed_forward=settings.get("moe_intermediate_size", int, 768),
+        normalised=settings.get("norm_topk_prob", bool, False),
+    )
+    settings.expect(decoder_sparse_step=1, mlp_only_layers=[])
+    config = _read_qwen3(settings, experts)
+    settings.finish(ignored=("num_experts",))
+    return config
+
+
+def _read_qwen3(settings: Settings, experts: Experts | None = None) -> Config:
+    common = llama.read_common(settings)
+    bias = settings.get("attention_bias", bool, False)
+    return Config(
+        **common,
+        attention_bias=bias,
+        output_bias=bias,
+        head_norm="each",
+        ropes=(rope.read(settings, common["head_size"]),),
+        windows=_read_windows(settings, common["layers"]),
+        experts=experts,
+    )
+
+
+def moe_weight_table(c: Config) -> dict[str, Weight]:
+    mlp = "model.layers.{L}.mlp"
+    table = llama.weight_table(c) | {"layers.experts.router": Weight("L D X", f"{mlp}.gate.weight", "X D")}
+    for path, letters, layout in (("gate", "D F", "F D"), ("up", "D F", "F D"), ("down", "F D", "D F")):
+        name = f"{mlp}.experts.{{X}}.{path}_proj.weight"
+        table[f"layers.experts.{path}"] = Weight(f"L X {letters}", name, layout)
+    return table
+
+
+QWEN2 = llama.make_family("Qwen2ForCausalLM", read_qwen2)
+QWEN3 = llama.make_family("Qwen3ForCausalLM", read_qwen3)
+QWEN3_MOE = llama.make_family("Qwen3MoeForCausalLM", read_qwen3_moe, moe_weight_table)

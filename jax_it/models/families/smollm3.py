@@ -1,0 +1,40 @@
+"""SmolLM3: Llama, with layers that do not rotate."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jax_it.models import rope
+from jax_it.models.decoder import Config
+from jax_it.models.families import llama
+from jax_it.models.settings import Settings
+
+
+def read_config(values: Mapping[str, Any], where: str) -> Config:
+    settings = Settings(values, where)
+    common = llama.read_common(settings, tied=True)
+    number = common["layers"]
+    interval = settings.get("no_rope_layer_interval", int, 4)
+    rotates = settings.get_list("no_rope_layers", int) or [int((i + 1) % interval != 0) for i in range(number)]
+    if len(rotates) != number:
+        settings.refuse("no_rope_layers", [f"a list of {number} numbers, 1 where a layer rotates"])
+    window = settings.get("sliding_window", int, 0) if settings.get("use_sliding_window", bool, False) else 0
+    settings.get("sliding_window", int, 0)
+    if window and not settings.has("layer_types"):
+        windows: tuple[int, ...] = tuple(0 if r else window for r in rotates)
+    else:
+        windows = llama.read_windows(settings, number, window)
+    bias = settings.get("attention_bias", bool, False)
+    config = Config(
+        **common,
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=settings.get("mlp_bias", bool, False),
+        ropes=(rope.read(settings, common["head_size"], theta=2e6), None),
+        layer_ropes=tuple(0 if r else 1 for r in rotates),
+        windows=windows if any(windows) else (),
+    )
+    settings.finish(ignored=("max_window_layers",))
+    return config
+
+
+SMOLLM3 = llama.make_family("SmolLM3ForCausalLM", read_config)

@@ -1,0 +1,116 @@
+"""Products with weights that may be plain arrays, quantised, or have an adapter beside them.
+
+A module writes `project(x, self.query, "BTD,DNH->BTNH")` and need not know which of them its weight is.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_it.models.quantized import Quantized
+
+DenseWeight = jax.Array | Quantized
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Adapted:
+    """A frozen weight with a low-rank adapter: W + scale * A B, or DoRA's columns of that, scaled to `magnitude`.
+
+    For a weight with the axes (inputs, outputs), A is [inputs, R], B is [R, outputs] and the magnitude
+    [outputs]; a stack of layers has L before them all.
+    """
+
+    base: Any  # a DenseWeight
+    a: jax.Array
+    b: jax.Array
+    magnitude: jax.Array | None
+    key: jax.Array | None  # of the dropout of the adapter's input; None: no dropout
+    scale: float = dataclasses.field(metadata={"static": True})
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+
+def project(x: jax.Array, param: nnx.Param, spec: str) -> jax.Array:
+    """`einsum(spec, x, weight)` for the param's weight, in `x`'s dtype."""
+    weight = param.get_value()
+    if not isinstance(weight, Adapted):
+        return jnp.einsum(spec, x, dense(weight, x.dtype))
+    base = dense(weight.base, x.dtype)
+    dropped = x if weight.key is None else dropout(x, weight.dropout, weight.key)
+    down, up = _low_rank_specs(spec)
+    added = jnp.einsum(up, jnp.einsum(down, dropped, weight.a.astype(x.dtype)), weight.b.astype(x.dtype))
+    added *= jnp.asarray(weight.scale, x.dtype)
+    plain = jnp.einsum(spec, x, base)
+    if weight.magnitude is None:
+        return plain + added
+    # Liu et al. 2024, section 4.3: the norm is a constant to the gradient. As in PEFT, dropout acts on the
+    # whole of what the adapter changes.
+    inputs, _ = _axes(spec)
+    norm = jax.lax.stop_gradient(column_norm(weight, inputs))
+    share = (weight.magnitude / norm).astype(x.dtype)
+    changed = plain if weight.key is None else jnp.einsum(spec, dropped, base)
+    return plain + (share - 1) * changed + share * added
+
+
+def dense(weight: DenseWeight, dtype: Any) -> jax.Array:
+    """The weight as an array of this dtype."""
+    return weight.dequantize(dtype) if isinstance(weight, Quantized) else weight.astype(dtype)
+
+
+def look_up(param: nnx.Param, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """The rows of an embedding [V, D] for the tokens."""
+    return dense(jax.tree.map(lambda array: array[tokens], param.get_value()), dtype)
+
+
+def column_norm(weight: Adapted, inputs: int) -> jax.Array:
+    """The length of W + scale * A B along its first `inputs` axes, float32: what DoRA's magnitude starts from."""
+    axes = tuple(range(inputs))
+    return jnp.sqrt(jnp.square(sum_of(weight, inputs)).sum(axes))
+
+
+def sum_of(weight: Adapted, inputs: int) -> jax.Array:
+    """W + scale * A B in float32, for a weight without an axis L whose first `inputs` axes are inputs."""
+    product = jnp.tensordot(weight.a.astype(jnp.float32), weight.b.astype(jnp.float32), 1)
+    return dense(weight.base, jnp.float32) + weight.scale * product
+
+
+def merge(weight: Adapted, inputs: int) -> jax.Array:
+    """The one float32 array that computes the same, for a weight without an axis L."""
+    total = sum_of(weight, inputs)
+    if weight.magnitude is None:
+        return total
+    return total * (weight.magnitude / jnp.sqrt(jnp.square(total).sum(tuple(range(inputs)))))
+
+
+def _axes(spec: str) -> tuple[int, int]:
+    """How many axes of a spec's weight are inputs, and how many outputs."""
+    (x, weight), _ = (part.split(",") for part in spec.split("->"))
+    inputs = sum(letter in x for letter in weight)
+    return inputs, len(weight) - inputs
+
+
+def _low_rank_specs(spec: str) -> tuple[str, str]:
+    """ "BTD,DNH->BTNH" as "BTD,DR->BTR" and "BTR,RNH->BTNH"."""
+    operands, out = spec.split("->")
+    x, weight = operands.split(",")
+    inputs, _ = _axes(spec)
+    rows, columns = weight[:inputs], weight[inputs:]
+    inner = "".join(letter for letter in x if letter not in rows) + "R"
+    return f"{x},{rows}R->{inner}", f"{inner},R{columns}->{out}"
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; `x` itself where there is no key. The rate is rounded to a multiple of 1/256.
+
+    Four elements share one random word: random numbers are most of dropout's cost.
+    """
+    dropped = round(rate * 256)
+    if key is None or not dropped:
+        return x
+    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
+    octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    return jnp.where(octets >= dropped, x * jnp.asarray(256 / (256 - dropped), x.dtype), 0)

@@ -1,0 +1,163 @@
+"""Adapters: low-rank matrices beside frozen weights (LoRA, rsLoRA, DoRA), for every family alike.
+
+An adapter's params are a tree of their own, with a node {"a", "b"} (and "magnitude" for DoRA) at the path of
+each weight that has one. A is [inputs, R] and B is [R, outputs], each with the axis L of its weight before.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_it.config import Lora
+from jax_it.errors import UserError
+from jax_it.models.linear import Adapted, column_norm, dense, merge
+from jax_it.models.weights import Weight, flatten, is_vector, unflatten
+
+ALL_LINEAR = "all-linear"
+
+
+class Target(NamedTuple):
+    """One weight with an adapter."""
+
+    path: str
+    rank: int
+    scale: float  # of what the adapter adds
+
+
+@dataclass(frozen=True)
+class Adapter:
+    targets: tuple[Target, ...]
+    dora: bool
+    dropout: float
+
+    def letters(self, weights: Mapping[str, Weight]) -> dict[str, Any]:
+        """The adapter's tree with each array's axis letters."""
+        leaves = {}
+        for target in self.targets:
+            inputs, outputs = split_axes(weights[target.path].letters)
+            leaves[f"{target.path}.a"] = " ".join(["L", *inputs, "R"])
+            leaves[f"{target.path}.b"] = " ".join(["L", "R", *outputs])
+            if self.dora:
+                leaves[f"{target.path}.magnitude"] = " ".join(["L", *outputs])
+        return unflatten(leaves)
+
+    def init(self, key: jax.Array, weights: Mapping[str, Weight], base: Mapping[str, Any]) -> dict[str, Any]:
+        """Adapters that change nothing yet: A as PEFT draws it, B zero, magnitudes those of the weights `base`."""
+        leaves: dict[str, jax.Array] = {}
+        found = flatten(base)
+        for number, target in enumerate(self.targets):
+            inputs, _ = split_axes(weights[target.path].letters)
+            weight = found[target.path]
+            rows, columns = weight.shape[1 : 1 + len(inputs)], weight.shape[1 + len(inputs) :]
+            limit = math.prod(rows) ** -0.5
+            shape, own = (weight.shape[0], *rows, target.rank), jax.random.fold_in(key, number)
+            a = jax.random.uniform(own, shape, jnp.float32, -limit, limit)
+            b = jnp.zeros((weight.shape[0], target.rank, *columns), jnp.float32)
+            leaves |= {f"{target.path}.a": a, f"{target.path}.b": b}
+            if self.dora:
+                adapted = Adapted(weight, a, b, None, None, target.scale)
+                leaves[f"{target.path}.magnitude"] = jax.lax.map(partial(column_norm, inputs=len(inputs)), adapted)
+        return unflatten(leaves)
+
+    def attach(
+        self, base: Mapping[str, Any], adapters: Mapping[str, Any], key: jax.Array | None = None
+    ) -> dict[str, Any]:
+        """The base's tree with `Adapted` weights; where a key is given, with dropout of the adapters' inputs."""
+        leaves, found = flatten(base), flatten(adapters)
+        for number, target in enumerate(self.targets):
+            a = found[f"{target.path}.a"]
+            keys = None
+            if key is not None and self.dropout:
+                keys = jax.random.split(jax.random.fold_in(key, number), a.shape[0])
+            leaves[target.path] = Adapted(
+                base=leaves[target.path],
+                a=a,
+                b=found[f"{target.path}.b"],
+                magnitude=found.get(f"{target.path}.magnitude"),
+                key=keys,
+                scale=target.scale,
+                dropout=self.dropout,
+            )
+        return unflatten(leaves)
+
+    def merge(self, base: Mapping[str, Any], adapters: Mapping[str, Any], weights: Mapping[str, Weight]) -> Any:
+        """The base's tree in float32, with the adapters added to their weights."""
+        leaves = flatten(self.attach(base, adapters))
+        for path, leaf in leaves.items():
+            if isinstance(leaf, Adapted):
+                inputs, _ = split_axes(weights[path].letters)
+                leaves[path] = jax.lax.map(partial(merge, inputs=len(inputs)), leaf)
+            else:
+                leaves[path] = dense(leaf, jnp.float32)
+        return unflatten(leaves)
+
+
+def make_adapter(config: Lora, weights: Mapping[str, Weight], layers: Mapping[str, int]) -> Adapter:
+    """The adapter that the config asks for. `layers` says how many layers each stacked weight has.
+
+    Raises UserError for a target that is no weight, or one of some layers alone.
+    """
+    paths = choose_targets(config.targets, weights, layers)
+    scale = config.alpha / (math.sqrt(config.rank) if config.rank_stabilized else config.rank)
+    return Adapter(tuple(Target(path, config.rank, scale) for path in paths), config.dora, config.dropout)
+
+
+def choose_targets(
+    targets: Sequence[str], weights: Mapping[str, Weight], layers: Mapping[str, int], where: str = "config.model.lora"
+) -> list[str]:
+    """The paths of the weights that the targets name.
+
+    A target is "all-linear", the end of a module's name in Transformers ("q_proj", "self_attn.q_proj"), or
+    a regular expression of the whole name.
+    """
+    candidates = {path: weight for path, weight in weights.items() if is_linear(weight)}
+    hits: dict[str, set[int]] = {}  # the layers of each weight that some target names: PEFT may list them one by one
+    for target in targets:
+        found = False
+        for path, weight in candidates.items():
+            for layer in range(layers[path]):
+                if target == ALL_LINEAR or _matches(target, module_name(weight, layer), where):
+                    hits.setdefault(path, set()).add(layer)
+                    found = True
+        if not found:
+            names = sorted({weight.name.split(".")[-2] for weight in candidates.values()})
+            raise UserError(f"{where}.targets: {target!r} matches no weight; there are {', '.join(names)}, all-linear")
+    for path, found_layers in hits.items():
+        if len(found_layers) < layers[path]:
+            name = candidates[path].name
+            named = f"{len(found_layers)} of {layers[path]}"
+            raise UserError(f"{where}.targets: {name} is named in {named} layers; name all")
+    return sorted(hits)
+
+
+def _matches(target: str, name: str, where: str) -> bool:
+    if name == target or name.endswith(f".{target}"):
+        return True
+    try:
+        return re.fullmatch(target, name) is not None
+    except re.error as error:
+        raise UserError(f"{where}.targets: {target!r} is no name and no regular expression: {error}") from None
+
+
+def module_name(weight: Weight, layer: int) -> str:
+    """The name in Transformers of the module that holds a layer of the weight."""
+    return weight.name.format(L=layer).removesuffix(".weight")
+
+
+def is_linear(weight: Weight) -> bool:
+    """Whether a weight is a linear layer's, one in each layer: no embedding, head, bias, norm or expert."""
+    axes = weight.letters.split()
+    return axes[0] == "L" and not is_vector(weight.letters) and not {"E", "X"} & set(axes)
+
+
+def split_axes(letters: str) -> tuple[list[str], list[str]]:
+    """A linear weight's input and output axes, without L: D | N H, N H | D, D | F."""
+    axes = letters.split()[1:]
+    inputs = 2 if axes[0] in ("N", "K") else 1
+    return axes[:inputs], axes[inputs:]

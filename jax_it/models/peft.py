@@ -1,0 +1,250 @@
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors, in and out."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from jax_it.errors import UserError
+from jax_it.models import Model, Params
+from jax_it.models.lora import Adapter, Target, choose_targets, module_name, split_axes
+from jax_it.models.tensors import DTYPES, Tensors, find_folder, read_weight, write_weights
+from jax_it.models.weights import Weight, flatten, unflatten
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# What of an adapter_config.json must have these values, where it is there: nothing else is implemented.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "layers_to_transform": (None, []),
+    "layers_pattern": (None, [], ""),
+    "trainable_token_indices": (None, []),
+    "target_parameters": (None, []),
+    "exclude_modules": (None, [], ""),
+    "layer_replication": (None,),
+    "lora_bias": (None, False),
+    "use_qalora": (None, False),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+}
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder holds an adapter and no model."""
+    return (Path(path) / CONFIG).is_file() and not (Path(path) / "config.json").is_file()
+
+
+def base_of(path: str | Path) -> str:
+    """The folder or hub name of the model that an adapter was trained for."""
+    values = _read_values(Path(path))
+    base = values.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{Path(path) / CONFIG}: base_model_name_or_path names no model")
+    return base
+
+
+def read_adapter(path: str, model: Model) -> tuple[Adapter, Path]:
+    """The adapter that a PEFT folder describes, for this base model, and the folder."""
+    folder = find_folder(path)
+    values = _read_values(folder)
+    where = str(folder / CONFIG)
+    for key, allowed in _ONLY.items():
+        if key in values and values[key] not in allowed:
+            raise UserError(f"{where}: {key}={values[key]!r} is not supported by jax_it; only {allowed[0]!r} is")
+    layers = {name: shape.shape[0] for name, shape in flatten(model.shapes).items()}
+    named = values.get("target_modules") or []
+    paths = choose_targets([named] if isinstance(named, str) else sorted(named), model.weights, layers, where)
+    targets = tuple(_target(path, model.weights[path], values, where) for path in paths)
+    return Adapter(targets, bool(values.get("use_dora")), float(values.get("lora_dropout") or 0.0)), folder
+
+
+def read(path: str, model: Model, base: Params, mesh: jax.sharding.Mesh, name: str) -> tuple[Model, Params]:
+    """The model with a PEFT folder's adapters, float32. Raises UserError for those of another base model.
+
+    `name` is the base's own folder or hub name.
+    """
+    adapter, folder = read_adapter(path, model)
+    _check_base(base_of(folder), name, folder)
+    model = dataclasses.replace(model, adapter=adapter)
+    shapes = flatten(model.trained_shapes)
+    table = weight_table(model)
+    with ExitStack() as stack:
+        tensors = Tensors(folder, stack, WEIGHTS)
+        there = tensors.names()
+        wanted = {
+            name: weight.tensor_shape(shapes[path].shape)
+            for path, weight in table.items()
+            for name in weight.names(shapes[path].shape)
+        }
+        for name, shape in wanted.items():
+            if name not in there:
+                raise UserError(f"{folder / WEIGHTS} lacks {name}, which its {CONFIG} asks for")
+            if tensors.shape(name) != shape:
+                raise UserError(
+                    f"{folder / WEIGHTS}: {name} has shape {tensors.shape(name)}, and this base model needs {shape}: "
+                    "the adapter is for another base model"
+                )
+        if extra := sorted(there - wanted.keys()):
+            raise UserError(
+                f"{folder / WEIGHTS}: {extra[0]} is of no module of this base model: the adapter is for another one"
+            )
+        leaves = {
+            path: read_weight(weight, shapes[path].shape, tensors.read, "float32", mesh)
+            for path, weight in table.items()
+        }
+    return model, model.join(unflatten(leaves), base)
+
+
+def write(folder: Path, model: Model, params: Params, base: str, dtype: str = "float32") -> None:
+    """Writes the adapters of `params`, for the base model of that folder or hub name, into a folder that is there.
+
+    Weights that share a tensor in Transformers, such as Phi-3's queries and keys, have adapters of their own here
+    and one in PEFT, whose rank is the sum of theirs: the same sum, written with zeros between.
+    """
+    assert model.adapter is not None
+    ranks, alphas = {}, {}
+    for name, targets in _by_tensor(model).items():
+        module = r"\d+".join(map(re.escape, name.removesuffix(".weight").split("{L}")))
+        ranks[module] = sum(target.rank for target in targets)
+        alphas[module] = _number(targets[0].scale * ranks[module])
+    rank, alpha = (max(found.values(), key=list(found.values()).count) for found in (ranks, alphas))
+    values = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_2_SEQ_LM" if model.kind == "seq2seq" else "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {module: found for module, found in ranks.items() if found != rank},
+        "alpha_pattern": {module: found for module, found in alphas.items() if found != alpha},
+        "lora_dropout": model.adapter.dropout,
+        "use_rslora": False,  # alpha says what the scale is
+        "use_dora": model.adapter.dora,
+        "bias": "none",
+        "fan_in_fan_out": model.config.model_type == "gpt2",
+        "target_modules": _target_modules(model),
+    }
+    (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    save_file(dict(tensors_of(model, params, DTYPES[dtype])), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def tensors_of(model: Model, params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """PEFT's (name, tensor) pairs of a model's adapters."""
+    adapters, _ = model.split(params)
+    leaves = {path: np.asarray(jax.device_get(leaf)) for path, leaf in flatten(adapters).items()}
+    for targets in _by_tensor(model).values():
+        if len(targets) > 1:
+            _put_side_by_side(leaves, targets)
+    return write_weights(weight_table(model), leaves, dtype)
+
+
+def _by_tensor(model: Model) -> dict[str, list[Target]]:
+    """The targets that share each tensor of Transformers."""
+    assert model.adapter is not None
+    together: dict[str, list[Target]] = {}
+    for target in model.adapter.targets:
+        together.setdefault(model.weights[target.path].name, []).append(target)
+    return together
+
+
+def weight_table(model: Model) -> dict[str, Weight]:
+    """The adapters' own weight table, which follows from that of the base model."""
+    assert model.adapter is not None
+    table, letters = {}, flatten(model.trained_letters)
+    for target in model.adapter.targets:
+        weight = model.weights[target.path]
+        inputs, outputs = _layouts(weight)
+        name = _PREFIX + weight.name.removesuffix(".weight")
+        table[f"{target.path}.a"] = Weight(letters[f"{target.path}.a"], f"{name}.lora_A.weight", f"R {inputs}")
+        table[f"{target.path}.b"] = Weight(letters[f"{target.path}.b"], f"{name}.lora_B.weight", f"{outputs} R")
+        if model.adapter.dora:
+            magnitude = f"{target.path}.magnitude"
+            table[magnitude] = Weight(letters[magnitude], f"{name}.lora_magnitude_vector", outputs)
+    return table
+
+
+def _layouts(weight: Weight) -> tuple[str, str]:
+    """The axes of a tensor that are our inputs, and our outputs, as a layout writes them."""
+    inputs, _ = split_axes(weight.letters)
+    first, second = re.findall(r"(?:\d+\+)?(?:\([^)]*\)|[A-Z])(?:\+\d+)?", weight.layout)
+    is_first = bool(re.search(rf"\b{inputs[0]}\b", first))
+    return (first, second) if is_first else (second, first)
+
+
+def _put_side_by_side(leaves: dict[str, np.ndarray], targets: list[Target]) -> None:
+    """Gives each of some weights that share a tensor all of their ranks: A one after another, B zero elsewhere."""
+    a = np.concatenate([leaves[f"{target.path}.a"] for target in targets], axis=-1)
+    start = 0
+    for target in targets:
+        b = leaves[f"{target.path}.b"]
+        wide = np.zeros((b.shape[0], a.shape[-1], *b.shape[2:]), b.dtype)
+        wide[:, start : start + target.rank] = b
+        start += target.rank
+        leaves[f"{target.path}.a"], leaves[f"{target.path}.b"] = a, wide
+
+
+def _target(path: str, weight: Weight, values: Mapping[str, Any], where: str) -> Target:
+    name = module_name(weight, 0)
+    rank = _pattern(values.get("rank_pattern"), name, values.get("r", 8))
+    alpha = _pattern(values.get("alpha_pattern"), name, values.get("lora_alpha", 8))
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise UserError(f"{where}: rank {rank!r} and lora_alpha {alpha!r} of {name} must be positive numbers")
+    return Target(path, rank, alpha / (math.sqrt(rank) if values.get("use_rslora") else rank))
+
+
+def _pattern(patterns: Any, name: str, default: Any) -> Any:
+    """The value for a module of PEFT's `rank_pattern` or `alpha_pattern`: the first whose key ends its name."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def _target_modules(model: Model) -> list[str]:
+    """The last parts of the modules' names, or all after the layer's number where another module ends alike."""
+
+    def after_layer(name: str) -> str:
+        return name.removesuffix(".weight").split("{L}.")[-1]
+
+    chosen = {after_layer(name) for name in _by_tensor(model)}
+    short = {name.split(".")[-1] for name in chosen}
+    everything = {after_layer(weight.name) for weight in model.weights.values() if "{L}" in weight.name}
+    unique = all(name in chosen for name in everything if name.split(".")[-1] in short)
+    return sorted(short if unique else chosen)
+
+
+def _check_base(wanted: str, name: str, folder: Path) -> None:
+    """Refuses a base model of another hub name; folders may have been moved, and their shapes are compared."""
+
+    def on_hub(path: str) -> bool:
+        return path.count("/") == 1 and not path.startswith((".", "/")) and not Path(path).exists()
+
+    if on_hub(wanted) and on_hub(name) and wanted != name:
+        raise UserError(f"{folder}: the adapter was trained for {wanted}, not for {name}; name that base model")
+
+
+def _read_values(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}): {folder} is no adapter in PEFT's format") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no JSON object: {folder} is no adapter in PEFT's format")
+    return values
+
+
+def _number(value: float) -> float:
+    rounded = round(value, 6)
+    return int(rounded) if rounded == int(rounded) else value
