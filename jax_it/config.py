@@ -132,7 +132,7 @@ class Data:
     target_length: int = 128
     sequence_length: int = 2048  # tokens of a causal model's longest example, prompt included, and of its packed rows
     learn: Literal["all", "last"] = "all"  # which of a conversation's assistant turns a causal model learns
-    truncate: Literal["end", "start", "drop", "refuse"] = "end"  # the side of the prompt that is cut, or of a conversation
+    truncate: Literal["end", "start", "drop", "refuse"] = "end"  # the side that is cut of a prompt, or conversation
     packing: bool = True
     packed_source_length: int = 0  # tokens in a packed row; 0: chosen by the step's cost on this data
     packed_target_length: int = 0
@@ -318,6 +318,7 @@ def _check(config: Config) -> None:
         raise UserError("config.model.tokenizer_size goes with config.model.tokenizer='train', and only with it")
     if model.dropout is not None and not 0 <= model.dropout < 1:
         raise UserError(f"config.model.dropout: {model.dropout} must be in [0, 1)")
+    _check_adapters(model)
     if not data.train:
         raise UserError("config.data.train is empty; name at least one data set")
     named = [("train", i, s) for i, s in enumerate(data.train)] + [("eval", i, s) for i, s in enumerate(data.eval)]
@@ -355,6 +356,23 @@ def _check(config: Config) -> None:
         raise UserError(f"config.mesh: sizes must be positive, and at most one of them -1; got {sizes}")
     if mesh.context != 1:
         raise UserError("config.mesh.context: only 1 is supported for now; shard with data, fsdp or tensor")
+
+
+def _check_adapters(model: Model) -> None:
+    """Refuses settings of adapters and frozen weights that nothing would read."""
+    adapted = bool(model.lora.rank or model.lora.path)
+    if model.lora.path:
+        for name, default in dataclasses.asdict(Lora()).items():
+            if name != "path" and getattr(model.lora, name) != default:
+                raise UserError(f"config.model.lora.{name} has no effect with lora.path, whose folder says it")
+    if model.quantize != "none" and not adapted:
+        raise UserError(
+            "config.model.quantize is for frozen weights, and without adapters all are trained; set model.lora.rank"
+        )
+    if adapted and not model.lora.path and not model.lora.targets:
+        raise UserError("config.model.lora.targets is empty; name modules, or leave it out for all linear layers")
+    if adapted and not model.lora.path and not model.lora.alpha:
+        raise UserError("config.model.lora.alpha: 0 would multiply all that adapters add by nothing")
 
 
 def _check_mixing(data: Data) -> None:

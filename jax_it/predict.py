@@ -93,7 +93,7 @@ def _encode(format: Format, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> 
 
 def _check_room(model: Model, prompts: Sequence[Sequence[int]], new: int) -> None:
     """Refuses what is too long for a model with learned positions, which has no others."""
-    if positions := getattr(model.config, "positions", 0):
+    if positions := model.config.positions:
         longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
         if len(prompts[longest]) + new > positions:
             raise UserError(

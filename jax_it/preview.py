@@ -11,14 +11,14 @@ from jax_it.data.batches import CausalBatch, Seq2SeqBatch
 from jax_it.data.formats import CausalFormat
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.models import build, hf
-from jax_it.training.loop import build_data, check_vocabulary, load_tokenizer
+from jax_it.training.loop import build_data, check_model, load_tokenizer
 
 
 def preview(config: Config, number: int) -> str:
     """The report that `jax-it preview` prints, with `number` examples of the first batch."""
     tokenizer = load_tokenizer(config)
     model = build(*hf.read_values(config.model), config.model)
-    check_vocabulary(model, tokenizer)
+    check_model(config, model, tokenizer)
     return report(config, build_data(config, model, tokenizer), tokenizer, number)
 
 

@@ -58,9 +58,10 @@ def logits(head_VD, hidden):
     return jnp.einsum("...D,VD->...V", hidden, head_VD)
 
 
-def in_chunks(name, chunk, head_VD, hidden_BTD, targets_BT, weights_BT):
+def in_chunks(name, chunk, head_VD, hidden_BTD, targets_BT, weights_BT, **options):
     loss, _, settings = LOSSES[name]
-    return losses.chunked_sum(partial(loss, **settings), logits, chunk, head_VD, hidden_BTD, targets_BT, weights_BT)
+    given = (head_VD, hidden_BTD, targets_BT, weights_BT)
+    return losses.chunked_sum(partial(loss, **settings), logits, chunk, *given, **options)
 
 
 def at_once(name, head_VD, hidden_BTD, targets_BT, weights_BT):
@@ -116,6 +117,25 @@ def test_gradients_in_chunks_are_those_at_once(name, chunk):
         scale = np.abs(whole).max()
         # Sums of 30 products in two orders: √30 × 6e-8 of the largest, a few times over.
         np.testing.assert_allclose(gradient * given[-1].sum(), whole, rtol=0, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+@ANY_LOSS
+def test_a_head_that_is_not_trained_gets_no_gradient_and_the_rest_stays_as_it_is(name, chunk):
+    given = arrays()
+
+    def of(trained):
+        def total(head_VD, hidden_BTD, *rest):
+            return in_chunks(name, chunk, head_VD, hidden_BTD, *rest, head_trained=trained)
+
+        function = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+        return function(*given)
+
+    one, (for_head, for_hidden) = of(True)
+    other, (none, same) = of(False)
+    np.testing.assert_array_equal(other, one)
+    np.testing.assert_array_equal(same, for_hidden)
+    assert for_head.any() and not none.any() and none.shape == for_head.shape
 
 
 @ANY_LOSS

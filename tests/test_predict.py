@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 
 import jax_it
+from jax_it.data.templates import Turn
 from jax_it.errors import UserError
 from jax_it.generation import Sampling
 from jax_it.predict import read_prompts
@@ -38,15 +39,21 @@ def messages(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def test_a_prompt_is_its_text_and_messages_are_those_of_the_system_and_the_user(tmp_path):
+def test_a_prompt_is_its_text_and_messages_are_the_turns_of_a_conversation_that_ends_with_the_user(tmp_path):
     rows = [
         {"prompt": " as it is\n", "messages": "not read"},
         messages(("user", "say red")),
         messages(("system", "be brief"), ("user", "say red")),
+        messages(("user", "a"), ("assistant", "b"), ("user", "c")),
     ]
     found, prompts = read_prompts(str(write_rows(tmp_path / "in.jsonl", rows)))
     assert found == rows
-    assert prompts == [" as it is\n", "say red", "be brief\n\nsay red"]
+    assert prompts == [
+        " as it is\n",
+        (Turn("user", "say red"),),
+        (Turn("system", "be brief"), Turn("user", "say red")),
+        (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -55,14 +62,15 @@ def test_a_prompt_is_its_text_and_messages_are_those_of_the_system_and_the_user(
         ({"text": "x"}, "no text in the field 'prompt', and no 'messages'; its fields: text"),
         ({"prompt": 3}, "no text in the field 'prompt'"),
         ({"prompt": None}, "no text in the field 'prompt'"),
-        ({"prompt": None, "messages": []}, "messages must be one user message"),
-        (messages(("user", "a"), ("assistant", "b"), ("user", "c")), "'user', 'assistant', 'user'"),
-        (messages(("assistant", "a")), "'assistant'"),
+        ({"prompt": None, "messages": []}, "no messages of user and assistant (roles: none)"),
+        (messages(("user", "a"), ("assistant", "b")), "the messages end with the assistant; the last one must be of"),
+        (messages(("user", "a"), ("user", "b")), "two messages of the user in a row, the second of them turn 2"),
+        (messages(("assistant", "a")), "the messages begin with the assistant; the user must speak first"),
         ({"messages": "say red"}, "no text in the field 'prompt'"),
         ({}, "no text in the field 'prompt'"),
     ],
 )
-def test_a_row_without_one_question_is_named_with_its_line(tmp_path, row, message):
+def test_a_row_without_a_question_is_named_with_its_line(tmp_path, row, message):
     file = write_rows(tmp_path / "in.jsonl", [{"prompt": "fine"}, row])
     with pytest.raises(UserError) as error:
         read_prompts(str(file))
@@ -89,6 +97,13 @@ def test_the_order_and_the_texts_do_not_depend_on_lengths_or_batches(generate, r
     model, params, tokenizer = jax_it.load(str(run))
     assert [row["prediction"] for row in rows] == jax_it.generate(model, params, tokenizer, prompts, 6, batch_size=3)
     assert len({row["prediction"] for row in rows}) > 1
+
+
+def test_without_a_chat_template_a_conversation_is_the_text_of_its_turns(run):
+    model, params, tokenizer = jax_it.load(str(run))
+    turns = (Turn("system", "be brief"), Turn("user", "say red 3"))
+    found = jax_it.generate(model, params, tokenizer, [turns, "be brief\n\nsay red 3", "say red 3", turns[1:]], 6)
+    assert found[0] == found[1] and found[2] == found[3]
 
 
 def test_a_seed_gives_the_same_draws_again_and_another_seed_others(generate, tmp_path):

@@ -204,7 +204,7 @@ def test_the_newest_checkpoint_of_a_run_is_loaded_sharded_over_all_devices(finis
     model, params, tokenizer = load(str(finished))
     place = Workdir(finished)
     mesh = make_mesh(Mesh(), jax.devices()[:1])
-    expected = place.params(model, tiny_run.STEPS, mesh, np.float32)
+    expected = place.params(model, place.open()[0], tiny_run.STEPS, mesh)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert all(len(leaf.sharding.device_set) == jax.device_count() for leaf in jax.tree.leaves(params))
     assert tokenizer.digest() == place.tokenizer().digest()

@@ -1,4 +1,5 @@
-"""The decoder that causal language models share; `families/` says how each of them varies it.
+"""The decoder that causal language models share, and its layers, which T5Gemma is made of; `families/` says how
+each of them varies it.
 
 Layers are stacked and scanned. What differs between the layers of one model, such as the window of its
 attention, is an array over layers.
@@ -25,6 +26,8 @@ from jax_it.sharding import constrain
 Placement = Literal["before", "after", "both", "parallel"]
 
 WITHOUT_WINDOW = 1 << 30  # positions
+
+Mix = Callable[[jax.Array], jax.Array]  # of states [B, T, D]
 
 
 @dataclass(frozen=True)
@@ -56,26 +59,38 @@ class Config:
     ropes: tuple[Rope | None, ...] = ()  # the different ones
     layer_ropes: tuple[int, ...] = ()  # of each layer, which of them; empty: the first
     windows: tuple[int, ...] = ()  # of each layer, how many positions a token sees; 0: all; empty: all
+    bidirectional: bool = False  # an encoder's; a window then is as wide to either side, the token itself in both
+    memory_width: int = 0  # of the states that cross-attention reads; 0: there is none
     score_scale: float | None = None  # of attention; None: H ** -0.5
     score_cap: float = 0.0
     logit_cap: float = 0.0
     embedding_scale: float = 1.0
     dropout: float = 0.0
+    inner_dropout: Literal["attention", "mlp"] = "attention"  # where dropout acts beside embeddings and residuals
     experts: Experts | None = None
 
     def flops(self, source_length: int, length: int, source_blocks: int = 0) -> float:
         """Matmul FLOPs of the forward pass of one row of `length` positions."""
+        return self.stack_flops(length) + length * 2 * self.width * self.vocabulary
+
+    def stack_flops(self, length: int, memory: int = 0) -> float:
+        """Those without the head, of a row whose cross-attention reads `memory` positions."""
         attention = 2 * self.width * self.head_size * (2 * self.heads + 2 * self.key_heads)
-        scores = 4 * length * self.heads * self.head_size
+        score = 4 * self.heads * self.head_size
         mlp = 2 * self.width * self.feed_forward * (3 if self.gated else 2)
         if self.experts:
             each = 6 * self.width * self.experts.feed_forward
             mlp = 2 * self.width * self.experts.number + self.experts.per_token * each
-        return length * (self.layers * (attention + scores + mlp) + 2 * self.width * self.vocabulary)
+        cross = 0
+        if self.memory_width:
+            cross = memory * 4 * self.memory_width * self.key_heads * self.head_size
+            cross += length * (4 * self.width * self.heads * self.head_size + memory * score)
+        return self.layers * (length * (attention + length * score + mlp) + cross)
 
     def scores(self, source_length: int, length: int, source_blocks: int = 0) -> float:
         """How many attention scores a row's forward pass makes, over all heads and layers."""
-        return self.layers * self.heads * length * length
+        memory = source_blocks * source_length if self.memory_width else 0
+        return self.layers * self.heads * length * (length + memory)
 
     @property
     def varied(self) -> bool:
@@ -84,18 +99,21 @@ class Config:
 
 
 class Attention(nnx.Module):
-    def __init__(self, c: Config, *, rngs: nnx.Rngs):
+    """The linear layers of attention; what keys and values are made of may have another width, `memory_width`."""
+
+    def __init__(self, c: Config, memory_width: int = 0, *, rngs: nnx.Rngs):
         width, queries, keys = c.width, (c.heads, c.head_size), (c.key_heads, c.head_size)
         self.query = layers.normal(rngs, (width, *queries), width**-0.5)
+        width = memory_width or width
         self.key = layers.normal(rngs, (width, *keys), width**-0.5)
         self.value = layers.normal(rngs, (width, *keys), width**-0.5)
-        self.output = layers.normal(rngs, (*queries, width), (c.heads * c.head_size) ** -0.5)
+        self.output = layers.normal(rngs, (*queries, c.width), (c.heads * c.head_size) ** -0.5)
         if c.attention_bias:
             self.query_bias = nnx.Param(jnp.zeros(queries))
             self.key_bias = nnx.Param(jnp.zeros(keys))
             self.value_bias = nnx.Param(jnp.zeros(keys))
         if c.output_bias:
-            self.output_bias = nnx.Param(jnp.zeros(width))
+            self.output_bias = nnx.Param(jnp.zeros(c.width))
         if c.head_norm:
             each = c.head_norm == "each"
             self.query_norm = Norm(c.norm, queries[1:] if each else queries, c.epsilon)
@@ -147,145 +165,99 @@ def _add(x: jax.Array, module: nnx.Module, name: str) -> jax.Array:
 
 
 class Layer(nnx.Module):
-    """Attention and a feed-forward layer, residuals around each."""
+    """Attention, cross-attention in an encoder-decoder's decoder, and a feed-forward layer; residuals around each."""
 
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
+        parts = ["attention", "mlp"]
         self.attention = Attention(c, rngs=rngs)
+        if c.memory_width:
+            parts.append("cross")
+            self.cross = Attention(c, c.memory_width, rngs=rngs)
         if c.experts:
             self.experts = ExpertsMlp(c.width, c.experts, c.activation, rngs=rngs)
         else:
             self.mlp = Mlp(c, rngs=rngs)
-        if c.placement != "after":
-            self.attention_norm = Norm(c.norm, (c.width,), c.epsilon)
-            self.mlp_norm = Norm(c.norm, (c.width,), c.epsilon)
-        if c.placement in ("after", "both"):
-            self.attention_post_norm = Norm(c.norm, (c.width,), c.epsilon)
-            self.mlp_post_norm = Norm(c.norm, (c.width,), c.epsilon)
+        for part in parts:
+            if c.placement != "after":
+                setattr(self, f"{part}_norm", Norm(c.norm, (c.width,), c.epsilon))
+            if c.placement in ("after", "both"):
+                setattr(self, f"{part}_post_norm", Norm(c.norm, (c.width,), c.epsilon))
 
     def __call__(
-        self, c: Config, x_BTD: jax.Array, attention: Callable[[jax.Array], jax.Array], real_BT: jax.Array,
+        self, c: Config, x_BTD: jax.Array, attention: Mix, cross: Mix, real_BT: jax.Array,
         rate: float, key: jax.Array | None,
     ) -> tuple[jax.Array, Routing | None]:  # fmt: skip
-        """The layer's output; `attention` takes and returns [B, T, D]."""
-        first, second = split_key(key, 2)
-        added_BTD = dropout(attention(self._before("attention", x_BTD)), rate, first)
-        middle_BTD = constrain(x_BTD + self._after("attention", added_BTD), "B T D")
+        """The layer's output. `attention` and `cross` say what the positions read of each other and of the source."""
+        keys = split_key(key, 4)
+        middle_BTD = self._add("attention", x_BTD, attention(self._before("attention", x_BTD)), rate, keys[0])
+        if c.memory_width:
+            middle_BTD = self._add("cross", middle_BTD, cross(self._before("cross", middle_BTD)), rate, keys[1])
         read_BTD = self._before("mlp", x_BTD if c.placement == "parallel" else middle_BTD)
         routing = None
         if c.experts:
             added_BTD, routing = self.experts(read_BTD, real_BT)
         else:
-            added_BTD = self.mlp(read_BTD)
-        added_BTD = self._after("mlp", dropout(added_BTD, rate, second))
-        return constrain(middle_BTD + added_BTD, "B T D"), routing
+            added_BTD = self.mlp(read_BTD, rate, keys[2] if c.inner_dropout == "mlp" else None)
+        return self._add("mlp", middle_BTD, added_BTD, rate, keys[3]), routing
 
-    def _before(self, name: str, x_BTD: jax.Array) -> jax.Array:
-        norm = getattr(self, f"{name}_norm", None)
+    def _before(self, part: str, x_BTD: jax.Array) -> jax.Array:
+        norm = getattr(self, f"{part}_norm", None)
         return norm(x_BTD) if norm else x_BTD
 
-    def _after(self, name: str, x_BTD: jax.Array) -> jax.Array:
-        norm = getattr(self, f"{name}_post_norm", None)
-        return norm(x_BTD) if norm else x_BTD
+    def _add(self, part: str, x_BTD: jax.Array, added_BTD: jax.Array, rate: float, key: Any) -> jax.Array:
+        norm = getattr(self, f"{part}_post_norm", None)
+        added_BTD = norm(added_BTD) if norm else added_BTD
+        return constrain(x_BTD + dropout(added_BTD, rate, key), "B T D")
 
 
-class Cache(NamedTuple):
-    """Keys and values of the tokens so far, each at its own position; row b holds those before its position."""
+class Source(NamedTuple):
+    """What cross-attention reads when all positions are computed, and which of it each of them sees."""
+
+    states_BSD: jax.Array
+    allowed_BTS: jax.Array
+
+
+class Memory(NamedTuple):
+    """What cross-attention reads in single steps: keys and values of every layer, and each position's segment."""
 
     key_LBSKH: jax.Array
     value_LBSKH: jax.Array
+    segments_BS: jax.Array
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, each at its own position; row b holds those before its position.
+
+    With n times as many rows as the memory has sources, row b reads source b // n.
+    """
+
+    key_LBSKH: jax.Array
+    value_LBSKH: jax.Array
+    memory: Memory | None = None
 
 
 def take_rows(cache: Cache, rows_B: jax.Array) -> Cache:
-    """The cache whose row b is row `rows_B[b]` of this one."""
-    return Cache(cache.key_LBSKH[:, rows_B], cache.value_LBSKH[:, rows_B])
+    """The cache whose row b is row `rows_B[b]` of this one. The sources stay, so no row may change its own."""
+    return Cache(cache.key_LBSKH[:, rows_B], cache.value_LBSKH[:, rows_B], cache.memory)
 
 
-class Decoder(nnx.Module):
+class Stack(nnx.Module):
+    """A model's layers and the norm after them, from embedded tokens to states."""
+
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
         self.config = c
-        self.embedding = layers.normal(rngs, (c.vocabulary, c.width), 0.02 if c.embedding_scale == 1 else c.width**-0.5)
-        if c.positions:
-            self.positions = layers.normal(rngs, (c.positions, c.width), 0.02)
-        if not c.tied:
-            self.head = layers.normal(rngs, (c.vocabulary, c.width), c.width**-0.5)
         self.layers: Any = layers.stack(lambda rngs: Layer(c, rngs=rngs), c.layers, rngs)
         self.norm = Norm(c.norm, (c.width,), c.epsilon)
 
-    def __call__(self, batch: Any, run: Run, key: jax.Array | None = None) -> jax.Array:
-        """States before the head, [B, T, D], of a CausalBatch; dropout where a key is given."""
-        return self.states(batch, run, key)[0]
-
-    def states(self, batch: Any, run: Run, key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
-        """The states, and how the router of a mixture of experts sent the tokens, summed over layers."""
-        allowed_BTS = causal_mask(batch.segments_BT, batch.prefix_BT)
-        x_BTD, routing, _ = self._scan(
-            batch.tokens_BT, batch.positions_BT, batch.segments_BT > 0, allowed_BTS, run, key, with_cache=False
-        )
-        return x_BTD, routing
-
-    def prefill(
-        self, tokens_BS: jax.Array, segments_BS: jax.Array, length: int, run: Run
-    ) -> tuple[jax.Array, jax.Array, Cache]:
-        """(last tokens [B], their positions [B], cache) for at most `length` tokens after each prompt.
-
-        The first step takes a prompt's last token, whose state it computes again.
-        """
-        positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
-        prefix_BS = segments_BS if run.prefix_lm else None
-        allowed_BTS = causal_mask(segments_BS, prefix_BS)
-        _, _, (keys, values) = self._scan(
-            tokens_BS, positions_BS, segments_BS > 0, allowed_BTS, run, None, with_cache=True
-        )
-        room = ((0, 0), (0, 0), (0, length), (0, 0), (0, 0))
-        last_B = jnp.maximum((segments_BS > 0).sum(1) - 1, 0)
-        first_B = jnp.take_along_axis(tokens_BS, last_B[:, None], axis=1)[:, 0]
-        return first_B, last_B, Cache(jnp.pad(keys, room), jnp.pad(values, room))
-
-    def step(self, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache, run: Run) -> tuple[jax.Array, Cache]:
-        """States [B, D] after one more token a row, at its own position, and the new cache."""
-        c, room = self.config, cache.key_LBSKH.shape[2]
-        distance_BTS = (positions_B[:, None] - jnp.arange(room))[:, None]
-        turns = self._rotations(positions_B[:, None], room)
-        rows = jnp.arange(tokens_B.shape[0])
-        graph, state = nnx.split(self.layers)
-
-        def body(x_BTD: jax.Array, xs: tuple) -> tuple[jax.Array, tuple]:
-            state, varied, keys_BSKH, values_BSKH = xs
-            module = nnx.merge(graph, state)
-            (cos, sin), window = self._variation(turns, varied)
-            kept = []
-
-            def attention(x_BTD: jax.Array) -> jax.Array:
-                query_BTNH, key_BTKH, value_BTKH = _heads(module.attention, x_BTD, cos, sin)
-                kept.append(keys_BSKH.at[rows, positions_B].set(key_BTKH[:, 0]))
-                kept.append(values_BSKH.at[rows, positions_B].set(value_BTKH[:, 0]))
-                allowed_BTS = (distance_BTS >= 0) & (distance_BTS < window)
-                attended = attend(query_BTNH, *kept, mask_BTS=allowed_BTS, scale=_score_scale(c), cap=c.score_cap)
-                return module.attention.project(attended)
-
-            x_BTD, _ = module(c, x_BTD, attention, jnp.ones(x_BTD.shape[:2], bool), 0.0, None)
-            return x_BTD, tuple(kept)
-
-        xs = (state, self._varied(), cache.key_LBSKH, cache.value_LBSKH)
-        x_BTD, (keys, values) = jax.lax.scan(body, self._embed(tokens_B[:, None], positions_B[:, None], run), xs)
-        return self.norm(x_BTD[:, 0]), Cache(keys, values)
-
-    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, run: Run) -> jax.Array:
-        c = self.config
-        x_BTD = look_up(self.embedding, tokens_BT, run.dtype)
-        if c.embedding_scale != 1:
-            x_BTD *= jnp.asarray(c.embedding_scale, run.dtype)  # rounded to the dtype, as Gemma was trained
-        if c.positions:
-            x_BTD += look_up(self.positions, positions_BT, run.dtype)
-        return constrain(x_BTD, "B T D")
-
-    def _scan(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, real_BT: jax.Array, allowed_BTS: jax.Array, run: Run,
-        key: jax.Array | None, *, with_cache: bool,
+    def scan(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, real_BT: jax.Array, allowed_BTS: jax.Array, run: Run,
+        key: jax.Array | None = None, *, source: Source | None = None, with_cache: bool = False,
     ) -> tuple[jax.Array, Routing | None, Any]:  # fmt: skip
         """Normed states of all positions, the routing summed over layers, and every layer's keys and values."""
-        c, length = self.config, tokens_BT.shape[1]
+        c, length = self.config, x_BTD.shape[1]
         distance_TS = jnp.arange(length)[:, None] - jnp.arange(length)
+        if c.bidirectional:
+            distance_TS = jnp.abs(distance_TS)
         turns = self._rotations(positions_BT, length)
         first, rest = split_key(key, 2)
         keys = None if rest is None else jax.random.split(rest, c.layers)
@@ -304,17 +276,62 @@ class Decoder(nnx.Module):
                 attended = attend(
                     query_BTNH, key_BTKH, value_BTKH,
                     mask_BTS=allowed_BTS & (distance_TS < window) if c.windows else allowed_BTS,
-                    scale=_score_scale(c), cap=c.score_cap, dropout_rate=run.dropout, dropout_key=attention_key,
+                    scale=_score_scale(c), cap=c.score_cap, dropout_rate=run.dropout,
+                    dropout_key=attention_key if c.inner_dropout == "attention" else None,
                 )  # fmt: skip
                 return module.attention.project(attended)
 
-            x_BTD, routing = module(c, x_BTD, attention, real_BT, run.dropout, layer_key)
+            def cross(x_BTD: jax.Array) -> jax.Array:
+                assert source is not None
+                return _read(c, module.cross, x_BTD, module.cross.keys_values(source.states_BSD), source.allowed_BTS)
+
+            x_BTD, routing = module(c, x_BTD, attention, cross, real_BT, run.dropout, layer_key)
             return x_BTD, (routing, tuple(kept) if with_cache else None)
 
-        x_BTD = dropout(self._embed(tokens_BT, positions_BT, run), run.dropout, first)
+        x_BTD = dropout(x_BTD, run.dropout, first)
         xs = (state, self._varied(), keys)
         x_BTD, (routing, cache) = jax.lax.scan(jax.checkpoint(body) if run.remat else body, x_BTD, xs)
         return self.norm(x_BTD), jax.tree.map(lambda layers: layers.sum(0), routing), cache
+
+    def scan_step(self, x_BTD: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Normed states [B, D] of one more token a row, at its own position, and the new cache."""
+        c, room, memory = self.config, cache.key_LBSKH.shape[2], cache.memory
+        distance_BTS = (positions_B[:, None] - jnp.arange(room))[:, None]
+        turns = self._rotations(positions_B[:, None], room)
+        rows = jnp.arange(x_BTD.shape[0])
+        graph, state = nnx.split(self.layers)
+
+        def body(x_BTD: jax.Array, xs: tuple) -> tuple[jax.Array, tuple]:
+            state, varied, keys_BSKH, values_BSKH, source = xs
+            module = nnx.merge(graph, state)
+            (cos, sin), window = self._variation(turns, varied)
+            kept = []
+
+            def attention(x_BTD: jax.Array) -> jax.Array:
+                query_BTNH, key_BTKH, value_BTKH = _heads(module.attention, x_BTD, cos, sin)
+                kept.append(keys_BSKH.at[rows, positions_B].set(key_BTKH[:, 0]))
+                kept.append(values_BSKH.at[rows, positions_B].set(value_BTKH[:, 0]))
+                allowed_BTS = (distance_BTS >= 0) & (distance_BTS < window)
+                attended = attend(query_BTNH, *kept, mask_BTS=allowed_BTS, scale=_score_scale(c), cap=c.score_cap)
+                return module.attention.project(attended)
+
+            def cross(x_BTD: jax.Array) -> jax.Array:
+                assert memory is not None
+                return _read(c, module.cross, x_BTD, source, memory.segments_BS[:, None] > 0)
+
+            x_BTD, _ = module(c, x_BTD, attention, cross, jnp.ones(x_BTD.shape[:2], bool), 0.0, None)
+            return x_BTD, tuple(kept)
+
+        source = memory and (memory.key_LBSKH, memory.value_LBSKH)
+        xs = (state, self._varied(), cache.key_LBSKH, cache.value_LBSKH, source)
+        x_BTD, (keys, values) = jax.lax.scan(body, x_BTD, xs)
+        return self.norm(x_BTD[:, 0]), Cache(keys, values, memory)
+
+    def remember(self, states_BSD: jax.Array, segments_BS: jax.Array) -> Memory:
+        """The memory of a source's states: cross-attention's keys and values, made once for all steps."""
+        graph, state = nnx.split(self.layers)
+        keys, values = jax.lax.map(lambda state: nnx.merge(graph, state).cross.keys_values(states_BSD), state)
+        return Memory(keys, values, segments_BS)
 
     def _rotations(self, positions_BT: jax.Array, length: int) -> Any:
         """Cosines and sines [ropes, B, T, pairs]; None without ropes."""
@@ -337,12 +354,81 @@ class Decoder(nnx.Module):
         return (None, None) if turns is None else (turns[0][which], turns[1][which]), window
 
 
+class Decoder(Stack):
+    """A causal language model."""
+
+    def __init__(self, c: Config, *, rngs: nnx.Rngs):
+        self.embedding = layers.normal(rngs, (c.vocabulary, c.width), 0.02 if c.embedding_scale == 1 else c.width**-0.5)
+        if c.positions:
+            self.positions = layers.normal(rngs, (c.positions, c.width), 0.02)
+        if not c.tied:
+            self.head = layers.normal(rngs, (c.vocabulary, c.width), c.width**-0.5)
+        super().__init__(c, rngs=rngs)
+
+    def __call__(self, batch: Any, run: Run, key: jax.Array | None = None) -> jax.Array:
+        """States before the head, [B, T, D], of a CausalBatch; dropout where a key is given."""
+        return self.states(batch, run, key)[0]
+
+    def states(self, batch: Any, run: Run, key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
+        """The states, and how the router of a mixture of experts sent the tokens, summed over layers."""
+        allowed_BTS = causal_mask(batch.segments_BT, batch.prefix_BT)
+        x_BTD = self._embed(batch.tokens_BT, batch.positions_BT, run)
+        x_BTD, routing, _ = self.scan(x_BTD, batch.positions_BT, batch.segments_BT > 0, allowed_BTS, run, key)
+        return x_BTD, routing
+
+    def prefill(
+        self, tokens_BS: jax.Array, segments_BS: jax.Array, length: int, run: Run
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        """(last tokens [B], their positions [B], cache) for at most `length` tokens after each prompt.
+
+        The first step takes a prompt's last token, whose state it computes again.
+        """
+        positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
+        prefix_BS = segments_BS if run.prefix_lm else None
+        allowed_BTS = causal_mask(segments_BS, prefix_BS)
+        x_BSD = self._embed(tokens_BS, positions_BS, run)
+        _, _, (keys, values) = self.scan(x_BSD, positions_BS, segments_BS > 0, allowed_BTS, run, with_cache=True)
+        room = ((0, 0), (0, 0), (0, length), (0, 0), (0, 0))
+        last_B = jnp.maximum((segments_BS > 0).sum(1) - 1, 0)
+        first_B = jnp.take_along_axis(tokens_BS, last_B[:, None], axis=1)[:, 0]
+        return first_B, last_B, Cache(jnp.pad(keys, room), jnp.pad(values, room))
+
+    def step(self, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache, run: Run) -> tuple[jax.Array, Cache]:
+        """States [B, D] after one more token a row, at its own position, and the new cache."""
+        return self.scan_step(self._embed(tokens_B[:, None], positions_B[:, None], run), positions_B, cache)
+
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, run: Run) -> jax.Array:
+        x_BTD = embed(self.config, self.embedding, tokens_BT, run.dtype)
+        if self.config.positions:
+            x_BTD += look_up(self.positions, positions_BT, run.dtype)
+        return constrain(x_BTD, "B T D")
+
+
+def embed(c: Config, embedding: nnx.Param, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    """The tokens' rows of an embedding, scaled where the model scales them."""
+    x_BTD = look_up(embedding, tokens_BT, dtype)
+    if c.embedding_scale != 1:
+        x_BTD *= jnp.asarray(c.embedding_scale, dtype)  # rounded to the dtype, as Gemma was trained
+    return constrain(x_BTD, "B T D")
+
+
 def _heads(attention: Attention, x_BTD: jax.Array, cos: Any, sin: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, keys and values, rotated where the model rotates."""
     query_BTNH, (key_BTKH, value_BTKH) = attention.queries(x_BTD), attention.keys_values(x_BTD)
     if cos is not None:
         query_BTNH, key_BTKH = rope.rotate(query_BTNH, cos, sin), rope.rotate(key_BTKH, cos, sin)
     return constrain(query_BTNH, "B T N H"), constrain(key_BTKH, "B S K H"), constrain(value_BTKH, "B S K H")
+
+
+def _read(c: Config, cross: Attention, x_BTD: jax.Array, memory: tuple, allowed_BTS: jax.Array) -> jax.Array:
+    """Cross-attention to keys and values. The rows of one source, if several, are taken as its query positions."""
+    query_BTNH, key_BSKH, value_BSKH = constrain(cross.queries(x_BTD), "B T N H"), *memory
+    attended = attend(
+        query_BTNH.reshape(key_BSKH.shape[0], -1, *query_BTNH.shape[2:]),
+        constrain(key_BSKH, "B S K H"), constrain(value_BSKH, "B S K H"),
+        mask_BTS=allowed_BTS, scale=_score_scale(c), cap=c.score_cap,
+    )  # fmt: skip
+    return cross.project(attended.reshape(query_BTNH.shape))
 
 
 def _score_scale(c: Config) -> float:

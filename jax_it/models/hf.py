@@ -110,8 +110,7 @@ def initialise(model: Model, config: ModelConfig, mesh: jax.sharding.Mesh, seed:
     kept = storage(model, config)
 
     def init(key: jax.Array) -> Params:
-        leaves = flatten(model.init(key))
-        return unflatten({path: _keep(leaf, kept[path]) for path, leaf in leaves.items()})
+        return keep(model.init(key), kept)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     places = sharding.shardings(model.letters, shapes, mesh)
@@ -128,8 +127,13 @@ def initialise_adapter(model: Model, base: Params, mesh: jax.sharding.Mesh, seed
     return jax.jit(init, out_shardings=places)(jax.random.key(seed), base)
 
 
-def _keep(array: Any, kind: str) -> Any:
-    return quantize(array, kind) if kind in KINDS else array.astype(jnp.dtype(kind))
+def keep(base: Params, kept: Mapping[str, str]) -> Params:
+    """Base weights in the form that `storage` says."""
+
+    def one(array: jax.Array, kind: str) -> Any:
+        return quantize(array, kind) if kind in KINDS else array.astype(jnp.dtype(kind))
+
+    return unflatten({path: one(leaf, kept[path]) for path, leaf in flatten(base).items()})
 
 
 def settle_head(model: Model, tensors: Tensors) -> Model:

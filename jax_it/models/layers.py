@@ -12,6 +12,7 @@ self-attention in the encoder costs no more than in padded batches.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -20,6 +21,7 @@ from flax import nnx
 
 from jax_it.models.linear import dropout
 
+QUERIES = 1024  # of a row, whose scores exist at a time
 MASKED = -1e30  # a score's value where attention is not allowed; finite, so that a row of them is no NaN
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -124,8 +126,37 @@ def attend(
     """Attention, shape [B, T, N, H]; N // K heads of queries share each head of keys. Scores and softmax are float32.
 
     Scores are multiplied by `scale`, squashed to (-cap, cap) where a cap is given (Gemma 2), and `bias` is added
-    to them, [N, T, S] or [B, N, T, S].
+    to them, [N, T, S] or [B, N, T, S]. Long rows are computed some queries at a time, and again in the backward
+    pass: of the scores, whose number grows with the square of the length, `QUERIES` rows live at once.
     """
+    rows, length, heads, _ = query_BTNH.shape
+    part = partial(_attend, key_BSKH, value_BSKH, scale=scale, cap=cap, dropout_rate=dropout_rate)
+    if length <= QUERIES:
+        return part(query_BTNH, mask_BTS, bias, dropout_key)
+    chunks = -(-length // QUERIES)
+
+    def split(x: jax.Array | None, axis: int) -> jax.Array | None:
+        """`x` with its axis T cut into chunks, which come first."""
+        if x is None:
+            return None
+        padded = jnp.pad(x, [(0, -length % chunks if i == axis % x.ndim else 0) for i in range(x.ndim)])
+        return jnp.stack(jnp.split(padded, chunks, axis))
+
+    keys = None if dropout_key is None else jax.random.split(dropout_key, chunks)
+    xs = (
+        split(query_BTNH, 1),
+        split(jnp.broadcast_to(mask_BTS, (rows, *mask_BTS.shape[1:])), 1),
+        split(bias, -2),
+        keys,
+    )
+    _, attended = jax.lax.scan(lambda _, x: (None, jax.checkpoint(part)(*x)), None, xs)
+    return jnp.moveaxis(attended, 0, 1).reshape(rows, -1, heads, attended.shape[-1])[:, :length]
+
+
+def _attend(
+    key_BSKH: jax.Array, value_BSKH: jax.Array, query_BTNH: jax.Array, mask_BTS: jax.Array, bias: jax.Array | None,
+    key: jax.Array | None, *, scale: float, cap: float, dropout_rate: float,
+) -> jax.Array:  # fmt: skip
     rows, length, heads, _ = query_BTNH.shape
     key_heads = key_BSKH.shape[2]
     # M: the heads of queries that share a head of keys
@@ -138,6 +169,6 @@ def attend(
     if bias is not None:
         scores += bias.reshape(*bias.shape[:-3], key_heads, heads // key_heads, *bias.shape[-2:])
     scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
-    weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, dropout_key)
+    weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, key)
     attended = jnp.einsum("BKMTS,BSKH->BTKMH", weights.astype(value_BSKH.dtype), value_BSKH)
     return attended.reshape(rows, length, heads, -1)

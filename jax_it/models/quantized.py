@@ -77,11 +77,19 @@ class Quantized:
         """Of codes and scales together."""
         return self.codes.nbytes + self.scales.nbytes
 
+    def __getitem__(self, index: Any) -> "Quantized":
+        """A part of the leading axes, as rows of an embedding; the last axis stays whole."""
+        if self.ndim < 2 or (isinstance(index, tuple) and (len(index) >= self.ndim or Ellipsis in index)):
+            raise IndexError(f"a quantised weight of shape {self.shape} is indexed along its leading axes only")
+        return Quantized(self.codes[index], self.scales[index], self.kind)
+
     def dequantize(self, dtype: Any) -> jax.Array:
         """The weight [..., n] in `dtype`: level times scale, computed in float32 and rounded once."""
         codes = jnp.asarray(self.codes)
         if self.kind == "nf4":
-            values = _levels_of(jnp.stack([codes & 15, codes >> 4], axis=-1))
+            # Each byte twice, then the half that each is for: faster than to stack halves, and nothing is kept.
+            shifts = jnp.arange(self.shape[-1], dtype=jnp.uint8) % 2 * 4
+            values = _levels_of(jnp.repeat(codes, 2, axis=-1) >> shifts & 15)
         else:
             values = codes.astype(jnp.float32)
         scales = jnp.asarray(self.scales).astype(jnp.float32)
@@ -119,7 +127,7 @@ def quantize(array: Any, kind: str) -> Quantized:
     if isinstance(array, jax.Array):
         quantized = _quantize_jax(array, kind, block)
         if not isinstance(array, jax.core.Tracer):
-            _check_scales(quantized.scales)
+            _check_finite(quantized.scales)
         return quantized
     return _quantize_numpy(np.asarray(array), kind, block)
 
@@ -139,7 +147,7 @@ def _quantize_jax(array: jax.Array, kind: str, block: int) -> Quantized:
         codes = codes.reshape(*array.shape[:-1], -1, 2)
         codes = codes[..., 0] | codes[..., 1] << 4
     else:
-        codes = jnp.clip(jnp.round(blocks / divisors), -127, 127).astype(jnp.int8).reshape(array.shape)
+        codes = jnp.clip(jnp.round(blocks * (1 / divisors)), -127, 127).astype(jnp.int8).reshape(array.shape)
     return Quantized(codes, scales.astype(jnp.bfloat16), kind)
 
 
@@ -151,7 +159,7 @@ def _quantize_numpy(array: np.ndarray, kind: str, block: int) -> Quantized:
     for i in range(0, len(flat), rows):
         blocks = flat[i : i + rows].astype(np.float32)
         largest = np.abs(blocks).max(-1)
-        _check_scales(largest)
+        _check_finite(largest)
         raw = largest if kind == "nf4" else largest * np.float32(1 / 127)
         with np.errstate(over="ignore"):
             rounded = np.minimum(raw.astype(ml_dtypes.bfloat16).astype(np.float32), np.float32(_MAX_SCALE))
@@ -164,21 +172,25 @@ def _quantize_numpy(array: np.ndarray, kind: str, block: int) -> Quantized:
                 found += blocks > border * divisors
             codes[i : i + rows] = found[:, 0::2] | found[:, 1::2] << 4
         else:
-            codes[i : i + rows] = np.clip(np.round(blocks / divisors), -127, 127)
+            codes[i : i + rows] = np.clip(np.round(blocks * (1 / divisors)), -127, 127)
     *leading, n = array.shape
     return Quantized(codes.reshape(*leading, -1), scales.reshape(*leading, n // block), kind)
 
 
-def _check_scales(scales: Any) -> None:
-    """Of finite values all scales are finite."""
-    if bad := int((~np.isfinite(np.asarray(scales, np.float32))).sum()):
-        raise ValueError(f"{bad} of {scales.size} blocks hold values that are not finite")
+def _check_finite(of_blocks: Any) -> None:
+    """Of the blocks' scales or largest magnitudes."""
+    if not np.isfinite(np.asarray(of_blocks, np.float32)).all():
+        raise ValueError("a weight that holds NaN or infinity can't be quantised")
 
 
 def _levels_of(codes: jax.Array) -> jax.Array:
-    """The level of each code, by halving: no gather, which is slow on most devices."""
-    levels = [jnp.float32(level) for level in NF4_LEVELS]
+    """The level of each code, picked by halving the list of them at each bit.
+
+    A gather is slow on some devices, and `jnp.where` makes an array as large as the weight of every level,
+    which the gradient of a scan takes out of its loop and keeps: here levels are scalars, as integers of the same bits.
+    """
+    levels: list[Any] = list(NF4_LEVELS.view(np.int32))
     for bit in range(4):
-        odd = (codes >> bit & 1).astype(bool)
-        levels = [jnp.where(odd, high, low) for low, high in zip(levels[::2], levels[1::2], strict=True)]
-    return levels[0]
+        mask = -(codes >> bit & 1).astype(jnp.int32)  # all bits 1, or none
+        levels = [low ^ (low ^ high) & mask for low, high in zip(levels[::2], levels[1::2], strict=True)]
+    return jax.lax.bitcast_convert_type(levels[0], jnp.float32)

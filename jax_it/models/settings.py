@@ -19,7 +19,7 @@ HARMLESS = frozenset(
     bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
     forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens tie_encoder_decoder initializer_range cross_attention_hidden_size
-    output_router_logits router_aux_loss_coef unk_token_id
+    output_router_logits router_aux_loss_coef unk_token_id pretraining_tp
     """.split()
 )
 

@@ -47,7 +47,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
             place.check_same(config)
         tokenizer = place.tokenizer() if resuming else load_tokenizer(config)
         model, trained, frozen = _load_model(config, place, mesh, resuming)
-        check_vocabulary(model, tokenizer)
+        check_model(config, model, tokenizer)
         built = build_data(config, model, tokenizer)
         derived = _derive(config, place, model, built, tokenizer, resuming)
         total, intervals = derived.total_steps, _intervals(config, built, derived.total_steps)
@@ -109,8 +109,13 @@ def load_tokenizer(config: Config) -> tokenizers.Tokenizer:
     return chat.with_chat_template(found, model.chat_template)
 
 
-def check_vocabulary(model: Model, tokenizer: tokenizers.Tokenizer) -> None:
-    """Refuses a tokenizer with ids that the embedding lacks, or whose marks are not those of the model."""
+def check_model(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuses settings that the model cannot follow, and a tokenizer that is not its own."""
+    positions, length = model.config.positions, config.data.sequence_length
+    if positions and length > positions:
+        raise UserError(f"config.data.sequence_length: {length} is more than the model's {positions} positions")
+    if config.train.balance_loss and not model.config.experts:
+        raise UserError("config.train.balance_loss is for mixtures of experts, which this model is not; leave it at 0")
     if tokenizer.size > model.config.vocabulary:
         raise UserError(
             f"the tokenizer has {tokenizer.size} ids and the model's embedding {model.config.vocabulary} rows "

@@ -8,6 +8,7 @@ from sentencepiece import sentencepiece_model_pb2
 from jax_it.data import builtin, tokenizer
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
+from tests.data.chat_tokenizers import Kind, made
 
 SIZE = 400
 TEXTS = [text for row in builtin.records("test") for text in (row["prompt"], row["completion"])]
@@ -114,6 +115,17 @@ def test_digests_of_different_tokenizers_differ(trained, model_file):
 
 def test_no_text_gives_no_ids(trained):
     assert trained.encode([]) == [] and trained.encode([""]) == [[]] and trained.decode([]) == ""
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_mark_and_names_no_end_mark_unknown():
+    backend = made(Kind("gpt2", "<|endoftext|>", (), "<|endoftext|>"), None).backend
+    backend.unk_token = "<|endoftext|>"
+    found = Tokenizer(backend, "gpt2")
+    assert (found.pad, found.end, found.unknown, found.start) == (0, 0, None, None) and found.chat_template is None
+    assert made(Kind("llama3", "<e>", (), "<b>", True), None).start == 0
+    backend.eos_token = None
+    with pytest.raises(UserError, match=r"^tokenizer gpt2 has no end-of-text token; jax_it needs one$"):
+        Tokenizer(backend, "gpt2")
 
 
 # What cannot be used

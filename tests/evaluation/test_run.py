@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,7 +13,7 @@ from jax_it.data.batches import Placed
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
 from jax_it.evaluation import Evaluator
-from jax_it.workdir import Workdir
+from jax_it.workdir import Workdir, make_format
 from tests.tiny_run import STEPS, copy
 
 
@@ -34,9 +33,10 @@ def parts(finished):
     config, derived = place.open()
     mesh = sharding.make_mesh(settings.Mesh(), jax.devices()[:1])
     model = place.model(config, derived)
-    params = place.params(model, STEPS, mesh, jnp.float32)
+    params = place.params(model, config, STEPS, mesh)
     tokenizer = place.tokenizer()
-    return config, derived.layout, model, params, tokenizer, data.build_eval(config.data, tokenizer, 0), mesh
+    examples = data.build_eval(config.data, tokenizer, make_format(model, tokenizer), 0)
+    return config, derived.layout, model, params, tokenizer, examples, mesh
 
 
 def read(file):
@@ -87,7 +87,7 @@ def test_predictions_are_those_of_greedy_decoding_one_token_after_another(evalua
         tokens = []
         while len(tokens) < length and (not tokens or tokens[-1] != tokenizer.end):
             target = np.array([*tokens, *[0] * (length - len(tokens))])
-            batch = format.batch([[Placed(np.array(example.source), target, 0)]], Shape(1, 32, length))
+            batch = format.batch([[Placed(np.array(example.prompt_tokens), target, 0)]], Shape(1, 32, length))
             tokens.append(int(next_token(batch, len(tokens))))
         assert row["prediction"] == tokenizer.decode(tokens)
 
@@ -102,10 +102,10 @@ def test_the_loss_is_that_of_every_example_alone(evaluated, parts):
 
     total, count = 0.0, 0
     for example in examples.examples:
-        placed = Placed(np.array(example.source), np.array(example.target), 0)
+        placed = Placed(example.encoded.source, example.encoded.target, 0)
         found = np.asarray(log_probabilities(format.batch([[placed]], Shape(1, 32, 16))))
-        total -= sum(float(found[t, token]) for t, token in enumerate(example.target))
-        count += len(example.target)
+        total -= sum(float(found[t, token]) for t, token in enumerate(example.encoded.target))
+        count += len(example.encoded.target)
     assert evaluated[1].metrics["all"]["loss"] == pytest.approx(total / count, rel=1e-5)
 
 

@@ -44,7 +44,7 @@ def weights(run):
     place = Workdir(run)
     config, derived = place.open()
     model = place.model(config, derived)
-    return place.params(model, STEPS, make_mesh(Mesh(data=1), jax.devices()[:1]), config.model.param_dtype)
+    return place.params(model, config, STEPS, make_mesh(Mesh(data=1), jax.devices()[:1]))
 
 
 def assert_same_run(run, reference):

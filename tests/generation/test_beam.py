@@ -26,7 +26,7 @@ class Cache(NamedTuple):
     before_B: jax.Array
 
 
-def step(tokens_B: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+def step(tokens_B: jax.Array, number: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     sources, rows = cache.logits_RVVV.shape[0], tokens_B.shape[0]
     source_B = jnp.arange(rows) // (rows // sources)
     return cache.logits_RVVV[source_B, cache.before_B, tokens_B], Cache(cache.logits_RVVV, tokens_B)
@@ -44,18 +44,18 @@ def first_token(logits_VVV: Any) -> Any:
 def search(logits_RVVV: np.ndarray, length: int = LENGTH, step: Callable = step, **settings) -> list[list[int]]:
     """The text of each row, the end mark with it where there is one."""
 
+    ends = settings.setdefault("end_tokens", (END,))
+
     def run(logits_RVVV: jax.Array) -> jax.Array:
         cache = Cache(logits_RVVV, jax.vmap(first_token)(logits_RVVV))
-        rows = len(logits_RVVV)
-        return beam_search(
-            step, take_rows, cache, rows=rows, length=length, start_token=START, end_token=END, **settings
-        )
+        first_B = jnp.full(len(logits_RVVV), START, jnp.int32)
+        return beam_search(step, take_rows, cache, first_B=first_B, length=length, **settings)
 
     texts = np.asarray(jax.jit(run)(logits_RVVV)).tolist()
-    for text in texts:
-        assert len(text) == length
-        assert END not in text or set(text[text.index(END) :]) == {END}
-    return [text[: text.index(END) + 1] if END in text else text for text in texts]
+    assert all(len(text) == length for text in texts)
+    lengths = [next((i + 1 for i, token in enumerate(text) if token in ends), length) for text in texts]
+    assert all(set(text[n:]) <= {ends[0]} for text, n in zip(texts, lengths, strict=True))
+    return [text[:n] for text, n in zip(texts, lengths, strict=True)]
 
 
 def plain_beam_search(
@@ -64,11 +64,12 @@ def plain_beam_search(
     length: int,
     length_penalty: float = 1.0,
     early_stopping: bool = False,
+    end_tokens: tuple[int, ...] = (END,),
 ) -> list[int]:
     """The text that beam search finds, with the end mark; `log_probabilities` are those of the token after a text."""
 
     def has_ended(text: list[int]) -> bool:
-        return text[-1] == END or len(text) == length
+        return text[-1] in end_tokens or len(text) == length
 
     running: list[tuple[float, list[int]]] = [(0.0, [])]
     ended: list[tuple[float, list[int]]] = []
@@ -117,6 +118,35 @@ def test_the_texts_are_those_of_a_plain_beam_search(chains, num_beams, length_pe
     plain = [plain_beam_search(partial(after, chain), length=LENGTH, **settings) for chain in log_softmax(chains)]
     assert found == plain
     assert len({len(text) for text in found}) >= 4, "texts of many lengths, or the test shows little"
+
+
+@pytest.mark.parametrize("end_tokens", [(END, 5), (7, END, 3)])
+def test_a_text_ends_at_any_of_several_end_marks(chains, end_tokens):
+    found = search(chains, num_beams=3, end_tokens=end_tokens)
+    plain = [
+        plain_beam_search(partial(after, chain), 3, LENGTH, end_tokens=end_tokens) for chain in log_softmax(chains)
+    ]
+    assert found == plain
+    assert {text[-1] for text in found} >= set(end_tokens), "each mark ends some text, or the test shows little"
+
+
+def test_each_row_goes_on_from_a_first_token_of_its_own(chains):
+    """The chain's next token depends on the first one, so another row's would be noticed."""
+    first_B = np.arange(ROWS) % VOCABULARY
+    log_probabilities = log_softmax(chains)
+
+    def run(logits_RVVV: jax.Array) -> jax.Array:
+        cache = Cache(logits_RVVV, jnp.zeros(ROWS, jnp.int32))
+        settings = {"length": LENGTH, "num_beams": 3, "end_tokens": (END,)}
+        return beam_search(step, take_rows, cache, first_B=jnp.asarray(first_B, jnp.int32), **settings)
+
+    def of_row(row: int, text: list[int]) -> np.ndarray:
+        before, last = [0, int(first_B[row]), *text][-2:]
+        return log_probabilities[row, before, last]
+
+    for row, text in enumerate(np.asarray(jax.jit(run)(chains)).tolist()):
+        plain = plain_beam_search(partial(of_row, row), 3, LENGTH)
+        assert text == plain + [END] * (LENGTH - len(plain))
 
 
 def test_each_setting_changes_some_text(chains):
@@ -170,9 +200,9 @@ def test_a_text_of_one_token_is_the_likeliest_token(chains):
 def test_the_search_ends_once_every_row_is_closed(chains):
     steps: list[int] = []
 
-    def counted(tokens_B: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        jax.debug.callback(lambda position: steps.append(int(position)), positions_B[0])
-        return step(tokens_B, positions_B, cache)
+    def counted(tokens_B: jax.Array, number: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        jax.debug.callback(lambda number: steps.append(int(number)), number)
+        return step(tokens_B, number, cache)
 
     eager = chains.copy()
     eager[..., END] = 20.0  # the end mark is all but certain, then two thirds of the beams' next token

@@ -7,7 +7,8 @@ import safetensors.numpy
 
 from jax_it import config, sharding
 from jax_it.errors import UserError
-from jax_it.models import hf, tensors
+from jax_it.models import hf
+from jax_it.models.tensors import INDEX, SINGLE, Tensors, find_folder
 from jax_it.models.weights import flatten
 from tests.parity import cases
 
@@ -19,7 +20,7 @@ QUERY = "encoder.block.1.layer.0.SelfAttention.q.weight"
 def published(tmp_path):
     """A folder, and a function that replaces its tensors."""
     folder = cases.write(CASE, tmp_path / "model")
-    return folder, lambda tensors: safetensors.numpy.save_file(tensors, folder / tensors.SINGLE)
+    return folder, lambda tensors: safetensors.numpy.save_file(tensors, folder / SINGLE)
 
 
 def refusal(folder):
@@ -64,29 +65,29 @@ def test_a_repeated_embedding_must_be_the_same(alias, published):
 
 def test_pytorch_files_are_not_opened_and_the_way_out_is_named(published):
     folder, _ = published
-    (folder / tensors.SINGLE).rename(folder / "pytorch_model.bin")
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
     message = refusal(folder)
     assert "can run code when read" in message and "save_pretrained" in message
 
 
 def test_a_folder_without_weights_is_named(published):
     folder, _ = published
-    (folder / tensors.SINGLE).unlink()
+    (folder / SINGLE).unlink()
     assert "config.model.pretrained=False" in refusal(folder)
 
 
 @pytest.mark.parametrize("length", [0, 4, 100, 20_000, -1])
 def test_a_file_that_was_cut_short_is_named(length, published):
     folder, _ = published
-    file = folder / tensors.SINGLE
+    file = folder / SINGLE
     file.write_bytes(file.read_bytes()[:length])
     assert f"{file} is damaged" in refusal(folder)
 
 
 def test_a_file_of_another_kind_is_named(published):
     folder, _ = published
-    (folder / tensors.SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 242043056\n")
-    assert f"{folder / tensors.SINGLE} is damaged" in refusal(folder)
+    (folder / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 242043056\n")
+    assert f"{folder / SINGLE} is damaged" in refusal(folder)
 
 
 @pytest.fixture
@@ -94,8 +95,8 @@ def sharded(published, monkeypatch):
     """The folder with its weights in several files."""
     folder, _ = published
     model, params = cases.load(folder)
-    (folder / tensors.SINGLE).unlink()
-    monkeypatch.setattr(tensors, "SHARD_BYTES", 40_000)
+    (folder / SINGLE).unlink()
+    monkeypatch.setattr("jax_it.models.tensors.SHARD_BYTES", 40_000)
     hf.save(folder, model, params)
     return folder
 
@@ -103,24 +104,24 @@ def sharded(published, monkeypatch):
 def test_a_shard_that_the_index_names_must_be_there(sharded):
     shard = next(iter(sorted(sharded.glob("model-00002-of-*"))))
     shard.unlink()
-    assert f"{shard} is missing, but {tensors.INDEX} names it" in refusal(sharded)
+    assert f"{shard} is missing, but {INDEX} names it" in refusal(sharded)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}'])
 def test_a_damaged_index_is_named(text, sharded):
-    (sharded / tensors.INDEX).write_text(text)
-    assert f"{sharded / tensors.INDEX} is damaged" in refusal(sharded)
+    (sharded / INDEX).write_text(text)
+    assert f"{sharded / INDEX} is damaged" in refusal(sharded)
 
 
 def test_a_folder_that_does_not_exist_is_named():
     with pytest.raises(UserError, match=r"model folder \./nowhere does not exist"):
-        tensors.find_folder("./nowhere")
+        find_folder("./nowhere")
 
 
 def test_a_hub_name_that_cannot_be_fetched_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="'nobody/nothing' is no local folder and could not be fetched"):
-        tensors.find_folder("nobody/nothing")
+        find_folder("nobody/nothing")
 
 
 def test_a_dtype_that_weights_cannot_have_is_refused(t5_1_1, tmp_path):
@@ -151,7 +152,7 @@ def test_weights_read_into_shards_are_those_read_whole_and_no_read_exceeds_a_sha
     whole, params = request.getfixturevalue(name)
     built = sharding.make_mesh(mesh)
     largest = {}
-    read = tensors.Tensors.read
+    read = Tensors.read
 
     def watched(tensors, tensor, slices):
         part = read(tensors, tensor, slices)
@@ -159,8 +160,8 @@ def test_weights_read_into_shards_are_those_read_whole_and_no_read_exceeds_a_sha
         return part
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensors.Tensors, "read", watched)
-        patch.setattr(tensors.Tensors, "settle", lambda tensors, model: whole)  # which compares whole heads
+        patch.setattr(Tensors, "read", watched)
+        patch.setattr(hf, "settle_head", lambda model, tensors: whole)  # which compares whole heads
         model, split = hf.load(config.Model(path=str(folder)), built)
     ours, theirs = flatten(split), flatten(params)
     assert ours.keys() == theirs.keys()

@@ -151,3 +151,28 @@ def test_without_a_key_or_a_rate_nothing_is_dropped():
 
 def test_the_bucket_of_a_case_is_used_in_full():
     assert max(cases.SOURCE_LENGTHS) > cases.NEWER["relative_attention_max_distance"]
+
+
+@pytest.mark.parametrize("length", [12, 13])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_attention_of_some_queries_at_a_time_is_that_of_all_at_once(length, with_bias, monkeypatch):
+    random = np.random.default_rng(0)
+    query, key, value = (
+        jnp.float32(random.standard_normal((2, size, heads, 8))) for size, heads in ((length, 4), (9, 2), (9, 2))
+    )
+    mask = jnp.asarray(random.random((2, length, 9)) < 0.7).at[:, :, 0].set(True)
+    bias = jnp.float32(random.standard_normal((4, length, 9))) if with_bias else None
+
+    def attended(query, key, value):
+        return layers.attend(query, key, value, mask_BTS=mask, bias=bias, scale=0.5, cap=3.0)
+
+    def compute():
+        gradient = jax.grad(lambda *arrays: jnp.square(attended(*arrays)).sum(), argnums=(0, 1, 2))
+        return attended(query, key, value), *gradient(query, key, value)
+
+    whole = compute()
+    monkeypatch.setattr(layers, "QUERIES", 5)
+    assert "scan" in str(jax.make_jaxpr(attended)(query, key, value))
+    for one, other in zip(compute(), whole, strict=True):
+        # The same sums for each query; keys and values add up their gradients in another order.
+        np.testing.assert_allclose(one, other, rtol=0, atol=5e-6)

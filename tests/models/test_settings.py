@@ -25,7 +25,9 @@ def read(values):
         ("num_layers", "2", "must be of type int"),
         ("num_layers", 2.0, "must be of type int"),
         ("num_layers", True, "must be of type int"),
-        ("eos_token_id", [1, 2], "must be of type int"),
+        ("eos_token_id", "1", "must be a token id or a list of them"),
+        ("eos_token_id", [1, "2"], "must be a token id or a list of them"),
+        ("eos_token_id", [True], "must be a token id or a list of them"),
         ("dropout_rate", "0.1", "must be of type float"),
         ("layer_norm_epsilon", False, "must be of type float"),
         ("tie_word_embeddings", 0, "must be of type bool"),
@@ -61,8 +63,15 @@ def test_null_means_the_default_as_an_absent_key_does(case):
         assert read(absent | {key: None}) == read(absent), key
 
 
-def test_a_list_of_one_token_stands_for_it():
-    assert read(VALUES | {"eos_token_id": [7]}).end_token == 7
+@pytest.mark.parametrize("value, tokens", [(7, (7,)), ([7], (7,)), ([7, 1, 9], (7, 1, 9)), (0, (0,)), ([], (1,))])
+def test_a_text_may_end_at_one_token_or_at_any_of_a_list(value, tokens):
+    assert read(VALUES | {"eos_token_id": value}).end_tokens == tokens
+
+
+def test_a_list_of_one_number_stands_for_it_elsewhere_and_a_longer_one_is_refused():
+    assert read(VALUES | {"pad_token_id": [7]}).pad_token == 7
+    with pytest.raises(UserError, match="pad_token_id is \\[7, 8\\]; it must be of type int"):
+        read(VALUES | {"pad_token_id": [7, 8]})
 
 
 def test_an_integer_may_stand_for_a_float():
@@ -84,7 +93,7 @@ def test_the_defaults_are_those_of_transformers(kind):
     assert (ours.activation, ours.gated) == (theirs.dense_act_fn, theirs.is_gated_act)
     assert (ours.epsilon, ours.dropout) == (theirs.layer_norm_epsilon, theirs.dropout_rate)
     assert ours.tied == theirs.tie_word_embeddings
-    assert (ours.pad_token, ours.end_token) == (theirs.pad_token_id, theirs.eos_token_id)
+    assert (ours.pad_token, ours.end_tokens) == (theirs.pad_token_id, (theirs.eos_token_id,))
     assert ours.start_token == 0
     # Read for T5 alone: mT5 and umT5 have no such setting.
     assert ours.scaled == getattr(theirs, "scale_decoder_outputs", kind == "umt5")

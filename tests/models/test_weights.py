@@ -1,6 +1,7 @@
 """The weight table: what a line says of the two layouts, and that any part of an array can be cut out by itself."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,16 +10,17 @@ from hypothesis import strategies as st
 
 from jax_it import config, sharding
 from jax_it.models import build
+from jax_it.models.tensors import write_weights
 from jax_it.models.weights import Weight, flatten, unflatten
 from tests.parity import cases
 
-SIZES = {"L": 3, "V": 12, "D": 8, "N": 6, "H": 5, "F": 10, "E": 7}
+SIZES = {"L": 3, "V": 12, "D": 8, "N": 6, "K": 2, "H": 5, "F": 10, "E": 7, "X": 4, "P": 9}
 
 
 def table():
     """One weight of each letters and layout that any family has."""
     lines = {}
-    for case in cases.CASES:
+    for case in cases.ALL:
         for weight in build(case.values, case.name, config.Model()).weights.values():
             lines[weight.letters, weight.layout] = weight
     return list(lines.values())
@@ -43,8 +45,13 @@ def whole(shape):
     return tuple(slice(None) for _ in shape)
 
 
-def test_the_table_has_every_letter_that_sharding_splits_and_t5_has():
-    assert {letter for weight in TABLE for letter in weight.letters.split()} >= set(sharding.RULES) - {"B", "K"}
+def test_the_table_has_every_letter_that_sharding_splits():
+    assert {letter for weight in TABLE for letter in weight.letters.split()} >= set(sharding.RULES) - {"B"}
+
+
+def kind(letters, layout):
+    """A layout whatever the sizes of what is beside its part of a tensor."""
+    return letters, re.sub(r"\d+(?=\+)|(?<=\+)\d+", "#", layout)
 
 
 @pytest.mark.parametrize(
@@ -59,17 +66,53 @@ def test_the_table_has_every_letter_that_sharding_splits_and_t5_has():
         ("L F D", "D F", lambda layer, f, d: (d, f)),
         ("L D N H", "(N H) D", lambda layer, d, n, h: (n * SIZES["H"] + h, d)),
         ("L N H D", "D (N H)", lambda layer, n, h, d: (d, n * SIZES["H"] + h)),
+        ("L N H D", "(N H) D", lambda layer, n, h, d: (n * SIZES["H"] + h, d)),
+        ("L D K H", "(K H) D", lambda layer, d, k, h: (k * SIZES["H"] + h, d)),
+        ("P D", "P D", lambda p, d: (p, d)),
+        # Experts, of which each has tensors of its own.
+        ("L D X", "X D", lambda layer, d, x: (x, d)),
+        ("L X D F", "F D", lambda layer, x, d, f: (f, d)),
+        ("L X F D", "D F", lambda layer, x, f, d: (d, f)),
+        # Parts of a tensor: what stands before and after, in whichever axis ...
+        ("L D N H", "(N H)+8 D", lambda layer, d, n, h: (n * SIZES["H"] + h, d)),
+        ("L D K H", "64+(K H)+32 D", lambda layer, d, k, h: (64 + k * SIZES["H"] + h, d)),
+        ("L D K H", "7+(K H) D", lambda layer, d, k, h: (7 + k * SIZES["H"] + h, d)),
+        ("L D F", "F+10 D", lambda layer, d, f: (f, d)),
+        ("L D F", "10+F D", lambda layer, d, f: (10 + f, d)),
+        ("L D K H", "D 11+(K H)+3", lambda layer, d, k, h: (d, 11 + k * SIZES["H"] + h)),
+        ("L K H", "11+(K H)+3", lambda layer, k, h: (11 + k * SIZES["H"] + h,)),
+        # ... and every third run of a head's entries.
+        ("L D N H", "(N 0/3 H) D", lambda layer, d, n, h: (3 * n * SIZES["H"] + h, d)),
+        ("L D K H", "(K 1/3 H) D", lambda layer, d, k, h: ((3 * k + 1) * SIZES["H"] + h, d)),
+        ("L D K H", "(K 2/3 H) D", lambda layer, d, k, h: ((3 * k + 2) * SIZES["H"] + h, d)),
+        ("L K H", "(K 2/3 H)", lambda layer, k, h: ((3 * k + 2) * SIZES["H"] + h,)),
     ],
 )
 def test_each_entry_comes_from_the_place_that_the_layout_says(letters, layout, place):
-    weight = Weight(letters, "layer.{L}" if letters.startswith("L ") else "layer", layout)
-    assert (letters, layout) in {(line.letters, line.layout) for line in TABLE}
+    name = "layer" + ".{L}" * letters.startswith("L ") + ".{X}" * letters.startswith("L X ")
+    weight = Weight(letters, name, layout)
+    assert kind(letters, layout) in {kind(line.letters, line.layout) for line in TABLE}
+    assert weight.partial == ("+" in layout or "/" in layout)
     shape, tensors = example(weight)
     array = weight.cut(shape, whole(shape), lambda name, slices: tensors[name][slices])
     assert array.shape == shape
     for index in np.ndindex(shape):
-        tensor = tensors[weight.name.format(L=index[0])]
+        tensor = tensors[weight.name.format(**dict(zip(letters.split(), index, strict=True)))]
         assert array[index] == tensor[place(*index)]
+
+
+def test_stacked_tensors_are_named_in_the_order_of_the_array():
+    weight = Weight("L X D F", "layer.{L}.expert.{X}", "F D")
+    assert weight.stacked == ("L", "X") and weight.tensor_shape((2, 3, 8, 10)) == (10, 8)
+    assert weight.names((2, 3, 8, 10)) == [f"layer.{i}.expert.{x}" for i in range(2) for x in range(3)]
+    assert list(weight.tensors((2, 3, 8, 10)))[4] == ((1, 1), "layer.1.expert.1")
+
+
+@pytest.mark.parametrize(
+    "layout, shape", [("64+(K H)+32 D", (64 + 10 + 32, 8)), ("(K 1/3 H) D", (30, 8)), ("D 3+(K H)", (8, 13))]
+)
+def test_a_part_has_the_shape_of_the_tensor_that_it_is_part_of(layout, shape):
+    assert Weight("L D K H", "layer.{L}", layout).tensor_shape((3, 8, 2, 5)) == shape
 
 
 @st.composite
@@ -100,15 +143,19 @@ def test_any_part_is_the_same_part_of_the_whole_and_nothing_else_is_read(part):
     np.testing.assert_array_equal(
         cut, weight.cut(shape, whole(shape), lambda name, slices: tensors[name][slices])[index]
     )
-    assert numbers_read == cut.size
+    # Of a tensor with every n-th run of entries for the weight, the runs between are read along.
+    assert numbers_read == cut.size * math.prod(int(n) for n in re.findall(r"/(\d+)", weight.layout))
 
 
-@pytest.mark.parametrize("letters, layout", [("L D N H", "(N H) D"), ("L N H D", "D (N H)")])
+@pytest.mark.parametrize(
+    "letters, layout",
+    [("L D N H", "(N H) D"), ("L N H D", "D (N H)"), ("L D N H", "5+(N H)+7 D"), ("L D N H", "(N 1/3 H) D")],
+)
 def test_an_axis_inside_a_merged_one_may_not_be_cut(letters, layout):
     weight = Weight(letters, "layer.{L}", layout)
     shape, tensors = example(weight)
     index = tuple(slice(0, 2) if letter == "H" else slice(None) for letter in letters.split())
-    with pytest.raises(ValueError, match="may be cut along N only"):
+    with pytest.raises(ValueError, match=r"axis N (1/3 )?H may be cut along N only"):
         weight.cut(shape, index, lambda name, slices: tensors[name][slices])
 
 
@@ -116,23 +163,60 @@ def test_an_axis_inside_a_merged_one_may_not_be_cut(letters, layout):
 def test_restoring_gives_transformers_tensors_back(weight):
     shape, tensors = example(weight)
     array = weight.cut(shape, whole(shape), lambda name, slices: tensors[name][slices])
-    for i, (name, tensor) in enumerate(tensors.items()):
-        restored = weight.restore(array[i] if weight.stacked else array)
+    for index, name in weight.tensors(shape):
+        restored = weight.restore(array[index])
         assert restored.flags.c_contiguous, name
-        np.testing.assert_array_equal(restored, tensor)
+        mine = np.zeros(restored.shape, bool)
+        weight.part_of(mine, array[index].shape)[...] = True
+        assert mine.sum() == array[index].size and mine.all() != weight.partial
+        np.testing.assert_array_equal(restored[mine], tensors[name][mine])
 
 
-@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
-def test_the_table_names_every_tensor_of_the_family_once(case):
+@ANY_WEIGHT
+def test_restoring_into_a_tensor_leaves_the_rest_of_it_as_it_is(weight):
+    shape, tensors = example(weight)
+    array = weight.cut(shape, whole(shape), lambda name, slices: tensors[name][slices])
+    for index, name in weight.tensors(shape):
+        into = np.full(tensors[name].shape, -1, np.float32)  # all entries of the example are 0 or more
+        assert weight.restore(array[index], into) is into
+        written = into >= 0
+        assert written.sum() == array[index].size
+        np.testing.assert_array_equal(into[written], tensors[name][written])
+
+
+@pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.name)
+def test_the_table_has_every_entry_of_every_tensor_of_the_family_once(case):
     model = build(case.values | {"tie_word_embeddings": not case.untied}, case.name, config.Model())
-    shapes = flatten(model.shapes)
-    named = [
-        (name, weight.tensor_shape(shapes[path].shape))
+    shapes = {path: shape.shape for path, shape in flatten(model.shapes).items()}
+    wanted = {name: shape for name, shape in cases.tensor_shapes(case).items() if name not in case.dead}
+    counts = {cases.plain(name): np.zeros(shape, int) for name, shape in wanted.items()}
+    named = []
+    for path, weight in model.weights.items():
+        for _, name in weight.tensors(shapes[path]):
+            named.append(cases.plain(name))
+            assert weight.tensor_shape(shapes[path]) == counts[named[-1]].shape, name
+            weight.part_of(counts[named[-1]], shapes[path][len(weight.stacked) :])[...] += 1
+    assert set(named) == counts.keys()
+    assert all((count == 1).all() for count in counts.values())
+    shared = any(weight.partial for weight in model.weights.values())
+    assert (len(named) > len(counts)) == shared
+
+
+@pytest.mark.parametrize("name", ["t5_1_1", "gpt2", "gpt_neox", "phi3", "mixtral"])
+def test_what_is_cut_out_of_tensors_is_written_back_as_these_tensors(name):
+    case = cases.BY_NAME[name]
+    model = build(case.values, name, config.Model())
+    tensors = {cases.plain(name): tensor for name, tensor in cases.tensors(case).items() if name not in case.dead}
+    shapes = {path: shape.shape for path, shape in flatten(model.shapes).items()}
+    leaves = {
+        path: weight.cut(shapes[path], whole(shapes[path]), lambda name, slices: tensors[cases.plain(name)][slices])
         for path, weight in model.weights.items()
-        for name in weight.names(shapes[path].shape)
-    ]
-    assert len(named) == len(dict(named))
-    assert dict(named) == {name: s for name, s in cases.tensor_shapes(case).items() if name not in case.dead}
+    }
+    written = list(write_weights(model.weights, leaves, np.float32))
+    assert len(written) == len(dict(written)) == len(tensors)
+    for name, tensor in written:
+        assert tensor.flags.c_contiguous
+        np.testing.assert_array_equal(tensor, tensors[cases.plain(name)], err_msg=name)
 
 
 def test_unflattening_undoes_flattening():

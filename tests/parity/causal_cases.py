@@ -563,7 +563,7 @@ PHI_CASES = [
     _case("phi4", PHI_4, True),
     # All positions below the original length, or (of every text, and of what generation makes of it) some beyond.
     _case("phi4_mini", PHI_4_MINI),
-    _case("phi4_mini_long", _config(PHI_4_MINI, original_max_position_embeddings=3)),
+    _case("phi4_mini_long", _config(PHI_4_MINI, max_position_embeddings=48, original_max_position_embeddings=3)),
 ]
 
 OLMO_2: dict[str, Any] = {

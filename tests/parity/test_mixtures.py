@@ -20,7 +20,7 @@ KEEP_GRADIENT = optax.GradientTransformation(
 )
 
 
-@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("case", cases.params(MIXTURES), indirect=True)
 def test_loss_and_gradients_with_the_balancing_loss_are_those_of_pytorch(loaded, micro_batches):
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])

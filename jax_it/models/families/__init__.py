@@ -1,12 +1,26 @@
 """The model families: `model_type` of config.json -> what reads and computes it."""
 
-from jax_it.models.families import gemma, gpt2, gpt_neox, llama, mistral, mixtral, olmo2, phi3, qwen, smollm3, t5
+from jax_it.models.families import (
+    gemma,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen,
+    smollm3,
+    t5,
+    t5gemma,
+)
 from jax_it.models.family import Family
 
 FAMILIES: dict[str, Family] = {
     "t5": t5.T5_FAMILY,
     "mt5": t5.MT5_FAMILY,
     "umt5": t5.UMT5_FAMILY,
+    "t5gemma": t5gemma.T5GEMMA,
     "llama": llama.LLAMA,
     "smollm3": smollm3.SMOLLM3,
     "mistral": mistral.MISTRAL,

@@ -33,7 +33,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
         activation=activation,
         epsilon=settings.get("layer_norm_epsilon", float, 1e-5),
         tied=settings.get("tie_word_embeddings", bool, True),
-        end_tokens=settings.get_tokens("eos_token_id"),
+        **llama.read_marks(settings),
         gated=False,
         norm="layer",
         attention_bias=True,

@@ -30,7 +30,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
         activation=activation,
         epsilon=settings.get("layer_norm_eps", float, 1e-5),
         tied=settings.get("tie_word_embeddings", bool, False),
-        end_tokens=settings.get_tokens("eos_token_id"),
+        **llama.read_marks(settings),
         gated=False,
         norm="layer",
         placement="parallel" if settings.get("use_parallel_residual", bool, True) else "before",

@@ -18,7 +18,7 @@ def read_common(settings: Settings, *, tied: bool = False, act: str = "hidden_ac
     activation = settings.get(act, str, "silu")
     if activation not in layers.ACTIVATIONS:
         settings.refuse(act, list(layers.ACTIVATIONS))
-    settings.expect(attention_dropout=0.0, pretraining_tp=1, is_encoder_decoder=False, add_cross_attention=False)
+    settings.expect(attention_dropout=0.0, is_encoder_decoder=False, add_cross_attention=False)
     settings.expect(is_decoder=False, chunk_size_feed_forward=0)
     width, heads = settings.need("hidden_size", int), settings.need("num_attention_heads", int)
     return {
@@ -33,9 +33,17 @@ def read_common(settings: Settings, *, tied: bool = False, act: str = "hidden_ac
         "activation": activation,
         "epsilon": settings.get("rms_norm_eps", float, 1e-6),
         "tied": settings.get("tie_word_embeddings", bool, tied),
+        **read_marks(settings),
+    }
+
+
+def read_marks(settings: Settings) -> dict[str, Any]:
+    """The tokens that end, fill and begin texts, as arguments of `Config`."""
+    pad, start = (settings.get_tokens(f"{name}_token_id") for name in ("pad", "bos"))
+    return {
         "end_tokens": settings.get_tokens("eos_token_id"),
-        "pad_token": settings.get("pad_token_id", int, -1) if settings.has("pad_token_id") else None,
-        "start_token": settings.get("bos_token_id", int, -1) if settings.has("bos_token_id") else None,
+        "pad_token": pad[0] if pad else None,
+        "start_token": start[0] if start else None,
     }
 
 

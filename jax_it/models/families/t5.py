@@ -46,6 +46,8 @@ class Config:
     start_token: int
     pad_token: int
     end_tokens: tuple[int, ...]
+    experts: None = None
+    positions: int = 0  # learned ones
 
     def flops(self, source_length: int, target_length: int, source_blocks: int = 1) -> float:
         """Matmul FLOPs of one row's forward pass: `source_blocks` blocks of `source_length`, one target row."""

@@ -1,0 +1,41 @@
+"""Llama-3.2-3B-Instruct on your own instructions or conversations: 51 GB in training, split over devices.
+
+    jax-it train --config configs/llama3_2_3b.py --workdir runs/llama3_2_3b \\
+        --config.data.train.0.path=train.jsonl --config.data.eval.0.path=validation.jsonl
+
+`configs/llama3_2_3b.py:lora` trains adapters alone, above weights in bfloat16: 6.4 GB.
+"""
+
+import ml_collections
+
+from jax_it import config as defaults
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    config = defaults.default()
+    config.model.path = "meta-llama/Llama-3.2-3B-Instruct"
+
+    config.data.train = [{"path": "train.jsonl"}]
+    config.data.eval = [{"path": "validation.jsonl"}]
+    config.model.remat = "layer"
+    config.data.sequence_length = 4096
+    config.train.batch_size = 128
+    config.mesh.data = 1
+    config.mesh.fsdp = -1
+
+    config.train.duration = "3 epochs"
+    config.train.optimizer.schedule = "cosine"
+    config.train.optimizer.final_rate = 0.1
+    config.train.optimizer.warmup = "3%"
+    config.eval.metrics = ["rougeL", "bleu", "exact_match"]
+    config.eval.max_new_tokens = 256
+
+    if arg == "lora":
+        config.model.lora.rank = 16
+        config.model.lora.alpha = 32.0
+        config.train.optimizer.learning_rate = 2e-4
+    elif not arg:
+        config.train.optimizer.learning_rate = 1e-5
+    else:
+        raise ValueError("the argument may be 'lora' or nothing")
+    return config

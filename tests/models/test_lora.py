@@ -1,0 +1,262 @@
+"""Adapters: what is trained, what they compute, and which weights have one. Against PEFT: tests/parity/test_peft.py."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_it import config, losses, sharding
+from jax_it.errors import UserError
+from jax_it.models import Model, Params, hf, peft
+from jax_it.models.linear import Adapted, dropout, project
+from jax_it.models.lora import is_linear
+from jax_it.models.quantized import Quantized, quantize
+from jax_it.models.weights import flatten, unflatten
+from tests.parity import cases
+
+FAMILIES = pytest.mark.parametrize("name", ["llama3", "phi3", "gpt2", "mixtral", "t5_1_1"])
+KINDS = pytest.mark.parametrize("kind", [{}, {"rank_stabilized": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
+# Logits are of order 1, and pass through some thirty sums; what is merged is rounded once more.
+TOLERANCE = 2e-5
+
+
+class Tiny(NamedTuple):
+    folder: Path
+    model: Model
+    params: Params
+
+
+def mesh():
+    return sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+
+
+def load(folder: Path, **settings) -> tuple[Model, Params]:
+    return hf.load(config.Model(path=str(folder), dropout=0.0, **settings), mesh())
+
+
+def shaken(model: Model, params: Params) -> Params:
+    """The params with adapters that do something: at first they do nothing."""
+    trained, frozen = model.split(params)
+    random = np.random.default_rng(0)
+    leaves = flatten(trained)
+    for path, leaf in leaves.items():
+        noise = 0.03 * random.standard_normal(leaf.shape).astype(np.float32)
+        leaves[path] = leaf * (1 + noise) if path.endswith("magnitude") else leaf + noise
+    return model.join(unflatten(leaves), frozen)
+
+
+def logits(model: Model, params: Params, name: str) -> np.ndarray:
+    batch = cases.batch(cases.BY_NAME[name], cases.inputs(cases.BY_NAME[name]))
+    compute = jax.jit(lambda params: model.logits(model.head(params), model.apply(params, batch)))
+    there = batch.segments_BT > 0
+    return np.asarray(compute(params))[there]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made: dict[str, Path] = {}
+
+    def find(name: str) -> Path:
+        if name not in made:
+            made[name] = cases.write(cases.BY_NAME[name], tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return find
+
+
+@KINDS
+@FAMILIES
+def test_a_fresh_adapter_changes_nothing_and_a_merged_one_computes_the_same(name, kind, folders):
+    model, params = load(folders(name), lora=config.Lora(rank=3, **kind))
+    plain = logits(*load(folders(name)), name)
+    np.testing.assert_allclose(logits(model, params, name), plain, rtol=0, atol=TOLERANCE)
+    params = shaken(model, params)
+    adapted = logits(model, params, name)
+    assert np.abs(adapted - plain).max() > 1000 * TOLERANCE
+    merged, weights = model.merge(params)
+    assert merged.adapter is None and flatten(weights).keys() == flatten(model.shapes).keys()
+    np.testing.assert_allclose(logits(merged, weights, name), adapted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["llama3", "t5_1_1"])
+def test_gradients_are_those_of_finite_differences(name, folders):
+    model, params = load(folders(name), lora=config.Lora(rank=2))
+    trained, frozen = model.split(shaken(model, params))
+    assert flatten(trained).keys() == flatten(model.trained_letters).keys()
+    batch = cases.batch(cases.BY_NAME[name], cases.inputs(cases.BY_NAME[name]))
+
+    @jax.jit
+    def loss(trained):
+        return model.loss_sum(losses.cross_entropy, 8, model.join(trained, frozen), batch)[0]
+
+    gradient = jax.jit(jax.grad(loss))(trained)
+    random, step = np.random.default_rng(1), 1e-2
+    for path, slope in flatten(gradient).items():
+        direction = random.standard_normal(slope.shape).astype(np.float32)
+        direction /= np.linalg.norm(direction)
+
+        def at(step, path=path, direction=direction):
+            leaves = flatten(trained)
+            return float(loss(unflatten({**leaves, path: leaves[path] + step * direction})))
+
+        # The loss, a sum of order 100, has an error of some 3e-5, which over a step of 2e-2 is one of 1.5e-3.
+        expected = float(np.sum(np.asarray(slope) * direction))
+        assert (at(step) - at(-step)) / (2 * step) == pytest.approx(expected, rel=1e-2, abs=5e-3), path
+    assert max(np.abs(slope).max() for slope in jax.tree.leaves(gradient)) > 1
+
+
+def test_doras_product_is_that_of_the_paper_in_float64():
+    random = np.random.default_rng(0)
+    w, a, b = (random.standard_normal(shape) for shape in ((6, 3, 4), (6, 2), (2, 3, 4)))
+    x, magnitude = random.standard_normal((2, 5, 6)), 1 + random.random((3, 4))
+    direction = w + 0.5 * np.einsum("DR,RNH->DNH", a, b)
+    expected = np.einsum("BTD,DNH->BTNH", x, magnitude * direction / np.sqrt((direction**2).sum(0)))
+    weight = Adapted(*(jnp.float32(array) for array in (w, a, b, magnitude)), None, 0.5)
+    ours = project(jnp.float32(x), FakeParam(weight), "BTD,DNH->BTNH")
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
+
+
+class FakeParam:
+    def __init__(self, value):
+        self.get_value = lambda: value
+
+
+def test_dropout_acts_on_the_adapters_input_alone():
+    random = np.random.default_rng(0)
+    w, a, b = (jnp.float32(random.standard_normal(shape)) for shape in ((8, 4), (8, 2), (2, 4)))
+    x, key = jnp.float32(random.standard_normal((1, 3, 8))), jax.random.key(5)
+    out = project(x, FakeParam(Adapted(w, a, b, None, key, 2.0, 0.5)), "BTD,DF->BTF")
+    np.testing.assert_allclose(out, x @ w + 2 * dropout(x, 0.5, key) @ a @ b, rtol=0, atol=1e-5)
+
+
+def test_a_training_key_drops_and_none_does_not(folders):
+    model, params = load(folders("llama3"), lora=config.Lora(rank=2, dropout=0.5))
+    params = shaken(model, params)
+    batch = cases.batch(cases.BY_NAME["llama3"], cases.inputs(cases.BY_NAME["llama3"]))
+    states = [np.asarray(model.apply(params, batch, key)) for key in (None, None, jax.random.key(0), jax.random.key(1))]
+    np.testing.assert_array_equal(states[0], states[1])
+    assert not np.array_equal(states[0], states[2]) and not np.array_equal(states[2], states[3])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_an_adapter_over_quantised_weights_computes_as_over_what_they_stand_for(kind, folders):
+    model, params = load(folders("llama3"), quantize=kind, lora=config.Lora(rank=3))
+    params = shaken(model, params)
+    _, frozen = model.split(params)
+    quantised = {path for path, leaf in flatten(frozen).items() if isinstance(leaf, Quantized)}
+    assert quantised == {path for path, weight in model.weights.items() if is_linear(weight)} | {"embedding", "head"}
+    dense, same = model.merge(params)
+    np.testing.assert_allclose(logits(model, params, "llama3"), logits(dense, same, "llama3"), rtol=0, atol=TOLERANCE)
+    _, plain = load(folders("llama3"))
+    expected = quantize(np.asarray(plain["layers"]["mlp"]["up"]), kind).dequantize(jnp.float32)
+    np.testing.assert_array_equal(frozen["layers"]["mlp"]["up"].dequantize(jnp.float32), expected)
+
+
+def test_weights_are_quantised_the_same_shard_by_shard_as_whole(folders):
+    settings = config.Model(path=str(folders("llama3")), quantize="nf4", lora=config.Lora(rank=2))
+    _, one = hf.load_base(settings, mesh())
+    many = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
+    _, eight = hf.load_base(settings, many)
+    assert any(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(eight))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), one, eight)
+
+
+LLAMA_8B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 500000.0,
+}  # fmt: skip
+
+
+def test_a_qlora_base_takes_at_most_six_tenths_of_a_byte_a_parameter():
+    settings = config.Model(architecture=LLAMA_8B, pretrained=False, quantize="nf4", lora=config.Lora(rank=16))
+    model = hf.build(LLAMA_8B, "test", settings)
+    kept = hf.storage(model, settings)
+    frozen = jax.eval_shape(lambda base: hf.keep(base, kept), model.shapes)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(frozen))
+    assert model.parameter_count == pytest.approx(8.03e9, rel=1e-3)
+    assert size / model.parameter_count <= 0.6
+
+
+@pytest.mark.parametrize(
+    "targets, expected",
+    [
+        (("q_proj", "v_proj"), {"query", "value"}),
+        (("self_attn.o_proj",), {"output"}),
+        ((r".*\.mlp\.(up|down)_proj",), {"up", "down"}),
+        (("all-linear",), {"query", "key", "value", "output", "gate", "up", "down"}),
+        (("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"), {"up"}),
+    ],
+)
+def test_targets_are_named_by_the_end_of_a_name_or_a_pattern(targets, expected, folders):
+    values = json.loads((folders("smollm2") / "config.json").read_text())
+    assert values["num_hidden_layers"] == 2
+    model, _ = load(folders("smollm2"), lora=config.Lora(rank=1, targets=targets))
+    assert {target.path.split(".")[-1] for target in model.adapter.targets} == expected
+
+
+@pytest.mark.parametrize(
+    "target, problem",
+    [
+        ("query", "'query' matches no weight; there are down_proj, gate_proj, "),
+        ("embed_tokens", "matches no weight"),
+        ("model.layers.0.mlp.up_proj", "is named in 1 of 2 layers"),
+        ("(", "is no name and no regular expression"),
+    ],
+)
+def test_a_target_that_is_none_is_refused(target, problem, folders):
+    with pytest.raises(UserError, match=r"config\.model\.lora\.targets") as raised:
+        load(folders("smollm2"), lora=config.Lora(rank=1, targets=(target,)))
+    assert problem in str(raised.value)
+
+
+@pytest.fixture
+def adapter(folders, tmp_path):
+    """A PEFT folder for the tiny SmolLM2."""
+    model, params = load(folders("smollm2"), lora=config.Lora(rank=2))
+    params = shaken(model, params)
+    peft.write(tmp_path, model, params, str(folders("smollm2")))
+    return tmp_path
+
+
+def test_an_adapter_comes_back_as_it_was_written(adapter, folders):
+    first = load(folders("smollm2"), lora=config.Lora(path=str(adapter)))
+    model, params = load(folders("smollm2"), lora=config.Lora(rank=2))
+    expected = model.split(shaken(model, params))[0]
+    jax.tree.map(np.testing.assert_array_equal, first[0].split(first[1])[0], expected)
+
+
+def rewrite(folder: Path, **changes) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"peft_type": "IA3"}, "peft_type='IA3' is not supported"),
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"r": 0}, "rank 0"),
+        ({"target_modules": ["c_attn"]}, "'c_attn' matches no weight"),
+        ({"r": 3}, "the adapter is for another base model"),
+        ({"target_modules": ["q_proj"]}, "is of no module of this base model"),
+    ],
+)
+def test_an_adapter_that_cannot_be_read_faithfully_is_refused(changes, problem, adapter, folders):
+    rewrite(adapter, **changes)
+    with pytest.raises(UserError) as raised:
+        load(folders("smollm2"), lora=config.Lora(path=str(adapter)))
+    assert problem in str(raised.value) and str(adapter) in str(raised.value)
+
+
+def test_an_adapter_for_another_base_model_is_refused(adapter, folders):
+    with pytest.raises(UserError, match="the adapter is for another base model"):
+        load(folders("llama3"), lora=config.Lora(path=str(adapter)))
+    rewrite(adapter, base_model_name_or_path="someone/another-model")
+    with pytest.raises(UserError, match="trained for someone/another-model, not for someone/this-model"):
+        base = load(folders("smollm2"))
+        peft.read(str(adapter), *base, mesh(), "someone/this-model")

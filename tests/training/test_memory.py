@@ -1,0 +1,72 @@
+"""What the compiled training step never holds: the logits of all positions at once."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_it import config as settings
+from jax_it import sharding
+from jax_it.config import Mesh, Optimizer, Train
+from jax_it.data.formats import CausalFormat, Seq2SeqFormat
+from jax_it.data.packing import Shape
+from jax_it.models import hf
+from jax_it.training.optimizer import make_optimizer, make_schedule
+from jax_it.training.state import start, state_shardings
+from jax_it.training.step import make_train_step
+
+ROWS, LENGTH, VOCABULARY, CHUNK = 4, 512, 128_256, 64
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+T5 = {
+    "model_type": "t5", "vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2,
+    "num_heads": 4, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "dropout_rate": 0.1,
+}  # fmt: skip
+
+
+def largest_array(architecture, chunk, **model):
+    """The number of elements of the largest array in the compiled step's program."""
+    model_config = settings.Model(architecture=architecture, pretrained=False, **model)
+    mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
+    model = hf.with_adapter(hf.build(architecture, "test", model_config), model_config)
+    if model.kind == "causal":
+        batch = CausalFormat(0).batch([[]] * ROWS, Shape(0, 0, LENGTH))
+    else:
+        batch = Seq2SeqFormat(0, 0).batch([[]] * ROWS, Shape(1, 64, LENGTH))
+    train = Train(loss_chunk=chunk, label_smoothing=0.1, z_loss=1e-4)
+    schedule = make_schedule(Optimizer(), 10, 0, 0)
+    optimizer = make_optimizer(train.optimizer, schedule, model.trained_letters)
+    frozen = {}
+    if model.adapter:
+        frozen = jax.eval_shape(lambda base: hf.keep(base, hf.storage(model, model_config)), model.shapes)
+    state = jax.eval_shape(lambda trained, frozen: start(trained, frozen, optimizer), model.trained_shapes, frozen)
+    step = make_train_step(model, train, optimizer, schedule, mesh, state_shardings(model, state, mesh))
+    with jax.set_mesh(mesh):
+        shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, jnp.asarray(array).dtype), batch)
+        program = step.lower(state, shapes).compile().as_text()
+    found = re.findall(r"\b(?:f32|bf16|f16|s32|u32|s8|u8|pred)\[([\d,]+)\]", program)
+    return max(math.prod(map(int, shape.split(","))) for shape in found)
+
+
+@pytest.mark.parametrize(
+    "architecture, model",
+    [
+        (LLAMA, {}),
+        (LLAMA, {"dtype": "bfloat16", "remat": "layer"}),
+        (LLAMA, {"lora": settings.Lora(rank=4)}),
+        (LLAMA, {"lora": settings.Lora(rank=4), "quantize": "nf4"}),
+        (T5, {}),
+    ],
+    ids=["llama", "bfloat16", "lora", "qlora", "t5"],
+)
+def test_no_array_of_the_step_has_the_logits_of_all_positions(architecture, model):
+    assert largest_array(architecture, CHUNK, **model) <= ROWS * CHUNK * VOCABULARY
+
+
+def test_logits_in_one_chunk_would_be_found():
+    assert largest_array(LLAMA, LENGTH) >= ROWS * LENGTH * VOCABULARY
