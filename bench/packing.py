@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jax_it import sharding
 from jax_it.cli import overrides
@@ -31,8 +32,8 @@ class Side:
         self.name = name
         self._data = build_data(config, model, tokenizer).train
         schedule = make_schedule(config.train.optimizer, 1000, 0, 0)
-        optimizer = make_optimizer(config.train.optimizer, schedule, model.letters)
-        state = start(jax.tree.map(lambda p: p + 0, params), {}, optimizer)
+        optimizer = make_optimizer(config.train.optimizer, schedule, model.trained_letters)
+        state = start(*model.split(jax.tree.map(jnp.copy, params)), optimizer)  # a copy, as the step donates its state
         shardings = state_shardings(model, state, mesh)
         self._state = jax.device_put(state, shardings)
         self._step = make_train_step(model, config.train, optimizer, schedule, mesh, shardings)
@@ -64,11 +65,15 @@ class Side:
         """Prints what was seen; returns useful tokens per second."""
         total = {name: sum(getattr(size, name) for size in self.sizes) for name in self.sizes[0]._fields}
         useful = total["source_tokens"] + total["target_tokens"]
-        fills = total["source_tokens"] / total["source_positions"], total["target_tokens"] / total["target_positions"]
+        fills = [
+            f"{kind} {total[f'{kind}_tokens'] / total[f'{kind}_positions']:.1%} full"
+            for kind in ("source", "target")
+            if total[f"{kind}_positions"]
+        ]
         print(
             f"{self.name}: {useful / self.seconds:.0f} useful tokens/s (median of steps {median(self.rates):.0f}), "
             f"{total['examples'] / self.seconds:.2f} examples/s, {self.seconds / len(self.sizes):.2f} s a step, "
-            f"source {fills[0]:.1%} and target {fills[1]:.1%} full, "
+            f"{' and '.join(fills)}, "
             f"making batches takes {self.loading / self.seconds:.2%} of the step"
         )
         return useful / self.seconds

@@ -90,6 +90,14 @@ def test_success_is_0(capsys, monkeypatch):
     assert capsys.readouterr() == ("step 7 is in out, in Transformers format\n", "")
 
 
+def test_what_is_asked_for_is_handed_on_and_the_format_is_named(capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr("jax_it.export.export", lambda *arguments: asked.append(arguments) or 7)
+    assert exit_code(*COMMAND, "--checkpoint", "best", "--dtype", "float16", "--adapter-only") == 0
+    assert asked == [("run", "out", "best", "float16", True)]
+    assert capsys.readouterr() == ("step 7 is in out, in PEFT format\n", "")
+
+
 def test_an_error_that_the_user_can_mend_is_2_and_one_line(capfd, raising):
     raising(UserError("file x, line 3:\n   broken; mend it"))
     assert fails(capfd, *COMMAND) == "jax-it export: file x, line 3: broken; mend it"

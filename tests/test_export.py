@@ -12,9 +12,12 @@ import safetensors.numpy
 import transformers
 
 import jax_it
+from jax_it.config import Lora
+from jax_it.config import Model as ModelConfig
 from jax_it.errors import UserError
-from jax_it.export import export, save
-from jax_it.models import hf
+from jax_it.export import export, save, save_adapter
+from jax_it.models import hf, peft
+from jax_it.models.weights import flatten
 from tests import tiny_run
 from tests.tiny_run import fails
 
@@ -36,9 +39,9 @@ def output(tmp_path):
     return tmp_path / "models" / "out"
 
 
-def flip(folder):
+def flip(folder, name="model.safetensors"):
     """Changes one bit of the weights."""
-    file = folder / "model.safetensors"
+    file = folder / name
     content = bytearray(file.read_bytes())
     content[-7] ^= 1
     file.write_bytes(content)
@@ -154,3 +157,62 @@ def test_a_file_in_the_way_of_the_folder_is_named(capfd, run, tmp_path):
     line = fails(capfd, "export", "--workdir", run, "--output", tmp_path / "file" / "out")
     assert f"cannot write to {tmp_path}/file" in line
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def adapted(loaded):
+    """The run's model with adapters of random numbers beside its weights, and its tokenizer."""
+    model, base, tokenizer = loaded
+    model = hf.with_adapter(model, ModelConfig(lora=Lora(rank=2, alpha=3.0)))
+    shapes, tree = jax.tree.flatten(model.trained_shapes)
+    random = np.random.default_rng(0)
+    adapter = tree.unflatten(jnp.asarray(random.normal(size=shape.shape), jnp.float32) for shape in shapes)
+    return model, model.join(adapter, base), tokenizer
+
+
+def test_adapters_are_merged_into_the_weights_that_are_written(loaded, adapted, output):
+    model, params, tokenizer = adapted
+    save(output, model, params, tokenizer)
+    written = flatten(jax_it.load(str(output))[1])
+    adapters, base = flatten(params["adapter"]), flatten(loaded[1])
+    assert written.keys() == base.keys()
+    assert {target.path for target in model.adapter.targets} <= base.keys()
+    for path, weight in base.items():
+        expected = np.asarray(weight, np.float64)
+        if f"{path}.a" in adapters:
+            a, b = (np.asarray(adapters[f"{path}.{name}"], np.float64) for name in "ab")
+            expected = expected + 3.0 / 2 * np.stack([np.tensordot(*layer, 1) for layer in zip(a, b, strict=True)])
+        # Three products of order 1 to 10 and their sum: a few 6e-8 of these.
+        np.testing.assert_allclose(written[path], expected, rtol=1e-6, atol=1e-5, err_msg=path)
+        assert f"{path}.a" in adapters or np.array_equal(written[path], weight)
+
+
+def test_adapters_are_written_alone_and_are_read_back_with_the_base_model_bit_for_bit(loaded, adapted, output):
+    base = output.parent / "base"
+    save(base, *loaded)
+    save_adapter(output, *adapted, base=str(base))
+    assert {file.name for file in output.iterdir()} >= {peft.CONFIG, peft.WEIGHTS, "tokenizer.json"}
+    assert not (output / "model.safetensors").exists() and not (output / "config.json").exists()
+    assert sorted(file.name for file in output.parent.iterdir()) == ["base", "out"]
+    model, params, tokenizer = jax_it.load(str(output))
+    assert model.adapter == adapted[0].adapter and tokenizer.digest() == adapted[2].digest()
+    jax.tree.map(np.testing.assert_array_equal, params, adapted[1])
+
+
+def test_an_adapter_that_reads_back_otherwise_is_noticed_and_nothing_is_left(adapted, output, monkeypatch):
+    write = peft.write
+
+    def write_and_flip(folder, *arguments):
+        write(folder, *arguments)
+        flip(folder, peft.WEIGHTS)
+
+    monkeypatch.setattr(peft, "write", write_and_flip)
+    with pytest.raises(UserError, match=r"does not read back as it was written; export again"):
+        save_adapter(output, *adapted, base="base")
+    assert not list(output.parent.iterdir())
+
+
+def test_the_adapters_of_a_run_that_has_none_cannot_be_exported(capfd, run, output):
+    line = fails(capfd, "export", "--workdir", run, "--output", output, "--adapter-only")
+    assert line == f"jax-it export: the run in {run} trained all weights; export it without --adapter-only"
+    assert not output.parent.exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,10 +13,13 @@ from jax_it.config import Mesh
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.packing import Layout, Shape
 from jax_it.errors import UserError
-from jax_it.models import build
+from jax_it.models import build, hf
+from jax_it.models.lora import Adapter, Target
+from jax_it.models.tensors import SINGLE, fingerprint
 from jax_it.sharding import make_mesh
 from jax_it.workdir import Derived, Workdir, load
 from tests import tiny_run
+from tests.parity import cases
 
 TREE = {
     "model": {
@@ -74,6 +78,15 @@ def test_what_was_created_is_opened_again(place):
     assert place.model(config, derived).config.vocabulary == 384 and not place.model(config, derived).config.tied
 
 
+def test_what_says_which_weights_are_trained_is_read_back(place):
+    targets = (Target("encoder.layers.attention.query", 4, 2.0), Target("decoder.layers.mlp.down", 8, 0.5**0.5))
+    derived = dataclasses.replace(DERIVED, adapter=Adapter(targets, True, 0.1), base_digest="of files")
+    config = resolve()
+    place.create(config, derived, place.model(config, DERIVED), tokenizers.load("bytes"))
+    assert place.open() == (config, derived)
+    assert place.model(config, derived).adapter == derived.adapter and place.model(config, DERIVED).adapter is None
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -87,6 +100,7 @@ def test_what_was_created_is_opened_again(place):
         ({"model__architecture__d_model": 16}, "config.model.architecture.d_model=8, not 16"),
         ({"model__architecture__dropout_rate": 0.5}, "config.model.architecture.dropout_rate=None, not 0.5"),
         ({"model__dropout": 0.5}, "config.model.dropout=None, not 0.5"),
+        ({"model__lora": {"rank": 2}}, "config.model.lora.rank=0, not 2"),
     ],
 )
 def test_another_config_is_refused_and_the_field_that_differs_is_named(place, changes, message):
@@ -223,3 +237,40 @@ def test_a_run_without_a_checkpoint_is_not_taken_for_a_model(place):
 def test_frozen_values_are_saved_as_they_are(place):
     """JSON has no tuples; what is read back must still equal the config that was resolved."""
     assert dataclasses.asdict(place.open()[0]) == dataclasses.asdict(resolve())
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """(folder of the base model, the run's folder, config, model) of a run that trains adapters."""
+    base = cases.write(cases.BY_NAME["t5_1_1"], tmp_path / "base")
+    config = resolve(model__path=str(base), model__architecture={}, model__pretrained=True, model__lora={"rank": 2})
+    place = Workdir(tmp_path / "run")
+    model = hf.with_adapter(build(*hf.read_values(config.model), config.model), config.model)
+    derived = dataclasses.replace(DERIVED, adapter=model.adapter, base_digest=fingerprint(base))
+    place.create(config, derived, model, tokenizers.load("bytes"))
+    return base, place, config, model
+
+
+def test_the_weights_beneath_adapters_are_read_from_the_base_model(adapted):
+    base, place, config, model = adapted
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    frozen = place.frozen(model, config, mesh)
+    jax.tree.map(np.testing.assert_array_equal, frozen, cases.load(base)[1])
+    assert place.frozen(dataclasses.replace(model, adapter=None), config, mesh) == {}
+    trained = jax.jit(model.init_adapter)(jax.random.key(0), frozen)
+    with place.writing_checkpoints(config) as checkpoints:
+        checkpoints.save(3, trained, {"step": np.int32(3)}, {"step": 3})
+    params = place.params(model, config, 3, mesh)
+    jax.tree.map(np.testing.assert_array_equal, params, model.join(trained, frozen))
+
+
+def test_a_base_model_with_other_weights_than_the_run_was_started_from_is_refused(adapted):
+    base, place, config, model = adapted
+    file = Path(base) / SINGLE
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        place.frozen(model, config, make_mesh(Mesh(), jax.devices()[:1]))
+    line = str(error.value)
+    assert str(base) in line and f"not those that the run in {place.path} was started from; restore them" in line

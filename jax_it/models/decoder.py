@@ -237,7 +237,7 @@ class Cache(NamedTuple):
 
 
 def take_rows(cache: Cache, rows_B: jax.Array) -> Cache:
-    """The cache whose row b is row `rows_B[b]` of this one. The sources stay, so no row may change its own."""
+    """The cache whose row b is row `rows_B[b]` of this one. A memory stays, so no row may change its source."""
     return Cache(cache.key_LBSKH[:, rows_B], cache.value_LBSKH[:, rows_B], cache.memory)
 
 

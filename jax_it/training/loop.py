@@ -104,8 +104,9 @@ def load_tokenizer(config: Config) -> tokenizers.Tokenizer:
     """The tokenizer that the config names, or one trained on the training data."""
     model = config.model
     if model.tokenizer == "train":
-        return tokenizers.train(data.texts(config.data.train), model.tokenizer_size)
-    found = tokenizers.load(model.tokenizer or str(find_folder(model.path)))
+        found = tokenizers.train(data.texts(config.data.train), model.tokenizer_size)
+    else:
+        found = tokenizers.load(model.tokenizer or str(find_folder(model.path)))
     return chat.with_chat_template(found, model.chat_template)
 
 

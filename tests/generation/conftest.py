@@ -1,4 +1,4 @@
-"""A tiny T5 of random weights whose texts depend on their source and end at various lengths."""
+"""A tiny T5 and a tiny Llama of random weights whose texts depend on their prompt and end at various lengths."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -22,7 +22,7 @@ def quick_compilation() -> Iterator[None]:
 class Tiny(NamedTuple):
     model: models.Model
     params: models.Params
-    sources: list[list[int]]
+    sources: list[list[int]]  # prompts
     mesh: jax.sharding.Mesh  # of one device
 
 
@@ -52,3 +52,28 @@ def tiny() -> Tiny:
     sources = [[*rng.integers(2, 40, length).tolist(), 1] for length in (3, 12, 1, 30, 7, 20, 5, 29, 0, 9, 15, 31)]
     mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
     return Tiny(model, params, sources, mesh)
+
+
+@pytest.fixture(scope="session")
+def llama() -> Tiny:
+    """Causal, with two heads of queries to each of keys."""
+    values = {
+        "model_type": "llama",
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "eos_token_id": 1,
+    }
+    model = models.build(values, "the test", config.Model())
+    params = jax.jit(model.init)(jax.random.key(1))
+    layers = params["layers"]
+    layers["attention"]["output"] *= 4  # so that what was read outweighs the last token
+    layers["mlp"]["down"] *= 2
+    params["head"] = params["head"].at[1].multiply(2.2)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 40, length).tolist() for length in (3, 12, 1, 30, 7, 20, 5, 29, 2, 9, 15, 32)]
+    return Tiny(model, params, prompts, sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1]))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_it.data.batches import Seq2SeqBatch
+from jax_it.data.batches import CausalBatch, Seq2SeqBatch
 from jax_it.generation import Generator, Sampling
 from jax_it.generation.beam import beam_search
 
@@ -234,3 +234,27 @@ def test_the_beams_of_a_t5_are_those_of_a_plain_search_that_recomputes_each_text
     for i, source in enumerate(tiny.sources[:6]):
         plain = plain_beam_search(partial(log_probabilities, source), num_beams, length)
         assert found[i] == [token for token in plain if token != END]
+
+
+def test_the_beams_of_a_causal_model_are_those_of_a_plain_search_that_recomputes_each_text(llama):
+    length, num_beams = 6, 3
+    found = dict(
+        Generator(llama.model, llama.mesh, length, 4, Sampling(num_beams=num_beams))(llama.params, llama.sources)
+    )
+
+    @jax.jit
+    def full_pass(tokens_T: jax.Array, last: jax.Array) -> jax.Array:
+        places_T = jnp.arange(len(tokens_T))
+        segments_T = (places_T <= last).astype(jnp.int32)
+        batch = CausalBatch(tokens_T[None], None, None, segments_T[None], places_T[None], None)
+        hidden_TD = llama.model.apply(llama.params, batch)[0]
+        return llama.model.logits(llama.model.head(llama.params), hidden_TD[last])
+
+    def log_probabilities(prompt: list[int], text: list[int]) -> np.ndarray:
+        tokens = np.array([*prompt, *text, *[0] * 40][:40])
+        return log_softmax(np.asarray(full_pass(tokens, len(prompt) + len(text) - 1)))
+
+    for i, prompt in enumerate(llama.sources[:6]):
+        plain = plain_beam_search(partial(log_probabilities, prompt), num_beams, length)
+        assert found[i] == [token for token in plain if token != END]
+    assert len({len(text) for text in found.values()}) >= 3

@@ -1,12 +1,14 @@
 """Decoded tokens are those of the full forward pass, and a row's tokens do not depend on what is around it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_it import config, sharding
-from jax_it.data.batches import Seq2SeqBatch
+from jax_it.data.batches import CausalBatch, Seq2SeqBatch
 from jax_it.generation import Generator, Sampling, decode
 
 LENGTH = 10
@@ -149,3 +151,66 @@ def test_rows_that_fill_up_a_batch_keep_nobody_waiting(tiny, monkeypatch, name):
     if name == "greedy":
         assert len(steps) == len(text) + 1  # the end mark
     assert len(steps) < LENGTH, "choose a source whose beams all end early"
+
+
+def likeliest(tiny, length, ends):
+    """Greedy texts by the full forward pass over each prompt with its text so far, of a causal model."""
+    width = max(map(len, tiny.sources)) + length
+    starts = np.array([len(prompt) for prompt in tiny.sources])
+    tokens = np.zeros((len(starts), width), np.int32)
+    for row, prompt in enumerate(tiny.sources):
+        tokens[row, : len(prompt)] = prompt
+
+    @jax.jit
+    def full_pass(tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
+        places_BT = jnp.broadcast_to(jnp.arange(width), tokens_BT.shape)
+        segments_BT, prompt_BT = places_BT <= last_B[:, None], places_BT < starts[:, None]
+        prefix_BT = prompt_BT.astype(jnp.int32) if tiny.model.run.prefix_lm else None
+        batch = CausalBatch(tokens_BT, None, None, segments_BT.astype(jnp.int32), places_BT, prefix_BT)
+        hidden_BTD = tiny.model.apply(tiny.params, batch)
+        return tiny.model.logits(tiny.model.head(tiny.params), hidden_BTD[jnp.arange(len(starts)), last_B]).argmax(-1)
+
+    for number in range(length):
+        tokens[np.arange(len(starts)), starts + number] = full_pass(tokens, starts + number - 1)
+    texts = [tokens[row, start : start + length].tolist() for row, start in enumerate(starts)]
+    return [text[: next((i for i, token in enumerate(text) if token in ends), length)] for text in texts]
+
+
+@pytest.mark.parametrize("prefix_lm", [False, True])
+def test_greedy_tokens_of_a_causal_model_are_the_likeliest_of_the_full_forward_pass(llama, prefix_lm):
+    model = dataclasses.replace(llama.model, run=llama.model.run._replace(prefix_lm=prefix_lm))
+    expected = likeliest(llama._replace(model=model), LENGTH, model.config.end_tokens)
+    assert dict(Generator(model, llama.mesh, LENGTH, 8)(llama.params, llama.sources)) == dict(enumerate(expected))
+    assert len({tuple(text) for text in expected}) >= 10
+    assert len({len(text) for text in expected}) >= 3 and max(map(len, expected)) == LENGTH
+    if prefix_lm:
+        assert expected != likeliest(llama, LENGTH, model.config.end_tokens), "the mask must matter"
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_neither_the_batch_nor_its_width_nor_the_devices_change_a_causal_models_texts(llama, name, monkeypatch):
+    expected = dict(Generator(llama.model, llama.mesh, LENGTH, 8, SAMPLINGS[name])(llama.params, llama.sources))
+    many = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
+    for mesh, batch_size, width in ((llama.mesh, 3, 64), (many, 8, 32)):
+        monkeypatch.setattr(decode, "SMALLEST", width)
+        found = Generator(llama.model, mesh, LENGTH, batch_size, SAMPLINGS[name])(llama.params, llama.sources)
+        assert dict(found) == expected
+
+
+@pytest.mark.parametrize("name", ["tiny", "llama"])
+def test_a_text_ends_at_any_end_token_of_the_model_or_given_beside_them(request, name):
+    tiny = request.getfixturevalue(name)
+    endless = dataclasses.replace(tiny.model, config=dataclasses.replace(tiny.model.config, end_tokens=()))
+    never = dict(Generator(endless, tiny.mesh, LENGTH, 8, ends=(39,))(tiny.params, tiny.sources))
+    common = max(range(2, 39), key=lambda token: sum(token in text for text in never.values()))
+    several = dataclasses.replace(endless, config=dataclasses.replace(endless.config, end_tokens=(1, 39)))
+    found = dict(Generator(several, tiny.mesh, LENGTH, 8, ends=(common, 1))(tiny.params, tiny.sources))
+    for i, text in never.items():
+        assert found[i] == text[: next((at for at, token in enumerate(text) if token in (1, common)), len(text))]
+    assert sum(found[i] != never[i] and 1 not in never[i][: len(found[i]) + 1] for i in never) >= 2
+
+
+def test_a_model_whose_texts_would_never_end_is_an_error(llama):
+    model = dataclasses.replace(llama.model, config=dataclasses.replace(llama.model.config, end_tokens=()))
+    with pytest.raises(ValueError, match="no end token"):
+        Generator(model, llama.mesh, LENGTH, 8)

@@ -209,6 +209,25 @@ def test_it_is_sliced_by_scan_and_vmap_and_indexed_along_leading_axes(kind):
     assert shapes.shape == (3, 8, 64) and jax.tree.structure(shapes) == jax.tree.structure(q)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_a_scan_of_checkpointed_layers_keeps_no_dequantised_weight(kind):
+    layers, width = 8, 512
+    q = quantize(jnp.zeros((layers, width, width)), kind)
+
+    @jax.checkpoint
+    def layer(x, weights):
+        frozen, bias = weights
+        return jnp.tanh(x @ frozen.dequantize(x.dtype) + bias), None
+
+    def loss(bias, q):
+        return jax.lax.scan(layer, jnp.ones((2, width)), (q, bias))[0].sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(jnp.zeros((layers, width)), q).compile()
+    one_layer = 4 * width * width
+    # One of them is dequantised at a time, forwards or backwards.
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * one_layer
+
+
 @pytest.mark.parametrize("index", [(0, 0), (0, slice(2)), (Ellipsis, 0)])
 def test_the_last_axis_can_not_be_indexed(index):
     with pytest.raises(IndexError, match=r"\(8, 64\)"):

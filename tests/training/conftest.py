@@ -71,9 +71,7 @@ def tiny() -> Tiny:
         )
         for _ in range(EXAMPLES)
     ]
-    made = make(
-        ARCHITECTURE, Seq2SeqFormat(start=0, pad=0), examples, Shape(1, SOURCE, TARGET), Shape(2, SOURCE, 20)
-    )
+    made = make(ARCHITECTURE, Seq2SeqFormat(start=0, pad=0), examples, Shape(1, SOURCE, TARGET), Shape(2, SOURCE, 20))
     assert isinstance(made.packed, Seq2SeqBatch)
     return made
 

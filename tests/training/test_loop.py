@@ -1,6 +1,7 @@
 """Whole runs on the built-in data with a very small model."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -12,6 +13,10 @@ from jax_it.training import train
 from jax_it.workdir import Workdir
 
 TINY = {"model_type": "t5", "vocab_size": 120, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+LLAMA = {
+    "model_type": "llama", "vocab_size": 120, "hidden_size": 16, "head_dim": 8, "intermediate_size": 32,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
 
 
 def make_config(tmp_path, **changes):
@@ -88,10 +93,27 @@ def test_every_optimizer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tm
     whole = make_config(tmp_path, train__optimizer=optimizer)
     train(whole, tmp_path / "whole")
     train(whole, tmp_path / "cut")
-    # What a run killed after its third step leaves behind.
-    for folder in (tmp_path / "cut" / "checkpoints" / "6",):
-        for file in sorted(folder.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
-        folder.rmdir()
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")  # as a run killed after its third step leaves it
     train(whole, tmp_path / "cut")
     assert [line["loss"] for line in logged(tmp_path / "cut")] == [line["loss"] for line in logged(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize("lora", [{}, {"rank": 2, "dora": True, "dropout": 0.1}], ids=["all weights", "adapters"])
+def test_a_causal_run_is_evaluated_and_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path, lora):
+    config = make_config(
+        tmp_path, model__architecture=LLAMA, model__lora=lora, data__sequence_length=192, eval__every="6 steps",
+        eval__max_new_tokens=4, eval__metrics=["rougeL"],
+    )  # fmt: skip
+    state = train(config, tmp_path / "whole")
+    lines = logged(tmp_path / "whole")
+    assert all(np.isfinite(line["loss"]) and 0 < line["target_fill"] <= 1 for line in lines)
+    assert all("source_fill" not in line for line in lines)  # it has no source
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")
+    again = train(config, tmp_path / "cut")
+    assert [line["loss"] for line in logged(tmp_path / "cut")] == [line["loss"] for line in lines]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.params), jax.device_get(state.params))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again.frozen), jax.device_get(state.frozen))
+    assert bool(state.frozen) == bool(lora)
+    scores = json.loads((tmp_path / "whole" / "eval" / "6" / "metrics.json").read_text())["all"]
+    assert scores["n"] == 10 and np.isfinite(scores["loss"])

@@ -21,8 +21,8 @@ def run(tiny, steps=1, batch=None, **train):
     mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         schedule = make_schedule(config.optimizer, 10, 0, 0)
-        optimizer = make_optimizer(config.optimizer, schedule, tiny.model.letters)
-        state = start(jax.tree.map(lambda p: p + 0, tiny.params), {}, optimizer)
+        optimizer = make_optimizer(config.optimizer, schedule, tiny.model.trained_letters)
+        state = start(*tiny.model.split(jax.tree.map(jnp.copy, tiny.params)), optimizer)
         step = make_train_step(tiny.model, config, optimizer, schedule, mesh, state_shardings(tiny.model, state, mesh))
         found = []
         for _ in range(steps):
@@ -56,6 +56,30 @@ def test_a_batch_without_weights_moves_nothing_by_its_loss(tiny):
     empty = tiny.padded._replace(weights_BT=tiny.padded.weights_BT * 0)
     _, metrics = run(tiny, batch=empty)
     assert metrics[0]["loss"] == 0 and metrics[0]["grad_norm"] == 0
+
+
+def test_a_step_of_adapters_leaves_all_other_weights_as_they_are(tiny_adapted):
+    trained, frozen = tiny_adapted.model.split(tiny_adapted.params)
+    state, metrics = run(tiny_adapted, steps=3)
+    assert metrics[2]["loss"] < metrics[0]["loss"]
+    jax.tree.map(np.testing.assert_array_equal, state.frozen, frozen)
+    assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (state.params, trained)), strict=True))
+    assert jax.tree.structure(state.params) == jax.tree.structure(trained)
+    memory = state.optimizer[0]
+    assert jax.tree.structure(memory.mu) == jax.tree.structure(memory.nu) == jax.tree.structure(trained)
+
+
+def test_adapters_and_what_is_frozen_lie_where_their_letters_say(tiny_adapted):
+    mesh = sharding.make_mesh(Mesh(data=1, fsdp=2, tensor=4))
+    model = tiny_adapted.model
+    optimizer = make_optimizer(Optimizer(), lambda step: 0.1, model.trained_letters)
+    state = jax.eval_shape(lambda params: start(*model.split(params), optimizer), tiny_adapted.params)
+    placed = state_shardings(model, state, mesh)
+    assert placed.frozen == sharding.shardings(model.letters, state.frozen, mesh)
+    up = placed.params["layers"]["mlp"]["up"]
+    assert up == placed.optimizer[0].mu["layers"]["mlp"]["up"]
+    assert up["a"].spec == jax.sharding.PartitionSpec(None, ("fsdp",), None)  # [L, D, R]
+    assert up["b"].spec == jax.sharding.PartitionSpec(None, None, ("tensor",))  # [L, R, F]
 
 
 def test_adamw_state_lies_where_its_weights_lie(tiny):

@@ -43,10 +43,6 @@ class Config:
         """The number of ids that both halves know."""
         return min(self.encoder.vocabulary, self.decoder.vocabulary)
 
-    @property
-    def layers(self) -> int:
-        return self.encoder.layers + self.decoder.layers
-
     def flops(self, source_length: int, target_length: int, source_blocks: int = 1) -> float:
         """Matmul FLOPs of one row's forward pass: `source_blocks` blocks of `source_length`, one target row."""
         encoder = source_blocks * self.encoder.stack_flops(source_length)
