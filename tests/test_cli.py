@@ -135,7 +135,8 @@ def test_python_m_jax_it_is_the_command():
 
 
 def test_a_reader_that_goes_away_is_no_fault(tmp_path):
-    code = "import jax_it.export; jax_it.export.export = lambda *a: print('x' * 10**6); from jax_it.cli import main; main()"
+    code = "import jax_it.export; jax_it.export.export = lambda *a: print('x' * 10**6)"
+    code += "; from jax_it.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *COMMAND], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -163,6 +164,7 @@ assert jax_it.generate is generate
 
 
 def test_help_and_bad_options_do_not_wait_for_jax():
-    code = "import sys; from jax_it.cli import main\ntry: main()\nfinally: assert not {'jax', 'numpy'} & sys.modules.keys()"
+    code = "import sys; from jax_it.cli import main\n"
+    code += "try: main()\nfinally: assert not {'jax', 'numpy'} & sys.modules.keys()"
     for arguments in (["--help"], ["train", "--help"], ["train"], ["generate", "--modle", "x"]):
         assert "AssertionError" not in python("-c", code, *arguments)[2]

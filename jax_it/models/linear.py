@@ -38,13 +38,12 @@ def project(x: jax.Array, param: nnx.Param, spec: str) -> jax.Array:
     """`einsum(spec, x, weight)` for the param's weight, in `x`'s dtype."""
     weight = param.get_value()
     if not isinstance(weight, Adapted):
-        return jnp.einsum(spec, x, dense(weight, x.dtype))
-    base = dense(weight.base, x.dtype)
+        return _product(x, weight, spec)
     dropped = x if weight.key is None else dropout(x, weight.dropout, weight.key)
     down, up = _low_rank_specs(spec)
     added = jnp.einsum(up, jnp.einsum(down, dropped, weight.a.astype(x.dtype)), weight.b.astype(x.dtype))
     added *= jnp.asarray(weight.scale, x.dtype)
-    plain = jnp.einsum(spec, x, base)
+    plain = _product(x, weight.base, spec)
     if weight.magnitude is None:
         return plain + added
     # Liu et al. 2024, section 4.3: the norm is a constant to the gradient. As in PEFT, dropout acts on the
@@ -52,8 +51,15 @@ def project(x: jax.Array, param: nnx.Param, spec: str) -> jax.Array:
     inputs, _ = _axes(spec)
     norm = jax.lax.stop_gradient(column_norm(weight, inputs))
     share = (weight.magnitude / norm).astype(x.dtype)
-    changed = plain if weight.key is None else jnp.einsum(spec, dropped, base)
+    changed = plain if weight.key is None else _product(dropped, weight.base, spec)
     return plain + (share - 1) * changed + share * added
+
+
+def _product(x: jax.Array, weight: DenseWeight, spec: str) -> jax.Array:
+    if isinstance(weight, Quantized):
+        # Dequantised once more for the gradient: else every layer's float weight would wait for it.
+        return jax.checkpoint(lambda x, weight: jnp.einsum(spec, x, dense(weight, x.dtype)))(x, weight)
+    return jnp.einsum(spec, x, dense(weight, x.dtype))
 
 
 def dense(weight: DenseWeight, dtype: Any) -> jax.Array:

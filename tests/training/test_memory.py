@@ -29,15 +29,15 @@ T5 = {
 }  # fmt: skip
 
 
-def largest_array(architecture, chunk, **model):
-    """The number of elements of the largest array in the compiled step's program."""
+def compile_step(architecture, chunk, rows=ROWS, length=LENGTH, **model):
+    """The training step, compiled and not run."""
     model_config = settings.Model(architecture=architecture, pretrained=False, **model)
     mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
     model = hf.with_adapter(hf.build(architecture, "test", model_config), model_config)
     if model.kind == "causal":
-        batch = CausalFormat(0).batch([[]] * ROWS, Shape(0, 0, LENGTH))
+        batch = CausalFormat(0).batch([[]] * rows, Shape(0, 0, length))
     else:
-        batch = Seq2SeqFormat(0, 0).batch([[]] * ROWS, Shape(1, 64, LENGTH))
+        batch = Seq2SeqFormat(0, 0).batch([[]] * rows, Shape(1, 64, length))
     train = Train(loss_chunk=chunk, label_smoothing=0.1, z_loss=1e-4)
     schedule = make_schedule(Optimizer(), 10, 0, 0)
     optimizer = make_optimizer(train.optimizer, schedule, model.trained_letters)
@@ -48,7 +48,12 @@ def largest_array(architecture, chunk, **model):
     step = make_train_step(model, train, optimizer, schedule, mesh, state_shardings(model, state, mesh))
     with jax.set_mesh(mesh):
         shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, jnp.asarray(array).dtype), batch)
-        program = step.lower(state, shapes).compile().as_text()
+        return step.lower(state, shapes).compile()
+
+
+def largest_array(architecture, chunk, **model):
+    """The number of elements of the largest array in the compiled step's program."""
+    program = compile_step(architecture, chunk, **model).as_text()
     found = re.findall(r"\b(?:f32|bf16|f16|s32|u32|s8|u8|pred)\[([\d,]+)\]", program)
     return max(math.prod(map(int, shape.split(","))) for shape in found)
 
@@ -70,3 +75,14 @@ def test_no_array_of_the_step_has_the_logits_of_all_positions(architecture, mode
 
 def test_logits_in_one_chunk_would_be_found():
     assert largest_array(LLAMA, LENGTH) >= ROWS * LENGTH * VOCABULARY
+
+
+@pytest.mark.parametrize("remat", ["none", "layer"])
+def test_no_layers_weights_are_dequantised_before_their_turn(remat):
+    wide = LLAMA | {"vocab_size": 512, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}
+    layer = 4 * (2 * 1024**2 + 2 * 1024 * 512 + 3 * 1024 * 4096)  # bytes in float32
+    adapted = {"lora": settings.Lora(rank=2), "quantize": "nf4", "dtype": "float32", "remat": remat}
+    compiled = compile_step(wide, CHUNK, rows=1, length=64, **adapted)  # few tokens: weights are what there is
+    assert (
+        compiled.memory_analysis().temp_size_in_bytes < 4 * layer
+    )  # of 12; one at a time, forward and backward, beside activations

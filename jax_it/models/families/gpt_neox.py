@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import layers, rope
-from jax_it.models.decoder import Config
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
+from jax_it.models.transformer import Config
 from jax_it.models.weights import Weight
 
 

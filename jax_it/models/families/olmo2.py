@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
-from jax_it.models.decoder import Config
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
+from jax_it.models.transformer import Config
 
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.errors import UserError
-from jax_it.models import decoder, layers
+from jax_it.models import decoder, layers, transformer
 from jax_it.models.decoder import Cache, Source, Stack, causal_mask, embed
 from jax_it.models.families import gemma, llama
 from jax_it.models.family import Family, Run
@@ -29,14 +29,15 @@ class Config:
     """What of a `config.json` the computation depends on."""
 
     model_type: str
-    encoder: decoder.Config
-    decoder: decoder.Config
+    encoder: transformer.Config
+    decoder: transformer.Config
     tied: bool  # the head is the decoder's embedding
     dropout: float
     start_token: int
     pad_token: int
     end_tokens: tuple[int, ...]
     experts: None = None
+    positions: int = 0  # learned ones
 
     @property
     def vocabulary(self) -> int:
@@ -94,7 +95,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     return config
 
 
-def _read_half(settings: Settings, name: str) -> decoder.Config:
+def _read_half(settings: Settings, name: str) -> transformer.Config:
     values, where = settings.need(name, dict), f"{settings.where}: {name}"
     given = _DEFAULTS | {
         key: value
@@ -136,7 +137,7 @@ class T5Gemma(nnx.Module):
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
         self.config = c
 
-        def draw(half: decoder.Config) -> nnx.Param:
+        def draw(half: transformer.Config) -> nnx.Param:
             return layers.normal(rngs, (half.vocabulary, half.width), half.width**-0.5)
 
         self.source_embedding, self.embedding = draw(c.encoder), draw(c.decoder)

@@ -1,0 +1,116 @@
+"""What a causal model's position sees: its segment, what came before, its window, and the prompt of a prefix-LM."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_it import config, sharding
+from jax_it.data.batches import Placed
+from jax_it.data.formats import CausalFormat
+from jax_it.data.packing import Shape
+from jax_it.generation import Generator
+from jax_it.models import Model, Params, build, hf
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 1,
+}  # fmt: skip
+WINDOWED = LLAMA | {"model_type": "mistral", "sliding_window": 3}
+
+
+def make(values: dict, prefix_lm: bool = False) -> tuple[Model, Params]:
+    model = build(values, "test", config.Model(prefix_lm=prefix_lm))
+    return model, jax.jit(model.init)(jax.random.key(0))
+
+
+def example(seed: int, prompt: int, answer: int) -> Placed:
+    tokens = np.random.RandomState(seed).randint(2, 64, prompt + answer).astype(np.int32)
+    return Placed(np.zeros(0, np.int32), tokens, 0, np.arange(prompt + answer) >= prompt)
+
+
+def states(model: Model, params: Params, examples: list[Placed], length: int) -> np.ndarray:
+    batch = CausalFormat(0, model.run.prefix_lm).batch([examples], Shape(0, 0, length))
+    return np.asarray(jax.jit(model.apply)(params, batch))[0]
+
+
+@pytest.mark.parametrize("prefix_lm", [False, True])
+def test_no_position_sees_a_later_one_but_in_the_prompt_of_a_prefix_lm(prefix_lm):
+    model, params = make(LLAMA, prefix_lm)
+    one = example(0, 5, 4)
+    before = states(model, params, [one], 9)
+    for changed in range(9):
+        tokens = one.target.copy()
+        tokens[changed] = 65 - tokens[changed]
+        after = states(model, params, [one._replace(target=tokens)], 9)
+        seen_by = {i for i in range(9) if not np.array_equal(before[i], after[i])}
+        expected = set(range(changed, 9))
+        if prefix_lm and changed < 5:
+            expected |= set(range(5))
+        assert seen_by == expected
+
+
+@pytest.mark.parametrize("prefix_lm", [False, True])
+def test_an_example_in_a_packed_row_has_the_states_that_it_has_alone(prefix_lm):
+    model, params = make(LLAMA, prefix_lm)
+    examples = [example(0, 5, 4), example(1, 2, 3), example(2, 4, 1)]
+    together, at = states(model, params, examples, 24), 0
+    for one in examples:
+        alone = states(model, params, [one], len(one.target))
+        # States of order 1 through some twenty float32 sums.
+        np.testing.assert_allclose(together[at : at + len(alone)], alone, rtol=0, atol=1e-5)
+        at += len(alone)
+
+
+def test_a_window_hides_what_is_further_back():
+    model, params = make(WINDOWED | {"num_hidden_layers": 1})
+    one = example(0, 5, 4)
+    before = states(model, params, [one], 9)
+    tokens = one.target.copy()
+    tokens[2] = 65 - tokens[2]
+    after = states(model, params, [one._replace(target=tokens)], 9)
+    assert [i for i in range(9) if not np.array_equal(before[i], after[i])] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("values, prefix_lm", [(LLAMA, False), (LLAMA, True), (WINDOWED, False)])
+def test_generated_tokens_are_the_likeliest_of_the_full_forward_pass(values, prefix_lm):
+    model, params = make(values, prefix_lm)
+    mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
+    prompts = [example(seed, length, 0).target.tolist() for seed, length in enumerate((3, 7, 1, 12))]
+    length = 6
+    made = dict(Generator(model, mesh, length, 4)(params, prompts))
+    assert len({tuple(tokens) for tokens in made.values()}) > 1
+    for i, prompt in enumerate(prompts):
+        text = [*prompt, *made[i]]
+        whole = Placed(np.zeros(0, np.int32), np.array(text, np.int32), 0, np.arange(len(text)) >= len(prompt))
+        hidden = jnp.asarray(states(model, params, [whole], len(text)))
+        likeliest = np.asarray(model.logits(model.head(params), hidden)).argmax(-1)[len(prompt) - 1 :].tolist()
+        assert likeliest[: len(made[i])] == made[i]
+        assert len(made[i]) == length or likeliest[len(made[i])] == 1
+
+
+def test_layers_that_differ_are_computed_by_their_own_window_and_rope():
+    """Gemma 3's two kinds of layers, against the same model with all layers of one kind, a layer at a time."""
+    values = {
+        "model_type": "gemma3_text", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 3,
+        "rope_theta": 1e6, "rope_local_base_freq": 1e4, "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    model, params = make(values)
+    assert model.config.windows == (3, 0) and model.config.layer_ropes == (1, 0)
+    one = example(0, 8, 4)
+    both = states(model, params, [one], 12)
+    swapped = dataclasses.replace(model.config, windows=(0, 3), layer_ropes=(0, 1))
+    other = states(dataclasses.replace(model, config=swapped), params, [one], 12)
+    assert np.abs(both - other).max() > 1e-2
+    # With equal weights in both layers, swapping the layers' weights changes nothing, and their kinds does.
+    same = hf.unflatten({path: leaf for path, leaf in hf.flatten(params).items()})
+    same["layers"] = jax.tree.map(lambda leaf: jnp.stack([leaf[0], leaf[0]]), same["layers"])
+    assert (
+        np.abs(
+            states(model, same, [one], 12) - states(dataclasses.replace(model, config=swapped), same, [one], 12)
+        ).max()
+        > 1e-3
+    )
