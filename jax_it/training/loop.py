@@ -67,11 +67,11 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         parts = sharding.batch_parts(mesh) * config.train.micro_batches
         part = Part(jax.process_index(), jax.process_count(), parts)
         batches = built.train.read(first, config.train.duration, part)
-        throughput = Throughput(peak_flops(mesh.size))
         with Log(place, first, total) as log, _stop_on_sigterm() as stopping, checkpoints:
             print(_summary(model, derived, first), file=sys.stderr)
             if first == 0 and config.eval.at_start and evaluate:
                 log.say(evaluate(0, model.join(state.params, state.frozen)))
+            throughput = Throughput(peak_flops(mesh.size))  # from now on: what came before was no training
             for number in range(first + 1, total + 1):
                 begin = time.perf_counter()
                 drawn = next(batches)

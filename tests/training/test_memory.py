@@ -85,4 +85,4 @@ def test_no_layers_weights_are_dequantised_before_their_turn(remat):
     compiled = compile_step(wide, CHUNK, rows=1, length=64, **adapted)  # few tokens: weights are what there is
     assert (
         compiled.memory_analysis().temp_size_in_bytes < 4 * layer
-    )  # of 12; one at a time, forward and backward, beside activations
+    )  # of 12, beside activations
