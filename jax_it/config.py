@@ -319,6 +319,8 @@ def _check(config: Config) -> None:
     if model.dropout is not None and not 0 <= model.dropout < 1:
         raise UserError(f"config.model.dropout: {model.dropout} must be in [0, 1)")
     _check_adapters(model)
+    if model.prefix_lm and data.learn != "last":
+        raise UserError("config.model.prefix_lm needs data.learn='last': no answer may be learnt that the prompt shows")
     if not data.train:
         raise UserError("config.data.train is empty; name at least one data set")
     named = [("train", i, s) for i, s in enumerate(data.train)] + [("eval", i, s) for i, s in enumerate(data.eval)]
@@ -361,10 +363,13 @@ def _check(config: Config) -> None:
 def _check_adapters(model: Model) -> None:
     """Refuses settings of adapters and frozen weights that nothing would read."""
     adapted = bool(model.lora.rank or model.lora.path)
-    if model.lora.path:
-        for name, default in dataclasses.asdict(Lora()).items():
-            if name != "path" and getattr(model.lora, name) != default:
-                raise UserError(f"config.model.lora.{name} has no effect with lora.path, whose folder says it")
+    for name, default in dataclasses.asdict(Lora()).items():
+        if name == "path" or getattr(model.lora, name) == default:
+            continue
+        if model.lora.path:
+            raise UserError(f"config.model.lora.{name} has no effect with lora.path, whose folder says it")
+        if not model.lora.rank:
+            raise UserError(f"config.model.lora.{name} has no effect without adapters; set model.lora.rank")
     if model.quantize != "none" and not adapted:
         raise UserError(
             "config.model.quantize is for frozen weights, and without adapters all are trained; set model.lora.rank"

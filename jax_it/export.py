@@ -13,7 +13,7 @@ import numpy as np
 
 from jax_it import sharding
 from jax_it.checkpoint import disk_error
-from jax_it.config import Mesh
+from jax_it.data import chat
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from jax_it.models import Model, Params, hf, peft, tensors
@@ -30,11 +30,11 @@ def export(
     _check_free(Path(output))
     place = Workdir(Path(workdir))
     config, derived = place.open()
-    # The weights beneath adapters are read as exactly as they are written.
+    # The weights beneath adapters are read as they are written; quantised ones as what they stand for.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
     step = place.choose_step(checkpoint, config.eval.best)
-    mesh = sharding.make_mesh(Mesh())
     model = place.model(config, derived)
+    mesh = sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
     if adapter_only and model.adapter is None:
         raise UserError(f"the run in {place.path} trained all weights; export it without --adapter-only")
     params, tokenizer = place.params(model, config, step, mesh), place.tokenizer()
@@ -54,7 +54,7 @@ def save(
     def write(folder: Path) -> None:
         hf.save(folder, model, params, dtype)
         tokenizer.save(folder)
-        hf.save_generation_settings(extras, folder, model)
+        hf.save_generation_settings(extras, folder, model, chat.ends(tokenizer))
         _compare(folder, tensors.SINGLE, lambda dtype: hf.tensors_of(model, params, dtype))
 
     _write_whole(Path(output), write)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from jax_it import sharding
 from jax_it.checkpoint import write_atomically
-from jax_it.config import Mesh, Source
+from jax_it.config import Source
 from jax_it.data import chat, sources
 from jax_it.data.formats import Format
 from jax_it.data.templates import Turn, conversation
@@ -39,7 +39,7 @@ def generate(
     """
     if not prompts:
         return []
-    mesh = mesh or sharding.make_mesh(Mesh())
+    mesh = mesh or sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
     encoded = _encode(make_format(model, tokenizer), tokenizer, prompts)
     _check_room(model, encoded, max_new_tokens)
     ends = chat.ends(tokenizer)

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_it.config import Mesh as MeshConfig
 from jax_it.errors import UserError
 
+WHOLE = 4_000_000_000  # bytes of float32 weights that any device has room for, beside what it works on
 AXES = ("data", "fsdp", "context", "tensor")
 
 # An axis of the mesh splits at most one axis of an array, the leftmost that asks for it: `D` is split
@@ -43,6 +44,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     for axis in free:
         sizes[axis] = len(devices) // given
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices))
+
+
+def whole_or_split(parameters: int) -> MeshConfig:
+    """The mesh to score and generate on: a small model whole on every device, a large one split over them."""
+    return MeshConfig() if parameters * 4 <= WHOLE else MeshConfig(data=1, fsdp=-1)
 
 
 def spec(letters: str, shape: Sequence[int], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:

@@ -244,19 +244,25 @@ class Workdir:
 
 def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
     """The model of a run's newest checkpoint, a Transformers or PEFT folder or a hub name, over all devices."""
-    mesh = sharding.make_mesh(settings.Mesh())
     place = Workdir(Path(path))
+
+    def mesh_for(model: Model) -> jax.sharding.Mesh:
+        return sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
+
+    def read(config: settings.Model) -> tuple[Model, Params]:
+        return hf.load(config, mesh_for(build(*hf.read_values(config), config)))
+
     if (place.path / "model" / "config.json").is_file():  # a run, and not a model
         config, derived = place.open()
         model = place.model(config, derived)
-        params = place.params(model, config, place.choose_step("latest", ""), mesh)
+        params = place.params(model, config, place.choose_step("latest", ""), mesh_for(model))
         return model, params, place.tokenizer()
     if peft.is_folder(path):
         base = peft.base_of(path)
-        model, params = hf.load(settings.Model(path=base, lora=settings.Lora(path=path)), mesh)
+        model, params = read(settings.Model(path=base, lora=settings.Lora(path=path)))
         with_tokenizer = path if (place.path / "tokenizer_config.json").is_file() else base
         return model, params, tokenizers.load(str(find_folder(with_tokenizer)))
-    model, params = hf.load(settings.Model(path=path), mesh)
+    model, params = read(settings.Model(path=path))
     return model, params, tokenizers.load(str(find_folder(path)))
 
 

@@ -128,7 +128,6 @@ def generation_prompt(tokenizer: Tokenizer) -> tuple[str, str] | None:
     question = _PROBE[:1]
     (ours,) = prompts([question], ["a probe"], tokenizer)
     (theirs,) = tokenizer.encode([_apply(question, tokenizer, "a probe", generation=True)])
-    theirs = _started_once(np.array(theirs, np.int32), np.zeros(len(theirs), bool), tokenizer).tokens.tolist()
     return None if ours == theirs else (tokenizer.text(ours), tokenizer.text(theirs))
 
 

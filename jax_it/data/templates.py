@@ -181,9 +181,9 @@ def _auto(fields: Fields) -> Example:
 
 
 _NEEDED = {
+    "messages": ("messages", "conversations"),  # first: some sets repeat the first message as "prompt"
     "prompt_completion": ("prompt",),
     "alpaca": ("instruction",),
-    "messages": ("messages", "conversations"),
 }
 
 TEMPLATES: dict[str, Callable[[Fields], Example]] = {

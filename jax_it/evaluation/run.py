@@ -5,7 +5,6 @@ from pathlib import Path
 import jax
 
 from jax_it import data, sharding
-from jax_it.config import Mesh
 from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import Evaluator, Scored
 from jax_it.evaluation.results import write
@@ -15,7 +14,7 @@ from jax_it.workdir import Workdir, make_format
 def evaluate(workdir: str | Path, checkpoint: str = "latest") -> tuple[int, Scored]:
     """Scores a checkpoint of a run and writes eval/STEP/ in its folder. Returns (step, scores).
 
-    It takes all devices of this process for data, whatever mesh the run is training on.
+    It takes all devices of this process, whatever mesh the run is training on.
     """
     place = Workdir(Path(workdir))
     config, derived = place.open()
@@ -27,7 +26,7 @@ def evaluate(workdir: str | Path, checkpoint: str = "latest") -> tuple[int, Scor
         raise UserError(
             f"the run in {place.path} has nothing to evaluate on: set config.data.eval or config.data.holdout"
         )
-    mesh = sharding.make_mesh(Mesh())
+    mesh = sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
     with jax.set_mesh(mesh):
         evaluator = Evaluator(model, tokenizer, examples, config, derived.layout, mesh)
         scored = evaluator(place.params(model, config, step, mesh))

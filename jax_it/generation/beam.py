@@ -75,7 +75,7 @@ def beam_search(
         position, running = state.position, state.running
         last_B = running.tokens_BKT[:, :, position].reshape(-1)
         logits_BV, cache = step(last_B, position, state.cache)
-        candidates, beams_BC = _extend(running, logits_BV, position)
+        candidates, beams_BC = _extend(running, logits_BV, position, len(end_tokens))
         ends_BC = is_end(candidates.tokens_BKT[:, :, position + 1], end_tokens) | (position + 1 == length)
         going = candidates._replace(scores_BK=jnp.where(ends_BC, NEVER, candidates.scores_BK))
         chosen_BK = going.best(num_beams)
@@ -96,14 +96,14 @@ def beam_search(
     return jax.lax.while_loop(unfinished, advance, state).ended.tokens_BKT[:, 0, 1:]
 
 
-def _extend(running: Texts, logits_BV: jax.Array, position: jax.Array) -> tuple[Texts, jax.Array]:
-    """The likeliest 2 K texts that are one token longer, and the beam [B, C] that each continues.
+def _extend(running: Texts, logits_BV: jax.Array, position: jax.Array, ends: int) -> tuple[Texts, jax.Array]:
+    """The likeliest texts that are one token longer, and the beam [B, C] that each continues.
 
-    Twice as many as beams: if every beam's likeliest continuation is the end mark, K are left to run.
+    With `ends` end marks they are (1 + ends) K: if every beam's likeliest continuations are these, K are left to run.
     """
     rows, beams, _ = running.tokens_BKT.shape
     sums_BKV = jax.nn.log_softmax(logits_BV).reshape(rows, beams, -1) + running.scores_BK[:, :, None]
-    scores_BC, choices_BC = jax.lax.top_k(sums_BKV.reshape(rows, -1), 2 * beams)
+    scores_BC, choices_BC = jax.lax.top_k(sums_BKV.reshape(rows, -1), (1 + ends) * beams)
     beams_BC, tokens_BC = jnp.divmod(choices_BC, sums_BKV.shape[-1])
     longer = running.take(beams_BC).tokens_BKT.at[:, :, position + 1].set(tokens_BC)
     return Texts(longer, scores_BC), beams_BC
@@ -112,7 +112,7 @@ def _extend(running: Texts, logits_BV: jax.Array, position: jax.Array) -> tuple[
 def _add_ended(ended: Texts, candidates: Texts, ends_BC: jax.Array, penalty: jax.Array) -> Texts:
     """The best K of the ended texts and the candidates that end, of which only the likeliest K count."""
     beams = ended.scores_BK.shape[1]
-    ends_BC = ends_BC & (jnp.arange(2 * beams) < beams)
+    ends_BC = ends_BC & (jnp.arange(ends_BC.shape[1]) < beams)
     scores_BC = jnp.where(ends_BC, candidates.scores_BK / penalty, NEVER)
     both = Texts(
         jnp.concatenate([ended.tokens_BKT, candidates.tokens_BKT], axis=1),

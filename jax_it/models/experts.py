@@ -8,6 +8,7 @@ from flax import nnx
 
 from jax_it.models import layers
 from jax_it.models.linear import dense
+from jax_it.models.quantized import Quantized
 from jax_it.sharding import constrain
 
 
@@ -74,5 +75,10 @@ class ExpertsMlp(nnx.Module):
 
 def _ragged(x_JI: jax.Array, param: nnx.Param, sizes_X: jax.Array) -> jax.Array:
     """Rows of `x`, sorted by expert, times their expert's matrix [X, in, out]."""
-    weight: Any = dense(param.get_value(), x_JI.dtype)
-    return jax.lax.ragged_dot(x_JI, weight, sizes_X.astype(jnp.int32))
+    weight = param.get_value()
+
+    def product(x_JI: jax.Array, weight: Any) -> jax.Array:
+        return jax.lax.ragged_dot(x_JI, dense(weight, x_JI.dtype), sizes_X.astype(jnp.int32))
+
+    # As in `linear`: float weights of every layer must not wait for the gradient.
+    return jax.checkpoint(product)(x_JI, weight) if isinstance(weight, Quantized) else product(x_JI, weight)

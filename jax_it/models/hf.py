@@ -7,8 +7,7 @@ unknown or of another shape is a UserError that names it.
 import dataclasses
 import json
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ def load(config: ModelConfig, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[M
     """
     model, base = load_base(config, mesh, seed)
     if config.lora.path:
-        return peft.read(config.lora.path, model, base, mesh, config.path)
+        return peft.read(config.lora.path, model, base, mesh, config.path, config.param_dtype)
     if not config.lora.rank:
         return model, base
     model = with_adapter(model, config)
@@ -210,14 +209,25 @@ def _values_to_save(model: Model, dtype: str) -> dict[str, Any]:
     return values | model.family.values_to_save(model.config)
 
 
-def save_generation_settings(source: Path | None, target: Path, model: Model) -> None:
-    """Writes generation_config.json: that of the folder the model came from, or the marks that decoding needs."""
-    file = "generation_config.json"
+def save_generation_settings(source: Path | None, target: Path, model: Model, ends: Iterable[int] = ()) -> None:
+    """Writes generation_config.json: that of the folder the model came from, or the marks that decoding needs.
+
+    A text ends at the model's end tokens and at those of `ends`, what it has learnt to end its answers with.
+    """
+    file, config = "generation_config.json", model.config
+    values: dict[str, Any] = {}
     if source is not None and (source / file).is_file():
-        shutil.copy(source / file, target)
-        return
-    config, start = model.config, "decoder_start_token_id" if model.kind == "seq2seq" else "bos_token_id"
-    ends = config.end_tokens[0] if len(config.end_tokens) == 1 else list(config.end_tokens)
-    marks = {start: config.start_token, "eos_token_id": ends, "pad_token_id": config.pad_token}
-    marks = {name: mark for name, mark in marks.items() if mark not in (None, [])}
-    (target / file).write_text(json.dumps(marks, indent=2) + "\n")
+        try:
+            values = json.loads((source / file).read_text())
+        except ValueError as error:
+            raise UserError(f"{source / file} is not valid JSON: {error}; mend or remove it") from None
+    else:
+        start = "decoder_start_token_id" if model.kind == "seq2seq" else "bos_token_id"
+        marks = {start: config.start_token, "eos_token_id": list(config.end_tokens), "pad_token_id": config.pad_token}
+        values = {name: mark for name, mark in marks.items() if mark not in (None, [])}
+    given = values.get("eos_token_id")
+    known = given if isinstance(given, list) else [] if given is None else [given]
+    together = list(dict.fromkeys([*known, *ends]))
+    if together:
+        values["eos_token_id"] = together[0] if len(together) == 1 else together
+    (target / file).write_text(json.dumps(values, indent=2) + "\n")

@@ -50,9 +50,10 @@ def project(x: jax.Array, param: nnx.Param, spec: str) -> jax.Array:
     # whole of what the adapter changes.
     inputs, _ = _axes(spec)
     norm = jax.lax.stop_gradient(column_norm(weight, inputs))
-    share = (weight.magnitude / norm).astype(x.dtype)
+    share = weight.magnitude / norm
     changed = plain if weight.key is None else _product(dropped, weight.base, spec)
-    return plain + (share - 1) * changed + share * added
+    # The difference from 1 is small: it is taken before the share is rounded.
+    return plain + (share - 1).astype(x.dtype) * changed + share.astype(x.dtype) * added
 
 
 def _product(x: jax.Array, weight: DenseWeight, spec: str) -> jax.Array:

@@ -15,28 +15,27 @@ from safetensors.numpy import save_file
 
 from jax_it.errors import UserError
 from jax_it.models import Model, Params
-from jax_it.models.lora import Adapter, Target, choose_targets, module_name, split_axes
+from jax_it.models.lora import Adapter, Target, choose_targets, is_linear, module_name, split_axes
 from jax_it.models.tensors import DTYPES, Tensors, find_folder, read_weight, write_weights
 from jax_it.models.weights import Weight, flatten, unflatten
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
-# What of an adapter_config.json must have these values, where it is there: nothing else is implemented.
+# What of an adapter_config.json is read, or says nothing of what an adapter computes. Other keys must be empty.
+_READ = frozenset(
+    """
+    base_model_name_or_path r lora_alpha target_modules rank_pattern alpha_pattern use_rslora use_dora lora_dropout
+    auto_mapping fan_in_fan_out inference_mode peft_version revision runtime_config task_type loftq_config eva_config
+    """.split()
+)
+# These initialisations leave the base model's weights as they are.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "modules_to_save": (None, []),
-    "layers_to_transform": (None, []),
-    "layers_pattern": (None, [], ""),
-    "trainable_token_indices": (None, []),
-    "target_parameters": (None, []),
-    "exclude_modules": (None, [], ""),
-    "layer_replication": (None,),
-    "lora_bias": (None, False),
-    "use_qalora": (None, False),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "megatron_core": ("megatron.core", None),
+    "qalora_group_size": (16, None),  # read with use_qalora alone
 }
 
 
@@ -59,18 +58,21 @@ def read_adapter(path: str, model: Model) -> tuple[Adapter, Path]:
     folder = find_folder(path)
     values = _read_values(folder)
     where = str(folder / CONFIG)
-    for key, allowed in _ONLY.items():
-        if key in values and values[key] not in allowed:
-            raise UserError(f"{where}: {key}={values[key]!r} is not supported by jax_it; only {allowed[0]!r} is")
+    for key, value in values.items():
+        if value not in _ONLY[key] if key in _ONLY else (value and key not in _READ):
+            only = f"only {_ONLY[key][0]!r} is" if key in _ONLY else "it must be empty"
+            raise UserError(f"{where}: {key}={value!r} is not supported by jax_it; {only}")
     layers = {name: shape.shape[0] for name, shape in flatten(model.shapes).items()}
     named = values.get("target_modules") or []
     paths = choose_targets([named] if isinstance(named, str) else sorted(named), model.weights, layers, where)
-    targets = tuple(_target(path, model.weights[path], values, where) for path in paths)
+    targets = tuple(_target(path, model.weights[path], layers[path], values, where) for path in paths)
     return Adapter(targets, bool(values.get("use_dora")), float(values.get("lora_dropout") or 0.0)), folder
 
 
-def read(path: str, model: Model, base: Params, mesh: jax.sharding.Mesh, name: str) -> tuple[Model, Params]:
-    """The model with a PEFT folder's adapters, float32. Raises UserError for those of another base model.
+def read(
+    path: str, model: Model, base: Params, mesh: jax.sharding.Mesh, name: str, dtype: str = "float32"
+) -> tuple[Model, Params]:
+    """The model with a PEFT folder's adapters, kept in `dtype`. Raises UserError for those of another base model.
 
     `name` is the base's own folder or hub name.
     """
@@ -100,8 +102,7 @@ def read(path: str, model: Model, base: Params, mesh: jax.sharding.Mesh, name: s
                 f"{folder / WEIGHTS}: {extra[0]} is of no module of this base model: the adapter is for another one"
             )
         leaves = {
-            path: read_weight(weight, shapes[path].shape, tensors.read, "float32", mesh)
-            for path, weight in table.items()
+            path: read_weight(weight, shapes[path].shape, tensors.read, dtype, mesh) for path, weight in table.items()
         }
     return model, model.join(unflatten(leaves), base)
 
@@ -194,12 +195,20 @@ def _put_side_by_side(leaves: dict[str, np.ndarray], targets: list[Target]) -> N
         leaves[f"{target.path}.a"], leaves[f"{target.path}.b"] = a, wide
 
 
-def _target(path: str, weight: Weight, values: Mapping[str, Any], where: str) -> Target:
-    name = module_name(weight, 0)
-    rank = _pattern(values.get("rank_pattern"), name, values.get("r", 8))
-    alpha = _pattern(values.get("alpha_pattern"), name, values.get("lora_alpha", 8))
+def _target(path: str, weight: Weight, layers: int, values: Mapping[str, Any], where: str) -> Target:
+    names = [module_name(weight, i) for i in range(layers)]
+    found = {
+        (
+            _pattern(values.get("rank_pattern"), name, values.get("r", 8)),
+            _pattern(values.get("alpha_pattern"), name, values.get("lora_alpha", 8)),
+        )
+        for name in names
+    }
+    if len(found) > 1:
+        raise UserError(f"{where}: {weight.name} has another rank or alpha in some layers; jax_it needs one for all")
+    rank, alpha = found.pop()
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise UserError(f"{where}: rank {rank!r} and lora_alpha {alpha!r} of {name} must be positive numbers")
+        raise UserError(f"{where}: rank {rank!r} and lora_alpha {alpha!r} of {names[0]} must be positive numbers")
     return Target(path, rank, alpha / (math.sqrt(rank) if values.get("use_rslora") else rank))
 
 
@@ -212,16 +221,18 @@ def _pattern(patterns: Any, name: str, default: Any) -> Any:
 
 
 def _target_modules(model: Model) -> list[str]:
-    """The last parts of the modules' names, or all after the layer's number where another module ends alike."""
-
-    def after_layer(name: str) -> str:
-        return name.removesuffix(".weight").split("{L}.")[-1]
-
-    chosen = {after_layer(name) for name in _by_tensor(model)}
-    short = {name.split(".")[-1] for name in chosen}
-    everything = {after_layer(weight.name) for weight in model.weights.values() if "{L}" in weight.name}
-    unique = all(name in chosen for name in everything if name.split(".")[-1] in short)
-    return sorted(short if unique else chosen)
+    """The modules' names in PEFT, as short as they can be without naming another module too."""
+    layers = {path: shape.shape[0] for path, shape in flatten(model.shapes).items()}
+    linear = {path: weight for path, weight in model.weights.items() if is_linear(weight)}
+    names = {path: [module_name(weight, i) for i in range(layers[path])] for path, weight in linear.items()}
+    assert model.adapter is not None
+    wanted = {name for target in model.adapter.targets for name in names[target.path]}
+    others = {name for found in names.values() for name in found} - wanted
+    for short in (lambda name: name.split(".")[-1], lambda name: re.split(r"\.\d+\.", name, maxsplit=1)[-1]):
+        chosen = {short(name) for name in wanted}
+        if not any(name.endswith(f".{end}") for name in others for end in chosen):
+            return sorted(chosen)
+    return sorted(wanted)
 
 
 def _check_base(wanted: str, name: str, folder: Path) -> None:

@@ -115,6 +115,12 @@ def check_model(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -
     positions, length = model.config.positions, config.data.sequence_length
     if positions and length > positions:
         raise UserError(f"config.data.sequence_length: {length} is more than the model's {positions} positions")
+    new = config.eval.max_new_tokens or config.data.target_length
+    if positions and config.eval.generate and (config.data.eval or config.data.holdout) and length + new > positions:
+        raise UserError(
+            f"config.data.sequence_length: {length}, and {new} new tokens in evaluation, are more than the model's "
+            f"{positions} positions; lower it or eval.max_new_tokens, or set eval.generate=False"
+        )
     if config.train.balance_loss and not model.config.experts:
         raise UserError("config.train.balance_loss is for mixtures of experts, which this model is not; leave it at 0")
     if tokenizer.size > model.config.vocabulary:

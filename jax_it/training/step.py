@@ -119,7 +119,7 @@ def _balance(model: Model, state: TrainState, batch: Any, parts: Any, coefficien
 
     The balancing loss (Shazeer et al. 2017, Fedus et al. 2021) is X * sum over experts of (share of tokens *
     mean probability), over all tokens and layers of the step, as in Transformers. The shares have no gradient,
-    so once they are known it is a sum over tokens; with micro-batches they take a forward pass of their own.
+    so once they are known it is a sum over tokens. To know them takes a forward pass before the step's own.
     """
     params = model.join(state.params, state.frozen)
 

@@ -79,7 +79,7 @@ def plain_beam_search(
             for score, text in running
             for token, more in enumerate(log_probabilities(text).tolist())
         ]
-        candidates = sorted(longer, reverse=True)[: 2 * num_beams]
+        candidates = sorted(longer, reverse=True)[: (1 + len(end_tokens)) * num_beams]
         ended += [(score / number**length_penalty, text) for score, text in candidates[:num_beams] if has_ended(text)]
         ended = sorted(ended, reverse=True)[:num_beams]
         running = [(score, text) for score, text in candidates if not has_ended(text)][:num_beams]
