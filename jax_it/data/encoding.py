@@ -51,7 +51,7 @@ Encoding = Iterator[Encoded | None]
 def encode_pairs(
     examples: Sequence[Example], places: Sequence[str], data: Data, tokenizer: Tokenizer, counts: Counts
 ) -> Encoding:
-    """Source and target of an encoder-decoder, both with the end mark, which a cut side keeps."""
+    """Source and target of an encoder-decoder, both with their marks, which a cut side keeps."""
     prompts = tokenizer.encode([source_text(item.turns[:-1], tokenizer, p) for item, p in _zip(examples, places)])
     completions = _completions(examples, tokenizer)
     for prompt, completion, where in zip(prompts, completions, places, strict=True):
@@ -77,7 +77,7 @@ def encode_pairs(
             _count_cut(counts, *too_long)
         prompt = _cut(prompt, data.source_length - 1, data.truncate)
         yield Encoded(
-            np.array([*prompt, tokenizer.end], np.int32),
+            np.array(marked_source(prompt, tokenizer), np.int32),
             np.array([*completion[: data.target_length - 1], tokenizer.end], np.int32),
         )
 
@@ -168,6 +168,13 @@ def encode_conversations(
         else:
             counts.too_long += 1
         yield None if shorter is None else _sequence(*shorter)
+
+
+def marked_source(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """A source as its tokenizer marks a text: T5's has an end, T5Gemma's a beginning."""
+    if tokenizer.start is None:
+        return [*tokens, tokenizer.end]
+    return [tokenizer.start, *(tokens[1:] if tokens[:1] == [tokenizer.start] else tokens)]
 
 
 def source_text(turns: Sequence[Turn], tokenizer: Tokenizer, where: str) -> str:

@@ -60,7 +60,7 @@ class Seq2SeqFormat:
 
     def text_prompts(self, texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
         """What is generated from for texts as they are."""
-        return [[*tokens, tokenizer.end] for tokens in tokenizer.encode(texts)]
+        return [encoding.marked_source(tokens, tokenizer) for tokens in tokenizer.encode(texts)]
 
     def prompt_of(self, example: Encoded) -> list[int]:
         """What the last answer of an example would be generated from."""

@@ -46,11 +46,13 @@ class Cache(NamedTuple):
     key_LBSKH: jax.Array
     value_LBSKH: jax.Array
     memory: Memory | None = None
+    extent_B: jax.Array | None = None  # how many positions each text may have in all, where its rotation depends on it
 
 
 def take_rows(cache: Cache, rows_B: jax.Array) -> Cache:
     """The cache whose row b is row `rows_B[b]` of this one. A memory stays, so no row may change its source."""
-    return Cache(cache.key_LBSKH[:, rows_B], cache.value_LBSKH[:, rows_B], cache.memory)
+    extent_B = None if cache.extent_B is None else cache.extent_B[rows_B]
+    return Cache(cache.key_LBSKH[:, rows_B], cache.value_LBSKH[:, rows_B], cache.memory, extent_B)
 
 
 class Stack(nnx.Module):
@@ -63,14 +65,15 @@ class Stack(nnx.Module):
 
     def scan(
         self, x_BTD: jax.Array, positions_BT: jax.Array, real_BT: jax.Array, allowed_BTS: jax.Array, run: Run,
-        key: jax.Array | None = None, *, source: Source | None = None, with_cache: bool = False,
+        key: jax.Array | None = None, *, extents_BT: jax.Array | None = None, source: Source | None = None,
+        with_cache: bool = False,
     ) -> tuple[jax.Array, Routing | None, Any]:  # fmt: skip
         """Normed states of all positions, the routing summed over layers, and every layer's keys and values."""
         c, length = self.config, x_BTD.shape[1]
         distance_TS = jnp.arange(length)[:, None] - jnp.arange(length)
         if c.bidirectional:
             distance_TS = jnp.abs(distance_TS)
-        turns = self._rotations(positions_BT, length)
+        turns = self._rotations(positions_BT, extents_BT)
         first, rest = split_key(key, 2)
         keys = None if rest is None else jax.random.split(rest, c.layers)
         graph, state = nnx.split(self.layers)
@@ -109,7 +112,7 @@ class Stack(nnx.Module):
         """Normed states [B, D] of one more token a row, at its own position, and the new cache."""
         c, room, memory = self.config, cache.key_LBSKH.shape[2], cache.memory
         distance_BTS = (positions_B[:, None] - jnp.arange(room))[:, None]
-        turns = self._rotations(positions_B[:, None], room)
+        turns = self._rotations(positions_B[:, None], None if cache.extent_B is None else cache.extent_B[:, None])
         rows = jnp.arange(x_BTD.shape[0])
         graph, state = nnx.split(self.layers)
 
@@ -140,7 +143,7 @@ class Stack(nnx.Module):
         source = memory and (memory.key_LBSKH, memory.value_LBSKH)
         xs = (jnp.arange(c.layers), state, self._varied(), source)
         (x_BTD, keys, values), _ = jax.lax.scan(body, (x_BTD, cache.key_LBSKH, cache.value_LBSKH), xs)
-        return self.norm(x_BTD[:, 0]), Cache(keys, values, memory)
+        return self.norm(x_BTD[:, 0]), cache._replace(key_LBSKH=keys, value_LBSKH=values)
 
     def remember(self, states_BSD: jax.Array, segments_BS: jax.Array) -> Memory:
         """The memory of a source's states: cross-attention's keys and values, made once for all steps."""
@@ -148,11 +151,11 @@ class Stack(nnx.Module):
         keys, values = jax.lax.map(lambda state: nnx.merge(graph, state).cross.keys_values(states_BSD), state)
         return Memory(keys, values, segments_BS)
 
-    def _rotations(self, positions_BT: jax.Array, length: int) -> Any:
+    def _rotations(self, positions_BT: jax.Array, extents_BT: jax.Array | None) -> Any:
         """Cosines and sines [ropes, B, T, pairs]; None without ropes."""
         if not self.config.ropes:
             return None
-        return jax.tree.map(lambda *each: jnp.stack(each), *rope.rotations(self.config.ropes, positions_BT, length))
+        return jax.tree.map(lambda *each: jnp.stack(each), *rope.rotations(self.config.ropes, positions_BT, extents_BT))
 
     def _varied(self) -> Any:
         """What differs between layers, as arrays over them: which rope, and the window."""
@@ -188,7 +191,12 @@ class Decoder(Stack):
         """The states, and how the router of a mixture of experts sent the tokens, summed over layers."""
         allowed_BTS = causal_mask(batch.segments_BT, batch.prefix_BT)
         x_BTD = self._embed(batch.tokens_BT, batch.positions_BT, run)
-        x_BTD, routing, _ = self.scan(x_BTD, batch.positions_BT, batch.segments_BT > 0, allowed_BTS, run, key)
+        extents_BT = None
+        if self.config.depends_on_extent:
+            extents_BT = (batch.segments_BT[:, :, None] == batch.segments_BT[:, None]).sum(-1)
+        x_BTD, routing, _ = self.scan(
+            x_BTD, batch.positions_BT, batch.segments_BT > 0, allowed_BTS, run, key, extents_BT=extents_BT
+        )
         return x_BTD, routing
 
     def prefill(
@@ -202,11 +210,15 @@ class Decoder(Stack):
         prefix_BS = segments_BS if run.prefix_lm else None
         allowed_BTS = causal_mask(segments_BS, prefix_BS)
         x_BSD = self._embed(tokens_BS, positions_BS, run)
-        _, _, (keys, values) = self.scan(x_BSD, positions_BS, segments_BS > 0, allowed_BTS, run, with_cache=True)
-        room = ((0, 0), (0, 0), (0, length), (0, 0), (0, 0))
         last_B = jnp.maximum((segments_BS > 0).sum(1) - 1, 0)
+        extent_B = last_B + 1 + length if self.config.depends_on_extent else None
+        _, _, (keys, values) = self.scan(
+            x_BSD, positions_BS, segments_BS > 0, allowed_BTS, run,
+            extents_BT=None if extent_B is None else extent_B[:, None], with_cache=True,
+        )  # fmt: skip
+        room = ((0, 0), (0, 0), (0, length), (0, 0), (0, 0))
         first_B = jnp.take_along_axis(tokens_BS, last_B[:, None], axis=1)[:, 0]
-        return first_B, last_B, Cache(jnp.pad(keys, room), jnp.pad(values, room))
+        return first_B, last_B, Cache(jnp.pad(keys, room), jnp.pad(values, room), extent_B=extent_B)
 
     def step(self, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache, run: Run) -> tuple[jax.Array, Cache]:
         """States [B, D] after one more token a row, at its own position, and the new cache."""

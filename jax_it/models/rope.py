@@ -37,18 +37,21 @@ class Rope:
 
     frequencies: Frequencies
     scale: float = 1.0  # of cosine and sine
-    long_frequencies: Frequencies = ()  # of LongRoPE, for rows of more than `original_length` positions
+    long_frequencies: Frequencies = ()  # of LongRoPE, for texts of more than `original_length` positions
     original_length: int = 0
 
-    def angles(self, positions_BT: jax.Array, length: int) -> jax.Array:
-        """Radians [B, T, pairs], float32, in rows of `length` positions."""
-        long = self.long_frequencies and length > self.original_length
-        frequencies = np.asarray(self.long_frequencies if long else self.frequencies, np.float32)
+    def angles(self, positions_BT: jax.Array, extents_BT: jax.Array | None) -> jax.Array:
+        """Radians [B, T, pairs], float32; `extents_BT` says how many positions the text of each has in all."""
+        frequencies = jnp.asarray(self.frequencies, jnp.float32)
+        if self.long_frequencies:
+            assert extents_BT is not None
+            long = jnp.asarray(self.long_frequencies, jnp.float32)
+            frequencies = jnp.where(extents_BT[..., None] > self.original_length, long, frequencies)
         return positions_BT[..., None].astype(jnp.float32) * frequencies
 
 
 def rotations(
-    ropes: tuple[Rope | None, ...], positions_BT: jax.Array, length: int
+    ropes: tuple[Rope | None, ...], positions_BT: jax.Array, extents_BT: jax.Array | None
 ) -> list[tuple[jax.Array, jax.Array]]:
     """Cosine and sine [B, T, pairs] of each rope, all of one size; (1, 0) for None, which rotates nothing."""
     found = []
@@ -58,7 +61,7 @@ def rotations(
             shape = (*positions_BT.shape, pairs)
             found.append((jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)))
         else:
-            angles = rope.angles(positions_BT, length)
+            angles = rope.angles(positions_BT, extents_BT)
             found.append((jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale))
     return found
 

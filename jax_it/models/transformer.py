@@ -85,6 +85,11 @@ class Config:
         return self.layers * self.heads * length * (length + memory)
 
     @property
+    def depends_on_extent(self) -> bool:
+        """Whether the rotation of a position depends on how long its text is."""
+        return any(rope is not None and rope.long_frequencies for rope in self.ropes)
+
+    @property
     def varied(self) -> bool:
         """Whether layers differ in their window or rope."""
         return len(set(self.windows)) > 1 or len(set(self.layer_ropes)) > 1

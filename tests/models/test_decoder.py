@@ -12,7 +12,7 @@ from jax_it.data.batches import Placed
 from jax_it.data.formats import CausalFormat
 from jax_it.data.packing import Shape
 from jax_it.generation import Generator
-from jax_it.models import Model, Params, build, hf
+from jax_it.models import Model, Params, build
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -106,7 +106,7 @@ def test_layers_that_differ_are_computed_by_their_own_window_and_rope():
     other = states(dataclasses.replace(model, config=swapped), params, [one], 12)
     assert np.abs(both - other).max() > 1e-2
     # With equal weights in both layers, swapping the layers' weights changes nothing, and their kinds does.
-    same = hf.unflatten({path: leaf for path, leaf in hf.flatten(params).items()})
+    same = dict(params)
     same["layers"] = jax.tree.map(lambda leaf: jnp.stack([leaf[0], leaf[0]]), same["layers"])
     assert (
         np.abs(
@@ -114,3 +114,34 @@ def test_layers_that_differ_are_computed_by_their_own_window_and_rope():
         ).max()
         > 1e-3
     )
+
+
+LONGROPE = LLAMA | {
+    "model_type": "phi3", "max_position_embeddings": 64, "original_max_position_embeddings": 16,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("length, extended", [(10, False), (20, True)])
+def test_longrope_goes_by_the_length_of_the_text_and_not_of_its_row(length, extended):
+    model, params = make(LONGROPE)
+    one, other = example(0, length // 2, length - length // 2), example(1, 5, 5)
+    alone, packed = states(model, params, [one], length), states(model, params, [other, one], 48)
+    np.testing.assert_allclose(packed[10 : 10 + length], alone, rtol=0, atol=1e-5)
+    short = LONGROPE | {"rope_scaling": LONGROPE["rope_scaling"] | {"long_factor": [1.0, 1.1, 1.2, 1.3]}}
+    difference = np.abs(states(make(short)[0], params, [one], length) - alone).max()
+    assert difference > 1e-2 if extended else difference == 0
+
+
+@pytest.mark.parametrize("prompt, new", [(9, 6), (12, 6), (18, 6)])  # within, across and past the original length
+def test_longrope_generates_what_the_full_forward_pass_finds_likeliest(prompt, new):
+    model, params = make(LONGROPE)
+    mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
+    tokens = example(7, prompt, 0).target.tolist()
+    ((_, made),) = Generator(model, mesh, new, 1, ends=(0,))(params, [tokens])
+    # The text counts as long as it may become.
+    text = [*tokens, *made, *[2] * (prompt + new - len(tokens) - len(made))]
+    whole = Placed(np.zeros(0, np.int32), np.array(text, np.int32), 0, np.arange(len(text)) >= prompt)
+    hidden = jnp.asarray(states(model, params, [whole], len(text)))
+    likeliest = np.asarray(model.logits(model.head(params), hidden)).argmax(-1)[prompt - 1 :].tolist()
+    assert likeliest[: len(made)] == made and made
