@@ -96,7 +96,7 @@ def encode_texts(
                 f"{where}: a conversation of several turns needs a chat template, which {tokenizer.name} lacks; "
                 "set config.model.chat_template, for example to 'default'"
             )
-    prompts = text_prompts([_prompt_line(item) for item in examples], tokenizer)
+    prompts = text_prompts([item.prompt for item in examples], tokenizer)
     completions = _completions(examples, tokenizer)
     length = data.sequence_length
     for prompt, completion, where in zip(prompts, completions, places, strict=True):
@@ -188,12 +188,6 @@ def text_prompts(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     """What a causal model without a chat template starts from."""
     marks = [] if tokenizer.start is None else [tokenizer.start]
     return [[*marks, *tokens] for tokens in tokenizer.encode(texts)]
-
-
-def _prompt_line(item: Example) -> str:
-    """The prompt, with a line end after it where nothing else would part it from the completion."""
-    apart = not item.prompt or item.prompt[-1].isspace() or item.completion[:1].isspace()
-    return item.prompt if apart else f"{item.prompt}\n"
 
 
 def _shortened(turns: Sequence[Turn], where: str, data: Data, tokenizer: Tokenizer) -> chat.Conversation | None:

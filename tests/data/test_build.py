@@ -104,5 +104,5 @@ def test_a_fault_in_the_data_names_its_place(tmp_path):
     data = settings(tmp_path)
     path = Path(data.train[1].path)
     path.write_text(path.read_text() + '{"question": "x"}\n')
-    with pytest.raises(UserError, match=rf"^{path}, line 11: none of the fields 'prompt'"):
+    with pytest.raises(UserError, match=rf"^{path}, line 11: none of the fields 'messages'"):
         build(data)

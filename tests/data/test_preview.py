@@ -146,8 +146,9 @@ def test_of_a_causal_model_it_shows_the_texts_the_pieces_and_the_packing(tmp_pat
     pieces = talk.split("tokens ")[1].split()
     brackets = [piece for piece in pieces if piece.startswith("[")]
     assert "".join(piece[1:-1] for piece in brackets).replace("▁", " ") == "I am<|im_end|>I am<|im_end|>"
-    assert "  the template's generation prompt is what stands before an answer in training" in text
     assert "  an answer ends with <|im_end|>\n" in text
+    # The tokenizer begins texts with <s>, which this template leaves to it.
+    assert re.search(r"in training       '<s>.*\n    generation prompt '<\|im_start", text)
 
 
 def test_it_says_where_the_generation_prompt_differs_and_what_ends_an_answer(tmp_path):
@@ -157,6 +158,7 @@ def test_it_says_where_the_generation_prompt_differs_and_what_ends_an_answer(tmp
     assert re.search(r"generation prompt '.*assistant\\n'\n", text)
     text = shown_causal(tmp_path / "gemma", checkpoint("gemma"), pairs("q>x"))
     assert "  an answer ends with <eos> or <end_of_turn>\n" in text
+    assert "  the template's generation prompt is what stands before an answer in training" in text
 
 
 def test_conversations_that_lost_turns_are_shown(tmp_path):

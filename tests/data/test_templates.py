@@ -136,9 +136,9 @@ def test_a_system_message_stands_before_the_prompt():
         ("messages", {"messages": [USER, {**ASSISTANT, "content": ""}, USER, ASSISTANT]}, "turn 2, of the assistant"),
         ("messages", {"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "message 2 calls a tool, which"),
         ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}, "field 'content' or 'value' is"),
-        ("auto", {"question": "a", "answer": "b"}, "none of the fields 'prompt', 'instruction', 'messages', "
-         "'conversations', which template 'auto' needs; its fields: question, answer"),
-        ("auto", {}, "none of the fields 'prompt', 'instruction', 'messages', 'conversations', which template 'auto' "
+        ("auto", {"question": "a", "answer": "b"}, "none of the fields 'messages', 'conversations', "
+         "'prompt', 'instruction', which template 'auto' needs; its fields: question, answer"),
+        ("auto", {}, "none of the fields 'messages', 'conversations', 'prompt', 'instruction', which template 'auto' "
          "needs; its fields: none"),
     ],
 )  # fmt: skip

@@ -77,12 +77,24 @@ def test_logits_in_one_chunk_would_be_found():
     assert largest_array(LLAMA, LENGTH) >= ROWS * LENGTH * VOCABULARY
 
 
+WIDE = {"vocab_size": 512, "hidden_size": 1024, "num_hidden_layers": 12}
+
+
 @pytest.mark.parametrize("remat", ["none", "layer"])
-def test_no_layers_weights_are_dequantised_before_their_turn(remat):
-    wide = LLAMA | {"vocab_size": 512, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12}
-    layer = 4 * (2 * 1024**2 + 2 * 1024 * 512 + 3 * 1024 * 4096)  # bytes in float32
+@pytest.mark.parametrize(
+    "architecture, mlp",
+    [
+        (LLAMA | WIDE | {"intermediate_size": 4096}, 3 * 1024 * 4096),
+        (
+            LLAMA | WIDE
+            | {"model_type": "mixtral", "intermediate_size": 1024, "num_local_experts": 4, "sliding_window": None},
+            4 * 3 * 1024 * 1024,
+        ),
+    ],
+    ids=["llama", "mixtral"],
+)  # fmt: skip
+def test_no_layers_weights_are_dequantised_before_their_turn(architecture, mlp, remat):
+    layer = 4 * (2 * 1024**2 + 2 * 1024 * 512 + mlp)  # bytes in float32
     adapted = {"lora": settings.Lora(rank=2), "quantize": "nf4", "dtype": "float32", "remat": remat}
-    compiled = compile_step(wide, CHUNK, rows=1, length=64, **adapted)  # few tokens: weights are what there is
-    assert (
-        compiled.memory_analysis().temp_size_in_bytes < 4 * layer
-    )  # of 12, beside activations
+    compiled = compile_step(architecture, CHUNK, rows=1, length=64, **adapted)  # few tokens: weights are what there is
+    assert compiled.memory_analysis().temp_size_in_bytes < 5 * layer  # of 12, beside activations
