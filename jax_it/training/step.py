@@ -43,7 +43,7 @@ def make_train_step(
 
     gradient = jax.value_and_grad(of_trained, has_aux=True)
     dropout = bool(model.run.dropout or (model.adapter and model.adapter.dropout))
-    balance = config.balance_loss if getattr(model.config, "experts", None) else 0.0
+    balance = config.balance_loss if model.config.experts else 0.0
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step) if dropout else None
