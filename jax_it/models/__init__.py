@@ -66,6 +66,12 @@ class Model:
         return unflatten({path: weight.letters for path, weight in self.weights.items()})
 
     @cached_property
+    def depths(self) -> dict[str, int]:
+        """How many layers each weight is stacked from, path by path."""
+        stacked = {path for path, weight in self.weights.items() if weight.stacked}
+        return {path: shape.shape[0] for path, shape in flatten(self.shapes).items() if path in stacked}
+
+    @cached_property
     def trained_letters(self) -> Params:
         """The tree of what is trained, with axis letters."""
         return self.adapter.letters(self.weights) if self.adapter else self.letters
@@ -178,15 +184,15 @@ class Model:
             keeps = isinstance(weight, Quantized) or is_vector(letters) or "E" in letters
             return weight if keeps else weight.astype(self.run.dtype)
 
-        trained, base = self.split(params)
-        if self.adapter is not None:
-            base = jax.lax.stop_gradient(base)
-        base = jax.tree.map(cast, self.letters, base if self.adapter else trained)
-        if self.adapter is not None:
-            base = self.adapter.attach(base, trained, None if key is None else jax.random.fold_in(key, 0))
+        trained, frozen = self.split(params)
+        if self.adapter is None:
+            weights = jax.tree.map(cast, self.letters, trained)
+        else:
+            base = jax.tree.map(cast, self.letters, jax.lax.stop_gradient(frozen))
+            weights = self.adapter.attach(base, trained, None if key is None else jax.random.fold_in(key, 0))
         make = self.family.module
         graph, _ = nnx.split(nnx.eval_shape(lambda: make(self.config, rngs=nnx.Rngs(params=jax.random.key(0)))))
-        return nnx.merge(graph, base)
+        return nnx.merge(graph, weights)
 
 
 def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:

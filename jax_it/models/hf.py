@@ -23,7 +23,7 @@ from jax_it.models import Model, Params, build, peft, with_tied_head
 from jax_it.models.lora import make_adapter
 from jax_it.models.quantized import KINDS, block_size, quantize
 from jax_it.models.tensors import DTYPES, Tensors, find_folder, read_weight, write_files, write_weights
-from jax_it.models.weights import flatten, is_vector, unflatten
+from jax_it.models.weights import flatten, is_vector, tensor_shapes, unflatten
 
 
 def read_values(model: ModelConfig) -> tuple[dict[str, Any], str]:
@@ -52,20 +52,17 @@ def load(config: ModelConfig, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[M
     model, base = load_base(config, mesh, seed)
     if config.lora.path:
         return peft.read(config.lora.path, model, base, mesh, config.path, config.param_dtype)
-    if not config.lora.rank:
-        return model, base
     model = with_adapter(model, config)
+    if model.adapter is None:
+        return model, base
     return model, model.join(initialise_adapter(model, base, mesh, seed, config.param_dtype), base)
 
 
 def with_adapter(model: Model, config: ModelConfig) -> Model:
-    """The model with the adapters that the config asks for, if it does."""
-    if config.lora.path:
-        return dataclasses.replace(model, adapter=peft.read_adapter(config.lora.path, model)[0])
+    """The model with the fresh adapters that the config asks for, if it does."""
     if not config.lora.rank:
         return model
-    layers = {path: shape.shape[0] for path, shape in flatten(model.shapes).items()}
-    return dataclasses.replace(model, adapter=make_adapter(config.lora, model.weights, layers))
+    return dataclasses.replace(model, adapter=make_adapter(config.lora, model.weights, model.depths))
 
 
 def load_base(config: ModelConfig, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Model, Params]:
@@ -89,9 +86,10 @@ def storage(model: Model, config: ModelConfig) -> dict[str, str]:
     """
     frozen = bool(config.lora.rank or config.lora.path)
     kept: dict[str, str] = {}
+    shapes = flatten(model.shapes)
     for path, weight in model.weights.items():
         matrix = not is_vector(weight.letters) and "E" not in weight.letters
-        last = flatten(model.shapes)[path].shape[-1]
+        last = shapes[path].shape[-1]
         if not frozen:
             kept[path] = config.param_dtype
         elif config.quantize != "none" and matrix and weight.letters not in _NEVER_QUANTIZED and block_size(last):
@@ -162,11 +160,7 @@ def read_params(model: Model, tensors: Tensors, mesh: jax.sharding.Mesh, kept: M
 
 def _check_names(model: Model, tensors: Tensors, shapes: Mapping[str, Any]) -> None:
     family = model.family
-    wanted = {
-        name: weight.tensor_shape(shapes[path].shape)
-        for path, weight in model.weights.items()
-        for name in weight.names(shapes[path].shape)
-    }
+    wanted = tensor_shapes(model.weights, shapes)
     there = tensors.names()
     if missing := sorted(wanted.keys() - there):
         raise UserError(f"{tensors.folder} lacks {len(missing)} weight(s) that its config.json asks for: {missing[0]}")

@@ -17,7 +17,7 @@ from jax_it.errors import UserError
 from jax_it.models import Model, Params
 from jax_it.models.lora import Adapter, Target, choose_targets, is_linear, module_name, split_axes
 from jax_it.models.tensors import DTYPES, Tensors, find_folder, read_weight, write_weights
-from jax_it.models.weights import Weight, flatten, unflatten
+from jax_it.models.weights import Weight, flatten, tensor_shapes, unflatten
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -62,7 +62,7 @@ def read_adapter(path: str, model: Model) -> tuple[Adapter, Path]:
         if value not in _ONLY[key] if key in _ONLY else (value and key not in _READ):
             only = f"only {_ONLY[key][0]!r} is" if key in _ONLY else "it must be empty"
             raise UserError(f"{where}: {key}={value!r} is not supported by jax_it; {only}")
-    layers = {name: shape.shape[0] for name, shape in flatten(model.shapes).items()}
+    layers = model.depths
     named = values.get("target_modules") or []
     paths = choose_targets([named] if isinstance(named, str) else sorted(named), model.weights, layers, where)
     targets = tuple(_target(path, model.weights[path], layers[path], values, where) for path in paths)
@@ -84,11 +84,7 @@ def read(
     with ExitStack() as stack:
         tensors = Tensors(folder, stack, WEIGHTS)
         there = tensors.names()
-        wanted = {
-            name: weight.tensor_shape(shapes[path].shape)
-            for path, weight in table.items()
-            for name in weight.names(shapes[path].shape)
-        }
+        wanted = tensor_shapes(table, shapes)
         for name, shape in wanted.items():
             if name not in there:
                 raise UserError(f"{folder / WEIGHTS} lacks {name}, which its {CONFIG} asks for")
@@ -222,9 +218,8 @@ def _pattern(patterns: Any, name: str, default: Any) -> Any:
 
 def _target_modules(model: Model) -> list[str]:
     """The modules' names in PEFT, as short as they can be without naming another module too."""
-    layers = {path: shape.shape[0] for path, shape in flatten(model.shapes).items()}
     linear = {path: weight for path, weight in model.weights.items() if is_linear(weight)}
-    names = {path: [module_name(weight, i) for i in range(layers[path])] for path, weight in linear.items()}
+    names = {path: [module_name(weight, i) for i in range(model.depths[path])] for path, weight in linear.items()}
     assert model.adapter is not None
     wanted = {name for target in model.adapter.targets for name in names[target.path]}
     others = {name for found in names.values() for name in found} - wanted

@@ -76,12 +76,8 @@ class Settings:
             raise UserError(f"{self.where}: {key} is {value!r}; it must be a token id or a list of them")
         return tuple(ids)
 
-    def section(self, key: str) -> "Settings":
-        """The settings of a mapping inside this one."""
-        return Settings(self.get(key, dict, {}), f"{self.where}: {key}")
-
-    def choose(self, key: str, known: Sequence[str]) -> str:
-        value = self.get(key, str, "")
+    def choose(self, key: str, known: Sequence[str], default: str = "") -> str:
+        value = self.get(key, str, default)
         if value not in known:
             self.refuse(key, known)
         return value

@@ -114,6 +114,15 @@ class Weight(NamedTuple):
         return groups
 
 
+def tensor_shapes(weights: Mapping[str, Weight], shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of some weights, whose own shapes are given by path."""
+    return {
+        name: weight.tensor_shape(shapes[path].shape)
+        for path, weight in weights.items()
+        for name in weight.names(shapes[path].shape)
+    }
+
+
 def is_vector(letters: str) -> bool:
     """Whether a weight with these axes is, for each layer, a norm's scale or a bias: no matrix.
 

@@ -13,9 +13,7 @@ from jax_it.models.weights import Weight
 def read_config(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
     width, heads = settings.need("n_embd", int), settings.need("n_head", int)
-    activation = settings.get("activation_function", str, "gelu_new")
-    if activation not in layers.ACTIVATIONS:
-        settings.refuse("activation_function", list(layers.ACTIVATIONS))
+    activation = settings.choose("activation_function", list(layers.ACTIVATIONS), "gelu_new")
     rate = settings.get("resid_pdrop", float, 0.1)
     for key in ("embd_pdrop", "attn_pdrop"):
         if settings.get(key, float, 0.1) != rate:

@@ -13,9 +13,7 @@ from jax_it.models.weights import Weight
 def read_config(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
     width, heads = settings.need("hidden_size", int), settings.need("num_attention_heads", int)
-    activation = settings.get("hidden_act", str, "gelu")
-    if activation not in layers.ACTIVATIONS:
-        settings.refuse("hidden_act", list(layers.ACTIVATIONS))
+    activation = settings.choose("hidden_act", list(layers.ACTIVATIONS), "gelu")
     settings.expect(attention_dropout=0.0, hidden_dropout=0.0)
     bias = settings.get("attention_bias", bool, True)
     config = Config(

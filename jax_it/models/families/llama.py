@@ -15,9 +15,7 @@ from jax_it.models.weights import Weight
 
 def read_common(settings: Settings, *, tied: bool = False, act: str = "hidden_act") -> dict[str, Any]:
     """The values that families with Llama's settings share, as arguments of `Config`."""
-    activation = settings.get(act, str, "silu")
-    if activation not in layers.ACTIVATIONS:
-        settings.refuse(act, list(layers.ACTIVATIONS))
+    activation = settings.choose(act, list(layers.ACTIVATIONS), "silu")
     settings.expect(attention_dropout=0.0, is_encoder_decoder=False, add_cross_attention=False)
     settings.expect(is_decoder=False, chunk_size_feed_forward=0)
     width, heads = settings.need("hidden_size", int), settings.need("num_attention_heads", int)
