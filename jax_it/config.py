@@ -174,8 +174,14 @@ class Train:
     squared_error_target: float = 30.0
     optimizer: Optimizer = field(default_factory=Optimizer)
     clip: float = 1.0  # the gradient's global norm; 0: no clipping
-    max_skipped: int = 20  # steps in a row with a non-finite gradient, which are skipped, before the run ends
+    max_spike: float = 30.0  # a gradient is skipped whose norm is so many times the mean and over `clip`; 0: none is
+    max_skipped: int = 20  # steps in a row that are skipped, for a spike or what is not finite, before the run ends
+    hang_after: float = 1800.0  # seconds of a step, or 10 times that of a compile, save or evaluation, ...
+    # ... after which the run says where it hangs and ends with exit code 75, to be started again; 0: never
     log_every: Duration = Duration(10, "steps")
+    wandb: str = ""  # the project of Weights & Biases that the log goes to as well; "": none
+    profile: Duration = Duration(0, "steps")  # after which a trace of the next steps is recorded; "": never
+    profile_steps: int = 5
     checkpoint_every: Duration = Duration(500, "steps")
     keep: int = 2  # the newest checkpoints
     keep_best: int = 1  # and so many with the best score (eval.best)
@@ -184,12 +190,15 @@ class Train:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; one axis may be -1, what is left."""
+    """Devices along each axis, over all slices; one axis may be -1, what is left."""
 
-    data: int = -1
-    fsdp: int = 1
-    context: int = 1
-    tensor: int = 1
+    data: int = -1  # whole copies of the model, each with its rows
+    fsdp: int = 1  # rows, and the weights split, and gathered where they are used
+    expert: int = 1  # rows, and the experts of a mixture split; weights of other kinds as over fsdp
+    context: int = 1  # the positions of a row
+    tensor: int = 1  # heads, feed-forward and vocabulary
+    slices: int = 0  # pods whose devices reach each other over the data-centre network; 0: as many as there are
+    across_slices: Literal["data", "fsdp"] = "data"  # the axis that goes from slice to slice
 
 
 @dataclass(frozen=True)
@@ -286,9 +295,10 @@ _AT_LEAST: dict[str, float] = {
     "data.holdout": 0, "data.mixing_cap": 0, "data.packed_source_length": 0, "data.packed_target_length": 0,
     "train.batch_size": 1, "train.micro_batches": 1,
     "train.loss_chunk": 1, "train.clip": 0, "train.z_loss": 0, "train.balance_loss": 0,
-    "train.keep": 1, "train.keep_best": 0, "train.max_skipped": 0,
+    "train.keep": 1, "train.keep_best": 0, "train.max_skipped": 0, "train.max_spike": 0, "train.hang_after": 0,
+    "train.profile_steps": 1,
     "train.optimizer.learning_rate": 0, "train.optimizer.weight_decay": 0, "train.optimizer.epsilon": 0,
-    "eval.batch_size": 1, "eval.max_new_tokens": 0, "eval.limit": 0,
+    "mesh.slices": 0, "eval.batch_size": 1, "eval.max_new_tokens": 0, "eval.limit": 0,
 }  # fmt: skip
 _SHARES = ("data.max_dropped", "data.max_truncated", "data.max_unknown", "train.optimizer.final_rate")
 _BELOW_ONE = ("model.lora.dropout", "train.label_smoothing", "train.optimizer.beta1", "train.optimizer.beta2")
@@ -353,11 +363,9 @@ def _check(config: Config) -> None:
     best = config.eval.best
     if best != "loss" and not (best in config.eval.metrics and config.eval.generate):
         raise UserError(f"config.eval.best: {best!r} is not measured; add it to eval.metrics, with eval.generate on")
-    sizes = dataclasses.asdict(mesh)
+    sizes = {name: size for name, size in dataclasses.asdict(mesh).items() if name not in ("slices", "across_slices")}
     if sum(size == -1 for size in sizes.values()) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
         raise UserError(f"config.mesh: sizes must be positive, and at most one of them -1; got {sizes}")
-    if mesh.context != 1:
-        raise UserError("config.mesh.context: only 1 is supported for now; shard with data, fsdp or tensor")
 
 
 def _check_adapters(model: Model) -> None:

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it to standard error without a traceback and exits with code 2.
     """
+
+
+class Interrupted(Exception):
+    """The run has stopped before its end and nothing is lost: the same command goes on with it. Exit code 75."""

@@ -9,6 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jax_it import sharding
 
 TokenLoss = Callable[[jax.Array, jax.Array], jax.Array]  # float32 logits_BTV, targets_BT -> losses_BT
 
@@ -44,9 +47,9 @@ def squared_error(logits_BTV: jax.Array, targets_BT: jax.Array, *, scale: float,
 
 def chunked_sum(
     loss: TokenLoss,
-    logits: Callable[[Any, jax.Array], jax.Array],
+    logits: Callable[[jax.Array, jax.Array], jax.Array],
     chunk: int,
-    head: Any,
+    head_VD: jax.Array,
     hidden_BTD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
@@ -54,54 +57,122 @@ def chunked_sum(
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of token losses and the sum of their weights, both float32.
 
-    `logits(head, hidden_BCD)` gives float32 logits; at most `chunk` positions of a row have theirs at
-    a time. Gradients are taken chunk by chunk in the forward pass: no logits wait for a backward one.
-    A head that is not trained has none.
+    `logits(head, hidden_BCD)` gives float32 logits; of a row at most `chunk` of the positions on a device have theirs
+    at a time. Gradients are taken chunk by chunk in the forward pass: no logits wait for a backward one. A head that
+    is not trained has none.
     """
-    length = targets_BT.shape[1]
-    chunks = -(-length // chunk)
-    extra = -length % chunks
-    pad = [(0, 0), (0, extra)]
-    arrays = (jnp.pad(hidden_BTD, [*pad, (0, 0)]), jnp.pad(targets_BT, pad), jnp.pad(weights_BT, pad))
-    split = tuple(jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0) for a in arrays)
-    return _sum_over_chunks(loss, logits, head_trained, head, *split), weights_BT.sum(dtype=jnp.float32)
+    total = _sum_over_chunks(loss, logits, chunk, head_trained, head_VD, hidden_BTD, targets_BT, weights_BT)
+    return total, weights_BT.sum(dtype=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _sum_over_chunks(
-    loss: TokenLoss, logits: Callable, head_trained: bool, head: Any, hidden_XBCD: jax.Array, targets_XBC: jax.Array,
-    weights_XBC: jax.Array,
+    loss: TokenLoss, logits: Callable, chunk: int, head_trained: bool, head_VD: jax.Array, hidden_BTD: jax.Array,
+    targets_BT: jax.Array, weights_BT: jax.Array,
 ) -> jax.Array:  # fmt: skip
-    def add(total: jax.Array, chunk: tuple) -> tuple[jax.Array, None]:
-        return total + _chunk_sum(loss, logits, head, *chunk), None
+    def value(head_VD: jax.Array, *arrays: jax.Array) -> tuple[jax.Array]:
+        def add(total: jax.Array, chunk: tuple) -> tuple[jax.Array, None]:
+            return total + _chunk_sum(loss, logits, head_VD, *chunk), None
 
-    return jax.lax.scan(add, jnp.float32(0), (hidden_XBCD, targets_XBC, weights_XBC))[0]
+        return (jax.lax.scan(add, jnp.float32(0), _chunks(chunk, *arrays))[0],)
+
+    return _on_own_positions(value, ("",), head_VD, hidden_BTD, targets_BT, weights_BT)[0]
+
+
+def _forward(
+    loss: TokenLoss, logits: Callable, chunk: int, head_trained: bool, head_VD: jax.Array, hidden_BTD: jax.Array,
+    targets_BT: jax.Array, weights_BT: jax.Array,
+) -> Any:  # fmt: skip
+    """The sum, and the gradients for a cotangent of 1: of the hidden states and, if it is trained, of the head."""
+
+    def value_and_gradients(head_VD: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        def add(carry: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
+            total, head_gradient = carry
+            hidden, targets, weights = chunk
+            value, (for_hidden, *for_head) = jax.value_and_grad(
+                lambda hidden, head: _chunk_sum(loss, logits, head, hidden, targets, weights),
+                argnums=(0, 1) if head_trained else (0,),
+            )(hidden, head_VD)
+            return (total + value, [sum + g for sum, g in zip(head_gradient, for_head, strict=True)]), for_hidden
+
+        zeros = [jnp.zeros(head_VD.shape, head_dtype)] if head_trained else []
+        (total, head_gradient), chunks = jax.lax.scan(add, (jnp.float32(0), zeros), _chunks(chunk, *arrays))
+        length = arrays[0].shape[1]
+        for_hidden = jnp.moveaxis(chunks, 0, 2).reshape(arrays[0].shape[0], -1, arrays[0].shape[2])[:, :length]
+        return total, for_hidden, *head_gradient
+
+    head_dtype = head_VD.dtype
+    letters = ("", "B T D", "V D")[: 3 if head_trained else 2]
+    total, *gradients = _on_own_positions(value_and_gradients, letters, head_VD, hidden_BTD, targets_BT, weights_BT)
+    return total, gradients
+
+
+def _backward(
+    loss: TokenLoss, logits: Callable, chunk: int, head_trained: bool, gradients: list[jax.Array], cotangent: jax.Array
+) -> tuple:
+    for_hidden, *for_head = (g * cotangent.astype(g.dtype) for g in gradients)
+    return for_head[0] if head_trained else None, for_hidden, None, None
+
+
+_sum_over_chunks.defvjp(_forward, _backward)
 
 
 def _chunk_sum(loss: TokenLoss, logits: Callable, head: Any, hidden: Any, targets: Any, weights: Any) -> jax.Array:
     return jnp.sum(weights * loss(logits(head, hidden), targets), dtype=jnp.float32)
 
 
-def _forward(
-    loss: TokenLoss, logits: Callable, head_trained: bool, head: Any, hidden: Any, targets: Any, weights: Any
-) -> Any:
-    def add(carry: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
-        total, head_gradient = carry
-        hidden, targets, weights = chunk
-        value, (for_hidden, *for_head) = jax.value_and_grad(
-            lambda hidden, head: _chunk_sum(loss, logits, head, hidden, targets, weights),
-            argnums=(0, 1) if head_trained else (0,),
-        )(hidden, head)
-        return (total + value, jax.tree.map(jnp.add, head_gradient, for_head)), for_hidden
+def _chunks(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays cut along T: as few chunks as there may be, the first axis, of at most `chunk` positions each."""
+    length = arrays_BT[0].shape[1]
+    chunks = -(-length // chunk)
 
-    zeros = [jax.tree.map(jnp.zeros_like, head)] if head_trained else []
-    (total, head_gradient), hidden_gradient = jax.lax.scan(add, (jnp.float32(0), zeros), (hidden, targets, weights))
-    return total, (head_gradient, hidden_gradient)
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, -length % chunks), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunks, *x.shape[2:]), 2, 0)
+
+    return tuple(map(cut, arrays_BT))
 
 
-def _backward(loss: TokenLoss, logits: Callable, head_trained: bool, gradients: tuple, cotangent: jax.Array) -> tuple:
-    for_head, for_hidden = jax.tree.map(lambda g: g * cotangent.astype(g.dtype), gradients)
-    return for_head[0] if head_trained else None, for_hidden, None, None
+def _on_own_positions(
+    compute: Callable[..., tuple[jax.Array, ...]],
+    letters: tuple[str, ...],
+    head_VD: jax.Array,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+) -> tuple[jax.Array, ...]:
+    """`compute(head, hidden, targets, weights)` by every device for the positions that it has.
 
+    Results with a "B T" in their letters stay where they are made; others are summed over the devices once, when all
+    chunks are done. The head is gathered once: in a loop that XLA partitions it would be for every chunk, and its
+    gradient summed over the devices as often.
+    """
+    head_VD = head_VD.astype(hidden_BTD.dtype)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return compute(head_VD, hidden_BTD, targets_BT, weights_BT)
+    rows_BT = sharding.spec("B T", targets_BT.shape, mesh)
+    split = [axis for entry in rows_BT for axis in sharding.axes_of(entry)]  # over which positions are
+    head_D = sharding.axes_of(sharding.spec("V D", head_VD.shape, mesh)[1])
+    scattered = tuple(axis for axis in head_D if axis in split)
 
-_sum_over_chunks.defvjp(_forward, _backward)
+    def body(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(together(names, value) for names, value in zip(letters, compute(*arrays), strict=True))
+
+    def together(names: str, value: jax.Array) -> jax.Array:
+        if names.startswith("B T"):
+            return value
+        if names == "V D" and scattered:
+            value = jax.lax.psum_scatter(value, scattered, scatter_dimension=1, tiled=True)
+            return jax.lax.psum(value, tuple(axis for axis in split if axis not in scattered))
+        return jax.lax.psum(value, tuple(split))
+
+    specs = {"": PartitionSpec(), "B T D": PartitionSpec(*rows_BT, None), "V D": PartitionSpec(None, scattered)}
+    return jax.shard_map(
+        body,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), specs["B T D"], rows_BT, rows_BT),
+        out_specs=tuple(specs[names] for names in letters),
+        axis_names=set(sharding.RULES["B"] + sharding.RULES["T"]),  # the vocabulary is split over the rest by XLA
+        check_vma=False,
+    )(head_VD, hidden_BTD, targets_BT, weights_BT)

@@ -5,23 +5,28 @@ says over which devices they are split.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_it.config import Mesh as MeshConfig
 from jax_it.errors import UserError
 
 WHOLE = 4_000_000_000  # bytes of float32 weights that any device has room for, beside what it works on
-AXES = ("data", "fsdp", "context", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")  # the last lies on the nearest neighbours
 
 # An axis of the mesh splits at most one axis of an array, the leftmost that asks for it: `D` is split
-# over fsdp in a weight ("D F") and whole in an activation ("B T D"), whose batch took fsdp before.
+# over fsdp in a weight ("D F") and whole in an activation ("B T D"), whose batch took fsdp before. Queries
+# are split over context by their `T`; the keys that all of them read, `S`, are whole.
 RULES: dict[str, tuple[str, ...]] = {
-    "B": ("data", "fsdp"),
-    "D": ("fsdp",),
+    "B": ("data", "fsdp", "expert"),
+    "T": ("context",),
+    "D": ("fsdp", "expert"),
+    "X": ("expert",),
     "F": ("tensor",),
     "K": ("tensor",),
     "N": ("tensor",),
@@ -30,20 +35,68 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The device mesh; a size of -1 takes what is left. Raises UserError where the sizes do not fit."""
+    """The mesh of the devices, each slice's neighbours beside each other. A size of -1 takes what is left.
+
+    Raises UserError where the sizes do not fit the devices, or the slices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = {axis: getattr(config, axis) for axis in AXES}
     given = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(devices) % given or (not free and given != len(devices)):
-        text = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
         raise UserError(
-            f"config.mesh: {text} does not fit {len(devices)} device(s); "
-            f"sizes must multiply to {len(devices)}, or divide it with one axis at -1"
+            f"config.mesh: {_text(sizes) or 'data=1'} does not fit {len(devices)} device(s); "
+            f"{' or '.join(_fitting(sizes, len(devices)))} would"
         )
     for axis in free:
         sizes[axis] = len(devices) // given
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices))
+    slices = _slices(config.slices, devices)
+    across = sizes[config.across_slices]
+    if across % len(slices):
+        raise UserError(
+            f"config.mesh.{config.across_slices}: {across} devices cannot be shared out to {len(slices)} slices; make it "
+            f"a multiple of {len(slices)}, or name the axis that is one with config.mesh.across_slices"
+        )
+    inner = sizes | {config.across_slices: across // len(slices)}
+    parts = [
+        mesh_utils.create_device_mesh(tuple(inner.values()), each, allow_split_physical_axes=True) for each in slices
+    ]
+    together = np.concatenate(parts, axis=AXES.index(config.across_slices))
+    return jax.sharding.Mesh(together, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _text(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+
+
+def _fitting(sizes: Mapping[str, int], devices: int) -> list[str]:
+    """Sizes near to these that fit: another one along one axis, or else the largest divisors."""
+    sizes = {axis: max(size, 1) for axis, size in sizes.items()}
+    near = []
+    for axis, size in sizes.items():
+        if devices % (rest := math.prod(sizes.values()) // size) == 0:
+            near.append(_text(sizes | {axis: devices // rest}) or "data=1")
+    if not near:
+        left = devices
+        for axis in reversed(AXES):
+            sizes[axis] = left if axis == AXES[0] else math.gcd(sizes[axis], left)
+            left //= sizes[axis]
+        near.append(_text(sizes))
+    return near
+
+
+def _slices(number: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices slice by slice; where they do not tell theirs, `number` equal parts of their order."""
+    told = sorted({getattr(device, "slice_index", 0) for device in devices})
+    if len(told) > 1:
+        if number not in (0, len(told)):
+            raise UserError(f"config.mesh.slices: {number}, but the devices lie in {len(told)} slices; leave it at 0")
+        return [[device for device in devices if getattr(device, "slice_index", 0) == index] for index in told]
+    number = number or 1
+    if len(devices) % number:
+        raise UserError(f"config.mesh.slices: {len(devices)} devices cannot be shared out to {number} slices")
+    each = len(devices) // number
+    return [list(devices[i * each : (i + 1) * each]) for i in range(number)]
 
 
 def whole_or_split(parameters: int) -> MeshConfig:
@@ -69,6 +122,11 @@ def spec(letters: str, shape: Sequence[int], mesh: jax.sharding.Mesh | jax.shard
     return PartitionSpec(*entries)
 
 
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that an entry of a PartitionSpec names."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def shardings(letters: Any, shapes: Any, mesh: jax.sharding.Mesh) -> Any:
     """A tree of NamedShardings for a tree of letters and one of arrays (or their shapes and dtypes).
 
@@ -86,7 +144,7 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Of every array of a batch: rows over data and fsdp, the rest whole."""
+    """Of every array of a batch: rows over the axes of `B`, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(RULES["B"]))
 
 
@@ -95,9 +153,39 @@ def batch_parts(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["B"])
 
 
+def local_parts(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
+    """Which parts of a batch this process's devices hold; processes that share a row's devices hold the same."""
+    by_part = mesh.devices.reshape(batch_parts(mesh), -1)  # B's axes are the mesh's first
+    return tuple(i for i, part in enumerate(by_part) if any(d.process_index == jax.process_index() for d in part))
+
+
+def place(batch: Any, mesh: jax.sharding.Mesh, parts: Sequence[int] | None = None) -> Any:
+    """The global arrays of a batch, of which each process has the rows of some `parts`, one after another, or all."""
+    held = range(batch_parts(mesh)) if parts is None else parts
+    placement = batch_sharding(mesh)
+
+    def one(array: Any) -> jax.Array:
+        each = len(array) // len(held)
+
+        def rows(index: tuple[slice, ...] | None) -> Any:
+            assert index
+            at = held.index((index[0].start or 0) // each) * each
+            return array[at : at + each]
+
+        return jax.make_array_from_callback((each * batch_parts(mesh), *array.shape[1:]), placement, rows)
+
+    return jax.tree.map(one, batch)
+
+
 def constrain(x: jax.Array, letters: str) -> jax.Array:
     """`x` split as its letters say over the mesh of `jax.set_mesh`; as it is where none is set."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(letters, x.shape, mesh))
+
+
+def parts_of(letter: str) -> int:
+    """Over how many devices of the mesh of `jax.set_mesh` an axis is split, where it divides and all else allows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES.get(letter, ()))

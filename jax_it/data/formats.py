@@ -8,7 +8,7 @@ example has none, and its target.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -20,6 +20,16 @@ from jax_it.data.packing import Layout, RowCost, Rows, Shape
 from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
+
+
+class Lengths(Protocol):
+    """How many tokens an example has."""
+
+    @property
+    def source_length(self) -> int: ...
+
+    @property
+    def target_length(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -88,10 +98,10 @@ class Seq2SeqFormat:
         """Which examples of these lengths share rows of `shape`."""
         return packing.pack(sources, targets, shape)
 
-    def fit(self, examples: Sequence[Placed], limit: Shape) -> Shape:
+    def fit(self, examples: Sequence[Lengths], limit: Shape) -> Shape:
         """The shape of a batch of one example a row: its longest, rounded up to a bucket."""
-        source = max((len(example.source) for example in examples), default=1)
-        target = max((len(example.target) for example in examples), default=1)
+        source = max((example.source_length for example in examples), default=1)
+        target = max((example.target_length for example in examples), default=1)
         return Shape(1, bucket(source, limit.source), bucket(target, limit.target))
 
     def batch(self, rows: Sequence[Sequence[Placed]], shape: Shape) -> Seq2SeqBatch:
@@ -202,9 +212,9 @@ class CausalFormat:
         """Which examples of these lengths share rows of `shape`."""
         return packing.pack_sequences(targets, shape.target)
 
-    def fit(self, examples: Sequence[Placed], limit: Shape) -> Shape:
+    def fit(self, examples: Sequence[Lengths], limit: Shape) -> Shape:
         """The shape of a batch of one example a row: its longest, rounded up to a bucket."""
-        return Shape(0, 0, bucket(max((len(example.target) for example in examples), default=1), limit.target))
+        return Shape(0, 0, bucket(max((example.target_length for example in examples), default=1), limit.target))
 
     def batch(self, rows: Sequence[Sequence[Placed]], shape: Shape) -> CausalBatch:
         """A batch of these rows, each a list of examples; an empty list makes a row of padding."""

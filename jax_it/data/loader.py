@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -40,11 +40,22 @@ class Step(NamedTuple):
     shape: Shape
 
 
+class Member(NamedTuple):
+    """An example of a row: where it is from, how long it is, and the block of the row that its source goes to."""
+
+    source: int
+    example: int
+    template: int
+    source_length: int
+    target_length: int
+    block: int
+
+
 @dataclass(frozen=True)
 class Part:
-    """Which of a batch's rows a host makes: part `index` of `count`, of rows padded to a multiple of `multiple`."""
+    """Which of a batch's rows a host makes: the `numbers` of `count` equal parts, of rows padded to a multiple."""
 
-    index: int = 0
+    numbers: tuple[int, ...] = (0,)
     count: int = 1
     multiple: int = 1
 
@@ -87,43 +98,54 @@ class TrainData:
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
     def batch(self, step: int, part: Part = WHOLE, stop_row: int | None = None) -> Step:
-        """The batch of a step; rows from `stop_row` on are empty."""
-        first = step * self.layout.rows
-        rows = [
-            self._row(row) if stop_row is None or row < stop_row else []
-            for row in range(first, first + self.layout.rows)
-        ]
+        """The batch of a step; rows from `stop_row` on are empty. Only this part's rows are read."""
+        rows = self._members(step, stop_row)
         multiple = math.lcm(part.multiple, part.count)
         padded = -(-len(rows) // multiple) * multiple
-        shape = self.layout.shape
-        if not self.packed:
-            shape = self.format.fit([example for row in rows for example in row], shape)
-        source = sum(len(example.source) for row in rows for example in row)
-        target = sum(len(example.target) for row in rows for example in row)
+        rows += [[]] * (padded - len(rows))
+        everyone = [member for row in rows for member in row]
+        shape = self.layout.shape if self.packed else self.format.fit(everyone, self.layout.shape)
         sizes = Sizes(
-            examples=sum(map(len, rows)),
-            source_tokens=source,
-            target_tokens=target,
+            examples=len(everyone),
+            source_tokens=sum(member.source_length for member in everyone),
+            target_tokens=sum(member.target_length for member in everyone),
             source_positions=padded * shape.blocks * shape.source,
             target_positions=padded * shape.target,
         )
-        rows += [[]] * (padded - len(rows))
         each = padded // part.count
-        mine = rows[part.index * each : (part.index + 1) * each]
+        mine = [[self._placed(m) for m in row] for n in part.numbers for row in rows[n * each : (n + 1) * each]]
         return Step(step, self.format.batch(mine, shape), sizes, shape)
 
-    def _row(self, row: int) -> list[Placed]:
-        """The examples of a row of the run."""
+    def examples(self, step: int, duration: Duration) -> list[dict[str, Any]]:
+        """Where the examples of a step are from: [{"source": its name, "records": their numbers, from 1}, ...]."""
+        stop_row = self._row_after(duration.value) if duration.unit == "epochs" else None
+        members = [member for row in self._members(step, stop_row) for member in row]
+        return [
+            {"source": templates[0].name, "records": sorted({m.example + 1 for m in members if m.source == i})}
+            for i, templates in enumerate(self.mixture.tokenized)
+            if any(m.source == i for m in members)
+        ]
+
+    def _members(self, step: int, stop_row: int | None = None) -> list[list[Member]]:
+        """Which examples each row of a step has."""
+        first = step * self.layout.rows
+        rows = range(first, first + self.layout.rows)
+        return [self._members_of(row) if stop_row is None or row < stop_row else [] for row in rows]
+
+    def _members_of(self, row: int) -> list[Member]:
         while self._ends[-1] <= row:
             self._rows_until(len(self._ends))
         epoch = int(np.searchsorted(self._ends, row, side="right")) - 1
         plan, drawn = self._plan(epoch), self.mixture.epoch(epoch)
-        placed = []
-        for at, block in plan.row(row - self._ends[epoch]):
-            tokens = self.mixture.tokenized[drawn.source[at]][drawn.template[at]]
-            example = tokens.example(int(drawn.example[at]))
-            placed.append(Placed(example.source, example.target, block, example.learnt))
-        return placed
+        return [
+            Member._make([*(int(column[at]) for column in drawn), block])
+            for at, block in plan.row(row - self._ends[epoch])
+        ]
+
+    def _placed(self, member: Member) -> Placed:
+        """The tokens of an example, which are read now."""
+        example = self.mixture.tokenized[member.source][member.template].example(member.example)
+        return Placed(example.source, example.target, member.block, example.learnt)
 
     def _row_after(self, epochs: float) -> int:
         """The row at which so many epochs end."""

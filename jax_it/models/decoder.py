@@ -25,7 +25,7 @@ WITHOUT_WINDOW = 1 << 30  # positions
 class Source(NamedTuple):
     """What cross-attention reads when all positions are computed, and which of it each of them sees."""
 
-    states_BSD: jax.Array
+    states_BSD: jax.Array  # a source's blocks as rows of their own
     allowed_BTS: jax.Array
 
 
@@ -70,6 +70,7 @@ class Stack(nnx.Module):
     ) -> tuple[jax.Array, Routing | None, Any]:  # fmt: skip
         """Normed states of all positions, the routing summed over layers, and every layer's keys and values."""
         c, length = self.config, x_BTD.shape[1]
+        allowed_BTS = constrain(allowed_BTS, "B T S")
         distance_TS = jnp.arange(length)[:, None] - jnp.arange(length)
         if c.bidirectional:
             distance_TS = jnp.abs(distance_TS)
@@ -98,7 +99,8 @@ class Stack(nnx.Module):
 
             def cross(x_BTD: jax.Array) -> jax.Array:
                 assert source is not None
-                return _read(c, module.cross, x_BTD, module.cross.keys_values(source.states_BSD), source.allowed_BTS)
+                made = (layers.keys_of_all(x, x_BTD.shape[0]) for x in module.cross.keys_values(source.states_BSD))
+                return _read(c, module.cross, x_BTD, tuple(made), source.allowed_BTS)
 
             x_BTD, routing = module(c, x_BTD, attention, cross, real_BT, run.dropout, layer_key)
             return x_BTD, (routing, tuple(kept) if with_cache else None)
@@ -244,7 +246,8 @@ def _heads(attention: Attention, x_BTD: jax.Array, cos: Any, sin: Any) -> tuple[
     query_BTNH, (key_BTKH, value_BTKH) = attention.queries(x_BTD), attention.keys_values(x_BTD)
     if cos is not None:
         query_BTNH, key_BTKH = rope.rotate(query_BTNH, cos, sin), rope.rotate(key_BTKH, cos, sin)
-    return constrain(query_BTNH, "B T N H"), constrain(key_BTKH, "B S K H"), constrain(value_BTKH, "B S K H")
+    rows = x_BTD.shape[0]
+    return constrain(query_BTNH, "B T N H"), layers.keys_of_all(key_BTKH, rows), layers.keys_of_all(value_BTKH, rows)
 
 
 def _read(c: Config, cross: Attention, x_BTD: jax.Array, memory: tuple, allowed_BTS: jax.Array) -> jax.Array:

@@ -1,15 +1,20 @@
 """Mixtures of experts: each token goes to the few experts that its router scores highest (Shazeer et al. 2017)."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
+from jax_it import sharding
 from jax_it.models import layers
 from jax_it.models.linear import dense
 from jax_it.models.quantized import Quantized
 from jax_it.sharding import constrain
+
+Activation = Callable[[jax.Array], jax.Array]
 
 
 class Experts(NamedTuple):
@@ -53,29 +58,109 @@ class ExpertsMlp(nnx.Module):
         weights_BTC, chosen_BTC = jax.lax.top_k(probabilities_BTX, self.experts.per_token)
         if self.experts.normalised:
             weights_BTC /= weights_BTC.sum(-1, keepdims=True)
-        rows, length, width = x_BTD.shape
-        out_ID = self._apply(
-            x_BTD.reshape(-1, width), chosen_BTC.reshape(rows * length, -1), weights_BTC.reshape(rows * length, -1)
-        )
-        out_BTD = constrain(out_ID.reshape(rows, length, width), "B T D")
-        return out_BTD, Routing.of(probabilities_BTX, chosen_BTC, real_BT)
-
-    def _apply(self, x_ID: jax.Array, chosen_IC: jax.Array, weights_IC: jax.Array) -> jax.Array:
-        """The layer for tokens I, sorted by expert, so that each expert's weights meet its tokens in one product."""
-        order = jnp.argsort(chosen_IC.reshape(-1), stable=True)
-        token = order // self.experts.per_token
-        sizes_X = jnp.bincount(chosen_IC.reshape(-1), length=self.experts.number)
-        sorted_JD = x_ID[token]
+        matrices = Matrices(*(param.get_value() for param in (self.gate, self.up, self.down)))
         act = layers.ACTIVATIONS[self.activation]
-        hidden_JF = act(_ragged(sorted_JD, self.gate, sizes_X)) * _ragged(sorted_JD, self.up, sizes_X)
-        out_JD = _ragged(hidden_JF, self.down, sizes_X)
-        out_JD *= weights_IC.reshape(-1)[order][:, None].astype(out_JD.dtype)
-        return jnp.zeros_like(x_ID).at[token].add(out_JD)
+        out_BTD = _on_own_experts(act, x_BTD, chosen_BTC, weights_BTC, matrices, self.experts.number)
+        return constrain(out_BTD, "B T D"), Routing.of(probabilities_BTX, chosen_BTC, real_BT)
 
 
-def _ragged(x_JI: jax.Array, param: nnx.Param, sizes_X: jax.Array) -> jax.Array:
+class Matrices(NamedTuple):
+    """Of some experts: each a DenseWeight."""
+
+    gate: Any  # [X, D, F]
+    up: Any
+    down: Any  # [X, F, D]
+
+
+def _on_own_experts(
+    act: Activation, x_BTD: jax.Array, chosen_BTC: jax.Array, weights_BTC: jax.Array, matrices: Matrices, number: int
+) -> jax.Array:
+    """Every device sorts the tokens that it has. Where experts are split over devices, those share their tokens, and
+    each takes the ones that are sent to its own experts.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return _apply(act, x_BTD, chosen_BTC, weights_BTC, matrices, jnp.int32(0), number)
+    rows = PartitionSpec(*sharding.spec("B T", x_BTD.shape[:2], mesh), None)
+    experts, inner = _split_of(matrices, mesh)
+    shared = bool(experts) and all(axis in sharding.axes_of(rows[0]) for axis in experts)
+    into, out = PartitionSpec(experts, None, inner), PartitionSpec(experts, inner, None)
+
+    def body(x_BTD: jax.Array, chosen_BTC: jax.Array, weights_BTC: jax.Array, matrices: Matrices) -> jax.Array:
+        first = jnp.int32(0)
+        if experts:
+            first = jax.lax.axis_index(experts) * jax.tree.leaves(matrices.gate)[0].shape[0]
+        if shared:
+            x_BTD, chosen_BTC, weights_BTC = (
+                jax.lax.all_gather(array, experts, tiled=True) for array in (x_BTD, chosen_BTC, weights_BTC)
+            )
+        out_BTD = _apply(act, x_BTD, chosen_BTC, weights_BTC, matrices, first, number)
+        if shared:
+            out_BTD = jax.lax.psum_scatter(out_BTD, experts, scatter_dimension=0, tiled=True)
+        return jax.lax.psum(out_BTD, (*inner, *(() if shared else experts)))
+
+    return jax.shard_map(
+        body, mesh=mesh, in_specs=(rows, rows, rows, Matrices(into, into, out)), out_specs=rows, check_vma=False
+    )(x_BTD, chosen_BTC, weights_BTC, matrices)
+
+
+def _split_of(matrices: Matrices, mesh: jax.sharding.AbstractMesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes over which experts and their inner width are split; all arrays of quantised ones alike, or none."""
+    found = []
+    for letter, axes in (("X", (0, 0, 0)), ("F", (2, 2, 1))):
+        split = {
+            sharding.axes_of(sharding.spec(letter, array.shape[axis : axis + 1], mesh)[0])
+            for weight, axis in zip(matrices, axes, strict=True)
+            for array in jax.tree.leaves(weight)
+        }
+        found.append(split.pop() if len(split) == 1 else ())
+    return found[0], found[1]
+
+
+def _apply(
+    act: Activation, x_BTD: jax.Array, chosen_BTC: jax.Array, weights_BTC: jax.Array, matrices: Matrices,
+    first: jax.Array, number: int,
+) -> jax.Array:  # fmt: skip
+    """What the experts from `first` on, of `number` in all, add for some tokens, [B, T, D].
+
+    Sorted by expert, so that each expert's matrices meet its tokens in one product. Where there are but a part of the
+    experts, the pairs of tokens and experts are taken in as many pieces: those after the last of these experts' own
+    are left out, and if all tokens are sent to them, none is dropped.
+    """
+    rows, length, width = x_BTD.shape
+    per_token = chosen_BTC.shape[-1]
+    x_ID, chosen_J, weights_J = x_BTD.reshape(-1, width), chosen_BTC.reshape(-1), weights_BTC.reshape(-1)
+    own = jax.tree.leaves(matrices.gate)[0].shape[0]
+    expert_J = chosen_J - first
+    expert_J = jnp.where((expert_J >= 0) & (expert_J < own), expert_J, own)  # the others' come last
+    order_J = jnp.argsort(expert_J, stable=True)
+    ends_X = jnp.cumsum(jnp.bincount(expert_J, length=own + 1)[:own])
+    pieces = number // own
+    size = -(-order_J.size // pieces)
+    order_J = jnp.pad(order_J, (0, pieces * size - order_J.size), constant_values=order_J.size)
+
+    def piece(out_ID: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+        def add(out_ID: jax.Array) -> jax.Array:
+            at_J = jax.lax.dynamic_slice_in_dim(order_J, start, size)
+            ends = jnp.clip(ends_X - start, 0, size)
+            sizes_X = jnp.diff(ends, prepend=0)
+            # What is left over goes to the last expert, with weight 0: no row's product may be left undefined.
+            sizes_X = sizes_X.at[-1].add(size - ends[-1])
+            weight_J = jnp.where(jnp.arange(size) < ends[-1], weights_J.at[at_J].get(mode="fill", fill_value=0), 0)
+            token_J = jnp.minimum(at_J // per_token, x_ID.shape[0] - 1)
+            sorted_JD = x_ID[token_J]
+            hidden_JF = act(_ragged(sorted_JD, matrices.gate, sizes_X)) * _ragged(sorted_JD, matrices.up, sizes_X)
+            out_JD = _ragged(hidden_JF, matrices.down, sizes_X)
+            return out_ID.at[token_J].add(out_JD * weight_J[:, None].astype(out_JD.dtype))
+
+        return jax.lax.cond(start < ends_X[-1], add, lambda out_ID: out_ID, out_ID) if pieces > 1 else add(out_ID), None
+
+    out_ID, _ = jax.lax.scan(piece, jnp.zeros_like(x_ID), jnp.arange(pieces) * size)
+    return out_ID.reshape(rows, length, width)
+
+
+def _ragged(x_JI: jax.Array, weight: Any, sizes_X: jax.Array) -> jax.Array:
     """Rows of `x`, sorted by expert, times their expert's matrix [X, in, out]."""
-    weight = param.get_value()
 
     def product(x_JI: jax.Array, weight: Any) -> jax.Array:
         return jax.lax.ragged_dot(x_JI, dense(weight, x_JI.dtype), sizes_X.astype(jnp.int32))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models.linear import dropout
+from jax_it.sharding import constrain, parts_of
 
 QUERIES = 1024  # of a row, whose scores exist at a time
 MASKED = -1e30  # a score's value where attention is not allowed; finite, so that a row of them is no NaN
@@ -127,20 +128,21 @@ def attend(
 
     Scores are multiplied by `scale`, squashed to (-cap, cap) where a cap is given (Gemma 2), and `bias` is added
     to them, [N, T, S] or [B, N, T, S]. Long rows are computed some queries at a time, and again in the backward
-    pass: of the scores, whose number grows with the square of the length, `QUERIES` rows live at once.
+    pass: of the scores, whose number grows with the square of the length, a device has `QUERIES` rows at once.
     """
     rows, length, heads, _ = query_BTNH.shape
     part = partial(_attend, key_BSKH, value_BSKH, scale=scale, cap=cap, dropout_rate=dropout_rate)
-    if length <= QUERIES:
+    chunks = -(-length // (QUERIES * parts_of("T")))
+    if chunks == 1:
         return part(query_BTNH, mask_BTS, bias, dropout_key)
-    chunks = -(-length // QUERIES)
 
     def split(x: jax.Array | None, axis: int) -> jax.Array | None:
-        """`x` with its axis T cut into chunks, which come first."""
+        """`x` cut along T, chunks first. A chunk has every n-th position, so that all devices have a share of it."""
         if x is None:
             return None
-        padded = jnp.pad(x, [(0, -length % chunks if i == axis % x.ndim else 0) for i in range(x.ndim)])
-        return jnp.stack(jnp.split(padded, chunks, axis))
+        axis %= x.ndim
+        padded = jnp.pad(x, [(0, -length % chunks if i == axis else 0) for i in range(x.ndim)])
+        return jnp.moveaxis(padded.reshape(*x.shape[:axis], -1, chunks, *x.shape[axis + 1 :]), axis + 1, 0)
 
     keys = None if dropout_key is None else jax.random.split(dropout_key, chunks)
     xs = (
@@ -150,7 +152,16 @@ def attend(
         keys,
     )
     _, attended = jax.lax.scan(lambda _, x: (None, jax.checkpoint(part)(*x)), None, xs)
-    return jnp.moveaxis(attended, 0, 1).reshape(rows, -1, heads, attended.shape[-1])[:, :length]
+    return jnp.moveaxis(attended, 0, 2).reshape(rows, -1, heads, attended.shape[-1])[:, :length]
+
+
+def keys_of_all(x_BSKH: jax.Array, rows: int) -> jax.Array:
+    """Keys or values, made where their positions lie, on every device that has some of a row's queries.
+
+    A source of G blocks comes as G rows of its own, and goes as one of G times the length.
+    """
+    x_BSKH = constrain(constrain(x_BSKH, "B T K H"), "B S K H")
+    return x_BSKH.reshape(rows, -1, *x_BSKH.shape[2:])
 
 
 def _attend(

@@ -323,8 +323,8 @@ def test_from_files_to_batches_every_example_arrives_once_with_its_mask(tmp_path
 
 def test_hosts_share_the_rows_of_a_causal_batch(tmp_path):
     built = build(tmp_path, Letters(), pairs(*TEXTS), batch_size=12)
-    whole = built.train.batch(1, Part(0, 1, 4)).batch
-    halves = [built.train.batch(1, Part(i, 2, 4)).batch for i in (0, 1)]
+    whole = built.train.batch(1, Part((0,), 1, 4)).batch
+    halves = [built.train.batch(1, Part((i,), 2, 4)).batch for i in (0, 1)]
     for field, array in whole._asdict().items():
         if array is not None:
             assert np.concatenate([getattr(half, field) for half in halves]).tolist() == array.tolist()

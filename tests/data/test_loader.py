@@ -189,8 +189,8 @@ def test_rows_are_not_trained_on_in_the_order_in_which_they_were_packed(monkeypa
 def test_the_parts_of_several_hosts_are_the_whole_batch(packed, count):
     data = made(packed, rows=6)
     for number in (0, 5, data.steps(Duration(1, "epochs")) - 1):
-        whole = data.batch(number, Part(0, 1, 4))
-        parts = [data.batch(number, Part(i, count, 4)) for i in range(count)]
+        whole = data.batch(number, Part((0,), 1, 4))
+        parts = [data.batch(number, Part((i,), count, 4)) for i in range(count)]
         assert_equal(Seq2SeqBatch(*map(np.concatenate, zip(*(part.batch for part in parts), strict=True))), whole.batch)
         assert all(part.sizes == whole.sizes and part.shape == whole.shape for part in parts)
 
@@ -201,7 +201,7 @@ def test_the_parts_of_several_hosts_are_the_whole_batch(packed, count):
 def test_rows_that_a_multiple_adds_are_empty_and_the_rest_stays(multiple, count, rows):
     data = made(rows=6)
     alone = data.batch(2)
-    parts = [data.batch(2, Part(i, count, multiple)) for i in range(count)]
+    parts = [data.batch(2, Part((i,), count, multiple)) for i in range(count)]
     batch = Seq2SeqBatch(*map(np.concatenate, zip(*(part.batch for part in parts), strict=True)))
     assert_equal(batch, slow_batch(rows_of(alone.batch) + [[]] * (rows - 6), PACKED))
     assert parts[0].sizes[:3] == alone.sizes[:3]
@@ -235,12 +235,12 @@ def test_an_epoch_trains_on_every_example_exactly_once(packed, rows):
 @pytest.mark.parametrize("packed", [True, False])
 def test_the_last_batch_of_the_run_ends_in_empty_rows(packed):
     data = made(packed, rows=7)
-    *_, last = data.read(0, Duration(1, "epochs"), Part(0, 1, 8))
+    *_, last = data.read(0, Duration(1, "epochs"), Part((0,), 1, 8))
     rows = rows_of(last.batch)
     real = len([row for row in rows if row])
     assert len(rows) == 8 and 0 < real < 7 and not any(rows[real:])
     assert last.sizes.examples == sum(map(len, rows)) and last.batch.weights_BT[real:].sum() == 0
-    on = data.batch(last.step, Part(0, 1, 8))  # without an end, the next epoch's rows come
+    on = data.batch(last.step, Part((0,), 1, 8))  # without an end, the next epoch's rows come
     assert rows_of(on.batch)[:real] == rows[:real] and len([row for row in rows_of(on.batch) if row]) == 7
 
 

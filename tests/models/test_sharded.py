@@ -16,7 +16,7 @@ SIZES = st.sampled_from([1, 2, 3, 4, 6, 8, 16])
 @settings(max_examples=500, deadline=None, database=None, derandomize=True)
 @given(
     st.lists(st.tuples(st.sampled_from("BTSDNKHFVLREXG"), st.integers(1, 97)), min_size=1, max_size=5),
-    st.tuples(SIZES, SIZES, SIZES, SIZES),
+    st.tuples(SIZES, SIZES, SIZES, SIZES, SIZES),
 )
 def test_an_axis_that_does_not_divide_stays_whole_and_no_part_of_the_mesh_is_used_twice(axes, sizes):
     mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
@@ -48,19 +48,19 @@ def test_an_axis_that_does_not_divide_stays_whole_and_no_part_of_the_mesh_is_use
     ],
 )
 def test_axes_are_split_from_the_left_by_their_letters(letters, shape, wanted):
-    mesh = jax.sharding.AbstractMesh((2, 2, 1, 2), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((2, 2, 1, 1, 2), sharding.AXES)
     assert [(entry,) if isinstance(entry, str) else entry for entry in sharding.spec(letters, shape, mesh)] == wanted
 
 
 def test_letters_that_do_not_name_every_axis_are_an_error():
-    mesh = jax.sharding.AbstractMesh((2, 2, 1, 2), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((2, 2, 1, 1, 2), sharding.AXES)
     with pytest.raises(ValueError, match="'V D' does not name the axes of shape \\(4,\\)"):
         sharding.spec("V D", (4,), mesh)
 
 
 @pytest.mark.parametrize("case", cases.ALL, ids=lambda case: case.name)
 def test_every_large_weight_of_every_family_is_split_over_fsdp_and_tensor(case):
-    mesh = jax.sharding.AbstractMesh((1, 2, 1, 2), sharding.AXES)
+    mesh = jax.sharding.AbstractMesh((1, 2, 1, 1, 2), sharding.AXES)
     model = build(case.values, case.name, config.Model())
     shapes = flatten(model.shapes)
     for path, weight in model.weights.items():

@@ -22,6 +22,13 @@ MESHES = {
     "8 fsdp": Mesh(data=1, fsdp=8),
     "2 x 2 x 2": Mesh(data=2, fsdp=2, tensor=2),
     "2 x 4 tensor": Mesh(data=1, fsdp=2, tensor=4),
+    "4 context": Mesh(data=1, context=4),
+    "2 x 2 context x 2": Mesh(data=1, fsdp=2, context=2, tensor=2),
+    "2 x 2 expert": Mesh(data=1, fsdp=2, expert=2),
+    "4 expert": Mesh(data=2, expert=4),
+    "2 expert x 2 x 2": Mesh(data=1, expert=2, context=2, tensor=2),
+    "2 slices": Mesh(data=2, fsdp=4, slices=2),
+    "fsdp over 2 slices": Mesh(data=1, fsdp=4, tensor=2, slices=2, across_slices="fsdp"),
 }
 
 
@@ -31,7 +38,7 @@ def loss_and_gradients(
     """The gradients of what is trained: plain gradient descent at rate 1 gives them away."""
     optimizer_config = Optimizer(name="sgd", learning_rate=1.0, schedule="constant", beta1=0.0)
     config = Train(micro_batches=micro_batches, optimizer=optimizer_config, clip=0.0, loss_chunk=8, **train)
-    sizes = [max(size, 1) for size in vars(mesh_config).values()]
+    sizes = [max(getattr(mesh_config, axis), 1) for axis in sharding.AXES]
     mesh = sharding.make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
     before = jax.device_get(model.split(params)[0])
     with jax.set_mesh(mesh):

@@ -11,6 +11,9 @@ from jax_it.models.experts import Routing
 from tests.training.gradients import MESHES, assert_close, loss_and_gradients
 
 COEFFICIENT = 0.5
+EXPERT_MESHES = [
+    "1 device", "8 data", "8 fsdp", "2 x 2 x 2", "4 context", "2 x 2 expert", "4 expert", "2 expert x 2 x 2"
+]  # fmt: skip
 
 
 def routed(tiny, batch):
@@ -92,10 +95,13 @@ def test_packed_and_padded_tokens_are_sent_alike(tiny_mixtral, probabilities_IX)
     np.testing.assert_allclose(counts, balancing_loss(probabilities_IX, 2)[1], rtol=1e-12)
 
 
-SHORT = [("1 device", 1, "padded"), ("1 device", 4, "packed"), ("8 data", 1, "packed"), ("2 x 2 x 2", 4, "padded")]
+SHORT = [
+    ("1 device", 1, "padded"), ("1 device", 4, "packed"), ("8 data", 1, "packed"), ("2 x 2 x 2", 4, "padded"),
+    ("4 expert", 1, "packed"), ("2 expert x 2 x 2", 4, "packed"),
+]  # fmt: skip
 CASES = [
     pytest.param(*case, marks=[] if case in SHORT else [pytest.mark.slow])
-    for case in itertools.product(["1 device", "8 data", "8 fsdp", "2 x 2 x 2"], [1, 4], ["padded", "packed"])
+    for case in itertools.product(EXPERT_MESHES, [1, 4], ["padded", "packed"])
 ]
 
 

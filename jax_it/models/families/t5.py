@@ -255,16 +255,16 @@ class T5(nnx.Module):
         segments_BS = batch.source_segments_BGS.reshape(batch.source_BGS.shape[0], -1)
         return self.decode(batch.tokens_BT, batch.segments_BT, encoded_BSD, segments_BS, run, decoder_key)
 
-    def embed(self, tokens: jax.Array, run: Run) -> jax.Array:
-        return look_up(self.embedding, tokens, run.dtype)
+    def embed(self, tokens_BT: jax.Array, run: Run) -> jax.Array:
+        return constrain(look_up(self.embedding, tokens_BT, run.dtype), "B T D")
 
     def encode(
         self, source_BGS: jax.Array, segments_BGS: jax.Array, run: Run, key: jax.Array | None = None
     ) -> jax.Array:
-        """The encoder's states, [B, G * S, D]. A token attends within its block and segment."""
-        c, (rows, blocks, length) = self.config, source_BGS.shape
-        segments_BS = segments_BGS.reshape(rows * blocks, length)
-        mask_BTS = segments_BS[:, :, None] == segments_BS[:, None, :]
+        """The encoder's states, [B * G, S, D]. A token attends within its block and segment."""
+        c, length = self.config, source_BGS.shape[-1]
+        segments_BS = segments_BGS.reshape(-1, length)
+        mask_BTS = constrain(segments_BS[:, :, None] == segments_BS[:, None, :], "B T S")
         bias_of = self.encoder.make_bias(lambda table_EN: _relative_bias(c, table_EN, length, bidirectional=True))
 
         def layer(x_BTD: jax.Array, module: Layer, key: jax.Array | None) -> jax.Array:
@@ -273,12 +273,11 @@ class T5(nnx.Module):
             return _feed_forward(c, x_BTD, module.mlp, run, keys[3:])
 
         first, last, scan = split_key(key, 3)
-        x_BTD = self.embed(source_BGS.reshape(rows * blocks, length), run)
+        x_BTD = self.embed(source_BGS.reshape(-1, length), run)
         x_BTD = _scan_layers(
             self.encoder.layers, dropout(x_BTD, run.dropout, first), layer, c.encoder_layers, run, scan
         )
-        x_BTD = dropout(rms_norm(x_BTD, self.encoder.norm[...], c.epsilon), run.dropout, last)
-        return x_BTD.reshape(rows, blocks * length, c.width)
+        return dropout(rms_norm(x_BTD, self.encoder.norm[...], c.epsilon), run.dropout, last)
 
     def decode(
         self,
@@ -289,7 +288,7 @@ class T5(nnx.Module):
         run: Run,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """The decoder's states, [B, T, D], all positions at once."""
+        """The decoder's states, [B, T, D], all positions at once; a source's blocks are rows of `encoded_BSD`."""
         c, length = self.config, tokens_BT.shape[1]
         cross_BTS = segments_BT[:, :, None] == source_segments_BS[:, None, :]
         mask_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & jnp.tri(length, dtype=bool)
@@ -404,8 +403,8 @@ def _attention(
     key_BSNH, value_BSNH = module.keys_values(normed_BTD if memory_BSD is None else memory_BSD)
     attended_BTNH = attend(
         constrain(module.queries(normed_BTD), "B T N H"),
-        constrain(key_BSNH, "B S N H"),
-        constrain(value_BSNH, "B S N H"),
+        layers.keys_of_all(key_BSNH, x_BTD.shape[0]),
+        layers.keys_of_all(value_BSNH, x_BTD.shape[0]),
         mask_BTS=mask_BTS,
         bias=bias,
         dropout_rate=run.dropout,

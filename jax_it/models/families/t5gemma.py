@@ -169,16 +169,15 @@ class T5Gemma(nnx.Module):
         run: Run,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """The encoder's states, [B, G * S, D]. A token attends within its block and segment."""
-        rows, blocks, length = source_BGS.shape
+        """The encoder's states, [B * G, S, D]. A token attends within its block and segment."""
         tokens_BS, segments_BS, positions_BS = (
-            array.reshape(rows * blocks, length) for array in (source_BGS, segments_BGS, positions_BGS)
+            array.reshape(-1, array.shape[-1]) for array in (source_BGS, segments_BGS, positions_BGS)
         )
         first, last = split_key(key, 2)
         x_BSD = embed(self.config.encoder, self.source_embedding, tokens_BS, run.dtype)
         allowed_BTS = segments_BS[:, :, None] == segments_BS[:, None]
         x_BSD, _, _ = self.encoder.scan(x_BSD, positions_BS, segments_BS > 0, allowed_BTS, run, first)
-        return dropout(x_BSD, run.dropout, last).reshape(rows, blocks * length, -1)
+        return dropout(x_BSD, run.dropout, last)
 
     def prefill(
         self, source_BS: jax.Array, segments_BS: jax.Array, length: int, run: Run
