@@ -66,7 +66,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _text(sizes: Mapping[str, int]) -> str:
-    return " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1))
 
 
 def _fitting(sizes: Mapping[str, int], devices: int) -> list[str]:

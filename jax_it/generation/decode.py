@@ -40,7 +40,6 @@ class Generator:
         self._rows = -(-batch_size // sharding.batch_parts(mesh)) * sharding.batch_parts(mesh)
         self._decode = jax.jit(
             partial(_beams if sampling.num_beams > 1 else _sample, model, max_new_tokens, self._ends, sampling),
-            in_shardings=(None, *[sharding.batch_sharding(mesh)] * 3),
             out_shardings=sharding.replicated(mesh),
         )
 
@@ -55,9 +54,9 @@ class Generator:
             for row, i in enumerate(filled):
                 tokens[row, : len(prompts[i])] = prompts[i]
                 segments[row, : len(prompts[i])] = 1
-            numbers = np.array(filled, np.int32)
+            arrays = sharding.place((tokens, segments, np.array(filled, np.int32)), self._mesh)
             with jax.set_mesh(self._mesh):
-                made = np.asarray(self._decode(params, tokens, segments, numbers))
+                made = np.asarray(self._decode(params, *arrays))
             for row, i in enumerate(batch):
                 yield i, list(takewhile(lambda token: token not in self._ends, made[row].tolist()))
 

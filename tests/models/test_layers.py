@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_it import sharding
+from jax_it.config import Mesh
 from jax_it.models import layers
 from jax_it.models.families import t5
 from tests.parity import cases
@@ -176,3 +178,29 @@ def test_attention_of_some_queries_at_a_time_is_that_of_all_at_once(length, with
     for one, other in zip(compute(), whole, strict=True):
         # The same sums for each query; keys and values add up their gradients in another order.
         np.testing.assert_allclose(one, other, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("length, queries", [(16, 1024), (16, 2), (24, 4)])  # at once, or in chunks
+def test_attention_with_queries_on_several_devices_is_that_on_one(length, queries, monkeypatch):
+    random = np.random.default_rng(1)
+    query, key, value = (jnp.float32(random.standard_normal((2, length, heads, 8))) for heads in (4, 2, 2))
+    mask = jnp.asarray(random.random((2, length, length)) < 0.7).at[:, :, 0].set(True)
+    bias = jnp.float32(random.standard_normal((4, length, length)))
+
+    def attended(query, key, value):
+        query = sharding.constrain(query, "B T N H")
+        key, value = (layers.keys_of_all(array, len(query)) for array in (key, value))
+        return layers.attend(query, key, value, mask_BTS=mask, bias=bias, scale=0.5)
+
+    def compute(*arrays):
+        gradient = jax.grad(lambda *arrays: jnp.square(attended(*arrays)).sum(), argnums=(0, 1, 2))
+        return attended(*arrays), *gradient(*arrays)
+
+    alone = jax.jit(compute)(query, key, value)
+    monkeypatch.setattr(layers, "QUERIES", queries)
+    with jax.set_mesh(sharding.make_mesh(Mesh(data=2, context=4))):
+        together = jax.jit(compute).lower(query, key, value).compile()
+        assert "all-gather" in together.as_text()
+        found = together(query, key, value)
+    for one, other in zip(found, alone, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=5e-6)  # as above
