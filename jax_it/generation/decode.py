@@ -12,6 +12,7 @@ from jax_it import sharding
 from jax_it.generation.beam import beam_search
 from jax_it.generation.sampling import GREEDY, Sampling, choose, is_end
 from jax_it.models import Model, Params
+from jax_it.models.cache import take_rows
 
 SMALLEST = 32  # positions of a prompt; longer ones are padded to the next power of 2
 
@@ -105,7 +106,7 @@ def _beams(
     start_BK = jnp.repeat(start_B, sampling.num_beams)
     return beam_search(
         lambda tokens_B, number, cache: model.step(params, tokens_B, start_BK + number, cache),
-        model.take_rows,
+        take_rows,
         cache,
         first_B=first_B,
         length=length,

@@ -13,6 +13,7 @@ from flax import nnx
 from jax_it import losses
 from jax_it.config import Model as ModelConfig
 from jax_it.errors import UserError
+from jax_it.models.cache import Cache
 from jax_it.models.experts import Routing
 from jax_it.models.families import FAMILIES
 from jax_it.models.family import Family, Kind, Run
@@ -158,24 +159,19 @@ class Model:
 
     def prefill(
         self, params: Params, prompts_BS: jax.Array, segments_BS: jax.Array, length: int
-    ) -> tuple[jax.Array, jax.Array, Any]:
+    ) -> tuple[jax.Array, jax.Array, Cache]:
         """(the tokens [B] that the first step takes, their positions [B], the cache).
 
         The cache holds at most `length` new tokens of each prompt, or source; segment 0 is padding.
         """
         return self._module(params).prefill(prompts_BS, segments_BS, length, self.run)
 
-    def step(self, params: Params, tokens_B: jax.Array, positions_B: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+    def step(
+        self, params: Params, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
         """Logits [B, V] after one more token a row, which stands at that row's position, and the new cache."""
         hidden_BD, cache = self._module(params).step(tokens_B, positions_B, cache, self.run)
         return self.logits(self.head(params), hidden_BD), cache
-
-    def take_rows(self, cache: Any, rows_B: jax.Array) -> Any:
-        """The cache whose target row b is row `rows_B[b]` of this one; both must have the same source.
-
-        The sources stay. Where there are n times as many rows as sources, row b has source b // n.
-        """
-        return self.family.take_rows(cache, rows_B)
 
     def _module(self, params: Params, key: jax.Array | None = None) -> Any:
         """The module with its weights in the computation's dtype; norms and biases stay float32."""

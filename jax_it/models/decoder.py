@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import layers, rope
+from jax_it.models.cache import Cache, Memory, by_head, write
 from jax_it.models.experts import Routing
 from jax_it.models.family import Run
 from jax_it.models.layers import Norm, attend, split_key
@@ -27,32 +28,6 @@ class Source(NamedTuple):
 
     states_BSD: jax.Array  # a source's blocks as rows of their own
     allowed_BTS: jax.Array
-
-
-class Memory(NamedTuple):
-    """What cross-attention reads in single steps: keys and values of every layer, and each position's segment."""
-
-    key_LBSKH: jax.Array
-    value_LBSKH: jax.Array
-    segments_BS: jax.Array
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens so far, each at its own position; row b holds those before its position.
-
-    With n times as many rows as the memory has sources, row b reads source b // n.
-    """
-
-    key_LBSKH: jax.Array
-    value_LBSKH: jax.Array
-    memory: Memory | None = None
-    extent_B: jax.Array | None = None  # how many positions each text may have in all, where its rotation depends on it
-
-
-def take_rows(cache: Cache, rows_B: jax.Array) -> Cache:
-    """The cache whose row b is row `rows_B[b]` of this one. A memory stays, so no row may change its source."""
-    extent_B = None if cache.extent_B is None else cache.extent_B[rows_B]
-    return Cache(cache.key_LBSKH[:, rows_B], cache.value_LBSKH[:, rows_B], cache.memory, extent_B)
 
 
 class Stack(nnx.Module):
@@ -103,7 +78,7 @@ class Stack(nnx.Module):
                 return _read(c, module.cross, x_BTD, tuple(made), source.allowed_BTS)
 
             x_BTD, routing = module(c, x_BTD, attention, cross, real_BT, run.dropout, layer_key)
-            return x_BTD, (routing, tuple(kept) if with_cache else None)
+            return x_BTD, (routing, by_head(*kept) if with_cache else None)
 
         x_BTD = dropout(x_BTD, run.dropout, first)
         xs = (state, self._varied(), keys)
@@ -112,10 +87,9 @@ class Stack(nnx.Module):
 
     def scan_step(self, x_BTD: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Normed states [B, D] of one more token a row, at its own position, and the new cache."""
-        c, room, memory = self.config, cache.key_LBSKH.shape[2], cache.memory
+        c, room, memory = self.config, cache.key_LBKTH.shape[3], cache.memory
         distance_BTS = (positions_B[:, None] - jnp.arange(room))[:, None]
         turns = self._rotations(positions_B[:, None], None if cache.extent_B is None else cache.extent_B[:, None])
-        rows = jnp.arange(x_BTD.shape[0])
         graph, state = nnx.split(self.layers)
 
         def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
@@ -127,30 +101,29 @@ class Stack(nnx.Module):
             def attention(x_BTD: jax.Array) -> jax.Array:
                 query_BTNH, *new = _heads(module.attention, x_BTD, cos, sin)
                 # Carried along and written in place: a cache that is read and returned by layers would be copied.
-                cached[:] = (old.at[number, rows, positions_B].set(n[:, 0]) for old, n in zip(cached, new, strict=True))
-                allowed_BTS = (distance_BTS >= 0) & (distance_BTS < window)
-                key_BSKH, value_BSKH = (whole[number] for whole in cached)
+                cached[:] = (write(old, number, positions_B, n[:, 0]) for old, n in zip(cached, new, strict=True))
                 attended = attend(
-                    query_BTNH, key_BSKH, value_BSKH, mask_BTS=allowed_BTS, scale=_score_scale(c), cap=c.score_cap
-                )
+                    query_BTNH, *(whole[number] for whole in cached), layout="BKSH",
+                    mask_BTS=(distance_BTS >= 0) & (distance_BTS < window), scale=_score_scale(c), cap=c.score_cap,
+                )  # fmt: skip
                 return module.attention.project(attended)
 
             def cross(x_BTD: jax.Array) -> jax.Array:
                 assert memory is not None
-                return _read(c, module.cross, x_BTD, source, memory.segments_BS[:, None] > 0)
+                return _read(c, module.cross, x_BTD, source, memory.segments_BS[:, None] > 0, "BKSH")
 
             x_BTD, _ = module(c, x_BTD, attention, cross, jnp.ones(x_BTD.shape[:2], bool), 0.0, None)
             return (x_BTD, *cached), None
 
-        source = memory and (memory.key_LBSKH, memory.value_LBSKH)
+        source = memory and (memory.key_LBKSH, memory.value_LBKSH)
         xs = (jnp.arange(c.layers), state, self._varied(), source)
-        (x_BTD, keys, values), _ = jax.lax.scan(body, (x_BTD, cache.key_LBSKH, cache.value_LBSKH), xs)
-        return self.norm(x_BTD[:, 0]), cache._replace(key_LBSKH=keys, value_LBSKH=values)
+        (x_BTD, keys, values), _ = jax.lax.scan(body, (x_BTD, cache.key_LBKTH, cache.value_LBKTH), xs)
+        return self.norm(x_BTD[:, 0]), cache._replace(key_LBKTH=keys, value_LBKTH=values)
 
     def remember(self, states_BSD: jax.Array, segments_BS: jax.Array) -> Memory:
         """The memory of a source's states: cross-attention's keys and values, made once for all steps."""
         graph, state = nnx.split(self.layers)
-        keys, values = jax.lax.map(lambda state: nnx.merge(graph, state).cross.keys_values(states_BSD), state)
+        keys, values = jax.lax.map(lambda state: by_head(*nnx.merge(graph, state).cross.keys_values(states_BSD)), state)
         return Memory(keys, values, segments_BS)
 
     def _rotations(self, positions_BT: jax.Array, extents_BT: jax.Array | None) -> Any:
@@ -218,7 +191,7 @@ class Decoder(Stack):
             x_BSD, positions_BS, segments_BS > 0, allowed_BTS, run,
             extents_BT=None if extent_B is None else extent_B[:, None], with_cache=True,
         )  # fmt: skip
-        room = ((0, 0), (0, 0), (0, length), (0, 0), (0, 0))
+        room = ((0, 0), (0, 0), (0, 0), (0, length), (0, 0))
         first_B = jnp.take_along_axis(tokens_BS, last_B[:, None], axis=1)[:, 0]
         return first_B, last_B, Cache(jnp.pad(keys, room), jnp.pad(values, room), extent_B=extent_B)
 
@@ -250,13 +223,14 @@ def _heads(attention: Attention, x_BTD: jax.Array, cos: Any, sin: Any) -> tuple[
     return constrain(query_BTNH, "B T N H"), layers.keys_of_all(key_BTKH, rows), layers.keys_of_all(value_BTKH, rows)
 
 
-def _read(c: Config, cross: Attention, x_BTD: jax.Array, memory: tuple, allowed_BTS: jax.Array) -> jax.Array:
+def _read(
+    c: Config, cross: Attention, x_BTD: jax.Array, memory: tuple, allowed_BTS: jax.Array, layout: Any = "BSKH"
+) -> jax.Array:
     """Cross-attention to keys and values. The rows of one source, if several, are taken as its query positions."""
-    query_BTNH, key_BSKH, value_BSKH = constrain(cross.queries(x_BTD), "B T N H"), *memory
+    query_BTNH, key, value = constrain(cross.queries(x_BTD), "B T N H"), *memory
     attended = attend(
-        query_BTNH.reshape(key_BSKH.shape[0], -1, *query_BTNH.shape[2:]),
-        constrain(key_BSKH, "B S K H"), constrain(value_BSKH, "B S K H"),
-        mask_BTS=allowed_BTS, scale=_score_scale(c), cap=c.score_cap,
+        query_BTNH.reshape(key.shape[0], -1, *query_BTNH.shape[2:]), key, value,
+        mask_BTS=allowed_BTS, scale=_score_scale(c), cap=c.score_cap, layout=layout,
     )  # fmt: skip
     return cross.project(attended.reshape(query_BTNH.shape))
 

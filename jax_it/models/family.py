@@ -31,7 +31,6 @@ class Family:
     weight_table: Callable[[Any], dict[str, Weight]]
     module: type
     head_logits: Callable[..., Any]  # (config, head_VD, hidden) -> float32 logits
-    take_rows: Callable[..., Any]  # (cache, rows_B) -> cache
     embedding: str  # Transformers' name of the embedding, which a tied head repeats
     head: str
     aliases: Mapping[str, str] | None = None  # names under which a checkpoint may repeat a weight: the same bytes

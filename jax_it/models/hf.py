@@ -105,13 +105,37 @@ _NEVER_QUANTIZED = ("L D X", "P D")
 def initialise(model: Model, config: ModelConfig, mesh: jax.sharding.Mesh, seed: int) -> Params:
     """Random base weights, each made in its shards."""
     kept = storage(model, config)
+    made: dict[str, Any] = {}
+    for paths in _portions(flatten(model.shapes)):
 
-    def init(key: jax.Array) -> Params:
-        return keep(model.init(key), kept)
+        def init(key: jax.Array, paths: tuple[str, ...] = paths) -> Params:
+            weights = flatten(model.init(key))  # the others are never computed
+            return keep(unflatten({path: weights[path] for path in paths}), kept)
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    places = sharding.shardings(model.letters, shapes, mesh)
-    return jax.jit(init, out_shardings=places)(jax.random.key(seed))
+        shapes = jax.eval_shape(init, jax.random.key(0))
+        letters = unflatten({path: model.weights[path].letters for path in paths})
+        begin = jax.jit(init, out_shardings=sharding.shardings(letters, shapes, mesh))
+        made |= flatten(jax.block_until_ready(begin(jax.random.key(seed))))
+    return unflatten({path: made[path] for path in model.weights})
+
+
+def _portions(shapes: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Paths to initialise together: one program for a small model, for a large one a program for each weight.
+
+    XLA may work on all weights of a program at once, and holds several times what it returns.
+    """
+    portion: list[str] = []
+    size = 0
+    for path, shape in shapes.items():
+        if portion and size + shape.size > PORTION:
+            yield tuple(portion)
+            portion, size = [], 0
+        portion.append(path)
+        size += shape.size
+    yield tuple(portion)
+
+
+PORTION = 4_000_000  # values
 
 
 def initialise_adapter(model: Model, base: Params, mesh: jax.sharding.Mesh, seed: int, dtype: Any) -> Params:
@@ -128,7 +152,10 @@ def keep(base: Params, kept: Mapping[str, str]) -> Params:
     """Base weights in the form that `storage` says."""
 
     def one(array: jax.Array, kind: str) -> Any:
-        return quantize(array, kind) if kind in KINDS else array.astype(jnp.dtype(kind))
+        if kind not in KINDS:
+            return array.astype(jnp.dtype(kind))
+        # A layer at a time: what is between the floats and the codes is larger than both.
+        return jax.lax.map(lambda layer: quantize(layer, kind), array) if array.ndim > 2 else quantize(array, kind)
 
     return unflatten({path: one(leaf, kept[path]) for path, leaf in flatten(base).items()})
 

@@ -123,15 +123,18 @@ def attend(
     cap: float = 0.0,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    layout: Literal["BSKH", "BKSH"] = "BSKH",
 ) -> jax.Array:
     """Attention, shape [B, T, N, H]; N // K heads of queries share each head of keys. Scores and softmax are float32.
+
+    The axes of keys and values are those of `layout`: the second is that of caches.
 
     Scores are multiplied by `scale`, squashed to (-cap, cap) where a cap is given (Gemma 2), and `bias` is added
     to them, [N, T, S] or [B, N, T, S]. Long rows are computed some queries at a time, and again in the backward
     pass: of the scores, whose number grows with the square of the length, a device has `QUERIES` rows at once.
     """
     rows, length, heads, _ = query_BTNH.shape
-    part = partial(_attend, key_BSKH, value_BSKH, scale=scale, cap=cap, dropout_rate=dropout_rate)
+    part = partial(_attend, layout, key_BSKH, value_BSKH, scale=scale, cap=cap, dropout_rate=dropout_rate)
     chunks = -(-length // (QUERIES * parts_of("T")))
     if chunks == 1:
         return part(query_BTNH, mask_BTS, bias, dropout_key)
@@ -165,14 +168,14 @@ def keys_of_all(x_BSKH: jax.Array, rows: int) -> jax.Array:
 
 
 def _attend(
-    key_BSKH: jax.Array, value_BSKH: jax.Array, query_BTNH: jax.Array, mask_BTS: jax.Array, bias: jax.Array | None,
-    key: jax.Array | None, *, scale: float, cap: float, dropout_rate: float,
+    layout: str, key_BSKH: jax.Array, value_BSKH: jax.Array, query_BTNH: jax.Array, mask_BTS: jax.Array,
+    bias: jax.Array | None, key: jax.Array | None, *, scale: float, cap: float, dropout_rate: float,
 ) -> jax.Array:  # fmt: skip
     rows, length, heads, _ = query_BTNH.shape
-    key_heads = key_BSKH.shape[2]
+    key_heads = key_BSKH.shape[layout.index("K")]
     # M: the heads of queries that share a head of keys
     query_BTKMH = query_BTNH.reshape(rows, length, key_heads, heads // key_heads, -1)
-    scores = jnp.einsum("BTKMH,BSKH->BKMTS", query_BTKMH, key_BSKH, preferred_element_type=jnp.float32)
+    scores = jnp.einsum(f"BTKMH,{layout}->BKMTS", query_BTKMH, key_BSKH, preferred_element_type=jnp.float32)
     if scale != 1:
         scores *= scale
     if cap:
@@ -181,5 +184,5 @@ def _attend(
         scores += bias.reshape(*bias.shape[:-3], key_heads, heads // key_heads, *bias.shape[-2:])
     scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
     weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, key)
-    attended = jnp.einsum("BKMTS,BSKH->BTKMH", weights.astype(value_BSKH.dtype), value_BSKH)
+    attended = jnp.einsum(f"BKMTS,{layout}->BTKMH", weights.astype(value_BSKH.dtype), value_BSKH)
     return attended.reshape(rows, length, heads, -1)

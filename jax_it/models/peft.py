@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from jax_it.errors import UserError
 from jax_it.models import Model, Params
 from jax_it.models.lora import Adapter, Target, choose_targets, is_linear, module_name, split_axes
-from jax_it.models.tensors import DTYPES, Tensors, find_folder, read_weight, write_weights
+from jax_it.models.tensors import DTYPES, Tensors, fetch, find_folder, read_weight, write_weights
 from jax_it.models.weights import Weight, flatten, tensor_shapes, unflatten
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -133,13 +133,14 @@ def write(folder: Path, model: Model, params: Params, base: str, dtype: str = "f
         "target_modules": _target_modules(model),
     }
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    save_file(dict(tensors_of(model, params, DTYPES[dtype])), folder / WEIGHTS, metadata={"format": "pt"})
+    tensors = dict(tensors_of(model, params, DTYPES[dtype]))  # gathered from all hosts
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def tensors_of(model: Model, params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """PEFT's (name, tensor) pairs of a model's adapters."""
     adapters, _ = model.split(params)
-    leaves = {path: np.asarray(jax.device_get(leaf)) for path, leaf in flatten(adapters).items()}
+    leaves = {path: fetch(leaf) for path, leaf in flatten(adapters).items()}
     for targets in _by_tensor(model).values():
         if len(targets) > 1:
             _put_side_by_side(leaves, targets)

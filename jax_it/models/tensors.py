@@ -1,11 +1,15 @@
 """Tensors in safetensors files: read a slice at a time into shards, and written a layer at a time."""
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import mmap
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from jax_it import sharding
+from jax_it import hosts, sharding
 from jax_it.errors import UserError
 from jax_it.models.quantized import KINDS, Quantized, quantize
 from jax_it.models.weights import Weight
@@ -31,6 +35,16 @@ def find_folder(path: str) -> Path:
         return Path(path)
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"model folder {path} does not exist")
+    if path not in _fetched:  # by every host the first time: they wait for each other
+        with hosts.first_then_others():
+            _fetched[path] = _fetch(path)
+    return _fetched[path]
+
+
+_fetched: dict[str, Path] = {}  # the folders of hub names
+
+
+def _fetch(path: str) -> Path:
     import huggingface_hub  # slow to import, and needed for names alone
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -58,25 +72,31 @@ def fingerprint(folder: Path) -> str:
 
 
 class Tensors:
-    """The tensors of a folder's safetensors files, by name, read a slice at a time."""
+    """The tensors of a folder's safetensors files, by name, read a slice at a time.
+
+    The files are mapped into memory, and of what has been read only the last tensor stays there.
+    """
 
     def __init__(self, folder: Path, stack: ExitStack, single: str = SINGLE):
         self.folder = folder
         self._single = single
-        self._files: dict[str, tuple[Any, str]] = {}  # name -> (file, its name in there)
+        self._places: dict[str, _Place] = {}
+        self._last: _Place | None = None
         for file in self._find_files():
             try:
-                opened = stack.enter_context(safetensors.safe_open(folder / file, framework="numpy"))
+                with safetensors.safe_open(folder / file, framework="numpy"):
+                    pass  # it is whole, and its header is right
+                self._places |= _map(folder / file)
             except FileNotFoundError:
                 raise UserError(f"{folder / file} is missing, but {INDEX} names it; fetch the folder again") from None
             except safetensors.SafetensorError as error:
                 raise UserError(f"{folder / file} is damaged ({error}); fetch it again") from None
-            self._files |= {name: (opened, name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+        stack.callback(self._release)
 
     def add_prefix(self, prefix: str, but: str) -> None:
         """Gives all names the prefix, where none has it."""
-        if prefix and not any(name.startswith(prefix) for name in self._files):
-            self._files = {name if name == but else prefix + name: found for name, found in self._files.items()}
+        if prefix and not any(name.startswith(prefix) for name in self._places):
+            self._places = {name if name == but else prefix + name: found for name, found in self._places.items()}
 
     def _find_files(self) -> list[str]:
         index = self.folder / INDEX
@@ -95,15 +115,28 @@ class Tensors:
         raise UserError(f"{self.folder} has no {self._single}; set config.model.pretrained=False for random weights")
 
     def names(self) -> set[str]:
-        return set(self._files)
+        return set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        file, inside = self._files[name]
-        return tuple(file.get_slice(inside).get_shape())
+        return self._places[name].shape
 
     def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
-        file, inside = self._files[name]
-        return file.get_slice(inside)[slices]
+        """A view of the file, to be copied before the next tensor is read."""
+        place = self._places[name]
+        if place is not self._last:
+            self._release()
+            self._last = place
+        if not place.length:
+            return np.zeros(place.shape, place.dtype)[slices]
+        whole = np.frombuffer(place.file, np.uint8, place.length, place.start).view(place.dtype)
+        return whole.reshape(place.shape)[slices]
+
+    def _release(self) -> None:
+        """Gives the memory of the last tensor back. Views of it are read from the file again."""
+        if self._last is not None and self._last.length:
+            first = self._last.start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._last.file.madvise(mmap.MADV_DONTNEED, first, self._last.start + self._last.length - first)
+        self._last = None
 
     def same(self, name: str, other: str) -> bool:
         """Whether two tensors are equal, compared in pieces of a bounded size."""
@@ -114,6 +147,41 @@ class Tensors:
         return all(np.array_equal(self.read(name, (p,)), self.read(other, (p,))) for p in pieces)
 
 
+class _Place(NamedTuple):
+    """Where a tensor is."""
+
+    file: mmap.mmap
+    start: int  # byte
+    length: int
+    dtype: Any
+    shape: tuple[int, ...]
+
+
+def _map(file: Path) -> dict[str, _Place]:
+    """The tensors of a safetensors file: 8 bytes say how long its header is, which is JSON; then come the tensors."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    header.pop("__metadata__", None)
+    places = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _FILE_DTYPES:
+            raise UserError(f"{file}: {name} is of type {entry['dtype']}, which jax_it does not read")
+        start, stop = entry["data_offsets"]
+        dtype = np.dtype(_FILE_DTYPES[entry["dtype"]])
+        places[name] = _Place(mapped, 8 + length + start, stop - start, dtype, tuple(entry["shape"]))
+    return places
+
+
+_FILE_DTYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "BOOL": np.bool_,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+    "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
+}  # fmt: skip
+
+
 def read_weight(
     weight: Weight,
     shape: tuple[int, ...],
@@ -121,27 +189,72 @@ def read_weight(
     kind: str,
     mesh: jax.sharding.Mesh,
 ) -> Any:
-    """One of our arrays, sharded over the mesh, as a dtype or quantised."""
+    """One of our arrays, sharded over the mesh, as a dtype or quantised.
 
-    def place(shape: tuple[int, ...], part: Callable[[Any], np.ndarray]) -> jax.Array:
-        return jax.make_array_from_callback(
-            shape, jax.sharding.NamedSharding(mesh, sharding.spec(weight.letters, shape, mesh)), part
-        )
+    Beside its shards a host holds one of them and a tensor's part at a time, and reads none twice for replicas.
+    """
+    if kind in KINDS:
+        return _read_quantized(weight, shape, read, kind, mesh)
+    whole = jax.ShapeDtypeStruct(shape, jnp.dtype(kind))
+    (array,) = _place(
+        [whole], weight.letters, mesh, lambda index: [weight.cut(shape, index, read, whole.dtype)], by_rows=False
+    )
+    return array
 
-    if kind not in KINDS:
-        return place(shape, lambda index: weight.cut(shape, index, read).astype(jnp.dtype(kind)))
+
+def _read_quantized(
+    weight: Weight,
+    shape: tuple[int, ...],
+    read: Callable[[str, tuple[slice, ...]], np.ndarray],
+    kind: str,
+    mesh: jax.sharding.Mesh,
+) -> Quantized:
     whole = jax.eval_shape(lambda array: quantize(array, kind), jax.ShapeDtypeStruct(shape, jnp.float32))
-    made: dict[str, Quantized] = {}  # rows are quantised once, for codes and scales
+    stacked = len(weight.stacked)
 
-    def rows(index: tuple[slice, ...]) -> Quantized:
-        key = repr(index[:-1])
-        if key not in made:
-            made[key] = quantize(weight.cut(shape, (*index[:-1], slice(None)), read), kind)
-        return made[key]
+    def rows(index: tuple[slice, ...]) -> list[np.ndarray]:
+        """Codes and scales of some rows, a tensor's at a time: in float32 these are eight times as large."""
+        spans = [range(*i.indices(n)) for i, n in zip(index, shape, strict=False)]
+        parts = [np.empty((*map(len, spans), part.shape[-1]), part.dtype) for part in (whole.codes, whole.scales)]
+        for position in itertools.product(*(enumerate(span) for span in spans[:stacked])):
+            layer = [slice(i, i + 1) for _, i in position]
+            made = quantize(weight.cut(shape, (*layer, *index[stacked:], slice(None)), read), kind)
+            for part, new in zip(parts, (made.codes, made.scales), strict=True):
+                part[tuple(number for number, _ in position)] = new.reshape(new.shape[stacked:])
+        return parts
 
-    codes = place(whole.codes.shape, lambda index: rows(index).codes[..., index[-1]])
-    scales = place(whole.scales.shape, lambda index: rows(index).scales[..., index[-1]])
+    codes, scales = _place([whole.codes, whole.scales], weight.letters, mesh, rows, by_rows=True)
     return Quantized(codes, scales, kind)
+
+
+def _place(
+    arrays: Sequence[Any],
+    letters: str,
+    mesh: jax.sharding.Mesh,
+    make: Callable[[tuple[slice, ...]], list[np.ndarray]],
+    by_rows: bool,
+) -> list[jax.Array]:
+    """Arrays with the same axes, device after device; `make(index)` gives the parts of all of them at an index.
+
+    `by_rows`: the index lacks the last axis, in which the arrays differ, and the parts are whole along it.
+    """
+    placements = [jax.sharding.NamedSharding(mesh, sharding.spec(letters, array.shape, mesh)) for array in arrays]
+    indices: list[Any] = [p.addressable_devices_indices_map(a.shape) for p, a in zip(placements, arrays, strict=True)]
+    together: dict[str, list[jax.Device]] = {}  # devices that need the same
+    for device, index in indices[0].items():
+        together.setdefault(repr(index[:-1] if by_rows else index), []).append(device)
+    put: list[dict[jax.Device, jax.Array]] = [{} for _ in arrays]
+    for devices in together.values():
+        first = indices[0][devices[0]]
+        for number, part in enumerate(make(first[:-1] if by_rows else first)):
+            for device in devices:
+                mine = part[..., indices[number][device][-1]] if by_rows else part
+                put[number][device] = jax.device_put(mine, device)
+            jax.block_until_ready([put[number][device] for device in devices])  # before the next part is made
+    return [
+        jax.make_array_from_single_device_arrays(array.shape, placement, list(parts.values()))
+        for array, placement, parts in zip(arrays, placements, put, strict=True)
+    ]
 
 
 def write_weights(
@@ -155,14 +268,31 @@ def write_weights(
         for index, name in weights[paths[0]].tensors(leaves[paths[0]].shape):
             tensor: np.ndarray | None = None
             for path in paths:
-                part = np.asarray(jax.device_get(leaves[path][index])).astype(dtype)
+                part = fetch(leaves[path], index).astype(dtype)
                 tensor = weights[path].restore(part, tensor)
             assert tensor is not None
             yield name, np.ascontiguousarray(tensor)
 
 
+def fetch(array: Any, index: tuple[int, ...] = ()) -> np.ndarray:
+    """An array, or an entry of its first axes, on every host: where it lies on several, all must ask for it."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(jax.device_get(array[index]))
+    placement: Any = array.sharding
+    return np.asarray(_gather(sharding.replicated(placement.mesh))(array, *index))
+
+
+@lru_cache
+def _gather(whole: jax.sharding.NamedSharding) -> Callable[..., jax.Array]:
+    """`gather(array, *index)`: the entry, the same on every device; it is compiled once for each shape."""
+    return jax.jit(lambda array, *index: array[index], out_shardings=whole)
+
+
 def write_files(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes the tensors as one safetensors file, or as several with their index."""
+    """Writes the tensors as one safetensors file, or as several with their index. The first host does."""
+    if not hosts.is_first():
+        deque(tensors, maxlen=0)  # they are gathered from all hosts
+        return
     shards: list[dict[str, np.ndarray]] = [{}]
     size, places, total = 0, {}, 0
     for name, tensor in tensors:

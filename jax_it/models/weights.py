@@ -56,9 +56,16 @@ class Weight(NamedTuple):
         return tuple(g.before + math.prod(sizes[axis] for axis in g.axes) + g.after for g in self._groups())
 
     def cut(
-        self, shape: Sequence[int], index: Sequence[slice], read: Callable[[str, tuple[slice, ...]], np.ndarray]
+        self,
+        shape: Sequence[int],
+        index: Sequence[slice],
+        read: Callable[[str, tuple[slice, ...]], np.ndarray],
+        dtype: Any = None,
     ) -> np.ndarray:
-        """The part `index` of our array; `read(name, slices)` gives a part of one of Transformers' tensors."""
+        """The part `index` of our array; `read(name, slices)` gives a part of one of Transformers' tensors.
+
+        It is new, and of `dtype` where one is given. Of what is read, no more than one tensor's part is held.
+        """
         letters, groups = self.letters.split(), self._groups()
         sizes = self._sizes(shape)
         spans = {a: i.indices(n)[:2] for a, i, n in zip(letters, index, shape, strict=True)}
@@ -70,12 +77,14 @@ class Weight(NamedTuple):
             if any(spans[a] != (0, sizes[a]) for a in axes[1:]):
                 raise ValueError(f"{self.name}: axis {' '.join(axes)} may be cut along {axes[0]} only")
             slices.append(slice(before + spans[axes[0]][0] * step, before + spans[axes[0]][1] * step))
-        stacked = [range(*spans[letter]) for letter in self.stacked]
         extent = {axis: stop - start for axis, (start, stop) in spans.items()}
-        parts = [
-            self._as_ours(read(self._name(position), tuple(slices)), extent) for position in itertools.product(*stacked)
-        ]
-        return np.stack(parts).reshape(*map(len, stacked), *parts[0].shape) if stacked else parts[0]
+        made = np.empty(0)
+        for number, position in enumerate(itertools.product(*(range(*spans[letter]) for letter in self.stacked))):
+            part = self._as_ours(read(self._name(position), tuple(slices)), extent)
+            if not number:
+                made = np.empty([extent[letter] for letter in letters], dtype or part.dtype)
+            made.reshape(-1, *part.shape)[number] = part
+        return made
 
     def restore(self, array: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
         """One of Transformers' tensors from our array without its stacked axes; the inverse of `cut`.

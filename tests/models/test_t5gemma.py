@@ -11,6 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from jax_it import config, sharding
 from jax_it.errors import UserError
 from jax_it.models import build, hf
+from jax_it.models.cache import take_rows
 from jax_it.models.lora import is_linear
 from jax_it.models.weights import flatten
 from tests.models.test_t5 import LENGTHS, forward, matmul_flops, packed, padded
@@ -121,7 +122,7 @@ def test_single_steps_give_the_logits_of_all_positions_at_once(copies, t5gemma):
         params, batch.source_BGS[sources, 0], batch.source_segments_BGS[sources, 0], 12
     )
     np.testing.assert_array_equal(first_B, model.config.start_token)
-    cache, positions_B = model.take_rows(cache, rows_B), positions_B[rows_B]
+    cache, positions_B = take_rows(cache, rows_B), positions_B[rows_B]
     step = jax.jit(model.step)
     for position in range(12):
         logits_BV, cache = step(params, tokens_BT[:, position], positions_B + position, cache)

@@ -133,7 +133,6 @@ def make_family(architecture: str, read_config: Any, weight_table: Any = weight_
         weight_table=weight_table,
         module=decoder.Decoder,
         head_logits=decoder.head_logits,
-        take_rows=decoder.take_rows,
         **(common | changes),
     )
 

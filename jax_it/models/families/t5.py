@@ -7,13 +7,14 @@ PyTorch models of Transformers 5, whose logits the tests reproduce.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import layers
+from jax_it.models.cache import Cache, Memory, by_head, write
 from jax_it.models.family import Family, Run
 from jax_it.models.layers import attend, rms_norm, split_key
 from jax_it.models.linear import dropout, look_up, project
@@ -215,30 +216,6 @@ class Stack(nnx.Module):
         return lambda layer: shared
 
 
-class Memory(NamedTuple):
-    """What the decoder reads of the source: keys and values of every layer, and each position's segment."""
-
-    key_LBSNH: jax.Array
-    value_LBSNH: jax.Array
-    segments_BS: jax.Array
-
-
-class Cache(NamedTuple):
-    """Keys and values of the target tokens so far; row b holds those before its position.
-
-    Where there are n times as many target rows as sources, row b reads source b // n.
-    """
-
-    memory: Memory
-    key_LBTNH: jax.Array
-    value_LBTNH: jax.Array
-
-
-def take_rows(cache: Cache, rows_B: jax.Array) -> Cache:
-    """The cache whose target row b is row `rows_B[b]` of this one. The sources stay, so no row may change its own."""
-    return Cache(cache.memory, cache.key_LBTNH[:, rows_B], cache.value_LBTNH[:, rows_B])
-
-
 class T5(nnx.Module):
     def __init__(self, c: Config, *, rngs: nnx.Rngs):
         self.config = c
@@ -315,55 +292,49 @@ class T5(nnx.Module):
         c = self.config
         encoded_BSD = self.encode(source_BS[:, None], source_segments_BS[:, None], run)
         graph, state = nnx.split(self.decoder.layers)
-        keys, values = jax.lax.map(lambda state: nnx.merge(graph, state).cross.keys_values(encoded_BSD), state)
-        shape = (c.decoder_layers, source_BS.shape[0], length, c.heads, c.head_size)
-        empty = jnp.zeros(shape, run.dtype)
+        keys, values = jax.lax.map(
+            lambda state: by_head(*nnx.merge(graph, state).cross.keys_values(encoded_BSD)), state
+        )
+        memory = Memory(keys, values, source_segments_BS)
+        empty = jnp.zeros((c.decoder_layers, source_BS.shape[0], c.heads, length, c.head_size), run.dtype)
         first_B = jnp.full(source_BS.shape[0], c.start_token, jnp.int32)
-        return first_B, jnp.zeros_like(first_B), Cache(Memory(keys, values, source_segments_BS), empty, empty)
+        return first_B, jnp.zeros_like(first_B), Cache(empty, empty, memory)
 
     def step(self, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache, run: Run) -> tuple[jax.Array, Cache]:
         """The decoder's states [B, D] after one more token a row, at its own position, and the new cache."""
         c, memory = self.config, cache.memory
-        past = jnp.arange(cache.key_LBTNH.shape[2])
-        mask_BTS = jnp.pad(past < positions_B[:, None], ((0, 0), (0, 1)), constant_values=True)[:, None]
+        assert memory is not None
+        distance_BS = jnp.arange(cache.key_LBKTH.shape[3]) - positions_B[:, None]
         cross_BTS = memory.segments_BS[:, None] > 0
-        distance_BS = jnp.pad(past - positions_B[:, None], ((0, 0), (0, 1)))  # the new token is its own last key
         buckets_BS = _buckets(c, distance_BS, bidirectional=False)
         bias_of = self.decoder.make_bias(lambda table_EN: jnp.moveaxis(table_EN[buckets_BS], -1, 1)[:, :, None])
         graph, state = nnx.split(self.decoder.layers)
 
-        def body(x_BTD: jax.Array, layer: tuple) -> tuple[jax.Array, tuple]:
-            state, key_BSNH, value_BSNH, cross_key, cross_value = layer
+        def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
+            x_BTD, *cached = carry
+            number, state, *source = xs
             module = nnx.merge(graph, state)
             normed = rms_norm(x_BTD, module.attention.norm[...], c.epsilon)
-            new_key, new_value = module.attention.keys_values(normed)
+            new = module.attention.keys_values(normed)
+            # Carried along and written in place: a cache that is read and returned by layers would be copied.
+            cached = [write(old, number, positions_B, n[:, 0]) for old, n in zip(cached, new, strict=True)]
             attended = attend(
-                module.attention.queries(normed),
-                jnp.concatenate([key_BSNH, new_key], axis=1),
-                jnp.concatenate([value_BSNH, new_value], axis=1),
-                mask_BTS=mask_BTS,
-                bias=bias_of(module),
-            )
+                module.attention.queries(normed), *(whole[number] for whole in cached), layout="BKSH",
+                mask_BTS=(distance_BS <= 0)[:, None], bias=bias_of(module),
+            )  # fmt: skip
             x_BTD += module.attention.project(attended)
             normed = rms_norm(x_BTD, module.cross.norm[...], c.epsilon)
             queries = module.cross.queries(normed)  # the rows of one source, as its query positions
-            by_source = queries.reshape(cross_key.shape[0], -1, *queries.shape[2:])
-            attended = attend(by_source, cross_key, cross_value, mask_BTS=cross_BTS)
+            by_source = queries.reshape(source[0].shape[0], -1, *queries.shape[2:])
+            attended = attend(by_source, *source, layout="BKSH", mask_BTS=cross_BTS)
             x_BTD += module.cross.project(attended.reshape(queries.shape))
-            return _feed_forward(c, x_BTD, module.mlp, run, [None, None]), (new_key[:, 0], new_value[:, 0])
+            return (_feed_forward(c, x_BTD, module.mlp, run, [None, None]), *cached), None
 
-        x_BTD, (new_keys, new_values) = jax.lax.scan(
-            body,
-            self.embed(tokens_B[:, None], run),
-            (state, cache.key_LBTNH, cache.value_LBTNH, memory.key_LBSNH, memory.value_LBSNH),
-        )
-        rows = jnp.arange(tokens_B.shape[0])
-        cache = Cache(
-            memory,
-            cache.key_LBTNH.at[:, rows, positions_B].set(new_keys),
-            cache.value_LBTNH.at[:, rows, positions_B].set(new_values),
-        )
-        return rms_norm(x_BTD[:, 0], self.decoder.norm[...], c.epsilon), cache
+        xs = (jnp.arange(c.decoder_layers), state, memory.key_LBKSH, memory.value_LBKSH)
+        start = (self.embed(tokens_B[:, None], run), cache.key_LBKTH, cache.value_LBKTH)
+        (x_BTD, keys, values), _ = jax.lax.scan(body, start, xs)
+        normed_BD = rms_norm(x_BTD[:, 0], self.decoder.norm[...], c.epsilon)
+        return normed_BD, cache._replace(key_LBKTH=keys, value_LBKTH=values)
 
 
 def head_logits(c: Config, head_VD: jax.Array, hidden: jax.Array) -> jax.Array:
@@ -437,7 +408,6 @@ def _family(architecture: str) -> Family:
         weight_table=weight_table,
         module=T5,
         head_logits=head_logits,
-        take_rows=take_rows,
         embedding="shared.weight",
         head="lm_head.weight",
         aliases={"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"},

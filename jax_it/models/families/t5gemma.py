@@ -15,7 +15,8 @@ from flax import nnx
 
 from jax_it.errors import UserError
 from jax_it.models import decoder, layers, transformer
-from jax_it.models.decoder import Cache, Source, Stack, causal_mask, embed
+from jax_it.models.cache import Cache
+from jax_it.models.decoder import Source, Stack, causal_mask, embed
 from jax_it.models.families import gemma, llama
 from jax_it.models.family import Family, Run
 from jax_it.models.layers import split_key
@@ -186,7 +187,7 @@ class T5Gemma(nnx.Module):
         c, rows = self.config.decoder, source_BS.shape[0]
         positions_BS = jnp.broadcast_to(jnp.arange(source_BS.shape[1]), source_BS.shape)
         encoded_BSD = self.encode(source_BS[:, None], segments_BS[:, None], positions_BS[:, None], run)
-        empty = jnp.zeros((c.layers, rows, length, c.key_heads, c.head_size), run.dtype)
+        empty = jnp.zeros((c.layers, rows, c.key_heads, length, c.head_size), run.dtype)
         first_B = jnp.full(rows, self.config.start_token, jnp.int32)
         return first_B, jnp.zeros_like(first_B), Cache(empty, empty, self.decoder.remember(encoded_BSD, segments_BS))
 
@@ -208,7 +209,6 @@ T5GEMMA = Family(
     weight_table=weight_table,
     module=T5Gemma,
     head_logits=head_logits,
-    take_rows=decoder.take_rows,
     embedding="model.decoder.embed_tokens.weight",
     head="lm_head.out_proj.weight",
     values_to_save=lambda c: {"tie_word_embeddings": c.tied},
