@@ -57,9 +57,9 @@ def chunked_sum(
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of token losses and the sum of their weights, both float32.
 
-    `logits(head, hidden_BCD)` gives float32 logits; of a row at most `chunk` of the positions on a device have theirs
-    at a time. Gradients are taken chunk by chunk in the forward pass: no logits wait for a backward one. A head that
-    is not trained has none.
+    `logits(head, hidden_BCD)` gives float32 logits; at most `chunk` positions of all rows on a device, or one of each,
+    have theirs at a time. Gradients are taken chunk by chunk in the forward pass: no logits wait for a backward one.
+    A head that is not trained has none.
     """
     total = _sum_over_chunks(loss, logits, chunk, head_trained, head_VD, hidden_BTD, targets_BT, weights_BT)
     return total, weights_BT.sum(dtype=jnp.float32)
@@ -122,9 +122,9 @@ def _chunk_sum(loss: TokenLoss, logits: Callable, head: Any, hidden: Any, target
 
 
 def _chunks(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays cut along T: as few chunks as there may be, the first axis, of at most `chunk` positions each."""
-    length = arrays_BT[0].shape[1]
-    chunks = -(-length // chunk)
+    """The arrays cut along T into chunks, the first axis: as few as there may be. Each has every n-th position."""
+    rows, length = arrays_BT[0].shape[:2]
+    chunks = -(-length // max(1, chunk // rows))
 
     def cut(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, -length % chunks), *[(0, 0)] * (x.ndim - 2)])

@@ -61,7 +61,7 @@ def logits(head_VD, hidden):
 def in_chunks(name, chunk, head_VD, hidden_BTD, targets_BT, weights_BT, **options):
     loss, _, settings = LOSSES[name]
     given = (head_VD, hidden_BTD, targets_BT, weights_BT)
-    return losses.chunked_sum(partial(loss, **settings), logits, chunk, *given, **options)
+    return losses.chunked_sum(partial(loss, **settings), logits, chunk * len(hidden_BTD), *given, **options)
 
 
 def at_once(name, head_VD, hidden_BTD, targets_BT, weights_BT):

@@ -202,7 +202,8 @@ def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
     config = family.read_config(values, where)
     dtype = {"auto": default_dtype(), "float32": jnp.float32, "bfloat16": jnp.bfloat16}
     dropout = config.dropout if model.dropout is None else model.dropout
-    run = Run(dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm)
+    fused = model.attention == "auto" and jax.default_backend() == "tpu"
+    run = Run(dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, fused)
     return Model(values, family, config, run)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_it.models import layers, rope
+from jax_it.models import fused, layers, rope
 from jax_it.models.cache import Cache, Memory, by_head, write
 from jax_it.models.experts import Routing
 from jax_it.models.family import Run
@@ -39,7 +39,7 @@ class Stack(nnx.Module):
         self.norm = Norm(c.norm, (c.width,), c.epsilon)
 
     def scan(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, real_BT: jax.Array, allowed_BTS: jax.Array, run: Run,
+        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, allowed_BTS: jax.Array, run: Run,
         key: jax.Array | None = None, *, extents_BT: jax.Array | None = None, source: Source | None = None,
         with_cache: bool = False,
     ) -> tuple[jax.Array, Routing | None, Any]:  # fmt: skip
@@ -53,6 +53,10 @@ class Stack(nnx.Module):
         first, rest = split_key(key, 2)
         keys = None if rest is None else jax.random.split(rest, c.layers)
         graph, state = nnx.split(self.layers)
+        in_one_kernel = (
+            run.fused and not (c.bidirectional or run.prefix_lm or (run.dropout and key is not None))
+            and len(set(c.windows)) <= 1 and fused.fits(length, c.heads, c.key_heads, c.head_size)
+        )  # fmt: skip
 
         def body(x_BTD: jax.Array, xs: tuple) -> tuple[jax.Array, tuple]:
             state, varied, key = xs
@@ -64,6 +68,12 @@ class Stack(nnx.Module):
             def attention(x_BTD: jax.Array) -> jax.Array:
                 query_BTNH, key_BTKH, value_BTKH = _heads(module.attention, x_BTD, cos, sin)
                 kept.extend((key_BTKH, value_BTKH))
+                if in_one_kernel:
+                    attended = fused.attend(
+                        query_BTNH, key_BTKH, value_BTKH, segments_BT, window=window, scale=_score_scale(c),
+                        cap=c.score_cap, interpret=run.fused == "interpret",
+                    )  # fmt: skip
+                    return module.attention.project(attended)
                 attended = attend(
                     query_BTNH, key_BTKH, value_BTKH,
                     mask_BTS=allowed_BTS & (distance_TS < window) if c.windows else allowed_BTS,
@@ -77,7 +87,7 @@ class Stack(nnx.Module):
                 made = (layers.keys_of_all(x, x_BTD.shape[0]) for x in module.cross.keys_values(source.states_BSD))
                 return _read(c, module.cross, x_BTD, tuple(made), source.allowed_BTS)
 
-            x_BTD, routing = module(c, x_BTD, attention, cross, real_BT, run.dropout, layer_key)
+            x_BTD, routing = module(c, x_BTD, attention, cross, segments_BT > 0, run.dropout, layer_key)
             return x_BTD, (routing, by_head(*kept) if with_cache else None)
 
         x_BTD = dropout(x_BTD, run.dropout, first)
@@ -170,7 +180,7 @@ class Decoder(Stack):
         if self.config.depends_on_extent:
             extents_BT = (batch.segments_BT[:, :, None] == batch.segments_BT[:, None]).sum(-1)
         x_BTD, routing, _ = self.scan(
-            x_BTD, batch.positions_BT, batch.segments_BT > 0, allowed_BTS, run, key, extents_BT=extents_BT
+            x_BTD, batch.positions_BT, batch.segments_BT, allowed_BTS, run, key, extents_BT=extents_BT
         )
         return x_BTD, routing
 
@@ -188,7 +198,7 @@ class Decoder(Stack):
         last_B = jnp.maximum((segments_BS > 0).sum(1) - 1, 0)
         extent_B = last_B + 1 + length if self.config.depends_on_extent else None
         _, _, (keys, values) = self.scan(
-            x_BSD, positions_BS, segments_BS > 0, allowed_BTS, run,
+            x_BSD, positions_BS, segments_BS, allowed_BTS, run,
             extents_BT=None if extent_B is None else extent_B[:, None], with_cache=True,
         )  # fmt: skip
         room = ((0, 0), (0, 0), (0, 0), (0, length), (0, 0))

@@ -16,6 +16,7 @@ class Run(NamedTuple):
     remat: bool = False
     dropout: float = 0.0  # the rate where a key is given
     prefix_lm: bool = False  # the prompt's positions see each other, also in `prefill`
+    fused: bool | Literal["interpret"] = False  # attention by the TPU's kernel, where it can compute the rows
 
 
 @dataclass(frozen=True)

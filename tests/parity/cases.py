@@ -86,7 +86,7 @@ def results(model: Model, params: Params, arrays: CausalBatch | Seq2SeqBatch) ->
             hidden_BTD = model.apply(params, arrays)
             head = model.head(params)
             loss, weight = losses.chunked_sum(
-                losses.cross_entropy, model.logits, 4, head, hidden_BTD, arrays.targets_BT, arrays.weights_BT
+                losses.cross_entropy, model.logits, 16, head, hidden_BTD, arrays.targets_BT, arrays.weights_BT
             )
             return loss / weight, model.logits(head, hidden_BTD)
 

@@ -107,7 +107,7 @@ def our_losses(folder: Path, name: str, accumulation: int) -> np.ndarray:
         duration=Duration(STEPS, "steps"),
         batch_size=ROWS,
         micro_batches=accumulation,
-        loss_chunk=8,
+        loss_chunk=64,
         optimizer=Optimizer(name="adamw", learning_rate=PEAK, schedule="linear", weight_decay=DECAY),
         clip=1.0,
     )

@@ -38,7 +38,7 @@ def compile_step(architecture, chunk, rows=ROWS, length=LENGTH, **model):
         batch = CausalFormat(0).batch([[]] * rows, Shape(0, 0, length))
     else:
         batch = Seq2SeqFormat(0, 0).batch([[]] * rows, Shape(1, 64, length))
-    train = Train(loss_chunk=chunk, label_smoothing=0.1, z_loss=1e-4)
+    train = Train(loss_chunk=rows * chunk, label_smoothing=0.1, z_loss=1e-4)
     schedule = make_schedule(Optimizer(), 10, 0, 0)
     optimizer = make_optimizer(train.optimizer, schedule, model.trained_letters)
     frozen = {}

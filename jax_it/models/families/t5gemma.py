@@ -158,7 +158,7 @@ class T5Gemma(nnx.Module):
         source = Source(encoded_BSD, segments_BT[:, :, None] == source_segments_BS[:, None])
         x_BTD = embed(self.config.decoder, self.embedding, batch.tokens_BT, run.dtype)
         x_BTD, _, _ = self.decoder.scan(
-            x_BTD, batch.positions_BT, segments_BT > 0, causal_mask(segments_BT), run, decoder_key, source=source
+            x_BTD, batch.positions_BT, segments_BT, causal_mask(segments_BT), run, decoder_key, source=source
         )
         return dropout(x_BTD, run.dropout, last)
 
@@ -177,7 +177,7 @@ class T5Gemma(nnx.Module):
         first, last = split_key(key, 2)
         x_BSD = embed(self.config.encoder, self.source_embedding, tokens_BS, run.dtype)
         allowed_BTS = segments_BS[:, :, None] == segments_BS[:, None]
-        x_BSD, _, _ = self.encoder.scan(x_BSD, positions_BS, segments_BS > 0, allowed_BTS, run, first)
+        x_BSD, _, _ = self.encoder.scan(x_BSD, positions_BS, segments_BS, allowed_BTS, run, first)
         return dropout(x_BSD, run.dropout, last)
 
     def prefill(

@@ -1,0 +1,108 @@
+"""The TPU's attention kernel, interpreted on the CPU, against the attention that all other devices compute."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_it import config, losses, sharding
+from jax_it.config import Mesh
+from jax_it.data.batches import CausalBatch
+from jax_it.models import build, fused, layers
+from jax_it.models.decoder import causal_mask
+
+ROWS, LENGTH, HEADS, KEY_HEADS, SIZE = 2, 256, 4, 2, 128
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(ROWS, LENGTH, heads, SIZE) for heads in (HEADS, KEY_HEADS, KEY_HEADS)]
+    segments = np.zeros((ROWS, LENGTH), np.int32)
+    segments[0, :100], segments[0, 100:230] = 1, 2  # the rest is padding
+    segments[1] = 1
+    return *(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)), jnp.asarray(segments)
+
+
+def plain(query, key, value, segments, window, cap):
+    distance = jnp.arange(LENGTH)[:, None] - jnp.arange(LENGTH)
+    mask = causal_mask(segments) & (distance < window)
+    return layers.attend(query, key, value, mask_BTS=mask, scale=SIZE**-0.5, cap=cap)
+
+
+def by_kernel(query, key, value, segments, window, cap):
+    return fused.attend(query, key, value, segments, window=window, scale=SIZE**-0.5, cap=cap, interpret=True)
+
+
+def with_gradients(attend, query, key, value, segments, window, cap):
+    real = (segments > 0)[..., None, None]  # what padding attends to is nobody's affair
+
+    def total(*arrays):
+        out = jnp.where(real, attend(*arrays, segments, window, cap), 0)
+        return jnp.square(out).sum(), out
+
+    (_, out), gradients = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+    return out, *gradients
+
+
+@pytest.mark.parametrize(
+    ("window", "cap", "mesh"),
+    [
+        (1 << 30, 0.0, None),
+        pytest.param(70, 0.0, None, marks=pytest.mark.slow),
+        pytest.param(1 << 30, 5.0, None, marks=pytest.mark.slow),
+        (70, 5.0, Mesh(data=2, tensor=2)),
+    ],
+)
+def test_the_kernel_gives_the_same_states_and_gradients(arrays, window, cap, mesh):
+    expected = jax.jit(lambda *a: with_gradients(plain, *a, window, cap))(*arrays)
+    if mesh is None:
+        found = jax.jit(lambda *a: with_gradients(by_kernel, *a, window, cap))(*arrays)
+    else:
+        with jax.set_mesh(sharding.make_mesh(mesh, jax.devices()[:4])):
+            found = jax.jit(lambda *a: with_gradients(by_kernel, *a, window, cap))(*arrays)
+    for one, other in zip(found, expected, strict=True):
+        # Sums of 256 products in another order, of softmaxes computed block by block.
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
+
+
+@pytest.mark.parametrize(
+    ("shape", "mesh", "fits"),
+    [
+        ((1024, 8, 4, 128), Mesh(data=8), True),
+        ((1024, 8, 4, 128), Mesh(data=2, tensor=4), True),
+        ((1024, 8, 2, 128), Mesh(data=2, tensor=4), False),  # two heads of keys cannot go to four devices
+        ((1024, 8, 4, 64), Mesh(data=8), False),
+        ((1000, 8, 4, 128), Mesh(data=8), False),
+        ((1024, 8, 4, 128), Mesh(data=2, context=4), False),
+    ],
+)
+def test_it_is_taken_where_its_lengths_and_heads_allow(shape, mesh, fits):
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        assert fused.fits(*shape) == fits
+
+
+def test_a_model_takes_it_and_learns_the_same():
+    values = {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "head_dim": 128, "intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    }  # fmt: skip
+    model = build(values, "the test", config.Model(pretrained=False))
+    params = jax.jit(model.init)(jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 64, (2, 128)).astype(np.int32)
+    segments = np.repeat([[1] * 60 + [2] * 40 + [0] * 28], 2, axis=0).astype(np.int32)
+    places = np.concatenate([np.arange(60), np.arange(40), np.zeros(28, int)])[None].repeat(2, 0).astype(np.int32)
+    batch = CausalBatch(tokens, np.roll(tokens, -1, 1), (segments > 0).astype(np.float32), segments, places)
+
+    def learn(fused):
+        other = dataclasses.replace(model, run=model.run._replace(fused=fused))
+        compute = jax.jit(jax.value_and_grad(lambda params: other.loss_sum(losses.cross_entropy, 64, params, batch)[0]))
+        assert ("splash" in str(compute.trace(params).jaxpr)) == bool(fused)
+        return compute(params)
+
+    (loss, gradients), (plain_loss, plain_gradients) = learn("interpret"), learn(False)
+    assert float(loss) == pytest.approx(float(plain_loss), rel=1e-6)
+    for one, other in zip(jax.tree.leaves(gradients), jax.tree.leaves(plain_gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * max(1, np.abs(other).max()))
