@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in .venv/bin/python python3 python3.13 python3.12 python
 	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 PYTEST_ARGS ?= -n 2
 
-.PHONY: help setup quickstart test test-slow parity lint clean
+.PHONY: help setup quickstart test test-slow faults parity lint clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -23,6 +23,9 @@ test: setup ## the tests; PYTEST_ARGS="-n 4 -k metrics" chooses
 
 test-slow: setup ## the slow tests
 	.venv/bin/python -m pytest -m "slow and not parity" $(PYTEST_ARGS)
+
+faults: setup ## the long fault suite: runs that are stopped at many moments
+	.venv/bin/python -m pytest -m faults $(PYTEST_ARGS)
 
 parity: .venv-parity/stamp ## the comparisons with PyTorch, in an environment of their own, .venv-parity
 	.venv-parity/bin/python -m pytest -m parity $(PYTEST_ARGS)

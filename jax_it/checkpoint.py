@@ -1,13 +1,12 @@
 """A run's checkpoints, by Orbax: whole or absent, written in the background, restored on any mesh."""
 
-import json
+import importlib.metadata
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +15,11 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from jax_it.errors import UserError
+from jax_it import files, hosts
+from jax_it.errors import Interrupted, UserError
+from jax_it.files import write_atomically
+
+__all__ = ["Checkpoints", "abstract", "disk_error", "write_atomically"]
 
 Scores = Callable[[int], float | None]  # a step's score, larger is better; None while there is none
 
@@ -29,15 +32,18 @@ class Checkpoints:
     its `with` block waits until what was started is on disk.
     """
 
-    def __init__(self, folder: Path, keep: int = 0, keep_best: int = 0, scores: Scores = lambda step: None):
-        self.folder = folder.absolute()
+    def __init__(self, folder: Any, keep: int = 0, keep_best: int = 0, scores: Scores = lambda step: None):
+        self.folder = files.absolute(folder)
         writing = keep > 0
-        if writing:
+        if writing and hosts.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()  # what a killed process had not finished
+        if writing:
+            hosts.barrier("checkpoints")
         policy = _NewestAndBest(keep, keep_best, scores) if writing else preservation_policy.PreserveAll()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
+            temporary_path_class=_teach_orbax_s3() if os.fspath(self.folder).startswith("s3://") else None,
             read_only=not writing,
             create=writing,
             save_interval_steps=1 if writing else 0,
@@ -77,8 +83,10 @@ class Checkpoints:
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The params of a step, placed as the ShapeDtypeStructs of `abstract` say."""
         try:
-            return self._restore(step, params=ocp.args.StandardRestore(abstract)).params
-        except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
+            return self._restore(step, params=abstract)["params"]
+        except (UserError, Interrupted):
+            raise
+        except Exception as error:
             raise UserError(
                 f"checkpoint {self.folder / str(step)} cannot be read: {_reason(error)}; name another with --checkpoint"
             ) from error
@@ -89,16 +97,13 @@ class Checkpoints:
         Damaged ones are passed over with a line on standard error, and set aside, so that the run can
         write those steps anew. Raises UserError where all are damaged.
         """
-        items = {
-            "params": ocp.args.StandardRestore(params),
-            "training": ocp.args.StandardRestore(training),
-            "position": ocp.args.JsonRestore(),
-        }
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                found = self._restore(step, **items)
-            except Exception as error:  # as above
+                found = self._restore(step, params=params, training=training)
+            except (UserError, Interrupted):
+                raise
+            except Exception as error:
                 damaged[step] = _reason(error)
                 continue
             for other, reason in damaged.items():
@@ -107,7 +112,7 @@ class Checkpoints:
                     f"{self._set_aside(other)}, and the run goes on from step {step}",
                     file=sys.stderr,
                 )
-            return step, found.params, found.training, found.position
+            return step, found["params"], found["training"], found["position"]
         if damaged:
             raise UserError(
                 f"none of the checkpoints in {self.folder} can be read: "
@@ -116,26 +121,41 @@ class Checkpoints:
             )
         return None
 
-    def _restore(self, step: int, **items: Any) -> Any:
-        """The items of a checkpoint. Raises ValueError where the arrays are not those that were saved."""
-        items["checksums"] = ocp.args.JsonRestore()
-        found = self._manager.restore(step, args=ocp.args.Composite(**items))
-        for name, checksum in found.checksums.items():
-            if name in items and int(_checksum(found[name])) != checksum:
+    def _restore(self, step: int, **abstract: Any) -> dict[str, Any]:
+        """The items of a checkpoint. Raises ValueError where the arrays are not those that were saved.
+
+        It raises on all hosts, or on none. Orbax's manager would wait for a host that could not read its part.
+        """
+        found: dict[str, Any] = {}
+        failure: Exception | None = None
+        try:
+            for name, arrays in abstract.items():
+                reader = ocp.StandardCheckpointHandler()
+                found[name] = reader.restore(self.folder / str(step) / name, args=ocp.args.StandardRestore(arrays))
+            for name in ("position", "checksums"):
+                found[name] = ocp.JsonCheckpointHandler().restore(self.folder / str(step) / name)
+        except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
+            failure = error
+        if not hosts.all_agree(failure is None):
+            raise failure or ValueError("another host cannot read its part")
+        for name in abstract:
+            if int(_checksum(found[name])) != found["checksums"][name]:
                 raise ValueError(f"its {name} differ from what was saved")
         return found
 
-    def _set_aside(self, step: int) -> Path:
+    def _set_aside(self, step: int) -> Any:
         place = self.folder.parent / f"damaged-checkpoint-{step}"
-        shutil.rmtree(place, ignore_errors=True)
-        (self.folder / str(step)).rename(place)
+        with hosts.first_then_others():
+            if hosts.is_first():
+                files.remove(place)
+                files.move(self.folder / str(step), place)
         self._manager.reload()
         return place
 
     def _clean(self) -> None:
         """Removes what Orbax has not finished writing."""
         for part in self.folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(part, ignore_errors=True)
+            files.remove(part)
 
     def _guard(self, write: Callable[[], Any]) -> None:
         """Runs a writing call; a failure leaves nothing half-written and says how to go on."""
@@ -152,6 +172,40 @@ class Checkpoints:
                 f"could not save a checkpoint to {self.folder}: {reason}; "
                 f"mend that and run the same command, which {after}"
             ) from error
+
+
+@cache
+def _teach_orbax_s3() -> Any:
+    """Has Orbax write arrays to s3:// by TensorStore, as it does to gs://; of itself it takes that for a local path.
+
+    Returns its class for folders that nobody renames: a file in them says that they are whole.
+    """
+    try:
+        from orbax.checkpoint._src.path import atomicity, gcs_utils
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        of_gs, normalize = gcs_utils.get_kvstore_for_gcs, tensorstore_utils._normalize_path
+        whole, _ = atomicity.CommitFileTemporaryPath, tensorstore_utils._use_gcs_driver
+    except (ImportError, AttributeError):
+        version = importlib.metadata.version("orbax-checkpoint")
+        raise UserError(
+            f"this version of Orbax ({version}) does not write to s3:// as 0.12.8 does; "
+            "install orbax-checkpoint==0.12.8, or name a local --workdir or one in gs://"
+        ) from None
+
+    def kvstore(path: str) -> dict[str, Any]:
+        if not path.startswith("s3://"):
+            return of_gs(path)
+        bucket, _, rest = path.removeprefix("s3://").partition("/")
+        spec = {"driver": "s3", "bucket": bucket, "path": rest}
+        if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+            spec |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_REGION", "us-east-1")}
+        return spec
+
+    gcs_utils.get_kvstore_for_gcs = kvstore
+    tensorstore_utils._use_gcs_driver = lambda path: path.startswith(("gs://", "s3://"))
+    tensorstore_utils._normalize_path = lambda path: normalize(path).replace("s3:/", "s3://")
+    return whole
 
 
 class _NewestAndBest(preservation_policy.PreservationPolicy):
@@ -213,15 +267,3 @@ def disk_error(error: BaseException) -> str:
             return os.strerror(int(number[1] or number[2]))
         cause = cause.__cause__ or cause.__context__
     return ""
-
-
-def write_atomically(file: Path, content: Any) -> None:
-    """Writes JSON (or text, as it is) beside the file and renames it over."""
-    text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")  # two processes may write the same file
-    try:
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair, as JSON has it
-        part.replace(file)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise

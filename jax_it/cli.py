@@ -5,13 +5,16 @@ import logging
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any, NoReturn
 
-from jax_it.errors import UserError
+from jax_it.errors import Interrupted, UserError
+
+ON_DEVICES = ("train", "eval", "generate", "export")  # on several hosts, the same command on each
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Exits with 0 when done, with 2 when the user can mend it, with 1 when the fault is ours."""
+    """Exits with 0: done, 2: the user can mend it, 75: the same command goes on from there, 1: a fault of ours."""
     # Read by the libraries when they are imported: no advice for other frameworks, no threads after a fork.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -19,23 +22,41 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if not options.debug:
         silence_libraries()
     try:
-        options.run(options, overrides(rest, takes_config="config" in options))
+        changes = overrides(rest, takes_config="config" in options)
+        if options.command in ON_DEVICES:
+            from jax_it import hosts
+
+            hosts.start()
+            with hosts.watched():
+                options.run(options, changes)
+        else:
+            options.run(options, changes)
     except UserError as error:
         if options.debug:
             traceback.print_exc()
         print(f"jax-it {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        leave(2, str(error))
+    except Interrupted as stopped:
+        print(f"jax-it {options.command}: {' '.join(str(stopped).split())}", file=sys.stderr)
+        leave(75, "has stopped")  # BSD's EX_TEMPFAIL: to be tried again
     except KeyboardInterrupt:
         print(f"jax-it {options.command}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        leave(130, "was interrupted")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: be quiet at exit too
-        sys.exit(141)
+        leave(141, "has stopped")
     except Exception:
         traceback.print_exc()
         print(f"jax-it {options.command}: this is a fault of jax_it; please report the lines above", file=sys.stderr)
-        sys.exit(1)
-    sys.exit(0)
+        leave(1, "it reports a fault")
+    leave(0)
+
+
+def leave(code: int, message: str = "") -> NoReturn:
+    """Ends the process and, where it is one of several, the others; one that has not joined them yet just ends."""
+    if hosts := sys.modules.get("jax_it.hosts"):
+        hosts.leave(code, message)
+    sys.exit(code)
 
 
 def silence_libraries() -> None:
@@ -110,6 +131,14 @@ def _parser() -> argparse.ArgumentParser:
     preview = add("preview", _preview, "Show what the model will see, and what becomes of each data set.")
     preview.add_argument("--config", **config)
     preview.add_argument("--num", type=int, default=3, metavar="N", help="examples to show (default: 3)")
+
+    plan = add("plan", _plan, "Compile the training step for chips that are not there: memory, traffic, time.")
+    plan.add_argument("--config", **config)
+    plan.add_argument("--topology", required=True, help="v5e:8x8, v5p:4x4x4, v6e:16x16, or cpu:8 for fake devices")
+    plan.add_argument("--slices", type=_positive, default=1, metavar="N", help="so many of these (default: 1)")
+    plan.add_argument("--rows", type=_positive, metavar="N", help="of a step (default: train.batch_size full ones)")
+    plan.add_argument("--json", metavar="FILE", help="write the plan as JSON too")
+    plan.add_argument("--hlo", metavar="FILE", help="write the compiled program's text too")
     return parser
 
 
@@ -141,16 +170,20 @@ def _train(options: argparse.Namespace, changes: dict[str, str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, changes: dict[str, str]) -> None:
+    from jax_it import hosts
     from jax_it.evaluation import examples_text, table
     from jax_it.evaluation.run import evaluate
 
     step, scored = evaluate(options.workdir, options.checkpoint)
+    if not hosts.is_first():
+        return
     print(f"step {step}\n{table(scored)}")
     if scored.predictions:
         print(examples_text(scored))
 
 
 def _generate(options: argparse.Namespace, changes: dict[str, str]) -> None:
+    from jax_it import hosts
     from jax_it.generation import Sampling
     from jax_it.predict import generate_file, read_prompts
 
@@ -165,15 +198,17 @@ def _generate(options: argparse.Namespace, changes: dict[str, str]) -> None:
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed, options.num_beams)
     rows, prompts = read_prompts(options.input) if options.input else ([{"prompt": options.prompt}], [options.prompt])
     texts = generate_file(options.model, rows, prompts, options.output, options.max_new_tokens, sampling)
-    if options.prompt is not None:
+    if options.prompt is not None and hosts.is_first():
         print(texts[0])
 
 
 def _export(options: argparse.Namespace, changes: dict[str, str]) -> None:
+    from jax_it import hosts
     from jax_it.export import export
 
     step = export(options.workdir, options.output, options.checkpoint, options.dtype, options.adapter_only)
-    print(f"step {step} is in {options.output}, in {'PEFT' if options.adapter_only else 'Transformers'} format")
+    if hosts.is_first():
+        print(f"step {step} is in {options.output}, in {'PEFT' if options.adapter_only else 'Transformers'} format")
 
 
 def _preview(options: argparse.Namespace, changes: dict[str, str]) -> None:
@@ -181,3 +216,14 @@ def _preview(options: argparse.Namespace, changes: dict[str, str]) -> None:
     from jax_it.preview import preview
 
     print(preview(config.load(options.config, changes), options.num))
+
+
+def _plan(options: argparse.Namespace, changes: dict[str, str]) -> None:
+    from jax_it import config, plan
+    from jax_it.files import write_atomically
+
+    settings = config.load(options.config, changes)
+    found = plan.plan(settings, plan.find(options.topology, options.slices), options.rows or 0, options.hlo)
+    if options.json:
+        write_atomically(Path(options.json), plan.to_json(found))
+    print(plan.text(found))

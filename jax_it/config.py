@@ -101,6 +101,7 @@ class Model:
     tokenizer_size: int = 0  # pieces, for tokenizer="train"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: float32 on CPU
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the master weights and optimizer state
+    attention: Literal["auto", "plain"] = "auto"  # auto: on TPUs one kernel, where it can compute the model's rows
     remat: Literal["none", "layer"] = "none"  # layer: recompute each layer in the backward pass
     dropout: float | None = None  # a rate; None: the one in config.json
     chat_template: str = ""  # Jinja file; "": the checkpoint's own; "default": one for base models; "none": plain text
@@ -169,15 +170,17 @@ class Train:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     balance_loss: float = 0.0  # the weight of the router's balancing loss, of mixtures of experts
-    loss_chunk: int = 128  # target positions of a row whose logits exist at a time
+    loss_chunk: int = 1024  # target positions, of all rows on a device, whose logits exist at a time
     squared_error_scale: float = 15.0  # k and M of Hui & Belkin 2020, their values for many classes
     squared_error_target: float = 30.0
     optimizer: Optimizer = field(default_factory=Optimizer)
     clip: float = 1.0  # the gradient's global norm; 0: no clipping
-    max_spike: float = 30.0  # a gradient is skipped whose norm is so many times the mean and over `clip`; 0: none is
+    # A gradient is skipped whose norm is so many times the mean and over `clip`; 0: none is. Batches of sound data
+    # differ by a few times; those of a broken record, or of a bit that flipped, by orders of magnitude.
+    max_spike: float = 30.0
     max_skipped: int = 20  # steps in a row that are skipped, for a spike or what is not finite, before the run ends
-    hang_after: float = 1800.0  # seconds of a step, or 10 times that of a compile, save or evaluation, ...
-    # ... after which the run says where it hangs and ends with exit code 75, to be started again; 0: never
+    hang_after: float = 1800.0  # seconds, of a compile or save ten times that, after which a step that hangs is given
+    # up: the run says where it hangs and ends with exit code 75, to be started again; 0: never
     log_every: Duration = Duration(10, "steps")
     wandb: str = ""  # the project of Weights & Biases that the log goes to as well; "": none
     profile: Duration = Duration(0, "steps")  # after which a trace of the next steps is recorded; "": never
@@ -203,6 +206,7 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Eval:
+    # of jax_it.metrics.METRICS, and your own as "FILE.py:FUNCTION", called with (predictions, references)
     metrics: tuple[str, ...] = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "exact_match", "token_f1")
     every: Duration = Duration(0, "steps")  # within training; the end of the run too where it is not 0
     at_start: bool = False  # also before the first step

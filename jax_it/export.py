@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import stat
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_it import sharding
+from jax_it import files, hosts, sharding
 from jax_it.checkpoint import disk_error
 from jax_it.data import chat
 from jax_it.data.tokenizer import Tokenizer
@@ -27,8 +28,9 @@ def export(
 
     Adapters are merged into the model's weights or, with `adapter_only`, written alone in PEFT's format.
     """
-    _check_free(Path(output))
-    place = Workdir(Path(workdir))
+    if hosts.is_first():
+        _check_free(Path(output))
+    place = Workdir(files.locate(workdir))
     config, derived = place.open()
     # The weights beneath adapters are read as they are written; quantised ones as what they stand for.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
@@ -77,7 +79,14 @@ def save_adapter(
 
 
 def _write_whole(output: Path, write: Callable[[Path], None]) -> None:
-    """Has a folder written beside `output`, and renames it."""
+    """Has a folder written beside `output`, and renames it.
+
+    The first of several hosts does: the others take part in gathering what it writes.
+    """
+    if not hosts.is_first():
+        with tempfile.TemporaryDirectory() as name:
+            write(Path(name))
+        return
     _check_free(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +120,9 @@ def _share(folder: Path) -> None:
 
 def _compare(folder: Path, single: str, tensors_of: Callable[[Any], Iterable[tuple[str, np.ndarray]]]) -> None:
     """Reads the tensors back and holds them against what was to be written, in the dtype that they have there."""
+    if not hosts.is_first():
+        deque(tensors_of(np.float32), maxlen=0)
+        return
     with ExitStack() as stack:
         written = tensors.Tensors(folder, stack, single)
         dtype = written.read(min(written.names()), ()).dtype

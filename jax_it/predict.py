@@ -8,14 +8,14 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from jax_it import sharding
-from jax_it.checkpoint import write_atomically
+from jax_it import hosts, sharding
 from jax_it.config import Source
 from jax_it.data import chat, sources
 from jax_it.data.formats import Format
 from jax_it.data.templates import Turn, conversation
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
+from jax_it.files import write_atomically
 from jax_it.generation import GREEDY, Generator, Sampling
 from jax_it.models import Model, Params
 from jax_it.workdir import load, make_format
@@ -65,7 +65,7 @@ def generate_file(
         raise UserError(f"cannot write {output}: it must be a file in a folder that exists")
     model, params, tokenizer = load(model_path)
     texts = generate(model, params, tokenizer, prompts, max_new_tokens, sampling)
-    if output:
+    if output and hosts.is_first():
         lines = (
             json.dumps({**row, "prediction": text}, ensure_ascii=False, default=str)  # Parquet has dates
             for row, text in zip(rows, texts, strict=True)

@@ -54,8 +54,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     across = sizes[config.across_slices]
     if across % len(slices):
         raise UserError(
-            f"config.mesh.{config.across_slices}: {across} devices cannot be shared out to {len(slices)} slices; make it "
-            f"a multiple of {len(slices)}, or name the axis that is one with config.mesh.across_slices"
+            f"config.mesh.{config.across_slices}: {across} devices cannot be shared out to {len(slices)} slices; make "
+            f"it a multiple of {len(slices)}, or name the axis that is one with config.mesh.across_slices"
         )
     inner = sizes | {config.across_slices: across // len(slices)}
     parts = [

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,13 +24,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_it import config as settings
-from jax_it import sharding
-from jax_it.checkpoint import Checkpoints, abstract, disk_error, write_atomically
+from jax_it import files, hosts, metrics, sharding
+from jax_it.checkpoint import Checkpoints, abstract, disk_error
 from jax_it.config import Config
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
 from jax_it.errors import UserError
+from jax_it.files import Appending, write_atomically
 from jax_it.models import Model, Params, build, hf, peft, with_tied_head
 from jax_it.models.lora import Adapter, Target
 from jax_it.models.tensors import find_folder, fingerprint
@@ -40,7 +40,8 @@ from jax_it.models.weights import flatten
 # What a resumed run may change: where and how it is computed, watched and kept, but not what it computes.
 FREE = (
     "mesh", "eval", "data.cache_dir", "model.remat", "train.micro_batches", "train.loss_chunk", "train.log_every",
-    "train.checkpoint_every", "train.keep", "train.keep_best", "train.max_skipped",
+    "train.checkpoint_every", "train.keep", "train.keep_best", "train.max_skipped", "train.max_spike",
+    "train.hang_after", "train.wandb", "train.profile", "train.profile_steps",
 )  # fmt: skip
 
 
@@ -59,18 +60,29 @@ class Derived:
 
 @dataclass(frozen=True)
 class Workdir:
-    path: Path
+    path: Any  # as `files.locate` returns it
 
     @property
-    def tensorboard(self) -> Path:
+    def tensorboard(self) -> Any:
         return self.path / "tensorboard"
 
     @property
-    def metrics(self) -> Path:
+    def metrics(self) -> Any:
         return self.path / "metrics.jsonl"
 
-    def eval(self, step: int) -> Path:
+    @property
+    def skipped(self) -> Any:
+        return self.path / "skipped.jsonl"
+
+    def appending(self, name: str) -> Appending:
+        """A file of the folder to add to, as "metrics.jsonl". Raises OSError, as its methods do."""
+        return Appending(self.path / name)
+
+    def eval(self, step: int) -> Any:
         return self.path / "eval" / str(step)
+
+    def is_scored(self, step: int) -> bool:
+        return (self.eval(step) / "metrics.json").is_file()
 
     def holds_a_run(self) -> bool:
         return (self.path / "config.json").is_file()
@@ -80,9 +92,9 @@ class Workdir:
         """Holds the folder for one training process. Raises UserError where another one trains in it.
 
         The lock is the operating system's: it ends with the process, however that ends. A folder that
-        has become no run is left as it was found.
+        has become no run is left as it was found. An object store has no locks.
         """
-        if jax.process_index():  # the first host's lock is that of the run
+        if not hosts.is_first() or files.is_remote(self.path):  # the first host's lock is that of the run
             yield
             return
         file = self.path / ".lock"
@@ -102,13 +114,32 @@ class Workdir:
                         self.path.rmdir()
 
     def create(self, config: Config, derived: Derived, model: Model, tokenizer: tokenizers.Tokenizer) -> None:
-        """Makes the folder of a new run; config.json comes last and makes it one."""
+        """Makes the folder of a new run; config.json comes last and makes it one. All hosts must call it."""
+        came_from = find_folder(config.model.path) if config.model.path else None
+        hosts.barrier("no run yet")  # all have seen that
+        with hosts.first_then_others():
+            if hosts.is_first():
+                self._create(config, derived, model, tokenizer, came_from)
+        if not self.holds_a_run():
+            raise UserError(
+                f"this host does not see {self.path}, which another one has made: "
+                "name a --workdir that all hosts share, on a network's disk or in an object store"
+            )
+
+    def _create(
+        self,
+        config: Config,
+        derived: Derived,
+        model: Model,
+        tokenizer: tokenizers.Tokenizer,
+        came_from: Path | None,
+    ) -> None:
         try:
-            (self.path / "model").mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "model" / "config.json", dict(model.values))
-            came_from = find_folder(config.model.path) if config.model.path else None
-            hf.save_generation_settings(came_from, self.path / "model", model)
-            tokenizer.save(self.path / "tokenizer")
+            with files.written_locally(self.path / "model") as folder:
+                write_atomically(folder / "config.json", dict(model.values))
+                hf.save_generation_settings(came_from, folder, model)
+            with files.written_locally(self.path / "tokenizer") as folder:
+                tokenizer.save(folder)
             versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
             saved = {
                 "config": settings.to_dict(config),
@@ -120,7 +151,7 @@ class Workdir:
             if not (reason := disk_error(error)):
                 raise
             for part in ("model", "tokenizer"):
-                shutil.rmtree(self.path / part, ignore_errors=True)
+                files.remove(self.path / part)
             raise UserError(f"cannot write to {self.path}: {reason}; free space or name another --workdir") from error
 
     def open(self) -> tuple[Config, Derived]:
@@ -158,7 +189,8 @@ class Workdir:
                 )
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        return tokenizers.load(str(self.path / "tokenizer"))
+        with files.read_locally(self.path / "tokenizer") as folder:
+            return tokenizers.load(str(folder))
 
     def model(self, config: Config, derived: Derived) -> Model:
         """The run's model, without weights."""
@@ -186,7 +218,8 @@ class Workdir:
                 value = float(json.loads((self.eval(step) / "metrics.json").read_text())["all"][metric])
             except (OSError, ValueError, KeyError, TypeError):
                 return None
-            return None if math.isnan(value) else -value if metric == "loss" else value
+            lower = metric == "loss" or metrics.lower_is_better(metric)
+            return None if math.isnan(value) else -value if lower else value
 
         return score
 
@@ -229,22 +262,27 @@ class Workdir:
         return hf.load_base(config.model, mesh, config.train.seed)[1]
 
     def rewind_metrics(self, step: int) -> None:
-        """Drops logged steps after `step`, which a resumed run will take again, and what a kill cut off."""
-        if self.metrics.is_file():
-            lines = [line for line in _lines(self.metrics) if _step_of(line) <= step]
-            try:
-                write_atomically(self.metrics, "".join(lines))
-            except OSError as error:
-                raise UserError(
-                    f"cannot write {self.metrics}: {error.strerror}; free space and run the same command"
-                ) from error
+        """Drops logged steps after `step`, which a resumed run will take again, and what a kill cut off.
+
+        On the first host, and before any has written more.
+        """
+        if not hosts.is_first():
+            return
+        for file in (self.metrics, self.skipped):
+            if file.is_file():
+                kept = [line for line in files.lines(file) if _step_of(line) <= step]
+                try:
+                    write_atomically(file, "".join(kept))
+                except OSError as error:
+                    reason = error.strerror or error
+                    raise UserError(f"cannot write {file}: {reason}; free space and run the same command") from error
         if step == 0:
-            shutil.rmtree(self.tensorboard, ignore_errors=True)
+            files.remove(self.tensorboard)
 
 
 def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
     """The model of a run's newest checkpoint, a Transformers or PEFT folder or a hub name, over all devices."""
-    place = Workdir(Path(path))
+    place = Workdir(files.locate(path))
 
     def mesh_for(model: Model) -> jax.sharding.Mesh:
         return sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
@@ -286,11 +324,6 @@ def _lock(stream: TextIO, folder: Path) -> None:
         raise UserError(f"{owner} trains in {folder}; wait for it or stop it, or name another --workdir") from None
     except OSError:  # a file system without locks, or a full one, which the next file will tell
         pass
-
-
-def _lines(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8", errors="replace") as stream:
-        yield from stream
 
 
 def _step_of(line: str) -> float:

@@ -11,7 +11,7 @@ import pytest
 import jax_it
 from jax_it import cli
 from jax_it.cli import main
-from jax_it.errors import UserError
+from jax_it.errors import Interrupted, UserError
 from tests.tiny_run import fails
 
 HERE = Path(__file__).parents[1]
@@ -118,6 +118,12 @@ def test_a_fault_of_ours_is_1_and_shows_its_traceback(capsys, raising, error):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):" and type(error).__name__ in lines[-2]
     assert lines[-1] == "jax-it export: this is a fault of jax_it; please report the lines above"
+
+
+def test_a_run_that_stopped_and_goes_on_with_the_same_command_is_75_and_one_line(capsys, raising):
+    raising(Interrupted("stopped after step 3;\n  the same command goes on"))
+    assert exit_code(*COMMAND) == 75
+    assert capsys.readouterr() == ("", "jax-it export: stopped after step 3; the same command goes on\n")
 
 
 def test_an_interrupt_is_130_and_one_line(capsys, raising):

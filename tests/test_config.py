@@ -309,7 +309,7 @@ def test_a_duration_is_saved_as_it_was_written(text):
         ({"eval__best": "rougeL", "eval__generate": False}, "config.eval.best: 'rougeL' is not measured"),
         ({"mesh__fsdp": -1}, "config.mesh: sizes must be positive, and at most one of them -1"),
         ({"mesh__tensor": 0}, "config.mesh: sizes must be positive"),
-        ({"mesh__context": 2}, "config.mesh.context: only 1 is supported for now"),
+        ({"mesh__slices": -1}, "config.mesh.slices: -1 must be at least 0"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_read(changes, message):

@@ -140,6 +140,11 @@ def test_the_latest_the_best_or_a_numbered_checkpoint_is_chosen(place):
     assert place.choose_step("latest", "loss") == 10
     assert place.choose_step("best", "loss") == 5
     assert place.choose_step("best", "rougeL") == 3
+    write_metrics(place, 3, ter=40.0)
+    write_metrics(place, 5, ter=30.0)
+    assert place.choose_step("best", "ter") == 5  # fewer edits are better
+    write_metrics(place, 3, loss=2.0)
+    write_metrics(place, 5, loss=1.0)
     assert place.choose_step("3", "loss") == 3
 
 

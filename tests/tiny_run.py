@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def get_config(arg=""):
     config.train.optimizer.warmup = "2 steps"
     config.eval.metrics = ["rougeL", "exact_match"]
     config.eval.batch_size = 4
+    if arg == "causal":
+        config.model.architecture = {
+            "model_type": "llama", "vocab_size": 120, "hidden_size": 16, "head_dim": 8, "intermediate_size": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+        }
+        config.data.sequence_length = 48
     return config
 '''
 
@@ -99,8 +106,11 @@ def copy(run: Path, to: Path) -> Path:
     return to
 
 
-def start(*arguments: Any, devices: int = 1, limit: int = 0) -> subprocess.Popen[str]:
-    """The command in a process of its own, standard error with its output; no file may grow over `limit` bytes."""
+def start(*arguments: Any, devices: int = 1, limit: int = 0, **faults: Sequence[Any]) -> subprocess.Popen[str]:
+    """The command in a process of its own, standard error with its output; no file may grow over `limit` bytes.
+
+    `faults` are those of faults/driver.py.
+    """
     code = "from jax_it.cli import main; main()"
     if limit:
         code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); {code}"
@@ -112,6 +122,8 @@ def start(*arguments: Any, devices: int = 1, limit: int = 0) -> subprocess.Popen
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     command = [sys.executable, "-c", code, *map(str, arguments)]
+    if faults:
+        command[1:3] = [str(Path(__file__).with_name("faults") / "driver.py"), json.dumps(faults)]
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -125,7 +137,10 @@ def _compiled() -> str:
 
 def losses(run: Path) -> list[dict[str, float]]:
     """What metrics.jsonl says of each step, but for what the clock has measured."""
-    timed = {"tokens_per_second", "examples_per_second", "seconds_per_step", "mfu", "data_share"}
+    timed = {"tokens_per_second", "examples_per_second", "seconds_per_step", "mfu", "data_share"} | {
+        "goodput",
+        "host_memory",
+    }
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{name: value for name, value in line.items() if name not in timed} for line in lines]
 

@@ -1,7 +1,6 @@
 """Data sets of every supported kind, as a stream of records: plain dicts that know where they stand."""
 
 import csv
-import glob
 import gzip
 import hashlib
 import io
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax_it import files
 from jax_it.config import Source
 from jax_it.data import builtin
 from jax_it.errors import UserError
@@ -82,9 +82,9 @@ def _kind(source: Source, where: str) -> str:
         return source.format
     if source.path.startswith("builtin:"):
         return "builtin"
-    path = Path(source.path).expanduser()
-    if not path.exists() and not _matches(path):
-        if _suffix(path) in _SUFFIXES or source.path.startswith((".", "/", "~")):
+    path = files.locate(source.path).expanduser()
+    if not path.exists() and not files.matches(path):
+        if _suffix(path) in _SUFFIXES or source.path.startswith((".", "/", "~")) or files.is_remote(path):
             raise UserError(f"{where}: data file {source.path} does not exist")
         if path.suffix:
             raise UserError(
@@ -106,19 +106,15 @@ def _suffix(file: Path) -> str:
 
 
 def _files(source: Source, where: str) -> list[Path]:
-    path = Path(source.path).expanduser()
+    path = files.locate(source.path).expanduser()
     if path.is_dir():
         kinds = set(_SUFFIXES.values()) if source.format == "auto" else {source.format}
-        files = sorted(file for file in path.iterdir() if _SUFFIXES.get(_suffix(file)) in kinds)
+        found = sorted(file for file in path.iterdir() if _SUFFIXES.get(_suffix(file)) in kinds)
     else:
-        files = [path] if path.is_file() else _matches(path)
-    if not files:
+        found = [path] if path.is_file() else files.matches(path)
+    if not found:
         raise UserError(f"{where}: no data file matches {source.path}")
-    return files
-
-
-def _matches(pattern: Path) -> list[Path]:
-    return sorted(file for name in glob.glob(str(pattern), recursive=True) if (file := Path(name)).is_file())
+    return found
 
 
 def _load_dataset(source: Source, where: str) -> Any:
@@ -137,7 +133,7 @@ def _load_dataset(source: Source, where: str) -> Any:
 def _open(file: Path) -> gzip.GzipFile | io.BufferedReader:
     """A file's bytes, unpacked on the fly where its name says so."""
     if file.suffix == ".gz":
-        return gzip.open(file, "rb")
+        return gzip.open(file.open("rb") if files.is_remote(file) else file, "rb")
     if file.suffix == ".zst":
         return io.BufferedReader(_Chunks(_unzstd(file)), 1 << 17)
     return file.open("rb")
@@ -269,10 +265,11 @@ def _read_parquet(file: Path) -> Iterator[Record]:
 
     row = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches():
-            for fields in batch.to_pylist():
-                row += 1
-                yield Record(fields, f"{file}, row {row}")
+        with file.open("rb") as stream:
+            for batch in pyarrow.parquet.ParquetFile(stream).iter_batches():
+                for fields in batch.to_pylist():
+                    row += 1
+                    yield Record(fields, f"{file}, row {row}")
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file} cannot be read after row {row}: {error}") from error
 

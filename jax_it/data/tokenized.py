@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from jax_it import hosts
 from jax_it.config import Data, Source
 from jax_it.data import sources, templates
 from jax_it.data.batches import Encoded
@@ -75,13 +76,14 @@ def tokenize(source: Source, where: str, data: Data, tokenizer: Tokenizer, forma
     Raises UserError for records that cannot be read or rendered, and where more is dropped, cut or
     unknown than the config's limits allow.
     """
-    digest = sources.digest(source, where)
     made = []
-    for template in source.template:
-        folder = Path(data.cache_dir).expanduser() / _key(digest, template, data, tokenizer, format)
-        if not (folder / "counts.json").is_file():
-            _write(folder, source, where, template, data, tokenizer, format)
-        made.append(_open(folder, sources.name_of(source), template))
+    with hosts.first_then_others():  # what is downloaded or made once, the others find, where they share a disk
+        digest = sources.digest(source, where)
+        for template in source.template:
+            folder = Path(data.cache_dir).expanduser() / _key(digest, template, data, tokenizer, format)
+            if not (folder / "counts.json").is_file():
+                _write(folder, source, where, template, data, tokenizer, format)
+            made.append(_open(folder, sources.name_of(source), template))
     for item in made:
         _check_limits(item, data)
     return made

@@ -1,5 +1,6 @@
 """Tokenizers: that of a Transformers folder, a SentencePiece file, bytes, or one trained on the data."""
 
+import base64
 import copy
 import hashlib
 import io
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from jax_it.errors import UserError
+from jax_it import hosts
+from jax_it.errors import Interrupted, UserError
 
 
 class Tokenizer:
@@ -128,8 +130,11 @@ def load(path: str) -> Tokenizer:
     if path.startswith(("/", ".", "~")) and not Path(path).exists():
         raise UserError(f"tokenizer {path} does not exist")
     try:
-        return Tokenizer(transformers.AutoTokenizer.from_pretrained(path), path)
-    except UserError:
+        if Path(path).exists():
+            return Tokenizer(transformers.AutoTokenizer.from_pretrained(path), path)
+        with hosts.first_then_others():  # one fetches it from the hub
+            return Tokenizer(transformers.AutoTokenizer.from_pretrained(path), path)
+    except (UserError, Interrupted):
         raise
     except Exception as error:  # the libraries raise many types for a file that is not as it should be
         reason = [*str(error).strip().splitlines(), ""][0]
@@ -137,7 +142,16 @@ def load(path: str) -> Tokenizer:
 
 
 def train(texts: Iterable[str], size: int) -> Tokenizer:
-    """A SentencePiece unigram tokenizer of at most `size` ids, laid out as T5's: padding 0, end 1, unknown 2."""
+    """A SentencePiece unigram tokenizer of at most `size` ids, laid out as T5's: padding 0, end 1, unknown 2.
+
+    Of several hosts the first trains it, and the others get it from there.
+    """
+    model = hosts.from_first(lambda: base64.b64encode(_train(texts, size)).decode())
+    return _from_sentencepiece(base64.b64decode(model), "train", extra_ids=0)
+
+
+def _train(texts: Iterable[str], size: int) -> bytes:
+    """A SentencePiece model file."""
     import sentencepiece
 
     lines = [line for text in texts for line in text.splitlines()]
@@ -155,7 +169,7 @@ def train(texts: Iterable[str], size: int) -> Tokenizer:
         except (RuntimeError, OSError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise UserError(f"config.model.tokenizer_size: {size} pieces cannot be trained: {reason}") from None
-    return _from_sentencepiece(model.getvalue(), "train", extra_ids=0)
+    return model.getvalue()
 
 
 def _seed_pieces(lines: Iterable[str], number: int) -> list[tuple[str, int]]:

@@ -1,34 +1,64 @@
 """What an evaluation found: as files of the run's folder, and as text for people."""
 
 import json
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
-from jax_it.checkpoint import write_atomically
+from jax_it import hosts
 from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import ALL, TRUNCATED, WITHOUT_REFERENCE, Scored
+from jax_it.files import write_atomically
 
 
-def write(folder: Path, scored: Scored) -> None:
-    """predictions.jsonl and then metrics.json, whose presence says that the step is scored."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(row, ensure_ascii=False) for row in scored.predictions]
-        write_atomically(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
-        write_atomically(folder / "metrics.json", scored.metrics)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; free space and evaluate again") from error
+def write(folder: Any, scored: Scored) -> None:
+    """predictions.jsonl and then metrics.json, whose presence says that the step is scored.
+
+    The first host writes them; all return when they are there, since they decide which checkpoints stay.
+    """
+    with hosts.first_then_others():
+        if not hosts.is_first():
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(row, ensure_ascii=False) for row in scored.predictions]
+            write_atomically(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+            write_atomically(folder / "metrics.json", {task: _with_intervals(scored, task) for task in scored.metrics})
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write {folder}: {reason}; free space and evaluate again") from error
+
+
+def _with_intervals(scored: Scored, task: str) -> dict[str, Any]:
+    """A task's scores, "rougeL_ci": [low, high] beside each "rougeL", and why a metric has none under "errors"."""
+    values: dict[str, Any] = {}
+    intervals, errors = scored.intervals.get(task, {}), scored.errors.get(task, {})
+    for name, value in scored.metrics[task].items():
+        values[name] = value
+        if name in intervals:
+            values[f"{name}_ci"] = list(intervals[name])
+    return values | ({"errors": dict(errors)} if errors else {})
 
 
 def table(scored: Scored) -> str:
-    """A line for each task, and one for all."""
+    """A line for each task, and one for all, with the bounds of its 95 % intervals where there are any."""
     overall = scored.metrics[ALL]
-    names = [name for name in overall if name not in (WITHOUT_REFERENCE, TRUNCATED)]
+    every = dict.fromkeys(name for values in (overall, *scored.metrics.values()) for name in values)
+    names = [name for name in every if name not in (WITHOUT_REFERENCE, TRUNCATED)]
     names.sort(key=lambda name: name == "n")
-    width = max(len(task) for task in scored.metrics)
+    rows: dict[str, Mapping[str, float]] = dict(scored.metrics)
+    if bounds := scored.intervals.get(ALL):
+        rows |= {f"  {end}": {name: pair[i] for name, pair in bounds.items()} for i, end in enumerate(("from", "to"))}
+    width = max(map(len, rows))
     lines = [" " * width + "".join(f"  {name:>11}" for name in names)]
-    for task, values in scored.metrics.items():
-        cells = (_cell(values.get(name), name) for name in names)
-        lines.append(f"{task:<{width}}" + "".join(f"  {cell:>11}" for cell in cells))
+    for row, values in rows.items():
+        cells = ((_cell(values.get(name), name), max(11, len(name))) for name in names)
+        lines.append(f"{row:<{width}}" + "".join(f"  {cell:>{wide}}" for cell, wide in cells))
+    reasons: dict[str, str] = {}  # one for each metric: it may fail in every task
+    for errors in scored.errors.values():
+        reasons = {**errors, **reasons}
+    lines += reasons.values()
+    if scored.advice:
+        lines.append(scored.advice)
     if skipped := overall.get(WITHOUT_REFERENCE):
         lines.append(f"{skipped:.0f} examples without a reference are left out")
     if truncated := overall.get(TRUNCATED):
@@ -39,6 +69,8 @@ def table(scored: Scored) -> str:
 def _cell(value: float | None, name: str) -> str:
     if value is None:
         return ""
+    if ":" in name:  # a user's metric, on a scale of its own
+        return f"{value:.4g}"
     return f"{value:.0f}" if name == "n" else f"{value:.4f}" if name == "loss" else f"{value:.1f}"
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-from jax_it import data, sharding
+from jax_it import data, files, hosts, sharding
 from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import Evaluator, Scored
 from jax_it.evaluation.results import write
@@ -16,7 +16,8 @@ def evaluate(workdir: str | Path, checkpoint: str = "latest") -> tuple[int, Scor
 
     It takes all devices of this process, whatever mesh the run is training on.
     """
-    place = Workdir(Path(workdir))
+    hosts.start()
+    place = Workdir(files.locate(workdir))
     config, derived = place.open()
     step = place.choose_step(checkpoint, config.eval.best)
     tokenizer = place.tokenizer()

@@ -1,15 +1,20 @@
 """The run's log: a line of metrics.jsonl and a TensorBoard point for each logged step, and a progress line."""
 
 import json
+import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
+from jax_it import hosts
 from jax_it.errors import UserError
+from jax_it.files import write_atomically
+from jax_it.training.phases import SHARES, Phases
 from jax_it.training.tensorboard import Events
 from jax_it.workdir import Workdir
 
@@ -17,32 +22,48 @@ FLUSH = 30  # seconds between what TensorBoard sees
 
 
 class Log:
-    """What has been logged before `start` stays. Raises UserError where the disk is full."""
+    """What has been logged before `start` stays. Only the first host writes and says anything.
 
-    def __init__(self, workdir: Workdir, start: int, total: int):
+    `board` is a run of Weights & Biases, if it is wanted. Raises UserError where the disk is full.
+    """
+
+    def __init__(self, workdir: Workdir, start: int, total: int, board: Any = None):
         self._workdir = workdir
+        self._first = hosts.is_first()
+        self._total = total
+        self._bar = tqdm(
+            total=total, initial=start, desc="training", unit=" steps", disable=None if self._first else True
+        )
+        if not self._first:
+            return
         with self._writing():
-            self._file = workdir.metrics.open("a", encoding="utf-8")
-            self._board = Events(workdir.tensorboard)
+            self._file = workdir.appending("metrics.jsonl")
+            name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}"
+            self._board = Events(workdir.appending(f"tensorboard/{name}"))
             if start:
                 self._board.restart(start + 1)
         self._flushed = 0.0
-        self._total = total
-        self._bar = tqdm(total=total, initial=start, desc="training", unit=" steps", disable=None)
+        self._wandb = board
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.close()
+        if not self._first:
+            return
         for file in (self._board, self._file):
             with suppress(OSError):  # on a full disk: `write` has said so
                 file.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=1 if error else 0)
 
     def advance(self) -> None:
         self._bar.update()
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._first:
+            return
         with self._writing():
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
@@ -50,6 +71,8 @@ class Log:
             if time.monotonic() > self._flushed + FLUSH:
                 self._board.flush()
                 self._flushed = time.monotonic()
+        if self._wandb:
+            self._wandb.log(dict(values), step=step)
         shown = {
             "loss": f"{values['loss']:.4f}",
             "tokens/s": f"{values['tokens_per_second']:.0f}",
@@ -61,9 +84,27 @@ class Log:
         else:
             self._bar.set_postfix(shown)
 
+    def skipped(self, step: int, values: Mapping[str, Any]) -> None:
+        """A line of skipped.jsonl."""
+        if self._first:
+            with self._writing(), closing(self._workdir.appending("skipped.jsonl")) as file:
+                file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+
+    def shares(self, phases: Phases) -> None:
+        """Writes down what the run's time was spent on."""
+        if self._first:
+            with self._writing():
+                write_atomically(self._workdir.path / SHARES, phases.position())
+
     def say(self, text: str) -> None:
         """Prints without breaking the progress bar."""
-        self._bar.write(text)
+        if self._first and text:
+            self._bar.write(text)
+
+    def warn(self, text: str) -> None:
+        """The same on standard error."""
+        if self._first:
+            self._bar.write(text, file=sys.stderr)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -1,31 +1,34 @@
 """A training run, read from top to bottom: mesh → data → shapes → shardings → restore → step → loop."""
 
-import signal
-import sys
+import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jax_it import data, evaluation, metrics, sharding
+from jax_it import data, evaluation, files, hosts, metrics, sharding
 from jax_it.checkpoint import abstract
 from jax_it.config import Config
 from jax_it.data import chat
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.loader import Part
 from jax_it.data.packing import Shape
-from jax_it.errors import UserError
+from jax_it.errors import Interrupted, UserError
 from jax_it.models import Model, hf
 from jax_it.models.tensors import find_folder, fingerprint
+from jax_it.training import weights_and_biases
 from jax_it.training.log import Log
-from jax_it.training.optimizer import make_optimizer, make_schedule
-from jax_it.training.state import TrainState, start, state_shardings
-from jax_it.training.step import make_train_step
-from jax_it.training.throughput import Throughput, peak_flops
+from jax_it.training.phases import Phases, since_first_start
+from jax_it.training.profiling import Profile
+from jax_it.training.progress import Progress
+from jax_it.training.skips import Skips
+from jax_it.training.state import TrainState, start
+from jax_it.training.step import Prepared, prepare
+from jax_it.training.stopping import Stopping, on_sigterm
+from jax_it.training.throughput import Throughput, peak_flops, step_flops
+from jax_it.training.watchdog import watching
 from jax_it.workdir import Derived, Workdir, make_format
 
 # What bias, mask, softmax and dropout cost for one attention score, in matmul FLOPs of the same time: they are
@@ -36,67 +39,87 @@ FLOPS_OF_A_SCORE = 2000
 def train(config: Config, workdir: str | Path) -> TrainState:
     """Trains to the end of the config's duration, from where the run in `workdir` stands, if there is one.
 
-    Raises UserError for whatever the user can mend; what was saved before stays usable.
+    Raises UserError for whatever the user can mend, and Interrupted where the run was stopped, which the same call
+    goes on with; what was saved before stays usable.
     """
+    began = time.time()
+    hosts.start()
     metrics.check(config.eval.metrics)
-    place = Workdir(Path(workdir))
+    weights_and_biases.check(config.train.wandb)
+    place = Workdir(files.locate(workdir))
     mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh), place.locked():
+    with on_sigterm() as stopping, hosts.watched(), jax.set_mesh(mesh), place.locked():
         resuming = place.holds_a_run()
         if resuming:
             place.check_same(config)
         tokenizer = place.tokenizer() if resuming else load_tokenizer(config)
         model, trained, frozen = _load_model(config, place, mesh, resuming)
         check_model(config, model, tokenizer)
+        check_mesh(config, model, mesh)
         built = build_data(config, model, tokenizer)
         derived = _derive(config, place, model, built, tokenizer, resuming)
         total, intervals = derived.total_steps, _intervals(config, built, derived.total_steps)
 
-        schedule = make_schedule(config.train.optimizer, total, intervals["warmup"], intervals["decay"])
-        optimizer = make_optimizer(config.train.optimizer, schedule, model.trained_letters)
-        shapes = jax.eval_shape(partial(start, optimizer=optimizer), _shapes_of(model, config), frozen)
-        shardings = state_shardings(model, shapes, mesh)
+        prepared = prepare(model, config, mesh, frozen, total, intervals["warmup"], intervals["decay"])
         checkpoints = place.writing_checkpoints(config)
-        state = _restore_or_start(checkpoints, trained, frozen, optimizer, shapes, shardings)
+        state, position = _restore_or_start(checkpoints, trained, frozen, prepared)
         del trained, frozen
-        step = make_train_step(model, config.train, optimizer, schedule, mesh, shardings)
-        evaluate = _make_evaluator(config, place, model, tokenizer, derived, mesh)
+        phases = since_first_start(place, began, position)
+        evaluate = _make_evaluator(config, place, model, tokenizer, derived, mesh, phases, stopping)
 
         first = int(state.step)
         place.rewind_metrics(first)
         parts = sharding.batch_parts(mesh) * config.train.micro_batches
-        part = Part(jax.process_index(), jax.process_count(), parts)
+        part = Part(sharding.local_parts(mesh), sharding.batch_parts(mesh), parts)
         batches = built.train.read(first, config.train.duration, part)
-        with Log(place, first, total) as log, _stop_on_sigterm() as stopping, checkpoints:
-            print(_summary(model, derived, first), file=sys.stderr)
-            if first == 0 and config.eval.at_start and evaluate:
-                log.say(evaluate(0, model.join(state.params, state.frozen)))
-            throughput = Throughput(peak_flops(mesh.size))  # from now on: what came before was no training
+        evaluations = _evaluations(config, intervals["eval"], total)
+        with (
+            Log(place, first, total, weights_and_biases.start(place, config)) as log,
+            Profile(place.path / "profile", intervals["profile"], config.train.profile_steps) as profile,
+            watching(phases, config.train.hang_after, place),
+            checkpoints,
+        ):
+            log.warn(_summary(model, derived, first))
+            log.shares(phases)
+            if first in evaluations and not place.is_scored(first):  # the start, or what a stop has left out
+                log.say(evaluate(first, state))
+            throughput = Throughput(peak_flops(mesh.size), phases)
+            progress = Progress(log, Skips(config.train, log, built.train), throughput, phases)
             for number in range(first + 1, total + 1):
-                begin = time.perf_counter()
+                profile(number, state)
+                phases.enter("waiting", number)
                 drawn = next(batches)
-                batch = _place(drawn.batch, mesh)
-                waited = time.perf_counter() - begin
-                state, measured = step(state, batch)
-                throughput.add(drawn.sizes, _step_flops(model, drawn.sizes, drawn.shape), waited)
-                log.advance()
+                batch = sharding.place(drawn.batch, mesh, part.numbers)
+                phases.enter("stepping" if throughput.knows(drawn.shape) else "compiling", number)
+                with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                    state, measured = prepared.step(state, batch)
+                stopping.hold()
+                phases.enter("stepping", number)
+                progress.settle()  # looks at the step before, while this one runs
+                rows = drawn.sizes.target_positions / drawn.shape.target
+                throughput.add(drawn.sizes, drawn.shape, step_flops(model, rows, drawn.shape))
                 last, stop = number == total, stopping()
-                if _due(number, intervals["log"]) or last:
-                    values = {name: float(value) for name, value in measured.items()}
-                    log.write(number, values | throughput.report() | {"skipped": int(state.skipped)})
-                    _check_finite(config, state)
-                if _due(number, intervals["checkpoint"]) or last or stop:
-                    checkpoints.save(number, state.params, _without_params(state), {"step": number})
-                if evaluate and (_due(number, intervals["eval"]) or (last and intervals["eval"])):
-                    begin = time.perf_counter()
-                    log.say(evaluate(number, model.join(state.params, state.frozen)))
-                    throughput.pause(time.perf_counter() - begin)
-                if stop and not last:
+                progress.add(number, measured, last or _due(number, intervals["log"]))
+                saving, scoring = last or stop or _due(number, intervals["checkpoint"]), number in evaluations
+                if saving:
+                    _save(checkpoints, number, state, progress, phases)
+                if scoring and not stop:
+                    progress.settle()
+                    found = evaluate(number, state)
+                    log.say(found)
+                    stop = not found
+                    if stop and not saving:
+                        _save(checkpoints, number, state, progress, phases)
+                if stop and (scoring or not last):
                     checkpoints.wait()
-                    log.say(
+                    raise Interrupted(
                         f"stopped by SIGTERM after step {number}, which is saved; the same command goes on from there"
                     )
-                    break
+            phases.enter("saving", total)
+            checkpoints.wait()
+            if first < total:
+                log.shares(phases)
+                log.say(phases.text())
         return state
 
 
@@ -137,6 +160,18 @@ def check_model(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -
         raise UserError(
             f"pad_token_id is {model.config.pad_token} in the model's config.json and {tokenizer.pad} in the tokenizer"
         )
+
+
+def check_mesh(config: Config, model: Model, mesh: jax.sharding.Mesh) -> None:
+    """Refuses a mesh of which the model cannot use an axis."""
+    context, expert = mesh.shape["context"], mesh.shape["expert"]
+    field = "sequence_length" if model.kind == "causal" else "source_length"
+    if (length := getattr(config.data, field)) % context:
+        raise UserError(f"config.mesh.context: {context} devices cannot share the {length} positions of data.{field}")
+    if expert > 1 and not model.config.experts:
+        raise UserError(f"config.mesh.expert: {expert}, but this model has no experts; use fsdp")
+    if model.config.experts and model.config.experts.number % expert:
+        raise UserError(f"config.mesh.expert: {expert} devices cannot share {model.config.experts.number} experts")
 
 
 def build_data(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -> data.Built:
@@ -193,6 +228,7 @@ def _intervals(config: Config, built: data.Built, total: int) -> dict[str, int]:
         "decay": train.optimizer.decay,
         "log": train.log_every,
         "checkpoint": train.checkpoint_every,
+        "profile": train.profile,
         "eval": config.eval.every,
     }
     return {name: duration.steps(rates, total) for name, duration in durations.items()}
@@ -202,32 +238,37 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _shapes_of(model: Model, config: Config) -> Any:
-    dtype = config.model.param_dtype
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.trained_shapes)
+def _evaluations(config: Config, interval: int, total: int) -> set[int]:
+    """The steps after which the model is evaluated."""
+    start = {0} if config.eval.at_start else set()
+    return start | ({*range(interval, total, interval), total} if interval else set())
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:
-    return {
-        "step": state.step,
-        "optimizer": state.optimizer,
-        "skipped": state.skipped,
-        "skipped_in_a_row": state.skipped_in_a_row,
-    }
+    names = (field.name for field in dataclasses.fields(state))
+    return {name: getattr(state, name) for name in names if name not in ("params", "frozen")}
+
+
+def _save(checkpoints: Any, step: int, state: TrainState, progress: Progress, phases: Phases) -> None:
+    progress.settle()  # the log has all steps that a checkpoint has
+    phases.enter("saving", step)
+    position = {"step": step, "phases": phases.position()}
+    checkpoints.save(step, state.params, _without_params(state), position)
 
 
 def _restore_or_start(
-    checkpoints: Any, trained: Any, frozen: Any, optimizer: Any, shapes: TrainState, shardings: TrainState
-) -> TrainState:
-    """The state of the newest whole checkpoint, or the first one."""
+    checkpoints: Any, trained: Any, frozen: Any, prepared: Prepared
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state of the newest whole checkpoint and its position, or the first one."""
+    shapes, shardings = prepared.shapes, prepared.shardings
     found = checkpoints.restore_newest(
         abstract(shapes.params, shardings.params), abstract(_without_params(shapes), _without_params(shardings))
     )
     if found is None:
-        begin = jax.jit(partial(start, optimizer=optimizer), out_shardings=shardings, donate_argnums=(0, 1))
-        return begin(trained, frozen)
-    _, params, rest, _ = found
-    return TrainState(params=params, frozen=frozen, **rest)
+        begin = jax.jit(partial(start, optimizer=prepared.optimizer), out_shardings=shardings, donate_argnums=(0, 1))
+        return begin(trained, frozen), {}
+    _, params, rest, position = found
+    return TrainState(params=params, frozen=frozen, **rest), position
 
 
 def _make_evaluator(
@@ -237,8 +278,10 @@ def _make_evaluator(
     tokenizer: tokenizers.Tokenizer,
     derived: Derived,
     mesh: jax.sharding.Mesh,
+    phases: Phases,
+    stopping: Stopping,
 ) -> Any:
-    """`evaluate(step, params) -> text` for evaluation within the loop; None where none is asked for."""
+    """`evaluate(step, state) -> text` for evaluation within the loop; "" where it was stopped between two batches."""
     if not (config.eval.every.value or config.eval.at_start):
         return None
     examples = data.build_eval(config.data, tokenizer, make_format(model, tokenizer), config.eval.limit)
@@ -246,34 +289,20 @@ def _make_evaluator(
         raise UserError("config.eval.every needs examples: set config.data.eval or config.data.holdout")
     evaluator = evaluation.Evaluator(model, tokenizer, examples, config, derived.layout, mesh)
 
-    def evaluate(step: int, params: Any) -> str:
-        scored = evaluator(params)
+    def evaluate(step: int, state: TrainState) -> str:
+        def go_on() -> bool:
+            phases.enter("evaluating", step)
+            return not stopping()
+
+        try:
+            scored = evaluator(model.join(state.params, state.frozen), go_on)
+        except evaluation.Stopped:
+            return ""
         evaluation.write(place.eval(step), scored)
         shown = evaluation.examples_text(scored)
         return f"evaluation at step {step}\n{evaluation.table(scored)}" + (f"\n{shown}" if shown else "")
 
     return evaluate
-
-
-def _place(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """This host's rows as part of the global batch."""
-    placement = sharding.batch_sharding(mesh)
-    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(placement, array), batch)
-
-
-def _step_flops(model: Model, sizes: Any, shape: Any) -> float:
-    """FLOPs of the forward pass, and twice that of the backward; as many again where weights are frozen."""
-    rows = sizes.target_positions / shape.target
-    return (2 if model.adapter else 3) * rows * model.config.flops(shape.source, shape.target, shape.blocks)
-
-
-def _check_finite(config: Config, state: TrainState) -> None:
-    skipped = int(state.skipped_in_a_row)
-    if skipped > config.train.max_skipped:
-        raise UserError(
-            f"the gradient was not finite for {skipped} steps in a row, up to step {int(state.step)}; "
-            "lower config.train.optimizer.learning_rate, or look at the data of those steps"
-        )
 
 
 def _summary(model: Model, derived: Derived, first: int) -> str:
@@ -292,18 +321,3 @@ def _summary(model: Model, derived: Derived, first: int) -> str:
         f"{jax.device_count()} {jax.default_backend()} device(s), "
         f"steps {first + 1} to {derived.total_steps} of about {examples} examples: {rows}{fill}"
     )
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[Any]:
-    """`stopping()` is true once SIGTERM has come: the step at hand is finished and saved first."""
-    received: list[int] = []
-    try:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    except ValueError:  # not in the main thread: signals are the caller's affair
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(received)
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -12,6 +12,26 @@ from jax_it import sharding
 from jax_it.models import Model, Params
 from jax_it.models.weights import flatten
 
+DECAY = 0.99  # a mean over about the last 100 steps
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Norms:
+    """An exponential mean of the norms of the gradients that were not left out."""
+
+    sum: jax.Array  # of norms, each weighing DECAY times what the one after it weighs
+    count: jax.Array  # of norms, int32
+
+    @property
+    def mean(self) -> jax.Array:
+        """Right from the first norm on, as in Adam (Kingma & Ba 2015); 0 where there is none."""
+        weight = (1 - DECAY ** self.count.astype(jnp.float32)) / (1 - DECAY)
+        return self.sum / jnp.maximum(weight, 1)
+
+    def add(self, norm: jax.Array) -> "Norms":
+        return Norms(DECAY * self.sum + norm, self.count + 1)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -20,13 +40,15 @@ class TrainState:
     params: Params  # what is trained
     frozen: Params  # the rest of the model's, as it was at the start
     optimizer: Any
-    skipped: jax.Array  # steps left out for a non-finite gradient, int32
+    skipped: jax.Array  # steps left out for a gradient that is not finite or spikes, int32
     skipped_in_a_row: jax.Array
+    norms: Norms
 
 
 def start(params: Params, frozen: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step. The counters are arrays of their own, since each is donated."""
-    return TrainState(jnp.int32(0), params, frozen, optimizer.init(params), jnp.int32(0), jnp.int32(0))
+    norms = Norms(jnp.float32(0), jnp.int32(0))
+    return TrainState(jnp.int32(0), params, frozen, optimizer.init(params), jnp.int32(0), jnp.int32(0), norms)
 
 
 def state_shardings(model: Model, state: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -1,6 +1,7 @@
 """The training step: a pure function of (state, batch), compiled once for the mesh."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,11 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from jax_it import losses, sharding
-from jax_it.config import Train
+from jax_it.config import Config, Train
 from jax_it.models import Model, Params
-from jax_it.training.state import TrainState
+from jax_it.training.optimizer import make_optimizer, make_schedule
+from jax_it.training.state import TrainState, start, state_shardings
 
 Metrics = dict[str, jax.Array]
+
+HISTORY = 50  # steps whose norms must be known before one can be a spike
 
 
 def token_loss(config: Train) -> losses.TokenLoss:
@@ -21,6 +25,30 @@ def token_loss(config: Train) -> losses.TokenLoss:
     if config.loss == "cross_entropy":
         return partial(losses.cross_entropy, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
     return partial(losses.squared_error, scale=config.squared_error_scale, target=config.squared_error_target)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run's step and all that it is made from, before any weight is read."""
+
+    optimizer: optax.GradientTransformation
+    shapes: TrainState  # of ShapeDtypeStructs
+    shardings: TrainState
+    step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
+def prepare(
+    model: Model, config: Config, mesh: jax.sharding.Mesh, frozen: Params, total_steps: int, warmup: int, decay: int
+) -> Prepared:
+    """The step of a run of so many steps; of `frozen`, the weights that are not trained, only the shapes matter."""
+    schedule = make_schedule(config.train.optimizer, total_steps, warmup, decay)
+    optimizer = make_optimizer(config.train.optimizer, schedule, model.trained_letters)
+    dtype = config.model.param_dtype
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.trained_shapes)
+    shapes = jax.eval_shape(partial(start, optimizer=optimizer), params, frozen)
+    shardings = state_shardings(model, shapes, mesh)
+    step = make_train_step(model, config.train, optimizer, schedule, mesh, shardings)
+    return Prepared(optimizer, shapes, shardings, step)
 
 
 def make_train_step(
@@ -57,18 +85,16 @@ def make_train_step(
             scale = jnp.minimum(1, config.clip / (norm + 1e-6))
             gradients = jax.tree.map(lambda g: g * scale, gradients)
         updates, memory = optimizer.update(gradients, state.optimizer, state.params)
-        finite = jnp.isfinite(norm)
-        params, memory = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (optax.apply_updates(state.params, updates), memory),
-            (state.params, state.optimizer),
+        usual = state.norms.mean
+        # Clipping already bounds what lies within `clip`, however small the norms have become.
+        spike = (state.norms.count >= HISTORY) & (norm > config.max_spike * usual) & (norm > config.clip)
+        good = jnp.isfinite(norm) & ~(spike & (config.max_spike > 0))
+        params, memory, norms = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (optax.apply_updates(state.params, updates), memory, state.norms.add(norm)),
+            (state.params, state.optimizer, state.norms),
         )
-        metrics = {
-            "loss": total / jnp.maximum(weight, 1),
-            "grad_norm": norm,
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-        }
-        skipped = jnp.where(finite, 0, 1)
+        skipped = jnp.where(good, 0, 1)
         new = TrainState(
             step=state.step + 1,
             params=params,
@@ -76,7 +102,16 @@ def make_train_step(
             optimizer=memory,
             skipped=state.skipped + skipped,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+            norms=norms,
         )
+        metrics = {
+            "loss": total / jnp.maximum(weight, 1),
+            "grad_norm": norm,
+            "grad_norm_mean": usual,
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "skipped": new.skipped,
+            "skipped_in_a_row": new.skipped_in_a_row,
+        }
         return new, metrics
 
     return jax.jit(

@@ -4,19 +4,17 @@ The messages are those of tensorboard/compat/proto/event.proto and summary.proto
 the packages that write them import PyTorch or TensorFlow where they find them, or lose errors in a thread.
 """
 
-import platform
 import struct
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
 
 class Events:
-    """A new event file in the folder. Its methods raise OSError where the disk is full."""
+    """Writes events to a new file. Its methods raise OSError where the disk is full."""
 
-    def __init__(self, folder: Path):
-        folder.mkdir(exist_ok=True)
-        self._file = (folder / f"events.out.tfevents.{time.time():.6f}.{platform.node()}").open("xb")
+    def __init__(self, file: Any):
+        self._file = file
         self._write(_text(3, b"brain.Event:2"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

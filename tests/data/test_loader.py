@@ -233,6 +233,23 @@ def test_an_epoch_trains_on_every_example_exactly_once(packed, rows):
 
 
 @pytest.mark.parametrize("packed", [True, False])
+def test_it_is_told_where_the_examples_of_a_step_are_from(packed):
+    data = made(packed, templates=2)
+    origin = {  # no token occurs twice
+        tuple(item.target(i).tolist()): (item.name, i + 1)
+        for templates in data.mixture.tokenized
+        for item in templates
+        for i in range(item.counts.examples)
+    }
+    duration = Duration(1.5, "epochs")
+    for step in data.read(0, duration, loader.WHOLE):
+        expected = {origin[target] for _, target in examples_of(step)}
+        told = data.examples(step.step, duration)
+        assert {(source["source"], record) for source in told for record in source["records"]} == expected
+        assert sum(len(source["records"]) for source in told) == len(expected)
+
+
+@pytest.mark.parametrize("packed", [True, False])
 def test_the_last_batch_of_the_run_ends_in_empty_rows(packed):
     data = made(packed, rows=7)
     *_, last = data.read(0, Duration(1, "epochs"), Part((0,), 1, 8))

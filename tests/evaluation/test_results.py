@@ -73,3 +73,45 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "eval").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*eval/3: "):
         write(tmp_path / "eval" / "3", SCORED)
+
+
+WITH_INTERVALS = Scored(
+    {
+        "sums": {"rougeL": 50.0, "own.py:ratio": 0.12345, "n": 2.0},
+        "all": {"loss": 1.23456, "n": 3.0, "rougeL": 33.3333, "without_reference": 1.0},
+    },
+    [],
+    {"sums": {"rougeL": (10.0, 90.5)}, "all": {"rougeL": (12.25, 61.0)}},
+    {"all": {"own.py:ratio": "metric 'own.py:ratio' raised KeyError"}},
+    "most references are in a script",
+)
+
+
+def test_intervals_stand_beside_their_scores_and_errors_below_them(tmp_path):
+    write(tmp_path, WITH_INTERVALS)
+    written = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert written == {
+        "sums": {"rougeL": 50.0, "rougeL_ci": [10.0, 90.5], "own.py:ratio": 0.12345, "n": 2.0},
+        "all": {
+            "loss": 1.23456, "n": 3.0, "rougeL": 33.3333, "rougeL_ci": [12.25, 61.0], "without_reference": 1.0,
+            "errors": {"own.py:ratio": "metric 'own.py:ratio' raised KeyError"},
+        },
+    }  # fmt: skip
+    assert list(written["sums"]) == ["rougeL", "rougeL_ci", "own.py:ratio", "n"]
+
+
+def test_the_table_shows_the_bounds_over_all_and_what_failed():
+    lines = table(WITH_INTERVALS).splitlines()
+    assert [line.split() for line in lines[:5]] == [
+        ["loss", "rougeL", "own.py:ratio", "n"],
+        ["sums", "50.0", "0.1235", "2"],
+        ["all", "1.2346", "33.3", "3"],
+        ["from", "12.2"],
+        ["to", "61.0"],
+    ]
+    assert len({len(line) for line in lines[:5]}) == 1
+    assert lines[5:] == [
+        "metric 'own.py:ratio' raised KeyError",
+        "most references are in a script",
+        "1 examples without a reference are left out",
+    ]

@@ -12,7 +12,8 @@ from jax_it import data, evaluate, metrics, sharding
 from jax_it.data.batches import Placed
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
-from jax_it.evaluation import Evaluator
+from jax_it.errors import UserError
+from jax_it.evaluation import Evaluator, table
 from jax_it.workdir import Workdir, make_format
 from tests.tiny_run import STEPS, copy
 
@@ -57,7 +58,12 @@ def test_predictions_are_written_with_their_task_prompt_and_references_in_the_or
 def test_the_metrics_of_a_task_are_those_of_its_rows(evaluated):
     run, scored = evaluated
     written = json.loads((run / "eval" / "60" / "metrics.json").read_text())
-    assert written == scored.metrics and list(written) == ["first", "last", "all"]
+    for task, intervals in scored.intervals.items():
+        assert list(intervals) == ["rougeL", "exact_match"]
+        for name, (low, high) in intervals.items():
+            assert written[task].pop(f"{name}_ci") == [low, high]
+            assert low <= scored.metrics[task][name] <= high
+    assert written == scored.metrics and list(written) == list(scored.intervals) == ["first", "last", "all"]
     rows = read(run / "eval" / "60" / "predictions.jsonl")
     for task, values in written.items():
         chosen = [row for row in rows if task in (row["task"], "all")]
@@ -146,3 +152,23 @@ def test_without_generation_there_is_the_loss_alone(evaluated, parts):
     assert scored.predictions == [] and list(scored.metrics) == ["all"]
     expected = {"loss": evaluated[1].metrics["all"]["loss"], "n": 7, "without_reference": 0, "truncated": 0}
     assert scored.metrics["all"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_metric_of_ones_own_that_fails_costs_only_its_own_value(parts, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def fails(predictions, references):\n    raise LookupError('not there')\n"
+        "def lengths(predictions, references):\n    return [len(text) for text in predictions]\n"
+    )
+    config, layout, model, params, tokenizer, examples, mesh = parts
+    fails, lengths = f"{tmp_path}/own.py:fails", f"{tmp_path}/own.py:lengths"
+    names = (fails, "rougeL", lengths)
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, metrics=names))
+    scored = Evaluator(model, tokenizer, examples, config, layout, mesh)(params)
+    assert fails not in scored.metrics["all"] and scored.metrics["all"]["rougeL"] > 0
+    expected = np.mean([len(row["prediction"]) for row in scored.predictions])
+    assert scored.metrics["all"][lengths] == pytest.approx(expected)
+    assert list(scored.intervals["all"]) == ["rougeL", lengths]
+    assert table(scored).count("raised LookupError: not there (own.py, line 2)") == 1
+    missing = dataclasses.replace(config, eval=dataclasses.replace(config.eval, metrics=(f"{fails}_not",)))
+    with pytest.raises(UserError, match="has no function 'fails_not'"):
+        Evaluator(model, tokenizer, examples, missing, layout, mesh)

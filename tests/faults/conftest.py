@@ -1,5 +1,6 @@
 """A finished run for all tests, and libraries that do not report the faults."""
 
+import gc
 import logging
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ def quiet_libraries() -> Iterator[None]:
     levels = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
     silence_libraries()
     yield
+    gc.collect()  # what fails only when it is thrown away
     sys.unraisablehook = hook
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)

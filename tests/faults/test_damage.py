@@ -96,6 +96,22 @@ def test_no_byte_of_an_array_can_change_without_notice(saved, tmp_path):
     assert used == [1] * len(used) and len(used) >= 6
 
 
+def test_whatever_byte_of_a_checkpoint_changes_what_is_read_is_what_was_saved(saved, tmp_path):
+    used = []
+    for i, file in enumerate(files(saved / "2")):
+        folder = copy(saved, tmp_path / str(i) / "checkpoints")
+        changed = folder / file.relative_to(saved)
+        if not (content := bytearray(changed.read_bytes())):
+            continue
+        content[len(content) // 2] ^= 1
+        changed.write_bytes(content)
+        with Checkpoints(folder, keep=2) as checkpoints:
+            step, params, training, _ = checkpoints.restore_newest(*map(shapes, state(2)))
+        assert equal((params, training), state(step))
+        used.append(step)
+    assert used.count(1) > 4
+
+
 def test_a_folder_of_a_checkpoint_can_be_lost_as_well(saved, tmp_path):
     for name in ("params", "training", "position", "checksums"):
         folder = copy(saved, tmp_path / name)

@@ -14,6 +14,7 @@ import pytest
 from jax_it import config as settings
 from jax_it import evaluation, training
 from jax_it.config import Mesh
+from jax_it.errors import Interrupted
 from jax_it.sharding import make_mesh
 from jax_it.workdir import Workdir
 from tests.tiny_run import STEPS, copy, losses, start, succeeds
@@ -27,9 +28,11 @@ def wait_for(process, run, pattern):
 
 
 def stop(process, how=signal.SIGKILL):
-    """Its output."""
+    """Its output. Where it is told to stop, it must end with the code that says that the same command goes on."""
     process.send_signal(how)
-    return process.communicate()[0]
+    output = process.communicate()[0]
+    assert process.returncode == (75 if how == signal.SIGTERM else -how), output
+    return output
 
 
 def finish(config, run):
@@ -66,6 +69,12 @@ def test_a_run_that_is_stopped_again_and_again_is_the_run_that_was_not(config, f
 
     process = start("train", "--config", config, "--workdir", run)
     assert f"steps 1 to {STEPS}" in process.stdout.readline()  # the first step is being compiled
+    assert "before there was a new step to save; the same command goes on" in stop(process, signal.SIGTERM)
+    assert losses(run) == []
+
+    process = start("train", "--config", config, "--workdir", run)
+    while not process.stdout.readline().startswith("step 3/"):
+        assert process.poll() is None
     output = stop(process, signal.SIGTERM)
     saved = len(losses(run))
     assert f"stopped by SIGTERM after step {saved}, which is saved; the same command goes on from there" in output
@@ -95,27 +104,38 @@ def test_a_run_that_is_killed_at_any_time_is_the_run_that_was_not(config, finish
     assert_same_run(run, finished)
 
 
-def test_sigterm_during_an_evaluation_saves_the_step_that_it_says(config, tmp_path, monkeypatch, capfd):
-    """It comes after that step's turn to save: one more step is taken."""
+def test_sigterm_during_an_evaluation_saves_its_step_and_the_evaluation_is_done_when_the_run_goes_on(
+    config, tmp_path, monkeypatch
+):
 
     class Evaluator:
         def __init__(self, *arguments):
             pass
 
-        def __call__(self, params):
-            os.kill(os.getpid(), signal.SIGTERM)
+        def __call__(self, params, go_on):
+            scored.append(go_on())
+            if len(scored) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                if not go_on():
+                    raise evaluation.Stopped
             return evaluation.Scored({"all": {"loss": 1.0, "n": 1.0}}, [])
 
     def step(state, batch):
-        return replace(state, step=state.step + 1), {"loss": 0.0, "grad_norm": 0.0, "learning_rate": 0.0}
+        measured = ("loss", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row")
+        return replace(state, step=state.step + 1), dict.fromkeys(measured, 0.0)
 
+    scored = []
     monkeypatch.setattr(evaluation, "Evaluator", Evaluator)
-    monkeypatch.setattr(training.loop, "make_train_step", lambda *arguments: step)
+    monkeypatch.setattr(training.step, "make_train_step", lambda *arguments: step)
     run = tmp_path / "run"
-    training.train(settings.load(str(config), {"eval.every": "4 steps", "train.checkpoint_every": "3 steps"}), run)
-    assert "stopped by SIGTERM after step 5, which is saved" in capfd.readouterr().out
-    assert Workdir(run).checkpoints().steps() == [3, 5]
-    assert [line["step"] for line in losses(run)] == [1, 2, 3, 4, 5]
+    changes = {"eval.every": "4 steps", "train.checkpoint_every": "3 steps", "train.duration": "6 steps"}
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 4, which is saved; the same command goes on"):
+        training.train(settings.load(str(config), changes), run)
+    assert Workdir(run).checkpoints().steps() == [3, 4] and not (run / "eval" / "4").exists()
+    assert [line["step"] for line in losses(run)] == [1, 2, 3, 4]
+    training.train(settings.load(str(config), changes), run)
+    assert sorted(folder.name for folder in (run / "eval").iterdir()) == ["4", "6"] and len(scored) == 3
+    assert [line["step"] for line in losses(run)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_log_has_each_step_once_even_where_a_kill_cut_a_line(config, finished, tmp_path):

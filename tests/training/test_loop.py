@@ -44,9 +44,12 @@ def test_a_run_logs_every_step_and_keeps_its_checkpoints(tmp_path):
     lines = logged(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(np.isfinite(line["loss"]) and 0 < line["source_fill"] <= 1 and line["mfu"] > 0 for line in lines)
+    assert all(0 < line["goodput"] < 1 and line["host_memory"] > 1e7 for line in lines)
     assert Workdir(tmp_path / "run").checkpoints().steps() == [3, 6]
     assert int(state.step) == 6
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+    shares = json.loads((tmp_path / "run" / "goodput.json").read_text())["seconds"]
+    assert shares["compiling"] > 0 and shares["stepping"] > 0 and shares["saving"] > 0 and not shares["lost"]
 
 
 def test_training_lowers_the_loss(tmp_path):

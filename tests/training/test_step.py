@@ -9,7 +9,7 @@ from jax_it import sharding
 from jax_it.config import Mesh, Optimizer, Train
 from jax_it.training.optimizer import make_optimizer, make_schedule
 from jax_it.training.state import start, state_shardings
-from jax_it.training.step import make_train_step
+from jax_it.training.step import HISTORY, make_train_step
 
 # One step of AdamW on the tiny model of conftest.py. If a change of the model, the loss, the optimizer or
 # the batch is meant to change numbers, put the new ones here and say why in the commit; otherwise find out.
@@ -56,6 +56,35 @@ def test_a_batch_without_weights_moves_nothing_by_its_loss(tiny):
     empty = tiny.padded._replace(weights_BT=tiny.padded.weights_BT * 0)
     _, metrics = run(tiny, batch=empty)
     assert metrics[0]["loss"] == 0 and metrics[0]["grad_norm"] == 0
+
+
+# Each gradient is a spike, at half the mean.
+SPIKES = {"optimizer": Optimizer(learning_rate=1e-5, schedule="constant"), "max_spike": 0.5}
+
+
+def test_a_spike_changes_nothing_and_is_counted_once_enough_norms_are_known(tiny):
+    before, metrics = run(tiny, steps=HISTORY, clip=0.01, **SPIKES)
+    assert metrics[-1]["skipped"] == 0
+    after, metrics = run(tiny, steps=HISTORY + 2, clip=0.01, **SPIKES)
+    assert [m["skipped"] for m in metrics[HISTORY:]] == [m["skipped_in_a_row"] for m in metrics[HISTORY:]] == [1, 2]
+    assert int(after.step) == HISTORY + 2 and int(after.skipped) == 2
+    for name in ("params", "optimizer", "norms"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(after, name))
+
+
+def test_a_gradient_within_the_clip_is_no_spike_and_0_asks_for_none(tiny):
+    for changes in {"clip": 1e6}, {"clip": 0.01, "max_spike": 0.0}:
+        _, metrics = run(tiny, steps=HISTORY + 2, **SPIKES | changes)
+        assert metrics[-1]["skipped"] == 0
+
+
+def test_the_mean_of_norms_weighs_each_a_hundredth_less_than_the_next(tiny):
+    _, metrics = run(tiny, steps=30)
+    norms = np.array([m["grad_norm"] for m in metrics])
+    assert metrics[0]["grad_norm_mean"] == 0
+    for number in (1, 2, 10, 29):
+        expected = np.average(norms[:number], weights=0.99 ** np.arange(number)[::-1])
+        assert metrics[number]["grad_norm_mean"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_step_of_adapters_leaves_all_other_weights_as_they_are(tiny_adapted):

@@ -1,0 +1,180 @@
+"""Files of a local folder, or of one in an object store: gs:// and s3:// by etils.epath, as Orbax reads them.
+
+An object store has no append, no lock, and no folder that could be renamed; a file in it is written whole,
+and there or not.
+"""
+
+import glob
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from jax_it.errors import UserError
+
+BACKENDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package, and our extra that installs it
+UPLOAD = 30  # seconds between what others see of a growing file in an object store
+
+
+def locate(path: str | Path) -> Any:
+    """A folder or file: a pathlib.Path, or an epath.Path where the name begins with gs:// or s3://.
+
+    Raises UserError for an unknown scheme, and for one whose library is not installed.
+    """
+    text = os.fspath(path)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return Path(text)
+    if scheme not in BACKENDS:
+        raise UserError(f"{text}: unknown scheme {scheme}://; give a local folder, gs:// or s3://")
+    package, extra = BACKENDS[scheme]
+    if not find_spec(package):
+        raise UserError(f"{text} needs {package}: pip install 'jax-it[{extra}]'")
+    if not rest.strip("/"):
+        raise UserError(f"{text} names no bucket; give {scheme}://BUCKET/FOLDER")
+    from etils import epath
+
+    return epath.Path(text)
+
+
+def matches(pattern: Any) -> list[Any]:
+    """The files that a path with wildcards names, in order. Raises UserError where an object store knows none such."""
+    if not is_remote(pattern):
+        return sorted(file for name in glob.glob(str(pattern), recursive=True) if (file := Path(name)).is_file())
+    scheme, _, rest = os.fspath(pattern).partition("://")
+    bucket, _, inside = rest.partition("/")
+    if "**" in inside:
+        raise UserError(f"{pattern}: ** is for local folders; name each folder, with *")
+    return sorted(file for file in locate(f"{scheme}://{bucket}").glob(inside) if file.is_file())
+
+
+def is_remote(path: Any) -> bool:
+    return "://" in os.fspath(path)
+
+
+def absolute(path: Any) -> Any:
+    return path if is_remote(path) else path.absolute()
+
+
+def write_atomically(file: Any, content: Any) -> None:
+    """Writes JSON (or text, as it is): whole or not at all."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    encoded = text.encode("utf-8", errors="backslashreplace")  # half a surrogate pair, as JSON has it
+    if is_remote(file):
+        file.write_bytes(encoded)  # which puts the object there when all of it has come
+        return
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")  # two processes may write the same file
+    try:
+        part.write_bytes(encoded)
+        part.replace(file)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def remove(folder: Any) -> None:
+    """Removes a folder and all in it, as far as that can be done."""
+    if not is_remote(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with suppress(Exception):  # each library has its own errors
+        folder.rmtree(missing_ok=True)
+
+
+def move(folder: Any, to: Any) -> None:
+    """Renames a folder within its file system; `to` must not be there."""
+    if not is_remote(folder):
+        folder.rename(to)
+        return
+    copy(folder, to)
+    folder.rmtree()
+
+
+def copy(folder: Any, to: Any) -> None:
+    """Copies a folder's files, into or out of an object store too."""
+    to.mkdir(parents=True, exist_ok=True)
+    for item in folder.iterdir():
+        if item.is_dir():
+            copy(item, to / item.name)
+            continue
+        with item.open("rb") as source, (to / item.name).open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 22)
+
+
+@contextmanager
+def read_locally(folder: Any) -> Iterator[Path]:
+    """The folder, or a local copy of one in an object store, for libraries that read local files."""
+    if not is_remote(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="jax_it-") as name:
+        if folder.is_dir():
+            copy(folder, Path(name))
+        yield Path(name)
+
+
+@contextmanager
+def written_locally(folder: Any) -> Iterator[Path]:
+    """A folder to write to: this one, or a local one whose files are copied into the object store at the end."""
+    if not is_remote(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="jax_it-") as name:
+        yield Path(name)
+        copy(Path(name), folder)
+
+
+class Appending:
+    """A file that grows. In an object store it is kept locally, and uploaded whole at `flush` and `close`.
+
+    `flush` does so at most every 30 s. Raises OSError, as files do.
+    """
+
+    def __init__(self, file: Any):
+        self._file, self._changed, self._uploaded = file, False, time.monotonic()
+        self._place: Any = None
+        local = file
+        if is_remote(file):
+            self._place = tempfile.TemporaryDirectory(prefix="jax_it-")
+            local = Path(self._place.name) / file.name
+            with suppress(FileNotFoundError):
+                local.write_bytes(file.read_bytes())
+        else:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = local.open("ab")
+        self._local: Path = local
+
+    def write(self, content: str | bytes) -> None:
+        self._stream.write(content.encode() if isinstance(content, str) else content)
+        self._changed = True
+
+    def flush(self) -> None:
+        self._stream.flush()
+        if self._place and self._changed and time.monotonic() > self._uploaded + UPLOAD:
+            self._upload()
+
+    def close(self) -> None:
+        self._stream.close()
+        if self._place:
+            if self._changed:
+                self._upload()
+            self._place.cleanup()
+            self._place = None
+
+    def _upload(self) -> None:
+        self._file.write_bytes(self._local.read_bytes())
+        self._changed, self._uploaded = False, time.monotonic()
+
+
+def lines(file: Any) -> Iterator[str]:
+    """The lines of a text file, with their ends; what is no UTF-8 is replaced."""
+    with file.open("rb") as stream:
+        for line in stream:
+            yield line.decode("utf-8", errors="replace")

@@ -1,0 +1,132 @@
+"""What the surroundings of a process say of its run: variables, Slurm, Cloud TPU, a Kubernetes Job."""
+
+import importlib.util
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax_it.errors import Interrupted, UserError
+
+START_TIMEOUT = "JAX_IT_START_TIMEOUT"  # seconds that a start waits for hosts that are missing
+LOST_AFTER = "JAX_IT_LOST_AFTER"  # seconds after which a silent host is lost; one whose process ends is at once
+_DEFAULTS = {START_TIMEOUT: 600.0, LOST_AFTER: 60.0}
+ALONE = "start the same command on all hosts, or set JAX_NUM_PROCESSES=1 for a process on its own"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process of which run this is."""
+
+    index: int
+    count: int
+    address: str  # HOST:PORT of process 0
+    names: dict[int, str] = field(default_factory=dict)  # of the hosts, as far as they are known beforehand
+    devices: list[int] | None = None  # this process's, where several share a host
+
+    def name(self, index: int) -> str:
+        known = self.names.get(index)
+        return f"{known} (process {index})" if known else f"process {index}"
+
+
+def find_place() -> Place | None:
+    """What this process is told of its run: by JAX_… variables, Slurm, Cloud TPU, a Kubernetes Job; None: nothing."""
+    if os.environ.get("JAX_NUM_PROCESSES") == "1":
+        return None
+    if os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        return _explicit(os.environ)
+    from jax._src import clusters
+
+    kinds: list[Any] = [clusters.OmpiCluster, clusters.SlurmCluster, clusters.GkeTpuCluster, clusters.GceTpuCluster]
+    if "JOB_COMPLETION_INDEX" in os.environ and importlib.util.find_spec("kubernetes"):
+        kinds.append(clusters.K8sCluster)  # it asks Kubernetes, whose other pods are on their own
+    for kind in kinds:
+        if not kind.is_env_present():
+            continue
+        try:
+            count, index = kind.get_process_count(), kind.get_process_id()
+            if kind is clusters.SlurmCluster:
+                count = int(os.environ.get("SLURM_STEP_NUM_TASKS", count))
+            if count == 1:
+                return None
+            port = os.environ.get("JAX_COORDINATOR_PORT")
+            address = kind.get_coordinator_address(int(seconds(START_TIMEOUT)), port)
+        except (RuntimeError, OSError, ValueError, KeyError) as error:
+            raise Interrupted(f"cannot find the other hosts of this run: {first_line(error)}; {ALONE}") from error
+        names, devices = host_names(index, count), None
+        if kind is clusters.SlurmCluster:
+            devices = _slurm_devices(count)
+        return Place(index, count, address, names, devices)
+    return None
+
+
+def _explicit(environment: Mapping[str, str]) -> Place:
+    address = environment["JAX_COORDINATOR_ADDRESS"]
+    index = environment.get("JAX_PROCESS_ID", environment.get("JOB_COMPLETION_INDEX", ""))
+    count = environment.get("JAX_NUM_PROCESSES", "")
+    if not re.fullmatch(r".+:\d+", address):
+        raise UserError(f"JAX_COORDINATOR_ADDRESS: {address!r} is not HOST:PORT, the address of process 0")
+    for name, value in (("JAX_NUM_PROCESSES", count), ("JAX_PROCESS_ID", index)):
+        if not value.isdecimal():
+            raise UserError(f"{name}: {value!r} is not a number; JAX_COORDINATOR_ADDRESS needs it beside itself")
+    if int(index) >= int(count):
+        raise UserError(f"JAX_PROCESS_ID: {index} must be less than JAX_NUM_PROCESSES, which is {count}")
+    return Place(int(index), int(count), address, host_names(int(index), int(count)))
+
+
+def host_names(index: int, count: int) -> dict[int, str]:
+    """The names of the run's hosts by process, as far as the environment of this one tells them."""
+    environment = os.environ
+    if nodes := environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST"):
+        tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
+        each = [n for size, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks) for n in [int(size)] * int(times or 1)]
+        names = expand_nodes(nodes)
+        each = each if len(each) == len(names) else [count // max(len(names), 1)] * len(names)
+        flat = [name for name, tasks_there in zip(names, each, strict=True) for _ in range(tasks_there)]
+        return dict(enumerate(flat)) if len(flat) == count else {}
+    if workers := environment.get("TPU_WORKER_HOSTNAMES"):
+        mine = [name.strip().split(":")[0] for name in workers.split(",")]
+        first = int(environment.get("MEGASCALE_SLICE_ID") or 0) * len(mine)  # of other slices it says nothing
+        return {first + i: name for i, name in enumerate(mine) if first + i < count and len(mine) > 1}
+    pod, number = environment.get("HOSTNAME", ""), environment.get("JOB_COMPLETION_INDEX")
+    if number == str(index) and (job := re.fullmatch(rf"(.+)-{index}", pod)):  # an Indexed Job's pods
+        return {i: f"{job[1]}-{i}" for i in range(count)}
+    return {index: socket.gethostname()}
+
+
+def expand_nodes(text: str) -> list[str]:
+    """["gpu1", "n07", "n08"] from "gpu1,n[07-08]", as Slurm writes it."""
+    names = []
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
+        made = [""]
+        for plain, inside in re.findall(r"([^\[]+)|\[([^\]]*)\]", part):
+            ends = [plain]
+            if inside:
+                ends = []
+                for span in inside.split(","):
+                    low, _, high = span.partition("-")
+                    ends += [str(n).zfill(len(low)) for n in range(int(low), int(high or low) + 1)]
+            made = [name + end for name in made for end in ends]
+        names += made
+    return names
+
+
+def _slurm_devices(count: int) -> list[int] | None:
+    """The task's own device where tasks share a host and see all its devices; None: all that it sees."""
+    hosts = int(os.environ.get("SLURM_STEP_NUM_NODES", count))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
+    return [int(os.environ["SLURM_LOCALID"])] if count > hosts and len(visible) > 1 else None
+
+
+def seconds(name: str) -> float:
+    text = os.environ.get(name)
+    try:
+        return float(text) if text else _DEFAULTS[name]
+    except ValueError:
+        raise UserError(f"{name}: {text!r} is not a number of seconds") from None
+
+
+def first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

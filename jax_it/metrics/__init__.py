@@ -1,0 +1,172 @@
+"""Scores of generated texts against references: ROUGE, BLEU, chrF, TER, exact matches and F1, and a user's own.
+
+`rouge`, `translation` and `answers` say what each counts, and how it treats several references. A name's
+ending says how a text is cut into words where it is not the metric's own way: `rougeL_chars`, `bleu_zh`.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from jax_it.errors import UserError
+from jax_it.metrics import answers, bootstrap, custom, rouge, translation
+from jax_it.metrics.answers import find_final_number
+from jax_it.metrics.languages import advice, characters
+from jax_it.metrics.metric import Array, Metric, Predictions, References, Values, mean, value
+
+__all__ = [
+    "METRICS", "Measured", "Predictions", "References", "advice", "characters", "check", "find_final_number",
+    "lower_is_better", "measure", "score",
+]  # fmt: skip
+
+METRICS: dict[str, Metric] = {
+    "rouge1": rouge.rouge("rouge1"),
+    "rouge2": rouge.rouge("rouge2"),
+    "rougeL": rouge.rouge("rougeL"),
+    "rougeLsum": rouge.rouge("rougeLsum"),
+    "rouge1_chars": rouge.rouge("rouge1_chars"),
+    "rouge2_chars": rouge.rouge("rouge2_chars"),
+    "rougeL_chars": rouge.rouge("rougeL_chars"),
+    "bleu": translation.bleu("bleu"),
+    "bleu_zh": translation.bleu("bleu_zh"),
+    "bleu_ja": translation.bleu("bleu_ja"),
+    "bleu_ko": translation.bleu("bleu_ko"),
+    "bleu_char": translation.bleu("bleu_char"),
+    "bleu_flores200": translation.bleu("bleu_flores200"),
+    "chrf": translation.chrf(),
+    "ter": translation.ter(),
+    "ter_chars": translation.ter(of_characters=True),
+    "exact_match": answers.exact_match(),
+    "squad_exact_match": answers.squad_exact_match(),
+    "squad_exact_match_chars": answers.squad_exact_match(of_characters=True),
+    "squad_f1": answers.squad_f1(),
+    "squad_f1_chars": answers.squad_f1(of_characters=True),
+    "token_f1": answers.squad_f1(),
+    "final_number": answers.final_number(),
+}
+
+
+class Measured(NamedTuple):
+    """What was found over some examples. All three by name; a user's metric that returns a dict has NAME.KEY."""
+
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]  # 95 %; of metrics that are known by example, and from 2 examples on
+    errors: dict[str, str]  # why a metric has no value, one line each
+
+
+def score(names: Sequence[str], predictions: Predictions, references: References) -> dict[str, float]:
+    """The metrics called `names`, in that order, over all examples.
+
+    Raises `UserError` for an unknown metric and for a user's own that fails, and `ValueError` where there is
+    no example, or where one has no reference.
+    """
+    measured = measure(names, predictions, references, {"all": range(len(predictions))}, resamples=0)["all"]
+    for error in measured.errors.values():
+        raise UserError(error)
+    return measured.values
+
+
+def measure(
+    names: Sequence[str],
+    predictions: Predictions,
+    references: References,
+    groups: Mapping[str, Sequence[int]],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Measured]:
+    """The metrics over each group of examples, which holds their indices, with bootstrap intervals.
+
+    Each text is looked at once, however many groups there are; but a user's metric that returns a number
+    for all examples together is called for each group, and gets no interval. Without `resamples` there are
+    no intervals. A metric that fails leaves its reason in `errors`, and the others alone.
+
+    Raises as `score` does, but for a metric that fails.
+    """
+    check(names)
+    _check_examples(predictions, references)
+    for group, indices in groups.items():
+        if not indices:
+            raise ValueError(f"group {group!r} holds no example")
+    # Of each metric its numbers for each example, from which every group and resample takes its rows.
+    rows: dict[str, Array] = rouge.statistics(names, predictions, references)
+    for name in names:
+        if name in METRICS and name not in rows:
+            rows[name] = METRICS[name].statistics(predictions, references)
+    own = {name: _Own(name, predictions, references) for name in names if custom.is_custom(name)}
+
+    def measured(chosen: list[int]) -> Measured:
+        values: dict[str, float] = {}
+        errors: dict[str, str] = {}
+        by_example: dict[str, tuple[Values, Array]] = {}
+        for name in names:
+            if name in rows:
+                by_example[name] = METRICS[name].values, rows[name][chosen]
+                values[name] = value(*by_example[name])
+                continue
+            try:
+                for key, numbers in own[name].over(chosen).items():
+                    if isinstance(numbers, float):
+                        values[key] = numbers
+                    else:
+                        by_example[key] = mean, numbers
+                        values[key] = value(*by_example[key])
+            except UserError as error:
+                errors[name] = str(error)
+        enough = resamples > 0 and len(chosen) > 1
+        return Measured(values, bootstrap.intervals(by_example, resamples, seed) if enough else {}, errors)
+
+    return {group: measured(list(chosen)) for group, chosen in groups.items()}
+
+
+class _Own:
+    """A user's metric on some examples: called once over all, and for a group only where that does not tell."""
+
+    def __init__(self, name: str, predictions: Predictions, references: References):
+        self._name, self._predictions, self._references = name, predictions, references
+        self._over_all: dict[str, float | Array] | UserError
+        try:
+            self._over_all = custom.call(name, predictions, references)
+        except UserError as error:
+            self._over_all = error
+
+    def over(self, chosen: list[int]) -> dict[str, float | Array]:
+        """Of the chosen examples. Raises UserError where the metric fails on them."""
+        if chosen == list(range(len(self._predictions))):
+            if isinstance(self._over_all, UserError):
+                raise self._over_all
+            return self._over_all
+        if not isinstance(self._over_all, UserError):
+            arrays = {key: found[chosen] for key, found in self._over_all.items() if not isinstance(found, float)}
+            if len(arrays) == len(self._over_all):
+                return dict(arrays)
+        return custom.call(self._name, [self._predictions[i] for i in chosen], [self._references[i] for i in chosen])
+
+
+def check(names: Sequence[str]) -> None:
+    """Refuses a metric that is unknown, or whose packages or function are not there: called before a run starts."""
+    lower = {name.lower(): name for name in METRICS}
+    for name in names:
+        if custom.is_custom(name):
+            custom.load(name)
+        elif name in METRICS:
+            translation.check(name)
+        else:
+            close = difflib.get_close_matches(name.lower(), lower, n=1)
+            hint = f"did you mean {lower[close[0]]!r}? " if close else ""
+            there = f"there are: {', '.join(METRICS)}, and your own as FILE.py:FUNCTION"
+            raise UserError(f"metric {name!r} is not known; {hint}{there}")
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether less of a metric is better. Of a user's own metric, more is."""
+    return name in METRICS and METRICS[name].lower_is_better
+
+
+def _check_examples(predictions: Predictions, references: References) -> None:
+    if not predictions:
+        raise ValueError("there are no predictions to score")
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions and {len(references)} lists of references: one each")
+    for i, texts in enumerate(references):
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"references of example {i}: expected a list of one or more texts, got {texts!r}")

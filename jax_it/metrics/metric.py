@@ -1,0 +1,55 @@
+"""What a metric is: a few numbers for each example, and a value from their sums over any of the examples."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Predictions = Sequence[str]
+References = Sequence[Sequence[str]]  # of each prediction, one or more
+Array = NDArray[np.float64]
+Values = Callable[[Array, int], Array]
+"""[samples, numbers], which are sums over so many examples each -> the metric over each sample [samples]."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean of examples' scores has one number for each example; BLEU has its counts of n-grams and lengths.
+
+    Since only sums count, a bootstrap draws rows of numbers and never looks at the texts again.
+    """
+
+    statistics: Callable[[Predictions, References], Array]  # [examples, numbers]
+    values: Values
+    lower_is_better: bool = False
+
+    def __call__(self, predictions: Predictions, references: References) -> float:
+        return value(self.values, self.statistics(predictions, references))
+
+
+def value(values: Values, rows: Array) -> float:
+    """A metric over all examples, of their `rows` of numbers [examples, numbers]."""
+    sums = np.array([[math.fsum(column) for column in rows.T]])  # exact, so the order of the examples is nothing
+    return float(values(sums, len(rows))[0])
+
+
+def mean(sums: Array, examples: int) -> Array:
+    """`values` of a metric that is the mean over examples, whatever its scale."""
+    return sums[:, 0] / examples
+
+
+def percent(sums: Array, examples: int) -> Array:
+    """`values` of a metric that is the mean over examples of scores from 0 to 1, from 0 to 100."""
+    return 100 * (sums[:, 0] / examples)
+
+
+def best_of(score: Callable[[str, str], float]) -> Metric:
+    """The mean over examples of a score from 0 to 1 of (prediction, reference), for the reference where it is best."""
+
+    def statistics(predictions: Predictions, references: References) -> Array:
+        examples = zip(predictions, references, strict=True)
+        return np.array([[max(score(text, reference) for reference in several)] for text, several in examples], float)
+
+    return Metric(statistics, percent)

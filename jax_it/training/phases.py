@@ -1,0 +1,75 @@
+"""What a run's wall time is spent on, since its first start and over all restarts."""
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Literal, get_args
+
+from jax_it.workdir import Workdir
+
+SHARES = "goodput.json"  # in the run's folder: what position() was at the last start or end
+
+Phase = Literal["starting", "compiling", "stepping", "waiting", "saving", "evaluating", "lost"]
+
+
+class Phases:
+    """The phase that the run is in, and the seconds of each one.
+
+    A checkpoint carries `position`. What came after it, until the process that goes on from it started, is lost:
+    steps that are taken again, and the time in which nothing ran. Goodput is the share of steps that count.
+    """
+
+    def __init__(self, began: float, position: Mapping[str, Any] | None = None):
+        """`began` is the time.time() of this start; `position` is that of the checkpoint which it goes on from."""
+        self.seconds: dict[str, float] = dict.fromkeys(get_args(Phase), 0.0)
+        self.phase: Phase = "starting"
+        self.changes = 0  # by which the watchdog sees that the run is alive
+        self.step = 0
+        if position:
+            self.seconds |= position["seconds"]
+            self.seconds["lost"] += max(began - position["at"], 0.0)
+        self._since = time.perf_counter() - max(time.time() - began, 0.0)
+
+    def enter(self, phase: Phase, step: int = 0) -> None:
+        """From now on time goes to this phase; entered again it is a sign of life."""
+        now = time.perf_counter()
+        self.seconds[self.phase] += now - self._since
+        self._since, self.phase, self.step = now, phase, step or self.step
+        self.changes += 1
+
+    def now(self) -> dict[str, float]:
+        """The seconds of each phase up to now."""
+        self.enter(self.phase)
+        return dict(self.seconds)
+
+    def goodput(self) -> float:
+        seconds = self.now()
+        return seconds["stepping"] / sum(seconds.values())
+
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"at": time.time(), "seconds": self.now()}
+
+    def text(self) -> str:
+        """The shares of all phases, on a line."""
+        seconds = self.now()
+        total = sum(seconds.values())
+        shares = ", ".join(f"{phase} {part / total:.1%}" for phase, part in seconds.items() if part)
+        return f"{_duration(total)} since the first start: {shares}"
+
+
+def since_first_start(place: Workdir, began: float, position: Mapping[str, Any]) -> Phases:
+    """The phases of a run that goes on from a checkpoint's position, or that had started and has no checkpoint yet."""
+    with suppress(KeyError, TypeError, ValueError):
+        return Phases(began, position["phases"])
+    try:
+        return Phases(began, json.loads((place.path / SHARES).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):  # it is the first start
+        return Phases(began)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,58 @@
+"""Steps whose gradient was left out: which they are, which examples they had, and when there are too many."""
+
+import math
+from collections.abc import Mapping
+
+from jax_it.config import Train
+from jax_it.data.loader import TrainData
+from jax_it.errors import UserError
+from jax_it.training.log import Log
+
+SHOWN = 10  # records that a line on standard error names; skipped.jsonl names all
+
+
+class Skips:
+    """Says which steps are skipped. Raises UserError where they are more than `max_skipped` in a row."""
+
+    def __init__(self, config: Train, log: Log, data: TrainData):
+        self._config, self._log, self._data = config, log, data
+
+    def look(self, step: int, measured: Mapping[str, float]) -> None:
+        """The metrics of a step that is done."""
+        in_a_row = int(measured["skipped_in_a_row"])
+        if not in_a_row:
+            return
+        examples = self._data.examples(step - 1, self._config.duration)
+        norm = measured["grad_norm"]
+        if math.isfinite(norm):
+            usual = measured["grad_norm_mean"]
+            reason = f"its gradient's norm is {norm:.3g}, {norm / usual:.0f} times the mean"
+        else:
+            reason = "its gradient is not finite"
+        text, loss = _text(examples), measured["loss"]
+        values = {"loss": loss, "grad_norm": norm, "grad_norm_mean": measured["grad_norm_mean"]}
+        self._log.skipped(step, {name: _number(value) for name, value in values.items()} | {"examples": examples})
+        self._log.warn(f"step {step} is skipped: {reason} (loss {loss:.4g}); it has {text}")
+        if in_a_row > self._config.max_skipped:
+            raise UserError(
+                f"{in_a_row} steps in a row were skipped, up to step {step}: {reason}; look at its data ({text}) and "
+                f"that of the others in skipped.jsonl, lower config.train.optimizer.learning_rate, or raise "
+                "config.train.max_skipped or max_spike"
+            )
+
+
+def _number(value: float) -> float | str:
+    """JSON has no number for what is not finite."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _text(examples: list[dict]) -> str:
+    """ "records 3, 17 of say; record 2 of names", or as many of them as a line holds."""
+    parts, left = [], SHOWN
+    for source in examples:
+        shown = source["records"][:left]
+        left -= len(shown)
+        if shown:
+            parts.append(f"record{'s' * (len(shown) > 1)} {', '.join(map(str, shown))} of {source['source']}")
+    more = sum(len(source["records"]) for source in examples) - (SHOWN - left)
+    return "; ".join(parts) + (f"; {more} more" if more else "")

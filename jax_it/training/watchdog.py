@@ -1,0 +1,65 @@
+"""Notices a run that hangs: says where each thread stands, and ends the process, so that it is started again."""
+
+import faulthandler
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from jax_it import hosts
+from jax_it.files import write_atomically
+from jax_it.training.phases import Phases
+from jax_it.training.stopping import CODE
+from jax_it.workdir import Workdir
+
+LONGER = 10  # times the limit of a step, for a phase that takes longer in good health
+LONG = ("starting", "compiling", "saving", "evaluating")
+
+
+@contextmanager
+def watching(phases: Phases, limit: float, place: Workdir) -> Iterator[None]:
+    """Within it, a phase that lasts over `limit` seconds, or LONGER times that, ends the process with exit code 75."""
+    over = threading.Event()
+    if limit:
+        threading.Thread(target=_watch, args=(phases, limit, place, over), daemon=True, name="watchdog").start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _watch(phases: Phases, limit: float, place: Workdir, over: threading.Event) -> None:
+    tick = min(limit / 20, 1.0)
+    seen, still = phases.changes, 0.0
+    while not over.wait(tick):
+        if phases.changes != seen:
+            seen, still = phases.changes, 0.0
+        still += tick  # counted, not measured: a process that was suspended has not hung
+        if still > limit * (LONGER if phases.phase in LONG else 1):
+            _end(phases, still, place)
+
+
+def _end(phases: Phases, still: float, place: Workdir) -> None:
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        stacks = file.read()
+    said = f"jax-it train: step {phases.step} hangs: {phases.phase} for {still:.0f} s; "
+    report = place.path / f"hang-{phases.step}.txt"
+    print(f"\n{stacks}", file=sys.stderr)
+    if hosts.is_first():
+        # In a thread of its own: it may be the folder that hangs.
+        thread = threading.Thread(target=_write, args=(report, said + "\n" + stacks), daemon=True)
+        thread.start()
+        thread.join(30)
+        said += f"where each thread stands is above and in {report}; "
+    print(f"{said}the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    os._exit(CODE)  # the main thread may be where no exception reaches it
+
+
+def _write(file: Path, text: str) -> None:
+    with suppress(OSError):
+        write_atomically(file, text)

@@ -1,0 +1,47 @@
+"""The log as a run of Weights & Biases, where the config asks for it."""
+
+import importlib
+import importlib.util
+import json
+import secrets
+from typing import Any
+
+from jax_it import config as settings
+from jax_it import hosts
+from jax_it.config import Config
+from jax_it.errors import UserError
+from jax_it.files import is_remote, write_atomically
+from jax_it.workdir import Workdir
+
+
+def check(project: str) -> None:
+    """Raises UserError where a project is named and the package is missing."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "config.train.wandb needs the package wandb: pip install 'jax-it[wandb]', or leave the setting empty"
+        )
+
+
+def start(place: Workdir, config: Config) -> Any:
+    """The run that belongs to the folder: a new one at first, the same one after a restart. None where none is wanted.
+
+    Steps that are taken again after a crash are not logged again: they are the same.
+    """
+    if not config.train.wandb or not hosts.is_first():
+        return None
+    file = place.path / "wandb.json"
+    try:
+        if not file.is_file():
+            write_atomically(file, {"id": secrets.token_hex(4)})
+        run = json.loads(file.read_text(encoding="utf-8"))["id"]
+        return importlib.import_module("wandb").init(
+            project=config.train.wandb,
+            id=run,
+            name=place.path.name,
+            resume="allow",
+            config=settings.to_dict(config),
+            dir=None if is_remote(place.path) else str(place.path),
+        )
+    except Exception as error:  # of its own, of the network, of the account
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"config.train.wandb: {reason}; mend that, or set WANDB_MODE=offline") from error

@@ -1,0 +1,121 @@
+"""SIGTERM in every phase, a step that hangs, gradients that are not finite: what the run says, and how it goes on."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+
+from jax_it import config as settings
+from jax_it import training
+from jax_it.errors import Interrupted
+from jax_it.training.stopping import on_sigterm
+from jax_it.workdir import Workdir
+from tests.faults.test_resume import assert_same_run, finish, stop
+from tests.tiny_run import STEPS, copy, losses, start
+
+
+@pytest.mark.parametrize("place", ["load_tokenizer", "_load_model", "build_data", "_derive", "prepare", "Log"])
+def test_sigterm_before_the_first_step_ends_the_run_at_once_and_the_same_call_starts_it(
+    config, tmp_path, monkeypatch, place
+):
+    def told_to_stop(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)  # which the signal cuts short
+        raise AssertionError("it went on")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(training.loop, place, told_to_stop)
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        training.train(settings.load(str(config)), tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) is before
+    if place in ("load_tokenizer", "_load_model", "build_data", "_derive"):
+        assert not (tmp_path / "run").exists()
+    with Workdir(tmp_path / "run").locked():
+        pass
+
+
+def test_sigterm_is_the_callers_affair_in_another_thread():
+    found = []
+
+    def run():
+        with on_sigterm() as stopping:
+            found.extend([signal.getsignal(signal.SIGTERM), stopping()])
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [before, False]
+
+
+def test_sigterm_ends_a_process_that_compiles_and_does_not_see_the_signal(config, finished, tmp_path):
+    run = tmp_path / "run"
+    process = start("train", "--config", config, "--workdir", run, stall=[1])
+    assert f"steps 1 to {STEPS}" in process.stdout.readline()
+    time.sleep(1)  # it is in the step that never ends
+    begin = time.monotonic()
+    output = stop(process, signal.SIGTERM)
+    assert time.monotonic() < begin + 20
+    assert output.splitlines()[-1].startswith("jax-it train: stopped by SIGTERM before there was a new step to save; ")
+
+
+def test_a_step_that_hangs_is_noticed_and_the_run_goes_on_from_its_last_checkpoint(config, finished, tmp_path):
+    run = copy(finished, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "60")
+    process = start("train", "--config", config, "--workdir", run, "--config.train.hang_after=1", stall=[52])
+    output = process.communicate()[0]
+    assert process.returncode == 75, output
+    assert [line["step"] for line in losses(run)][-1] == 50, "the log is one step behind"
+    stacks = (run / "hang-52.txt").read_text()
+    assert "in never_ending" in stacks and "in train" in stacks and "never_ending" in output
+    last = output.splitlines()[-1]
+    assert last.startswith("jax-it train: step 52 hangs: stepping for 1 s; ")
+    assert last.endswith(f"is above and in {run}/hang-52.txt; the same command goes on from the last checkpoint")
+    finish(config, run)
+    assert_same_run(run, finished)
+
+
+def test_gradients_that_are_not_finite_end_the_run_past_a_limit_and_name_the_data(config, finished, tmp_path):
+    run = tmp_path / "run"
+    few = "--config.train.max_skipped=3"
+    process = start("train", "--config", config, "--workdir", run, few, nan=[20, STEPS])
+    output = process.communicate()[0]
+    assert process.returncode == 2, output
+    last = output.splitlines()[-1]
+    assert last.startswith("jax-it train: 4 steps in a row were skipped, up to step 23: its gradient is not finite; ")
+    lines = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [20, 21, 22, 23]
+    assert all(line["loss"] == line["grad_norm"] == "nan" and 0 < line["grad_norm_mean"] < 100 for line in lines)
+    for line in lines:
+        records = [(source["source"], record) for source in line["examples"] for record in source["records"]]
+        logged = next(other for other in losses(run) if other["step"] == line["step"])
+        assert len(records) == logged["examples"] and logged["skipped"] == line["step"] - 19
+        assert all(0 < record <= {"say": 36, "names": 12}[source] for source, record in records)
+        numbers = ", ".join(str(record) for record in line["examples"][0]["records"])
+        assert f"step {line['step']} is skipped: its gradient is not finite (loss nan); it has record" in output
+        assert f"{numbers} of {line['examples'][0]['source']}" in output
+
+    # The fault is mended: the run goes on from the checkpoint before it as if it had never been.
+    assert Workdir(run).checkpoints().steps() == [15]
+    finish(config, run)
+    assert_same_run(run, finished)
+    assert (run / "skipped.jsonl").read_text() == ""
+
+
+def test_steps_that_are_skipped_are_the_same_after_a_restart(config, tmp_path):
+    fault = {"nan": [14, 17]}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ("--config", config, "--config.train.duration=30 steps")
+    for run, signals in (whole, {}), (cut, {"signal": ["SIGTERM", "stepping", 15, 0.0]}):
+        output = start("train", "--workdir", run, *options, **fault, **signals).communicate()[0]
+    assert "stopped by SIGTERM after step 1" in output
+    process = start("train", "--workdir", cut, *options, **fault)
+    output = process.communicate()[0]
+    assert process.returncode == 0 and re.search(r"steps 1[6-8] to 30", output), output
+    assert losses(cut) == losses(whole) and losses(cut)[-1]["skipped"] == 4
+    assert (cut / "skipped.jsonl").read_text() == (whole / "skipped.jsonl").read_text()
