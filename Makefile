@@ -5,8 +5,9 @@ SUPPORTED = import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON ?= $(shell for p in .venv/bin/python python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 PYTEST_ARGS ?= -n 2
+constraints = constraints/$$($(1)/bin/python -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 
-.PHONY: help setup quickstart test test-slow faults parity lint clean
+.PHONY: help setup quickstart test test-slow faults parity lint libtpu plans clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -35,6 +36,12 @@ lint: setup ## style and types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+libtpu: setup ## TPU's compiler (700 MB), into .venv: with it `make test` compiles for TPU slices too
+	.venv/bin/python -m pip install -q -e '.[tpu]' -c $(call constraints,.venv)
+
+plans: libtpu ## write the table of plans in tpu/README.md anew; half an hour
+	.venv/bin/python -m jax_it.plan.table tpu/README.md
+
 clean: ## remove the environments and caches; runs/ stays
 	rm -rf .venv .venv-parity .pytest_cache .ruff_cache .mypy_cache .hypothesis .jax_cache build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -46,6 +53,5 @@ clean: ## remove the environments and caches; runs/ stays
 	@$(or $(PYTHON),false) -c '$(SUPPORTED)' || \
 		{ echo "Python 3.11, 3.12 or 3.13 is needed; name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install -q -e '.[$(EXTRAS)]' -c constraints/$$($(@D)/bin/python -c \
-		'import sys; print("py%d%d" % sys.version_info[:2])').txt
+	$(@D)/bin/python -m pip install -q -e '.[$(EXTRAS)]' -c $(call constraints,$(@D))
 	@touch $@
