@@ -89,7 +89,8 @@ def host_names(index: int, count: int) -> dict[int, str]:
     if workers := environment.get("TPU_WORKER_HOSTNAMES"):
         mine = [name.strip().split(":")[0] for name in workers.split(",")]
         first = int(environment.get("MEGASCALE_SLICE_ID") or 0) * len(mine)  # of other slices it says nothing
-        return {first + i: name for i, name in enumerate(mine) if first + i < count and len(mine) > 1}
+        if all(re.fullmatch(r"[\w.-]+", name) for name in mine) and len(mine) > 1:  # libtpu may leave a warning there
+            return {first + i: name for i, name in enumerate(mine) if first + i < count}
     pod, number = environment.get("HOSTNAME", ""), environment.get("JOB_COMPLETION_INDEX")
     if number == str(index) and (job := re.fullmatch(rf"(.+)-{index}", pod)):  # an Indexed Job's pods
         return {i: f"{job[1]}-{i}" for i in range(count)}

@@ -265,7 +265,7 @@ def test_a_parquet_file_that_is_none_is_refused(write):
 @pytest.mark.parametrize(
     "name, content",
     [("a.jsonl", b""), ("a.jsonl", b"\n \n"), ("a.json", b"[]"), ("a.csv", b""), ("a.csv", b"prompt,completion\n"),
-     ("a.jsonl.gz", b""), ("a.jsonl.gz", gzip.compress(b"")), ("a.jsonl.zst", b""), ("a.jsonl.zst", zst(b"")),
+     ("a.jsonl.gz", b""), ("a.jsonl.gz", gzip.compress(b"", mtime=0)), ("a.jsonl.zst", b""), ("a.jsonl.zst", zst(b"")),
      ("a.parquet", parquet(RECORDS[:1])[:0] + parquet([]))],
 )  # fmt: skip
 def test_an_empty_file_is_refused_with_the_name_of_its_setting(write, name, content):

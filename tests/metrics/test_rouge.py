@@ -11,28 +11,7 @@ from rouge_score import rouge_scorer
 
 from jax_it import metrics
 from jax_it.metrics.rouge import CHARACTERS, WORDS
-
-PREDICTIONS = [
-    "The dog bit the man.",
-    "It wasn't surprising.",
-    "The man had just bitten him.",
-    "",
-    "Dogs running\nCats asleep",
-]
-REFERENCES = [
-    ["The dog bit the man.", "The dog had bit the man."],
-    ["It was not unexpected.", "No one was surprised."],
-    ["The man bit him first.", "The man had bitten the dog."],
-    ["Nothing was said.", "Silence."],
-    ["A cat sleeps\nThe dog runs", "The dogs run"],
-]
-RAGGED = [
-    REFERENCES[0],
-    REFERENCES[1][:1],
-    [*REFERENCES[2], "He was bitten by the man."],
-    REFERENCES[3][1:],
-    REFERENCES[4],
-]
+from tests.metrics.texts import PREDICTIONS, RAGGED, REFERENCES
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,8 @@ def test_slurms_lists_of_nodes_are_read(text: str, names: list[str]) -> None:
 def test_names_come_from_the_tpus_workers_and_from_the_jobs_pods(monkeypatch: pytest.MonkeyPatch) -> None:
     setenv(monkeypatch, TPU_WORKER_HOSTNAMES="t-0,t-1", MEGASCALE_SLICE_ID=1)
     assert surroundings.host_names(3, 4) == {2: "t-0", 3: "t-1"}  # of the other slice it is not told
+    setenv(monkeypatch, TPU_WORKER_HOSTNAMES="WARNING: could not determine TPU worker hostnames, please set it")
+    assert list(surroundings.host_names(3, 4)) == [3]  # libtpu's, where there is no TPU
     monkeypatch.delenv("TPU_WORKER_HOSTNAMES")
     setenv(monkeypatch, HOSTNAME="tune-workers-0-1", JOB_COMPLETION_INDEX=1)
     assert surroundings.host_names(1, 3) == {i: f"tune-workers-0-{i}" for i in range(3)}
