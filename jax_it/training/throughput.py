@@ -26,12 +26,13 @@ def step_flops(model: Model, rows: float, shape: Shape) -> float:
     return (2 if model.adapter else 3) * rows * model.config.flops(shape.source, shape.target, shape.blocks)
 
 
-def _measured_flops(size: int = 1024, tries: int = 5) -> float:
+def _measured_flops(size: int = 1024, seconds: float = 1.0) -> float:
+    """The best of many tries: the processor may have other work."""
     x = jnp.ones((size, size), jnp.float32)
     multiply = jax.jit(lambda x: x @ x)
     multiply(x).block_until_ready()
-    best = float("inf")
-    for _ in range(tries):
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
         begin = time.perf_counter()
         multiply(x).block_until_ready()
         best = min(best, time.perf_counter() - begin)

@@ -1,0 +1,7 @@
+"""Plans: a run's real step, compiled for chips that are not there."""
+
+from jax_it.plan.plan import Plan, plan
+from jax_it.plan.text import text, to_json
+from jax_it.plan.topology import Topology, find
+
+__all__ = ["Plan", "Topology", "find", "plan", "text", "to_json"]
