@@ -25,7 +25,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jax_it.plan.hlo import Collective, Program, Region
+from jax_it.plan.collectives import Collective
+from jax_it.plan.program import Program, Region
 from jax_it.plan.topology import Topology, place_of, slice_of
 
 Network = Literal["ICI", "DCN"]

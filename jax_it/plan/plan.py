@@ -10,9 +10,10 @@ import jax
 from jax_it import sharding
 from jax_it.config import Config
 from jax_it.files import write_atomically
-from jax_it.plan import cost, hlo
+from jax_it.plan import cost
 from jax_it.plan.compile import Compiled, Step, TooLarge, build_step, bytes_of, compile_step
 from jax_it.plan.cost import Share, Traffic
+from jax_it.plan.program import Program
 from jax_it.plan.topology import Topology
 from jax_it.training.throughput import step_flops
 
@@ -101,7 +102,7 @@ def plan(config: Config, topology: Topology, rows: int = 0, hlo_file: str | None
 
 def _measure(step: Step, topology: Topology, compiled: Compiled) -> Plan:
     devices = list(step.mesh.devices.flat)
-    program = hlo.Program.of(compiled.text, len(devices))
+    program = Program.of(compiled.text, len(devices))
     activations, gradients = program.kept
     if step.config.train.micro_batches > 1:  # whole sums, beside what the layers' loop makes
         gradients = max(gradients, _gradient_bytes(step))

@@ -26,7 +26,7 @@ def step_flops(model: Model, rows: float, shape: Shape) -> float:
     return (2 if model.adapter else 3) * rows * model.config.flops(shape.source, shape.target, shape.blocks)
 
 
-def _measured_flops(size: int = 1024, seconds: float = 1.0) -> float:
+def _measured_flops(size: int = 1024, seconds: float = 0.2) -> float:
     """The best of many tries: the processor may have other work."""
     x = jnp.ones((size, size), jnp.float32)
     multiply = jax.jit(lambda x: x @ x)

@@ -20,9 +20,11 @@ from jax_it.models import hf
 from jax_it.plan import compile as compiling
 from jax_it.plan import cost, find, plan, text, to_json
 from jax_it.plan import topology as topologies
+from jax_it.plan.collectives import Collective
 from jax_it.plan.compile import TooLarge, build_step, bytes_of, compile_step
 from jax_it.plan.cost import Traffic
-from jax_it.plan.hlo import Collective, Program, parse
+from jax_it.plan.hlo import parse
+from jax_it.plan.program import Program
 from jax_it.plan.published import PUBLISHED
 from jax_it.training import loop, step, train
 from tests.tiny_run import fails

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_it.plan import hlo
-from jax_it.plan.hlo import Program, groups_of
+from jax_it.plan.collectives import groups_of
+from jax_it.plan.program import Program
 
 
 @pytest.fixture(scope="module")
