@@ -17,9 +17,6 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jax_it import files, hosts
 from jax_it.errors import Interrupted, UserError
-from jax_it.files import write_atomically
-
-__all__ = ["Checkpoints", "abstract", "disk_error", "write_atomically"]
 
 Scores = Callable[[int], float | None]  # a step's score, larger is better; None while there is none
 

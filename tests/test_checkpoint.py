@@ -1,15 +1,12 @@
 """Which checkpoints are kept, and how they are written and read. Damaged ones: tests/faults/test_damage.py."""
 
-import json
-import threading
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_it.checkpoint import Checkpoints, abstract, write_atomically
+from jax_it.checkpoint import Checkpoints, abstract
 from jax_it.config import Mesh
 from jax_it.sharding import make_mesh
 
@@ -122,26 +119,3 @@ def test_leaving_waits_until_all_is_on_disk(tmp_path):
         checkpoints.save(2, PARAMS, TRAINING, {})
         raise KeyboardInterrupt
     assert Checkpoints(tmp_path).steps() == [2]
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "file.json"
-    write_atomically(file, {"a": "ä"})
-    assert json.loads(file.read_text(encoding="utf-8")) == {"a": "ä"}
-    write_atomically(file, "text as it is")
-    with pytest.raises(TypeError):
-        write_atomically(file, {"a": object()})
-    with pytest.raises(OSError):
-        write_atomically(tmp_path / "nowhere" / "file.json", "")
-    assert file.read_text() == "text as it is" and list(tmp_path.iterdir()) == [file]
-
-
-def test_readers_never_see_half_a_file(tmp_path):
-    file = tmp_path / "file.json"
-    contents = [{"key": str(i) * 50_000} for i in range(2)]
-    write_atomically(file, contents[0])
-    writer = threading.Thread(target=lambda: [write_atomically(file, contents[i % 2]) for i in range(50)])
-    writer.start()
-    while writer.is_alive():
-        assert json.loads(file.read_text()) in contents
-    writer.join()
