@@ -133,12 +133,14 @@ if does == "hang":
     signal.signal(signal.SIGTERM, save)
     (stub / f"hangs-{name}").touch()
     time.sleep(60)
+    sys.exit(1)  # nobody has stopped it: its TPU is gone
 if does == "preempt":
     (stub / "state").write_text("SUSPENDING")
     sys.exit(137)
 (stub / f"ready-{attempt}-{name}").touch()
-together = sum(what != "hang" for what in settings["runs"][attempt])
-while len(list(stub.glob(f"ready-{attempt}-*"))) < together:
+together = sum(what not in ("hang", "preempt") for what in settings["runs"][attempt])
+until = time.monotonic() + 60
+while len(list(stub.glob(f"ready-{attempt}-*"))) < together and time.monotonic() < until:
     time.sleep(0.01)
 sys.exit(does)
 """
