@@ -124,8 +124,9 @@ def started_by_hand(cloud: Cloud) -> None:
 
 
 def while_another_does(cloud: Cloud, verb: str) -> subprocess.CompletedProcess[str]:
-    """What becomes of `run` when a second later the verb is called elsewhere."""
-    other = ["bash", "-c", f"sleep 1; tpu/vm.sh {verb} --name=run1 --zone=us-west4-a --poll=0"]
+    """What becomes of `run` when the verb is called elsewhere, once `run` has looked at the TPU and its workers."""
+    looked = f"until (($(wc -l <$STUB/calls) >= {len(cloud.calls()) + 4})); do sleep 0.1; done"
+    other = ["bash", "-c", f"{looked}; tpu/vm.sh {verb} --name=run1 --zone=us-west4-a --poll=0"]
     environment = {"PATH": f"{cloud.folder}/bin:/usr/bin:/bin", "STUB": str(cloud.folder)}
     with subprocess.Popen(other, cwd=cloud.checkout, env=environment, stderr=subprocess.DEVNULL):
         return cloud.run("tpu/vm.sh", "run", *RUN)
