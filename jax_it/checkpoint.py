@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jax_it import files, hosts
-from jax_it.errors import Interrupted, UserError
+from jax_it.errors import Interrupted, UserError, first_line
 
 Scores = Callable[[int], float | None]  # a step's score, larger is better; None while there is none
 
@@ -247,7 +247,7 @@ def _reason(error: BaseException) -> str:
     """The operating system's word for an error, or the error's first line."""
     if (word := disk_error(error)) and not isinstance(error, FileNotFoundError):
         return word
-    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = first_line(error)
     return line if len(line) <= 200 else line[:197] + "..."
 
 

@@ -1,4 +1,4 @@
-"""The one exception that a user can mend."""
+"""What ends a run that is no fault of ours, and what other libraries' errors say, in one line."""
 
 
 class UserError(Exception):
@@ -10,3 +10,8 @@ class UserError(Exception):
 
 class Interrupted(Exception):
     """The run has stopped before its end and nothing is lost: the same command goes on with it. Exit code 75."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that has any, or the error's type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jax_it import files
 from jax_it.config import Source
 from jax_it.data import builtin
-from jax_it.errors import UserError
+from jax_it.errors import UserError, first_line
 
 Fields = dict[str, Any]
 
@@ -123,7 +123,7 @@ def _load_dataset(source: Source, where: str) -> Any:
     try:
         return datasets.load_dataset(source.path, source.subset or None, split=source.split)
     except Exception as error:  # the library raises dozens of types for one thing: there is no such data set
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise UserError(
             f"{where}: data set {source.path!r} (subset {source.subset!r}, split {source.split!r}) "
             f"could not be loaded: {reason}"

@@ -14,10 +14,10 @@ from typing import NoReturn
 
 import jax
 
-from jax_it.errors import Interrupted, UserError
+from jax_it.errors import Interrupted, UserError, first_line
 from jax_it.hosts.group import Group, exit_now, explain_aborts
 from jax_it.hosts.rendezvous import meet
-from jax_it.hosts.surroundings import LOST_AFTER, START_TIMEOUT, find_place, first_line, seconds
+from jax_it.hosts.surroundings import LOST_AFTER, START_TIMEOUT, find_place, seconds
 
 _NOTICE = 10.0  # seconds in which an error of JAX's and the end that caused it come together
 _group: Group | None = None

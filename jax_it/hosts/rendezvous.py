@@ -9,9 +9,9 @@ import threading
 import time
 from contextlib import suppress
 
-from jax_it.errors import Interrupted, UserError
+from jax_it.errors import Interrupted, UserError, first_line
 from jax_it.hosts.group import Connection, Group
-from jax_it.hosts.surroundings import ALONE, Place, first_line
+from jax_it.hosts.surroundings import ALONE, Place
 
 
 def meet(place: Place, until: float) -> "Group":

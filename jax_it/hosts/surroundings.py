@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jax_it.errors import Interrupted, UserError
+from jax_it.errors import Interrupted, UserError, first_line
 
 START_TIMEOUT = "JAX_IT_START_TIMEOUT"  # seconds that a start waits for hosts that are missing
 LOST_AFTER = "JAX_IT_LOST_AFTER"  # seconds after which a silent host is lost; one whose process ends is at once
@@ -127,7 +127,3 @@ def seconds(name: str) -> float:
         return float(text) if text else _DEFAULTS[name]
     except ValueError:
         raise UserError(f"{name}: {text!r} is not a number of seconds") from None
-
-
-def first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -19,7 +19,7 @@ import safetensors
 from safetensors.numpy import save_file
 
 from jax_it import hosts, sharding
-from jax_it.errors import UserError
+from jax_it.errors import UserError, first_line
 from jax_it.models.quantized import KINDS, Quantized, quantize
 from jax_it.models.weights import Weight
 
@@ -52,7 +52,7 @@ def _fetch(path: str) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"model {path!r} is no local folder and could not be fetched from the hub: {reason}") from error
 
 

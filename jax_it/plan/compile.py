@@ -16,7 +16,7 @@ from jax_it import sharding
 from jax_it.config import Config
 from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
 from jax_it.data.packing import Shape
-from jax_it.errors import UserError
+from jax_it.errors import UserError, first_line
 from jax_it.models import Model, build, hf
 from jax_it.plan.published import PUBLISHED
 from jax_it.plan.topology import Topology
@@ -91,12 +91,8 @@ def _values(config: Config) -> tuple[dict[str, Any], str]:
             return dict(config.model.architecture), "config.model.architecture"
         raise UserError(
             f"config.model.path: {path} is no folder, and its config.json could not be fetched "
-            f"({_first_line(error)}); give the values as config.model.architecture"
+            f"({first_line(error)}); give the values as config.model.architecture"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _frozen_shapes(model: Model, config: Config) -> Any:
