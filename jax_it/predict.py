@@ -46,8 +46,8 @@ def generate(
     generator = Generator(model, mesh, max_new_tokens, min(batch_size, len(prompts)), sampling, ends)
     texts = [""] * len(prompts)
     with tqdm(total=len(prompts), desc="generating", unit=" prompts", disable=None, leave=False) as bar:
-        for i, tokens in generator(params, encoded):
-            texts[i] = tokenizer.decode(tokens)
+        for text in generator(params, encoded):
+            texts[text.prompt] = tokenizer.decode(text.tokens)
             bar.update()
     return texts
 

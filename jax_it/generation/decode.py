@@ -1,28 +1,44 @@
-"""Decoding with a key-value cache, in batches of few compiled shapes."""
+"""Decoding with a key-value cache, in few compiled shapes, each prompt in a slot of its own."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_it import sharding
-from jax_it.generation.beam import beam_search
-from jax_it.generation.sampling import GREEDY, Sampling, choose, is_end
+from jax_it.generation import widths
+from jax_it.generation.beam import Beams
+from jax_it.generation.sampling import GREEDY, OneByOne, Sampling
+from jax_it.generation.slots import Arrivals, Search, Slots, advance, empty, fill, keep, widen
 from jax_it.models import Model, Params
-from jax_it.models.cache import take_rows
 
-SMALLEST = 32  # positions of a prompt; longer ones are padded to the next power of 2
+NARROWEST = 128  # positions of prompts in the cache; from there on a power of 2
+LOOK = 16  # steps after which texts are looked at by `stop`
+SHARE = 4  # slots are filled a quarter at a time, and become a quarter at the end
+
+
+class Text(NamedTuple):
+    """What was generated for a prompt."""
+
+    prompt: int  # its index
+    sample: int  # which of its texts; of beams, 0 is the best
+    tokens: list[int]  # without the end mark
+    log_probs: list[float] | None  # of each token, and of the end mark if one ended the text
 
 
 class Generator:
     """Generates for one model and one way of choosing tokens; it keeps what was compiled.
 
-    Prompts are token ids: an encoder-decoder's source with its end mark, or what a causal model goes on from.
-    Sorted by length they fall into few shapes, each compiled once; the number of rows is the same in all.
-    A text ends at one of the model's end tokens or of the `ends` given beside them.
+    Prompts are token ids: an encoder-decoder's source with its end mark, or what a causal model goes on from. They
+    come in sorted by length, some at a time, whenever as many slots of the batch are done; so short texts wait for
+    no long ones, and prompts of like length are padded together. A text ends at one of the model's end tokens or of
+    the `ends` given beside them, at its limit, or where `stop(tokens)` says so, which is asked every few steps, and
+    not of beams. With `log_probs` they come with the texts. Raises ValueError where no text would ever end.
     """
 
     def __init__(
@@ -33,85 +49,133 @@ class Generator:
         batch_size: int,
         sampling: Sampling = GREEDY,
         ends: Collection[int] = (),
+        stop: Callable[[Sequence[int]], bool] | None = None,
+        log_probs: bool = False,
     ):
-        self._mesh = mesh
+        self._mesh, self._length = mesh, max_new_tokens
         self._ends = tuple(dict.fromkeys([*model.config.end_tokens, *ends]))
         if not self._ends:
             raise ValueError("no end token: texts would never end")
-        self._rows = -(-batch_size // sharding.batch_parts(mesh)) * sharding.batch_parts(mesh)
-        self._decode = jax.jit(
-            partial(_beams if sampling.num_beams > 1 else _sample, model, max_new_tokens, self._ends, sampling),
-            out_shardings=sharding.replicated(mesh),
+        beams = sampling.num_beams > 1
+        if beams and sampling.num_samples > sampling.num_beams:
+            raise ValueError(f"{sampling.num_samples} texts of a prompt, from {sampling.num_beams} beams")
+        search: Search = (Beams if beams else OneByOne)(sampling, self._ends, max_new_tokens, log_probs)
+        self._search, self._stop, self._log_probs = search, None if beams else stop, log_probs
+        self._each = 1 if beams else sampling.num_samples  # slots of a prompt
+        parts = sharding.batch_parts(mesh)
+        self._slots = _up(max(batch_size, self._each), parts)
+        self._prompts = _up(max(1, self._slots // SHARE // self._each), parts)  # that come in at a time
+        self._slots = max(self._slots, _up(self._prompts * self._each, parts))
+        self.shapes: set[tuple[str, int, int]] = set()  # that were compiled: what, slots, width
+
+        self._empty = jax.jit(partial(empty, model, search), static_argnums=(0, 1))
+        self._fill = jax.jit(partial(fill, model, search), donate_argnums=1)
+        self._advance = jax.jit(
+            partial(_advance, model, search), donate_argnums=1, out_shardings=(None, sharding.replicated(mesh))
+        )
+        self._widen = jax.jit(widen, static_argnums=1)
+        self._keep = jax.jit(partial(keep, search))
+
+    def __call__(
+        self, params: Params, prompts: Sequence[Sequence[int]], limits: Sequence[int] | None = None
+    ) -> Iterator[Text]:
+        """The texts of all prompts as they end; at most `limits[i]` tokens of prompt i's, or `max_new_tokens`.
+
+        A text does not depend on the other prompts, nor on when it began.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        groups = [order[start : start + self._prompts] for start in range(0, len(order), self._prompts)]
+        compiled = {width for what, _, width in self.shapes if what == "fill"}
+        chosen = widths.choose([len(prompts[group[-1]]) for group in groups], self._prompts, compiled)
+        waiting = deque(zip(groups, chosen, strict=True))
+        places: list[tuple[int, int] | None] = [None] * self._slots  # slot -> (prompt, sample)
+        slots: Any = None
+        width = 0
+        while waiting or any(places):
+            free = [slot for slot, place in enumerate(places) if place is None]
+            under_way = len(places) - len(free)
+            if waiting and len(free) >= len(waiting[0][0]) * self._each:
+                group, needed = waiting.popleft()
+                room = widths.double_up(needed, NARROWEST)
+                if slots is None:
+                    slots, width = self._run("empty", len(places), room, self._empty, len(places), room, params), room
+                elif room > width:
+                    slots, width = self._run("widen", len(places), room, self._widen, slots, room - width), room
+                texts = [(i, sample) for i in group for sample in range(self._each)]
+                for slot, place in zip(free, texts, strict=False):
+                    places[slot] = place
+                arrivals = self._arrivals([prompts[i] for i in group], texts, free, needed, limits)
+                slots = self._run("fill", len(places), needed, self._fill, params, slots, arrivals)
+                continue
+            fewer = _up(len(places) // SHARE, sharding.batch_parts(self._mesh))
+            shrinks = not waiting and fewer < len(places) == self._slots and self._slots >= 4 * SHARE
+            if shrinks and under_way <= fewer:
+                kept = ([slot for slot, place in enumerate(places) if place] + free)[:fewer]
+                places = [places[slot] for slot in kept]
+                slots = self._run("keep", len(places), width, self._keep, slots, np.array(kept, np.int32))
+                continue
+            until_done = len(waiting[0][0]) * self._each if waiting else len(places) - (fewer if shrinks else 0)
+            steps = LOOK if self._stop else self._length
+            idle = np.array([place is None for place in places])
+            arguments = (params, slots, idle, np.int32(until_done), np.int32(steps))
+            slots, report = self._run("advance", len(places), width, self._advance, *arguments)
+            for slot, text in self._read(places, report):
+                places[slot] = None
+                yield from text
+
+    def _run(self, what: str, number: int, width: int, function: Callable, *arguments: Any) -> Any:
+        self.shapes.add((what, number, width))
+        with jax.set_mesh(self._mesh):
+            return function(*arguments)
+
+    def _arrivals(
+        self,
+        prompts: list[Sequence[int]],
+        texts: list[tuple[int, int]],
+        free: list[int],
+        width: int,
+        limits: Sequence[int] | None,
+    ) -> Arrivals:
+        """Padded to as many prompts and slots as always come in."""
+        spare = [0] * (self._prompts * self._each - len(texts))
+        tokens, segments = np.zeros((2, self._prompts, width), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+            segments[row, : len(prompt)] = 1
+        most = [self._length if limits is None else min(limits[i], self._length) for i, _ in texts]
+        tokens_PS, segments_PS = sharding.place((tokens, segments), self._mesh)
+        return Arrivals(
+            tokens_PS,
+            segments_PS,
+            slots_R=np.array(free[: len(texts)] + [self._slots for _ in spare], np.int32),
+            prompts_R=np.array([row // self._each for row in range(len(texts))] + spare, np.int32),
+            rows_R=np.array([i * self._each + sample for i, sample in texts] + spare, np.int32),
+            limits_R=np.array(most + spare, np.int32),
         )
 
-    def __call__(self, params: Params, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
-        """(index, tokens) of each prompt, shortest prompts first; tokens end before the end mark."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), self._rows):
-            batch = order[start : start + self._rows]
-            width = max(SMALLEST, 1 << (len(prompts[batch[-1]]) - 1).bit_length())
-            filled = batch + batch[:1] * (self._rows - len(batch))  # copies end with their row: nobody waits for them
-            tokens, segments = np.zeros((2, self._rows, width), np.int32)
-            for row, i in enumerate(filled):
-                tokens[row, : len(prompts[i])] = prompts[i]
-                segments[row, : len(prompts[i])] = 1
-            arrays = sharding.place((tokens, segments, np.array(filled, np.int32)), self._mesh)
-            with jax.set_mesh(self._mesh):
-                made = np.asarray(self._decode(params, *arrays))
-            for row, i in enumerate(batch):
-                yield i, list(takewhile(lambda token: token not in self._ends, made[row].tolist()))
+    def _read(self, places: Sequence[tuple[int, int] | None], report: Any) -> Iterator[tuple[int, list[Text]]]:
+        """(slot, its texts) of the slots that are done."""
+        done_B, number_B, tokens_BNT, log_probs_BNT = (np.asarray(array) for array in report)
+        for slot, place in enumerate(places):
+            if place is None:
+                continue
+            if not (done_B[slot] or self._stop):
+                continue
+            texts: list[Text] = []
+            number = int(number_B[slot])
+            for tokens_T, log_probs_T in zip(tokens_BNT[slot], log_probs_BNT[slot], strict=True):
+                tokens = list(takewhile(lambda token: token not in self._ends, tokens_T[:number].tolist()))
+                scored = log_probs_T[: min(len(tokens) + 1, number)].tolist() if self._log_probs else None
+                texts.append(Text(place[0], place[1] + len(texts), tokens, scored))
+            if done_B[slot] or (self._stop and self._stop(texts[0].tokens)):
+                yield slot, texts
 
 
-def _sample(
-    model: Model,
-    length: int,
-    ends: tuple[int, ...],
-    sampling: Sampling,
-    params: Params,
-    prompts_BS: jax.Array,
-    segments_BS: jax.Array,
-    rows_B: jax.Array,
-) -> jax.Array:
-    """The tokens [B, T] of greedy decoding or sampling; the end mark repeats to a row's end."""
-    first_B, start_B, cache = model.prefill(params, prompts_BS, segments_BS, length)
-
-    def unfinished(carry: tuple) -> jax.Array:
-        number, _, done_B, _, _ = carry
-        return (number < length) & ~done_B.all()
-
-    def advance(carry: tuple) -> tuple:
-        number, last_B, done_B, tokens_BT, cache = carry
-        logits_BV, cache = model.step(params, last_B, start_B + number, cache)
-        next_B = choose(logits_BV, sampling, rows_B, number).astype(jnp.int32)
-        next_B = jnp.where(done_B, ends[0], next_B)
-        return number + 1, next_B, done_B | is_end(next_B, ends), tokens_BT.at[:, number].set(next_B), cache
-
-    tokens_BT = jnp.full((prompts_BS.shape[0], length), ends[0], jnp.int32)
-    done_B = jnp.zeros(prompts_BS.shape[0], bool)
-    return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), first_B, done_B, tokens_BT, cache))[3]
+def _advance(model: Model, search: Search, *arguments: Any) -> tuple[Slots, tuple[jax.Array, ...]]:
+    """The slots, and copies of what the host looks at: the slots themselves are donated."""
+    slots = advance(model, search, *arguments)
+    return slots, jax.tree.map(jnp.copy, (slots.done_B, slots.number_B, *search.read(slots.texts)))
 
 
-def _beams(
-    model: Model,
-    length: int,
-    ends: tuple[int, ...],
-    sampling: Sampling,
-    params: Params,
-    prompts_BS: jax.Array,
-    segments_BS: jax.Array,
-    rows_B: jax.Array,
-) -> jax.Array:
-    """The best of each row's beams, tokens [B, T]; the end mark repeats to a row's end."""
-    first_B, start_B, cache = model.prefill(params, prompts_BS, segments_BS, length)
-    start_BK = jnp.repeat(start_B, sampling.num_beams)
-    return beam_search(
-        lambda tokens_B, number, cache: model.step(params, tokens_B, start_BK + number, cache),
-        take_rows,
-        cache,
-        first_B=first_B,
-        length=length,
-        num_beams=sampling.num_beams,
-        end_tokens=ends,
-        length_penalty=sampling.length_penalty,
-        early_stopping=sampling.early_stopping,
-    )
+def _up(number: int, parts: int) -> int:
+    return -(-number // parts) * parts

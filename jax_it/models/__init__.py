@@ -13,7 +13,7 @@ from flax import nnx
 from jax_it import losses
 from jax_it.config import Model as ModelConfig
 from jax_it.errors import UserError
-from jax_it.models.cache import Cache
+from jax_it.models.cache import Cache, Step, by_layer
 from jax_it.models.experts import Routing
 from jax_it.models.families import FAMILIES
 from jax_it.models.family import Family, Kind, Run
@@ -164,14 +164,22 @@ class Model:
 
         The cache holds at most `length` new tokens of each prompt, or source; segment 0 is padding.
         """
-        return self._module(params).prefill(prompts_BS, segments_BS, length, self.run)
+        first_B, start_B, cache = self._module(params).prefill(prompts_BS, segments_BS, length, self.run)
+        return first_B, start_B, by_layer(cache) if self.run.unrolled else cache
 
-    def step(
-        self, params: Params, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
-        """Logits [B, V] after one more token a row, which stands at that row's position, and the new cache."""
-        hidden_BD, cache = self._module(params).step(tokens_B, positions_B, cache, self.run)
-        return self.logits(self.head(params), hidden_BD), cache
+    def stepper(self, params: Params) -> Step:
+        """`step(tokens_B, positions_B, cache)`: logits [B, V] after one more token a row, which stands at that row's
+        position, and the new cache.
+
+        What the steps need of the weights is made ready here: call it outside of the loop over steps.
+        """
+        step, head_VD = self._module(params).stepper(self.run), self.head(params)
+
+        def with_head(tokens_B: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+            hidden_BD, cache = step(tokens_B, positions_B, cache)
+            return self.logits(head_VD, hidden_BD), cache
+
+        return with_head
 
     def _module(self, params: Params, key: jax.Array | None = None) -> Any:
         """The module with its weights in the computation's dtype; norms and biases stay float32."""
@@ -202,8 +210,9 @@ def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
     config = family.read_config(values, where)
     dtype = {"auto": default_dtype(), "float32": jnp.float32, "bfloat16": jnp.bfloat16}
     dropout = config.dropout if model.dropout is None else model.dropout
-    fused = model.attention == "auto" and jax.default_backend() == "tpu"
-    run = Run(dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, fused)
+    on_tpu = jax.default_backend() == "tpu"
+    fused = model.attention == "auto" and on_tpu
+    run = Run(dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, fused, unrolled=not on_tpu)
     return Model(values, family, config, run)
 
 

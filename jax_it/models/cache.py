@@ -1,7 +1,8 @@
 """What decoding carries from step to step, for encoder-decoders and causal models alike.
 
 Keys stand as K S H, each head's positions together: a step reads them head by head. The last part of a field's name
-says which axes its array has, and the functions here find rows and positions by it.
+says which axes its array has, and the functions here find rows and positions by it. Where a model's layers are gone
+through one by one, L is no axis: there is a tuple of arrays, one for each layer.
 """
 
 from collections.abc import Callable
@@ -10,12 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+Layers = jax.Array | tuple[jax.Array, ...]
+
 
 class Memory(NamedTuple):
     """What cross-attention reads: keys and values of every layer, and each source position's segment, 0 for padding."""
 
-    key_LBKSH: jax.Array
-    value_LBKSH: jax.Array
+    key_LBKSH: Layers
+    value_LBKSH: Layers
     segments_BS: jax.Array
 
 
@@ -25,23 +28,82 @@ class Cache(NamedTuple):
     With n times as many rows as the memory has sources, row b reads source b // n.
     """
 
-    key_LBKTH: jax.Array
-    value_LBKTH: jax.Array
+    key_LBKTH: Layers
+    value_LBKTH: Layers
     memory: Memory | None = None
     extent_B: jax.Array | None = None  # how many positions each text may have in all, where its rotation depends on it
 
 
+Step = Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
+
+
+def by_layer(cache: Cache) -> Cache:
+    """The cache with an array for each layer."""
+    keys, values, memory = tuple(cache.key_LBKTH), tuple(cache.value_LBKTH), cache.memory
+    if memory is not None:
+        memory = memory._replace(key_LBKSH=tuple(memory.key_LBKSH), value_LBKSH=tuple(memory.value_LBKSH))
+    return cache._replace(key_LBKTH=keys, value_LBKTH=values, memory=memory)
+
+
+def room(cache: Cache) -> int:
+    """How many positions a row of it has."""
+    return cache.key_LBKTH[0].shape[2]
+
+
+def prompt_room(cache: Cache) -> int:
+    """How many positions there are for prompts: a source's, or those of new tokens among them."""
+    return cache.memory.segments_BS.shape[1] if cache.memory else room(cache)
+
+
 def take_rows(cache: Cache, rows_B: jax.Array) -> Cache:
     """The cache whose row b is row `rows_B[b]` of this one. A memory stays, so no row may change its source."""
-    return _map(lambda letters, array: array.take(rows_B, letters.index("B")), cache._replace(memory=None))._replace(
-        memory=cache.memory
-    )
+    taken = change(lambda letters, array: array.take(rows_B, letters.index("B")), cache._replace(memory=None))
+    return taken._replace(memory=cache.memory)
 
 
-def write(cached_LBKTH: jax.Array, layer: Any, positions_B: jax.Array, new_BKH: jax.Array) -> jax.Array:
+def select(cache: Cache, sources_B: jax.Array, copies: int = 1) -> Cache:
+    """The cache with the `copies` rows of each of these sources, and what they read."""
+    memory = cache.memory
+    if memory is not None:
+        memory = change(lambda letters, array: array.take(sources_B, letters.index("B")), memory)
+    return take_rows(cache, rows(sources_B, copies))._replace(memory=memory)
+
+
+def insert(cache: Cache, new: Cache, at_R: jax.Array, from_R: jax.Array, copies: int = 1) -> Cache:
+    """The cache with sources `from_R` of another one, with a row for each, in the places `at_R`.
+
+    There each gets `copies` rows, which are alike. Places that are not there take none.
+    """
+
+    def put(at_R: jax.Array, from_R: jax.Array) -> Callable[..., jax.Array]:
+        def one(letters: str, old: jax.Array, new: jax.Array) -> jax.Array:
+            axis = letters.index("B")
+            return old.at[(slice(None),) * axis + (at_R,)].set(new.take(from_R, axis), mode="drop")
+
+        return one
+
+    memory = None if cache.memory is None else change(put(at_R, from_R), cache.memory, new.memory)
+    put_rows = put(rows(at_R, copies), jnp.repeat(from_R, copies))
+    return change(put_rows, cache._replace(memory=None), new._replace(memory=None))._replace(memory=memory)
+
+
+def rows(sources_B: jax.Array, copies: int) -> jax.Array:
+    """The rows of some sources that have so many each."""
+    return (sources_B[:, None] * copies + jnp.arange(copies)).reshape(-1)
+
+
+def lengthen(cache: Cache, by: int) -> Cache:
+    """The cache with room for prompts that are longer by so many tokens: a source, or what comes before new tokens."""
+    grows = "S" if cache.memory else "T"
+    return change(lambda letters, array: jnp.pad(array, [(0, by * (letter == grows)) for letter in letters]), cache)
+
+
+def write(cached_LBKTH: Layers, layer: Any, positions_B: jax.Array, new_BKH: jax.Array) -> Layers:
     """Keys or values with those of one more token a row, at the row's position in a layer."""
-    rows, heads = jnp.arange(new_BKH.shape[0])[:, None], jnp.arange(new_BKH.shape[1])
-    return cached_LBKTH.at[layer, rows, heads, positions_B[:, None]].set(new_BKH)
+    place = jnp.arange(new_BKH.shape[0])[:, None], jnp.arange(new_BKH.shape[1]), positions_B[:, None]
+    if isinstance(cached_LBKTH, tuple):
+        return *cached_LBKTH[:layer], cached_LBKTH[layer].at[place].set(new_BKH), *cached_LBKTH[layer + 1 :]
+    return cached_LBKTH.at[layer, *place].set(new_BKH)
 
 
 def by_head(*arrays_BSKH: jax.Array) -> tuple[jax.Array, ...]:
@@ -49,12 +111,19 @@ def by_head(*arrays_BSKH: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.swapaxes(array, 1, 2) for array in arrays_BSKH)
 
 
-def _map(change: Callable[[str, jax.Array], jax.Array], cache: Any) -> Any:
-    """The cache with every array changed, which comes with the letters of its axes."""
+def change(function: Callable[..., Any], cache: Any, *others: Any) -> Any:
+    """The cache with `function(letters, array, *arrays)` for every array, which comes with the letters of its axes and
+    with those of other caches.
+    """
 
-    def one(name: str, value: Any) -> Any:
+    def one(name: str, value: Any, *values: Any) -> Any:
         if value is None:
             return None
-        return _map(change, value) if isinstance(value, Memory) else change(name.rsplit("_", 1)[1], value)
+        if isinstance(value, Memory):
+            return change(function, value, *values)
+        letters = name.rsplit("_", 1)[1]
+        if isinstance(value, tuple):
+            return tuple(function(letters[1:], *layer) for layer in zip(value, *values, strict=True))
+        return function(letters, value, *values)
 
-    return type(cache)(*(one(name, value) for name, value in zip(cache._fields, cache, strict=True)))
+    return type(cache)(*(one(name, *each) for name, *each in zip(cache._fields, cache, *others, strict=True)))

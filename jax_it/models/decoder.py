@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import fused, layers, rope
-from jax_it.models.cache import Cache, Memory, by_head, write
+from jax_it.models.cache import Cache, Memory, Step, by_head, lengthen, room, write
 from jax_it.models.experts import Routing
 from jax_it.models.family import Run
 from jax_it.models.layers import Norm, attend, split_key
@@ -95,40 +95,44 @@ class Stack(nnx.Module):
         x_BTD, (routing, cache) = jax.lax.scan(jax.checkpoint(body) if run.remat else body, x_BTD, xs)
         return self.norm(x_BTD), jax.tree.map(lambda layers: layers.sum(0), routing), cache
 
-    def scan_step(self, x_BTD: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Normed states [B, D] of one more token a row, at its own position, and the new cache."""
-        c, room, memory = self.config, cache.key_LBKTH.shape[3], cache.memory
-        distance_BTS = (positions_B[:, None] - jnp.arange(room))[:, None]
-        turns = self._rotations(positions_B[:, None], None if cache.extent_B is None else cache.extent_B[:, None])
-        graph, state = nnx.split(self.layers)
+    def stepper(self, run: Run) -> Step:
+        """`step(x_BTD, positions_B, cache)`: normed states [B, D] of one more token a row, at its own position, and
+        the new cache.
+        """
+        c, varied = self.config, self._varied()
+        through_layers = layers.in_order(self.layers, c.layers, run.unrolled)
 
-        def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-            x_BTD, *cached = carry
-            number, state, varied, source = xs
-            module = nnx.merge(graph, state)
-            (cos, sin), window = self._variation(turns, varied)
+        def step(x_BTD: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+            memory = cache.memory
+            distance_BTS = (positions_B[:, None] - jnp.arange(room(cache)))[:, None]
+            turns = self._rotations(positions_B[:, None], None if cache.extent_B is None else cache.extent_B[:, None])
 
-            def attention(x_BTD: jax.Array) -> jax.Array:
-                query_BTNH, *new = _heads(module.attention, x_BTD, cos, sin)
-                # Carried along and written in place: a cache that is read and returned by layers would be copied.
-                cached[:] = (write(old, number, positions_B, n[:, 0]) for old, n in zip(cached, new, strict=True))
-                attended = attend(
-                    query_BTNH, *(whole[number] for whole in cached), layout="BKSH",
-                    mask_BTS=(distance_BTS >= 0) & (distance_BTS < window), scale=_score_scale(c), cap=c.score_cap,
-                )  # fmt: skip
-                return module.attention.project(attended)
+            def layer(carry: tuple, number: Any, module: Any) -> tuple:
+                x_BTD, *cached = carry
+                (cos, sin), window = self._variation(turns, varied and jax.tree.map(lambda each: each[number], varied))
 
-            def cross(x_BTD: jax.Array) -> jax.Array:
-                assert memory is not None
-                return _read(c, module.cross, x_BTD, source, memory.segments_BS[:, None] > 0, "BKSH")
+                def attention(x_BTD: jax.Array) -> jax.Array:
+                    query_BTNH, *new = _heads(module.attention, x_BTD, cos, sin)
+                    # Carried along and written in place: a cache that is read and returned by layers would be copied.
+                    cached[:] = (write(old, number, positions_B, n[:, 0]) for old, n in zip(cached, new, strict=True))
+                    attended = attend(
+                        query_BTNH, *(whole[number] for whole in cached), layout="BKSH",
+                        mask_BTS=(distance_BTS >= 0) & (distance_BTS < window), scale=_score_scale(c), cap=c.score_cap,
+                    )  # fmt: skip
+                    return module.attention.project(attended)
 
-            x_BTD, _ = module(c, x_BTD, attention, cross, jnp.ones(x_BTD.shape[:2], bool), 0.0, None)
-            return (x_BTD, *cached), None
+                def cross(x_BTD: jax.Array) -> jax.Array:
+                    assert memory is not None
+                    source = memory.key_LBKSH[number], memory.value_LBKSH[number]
+                    return _read(c, module.cross, x_BTD, source, memory.segments_BS[:, None] > 0, "BKSH")
 
-        source = memory and (memory.key_LBKSH, memory.value_LBKSH)
-        xs = (jnp.arange(c.layers), state, self._varied(), source)
-        (x_BTD, keys, values), _ = jax.lax.scan(body, (x_BTD, cache.key_LBKTH, cache.value_LBKTH), xs)
-        return self.norm(x_BTD[:, 0]), cache._replace(key_LBKTH=keys, value_LBKTH=values)
+                x_BTD, _ = module(c, x_BTD, attention, cross, jnp.ones(x_BTD.shape[:2], bool), 0.0, None)
+                return x_BTD, *cached
+
+            x_BTD, keys, values = through_layers(layer, (x_BTD, cache.key_LBKTH, cache.value_LBKTH))
+            return self.norm(x_BTD[:, 0]), cache._replace(key_LBKTH=keys, value_LBKTH=values)
+
+        return step
 
     def remember(self, states_BSD: jax.Array, segments_BS: jax.Array) -> Memory:
         """The memory of a source's states: cross-attention's keys and values, made once for all steps."""
@@ -201,13 +205,15 @@ class Decoder(Stack):
             x_BSD, positions_BS, segments_BS, allowed_BTS, run,
             extents_BT=None if extent_B is None else extent_B[:, None], with_cache=True,
         )  # fmt: skip
-        room = ((0, 0), (0, 0), (0, 0), (0, length), (0, 0))
         first_B = jnp.take_along_axis(tokens_BS, last_B[:, None], axis=1)[:, 0]
-        return first_B, last_B, Cache(jnp.pad(keys, room), jnp.pad(values, room), extent_B=extent_B)
+        return first_B, last_B, lengthen(Cache(keys, values, extent_B=extent_B), length)
 
-    def step(self, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache, run: Run) -> tuple[jax.Array, Cache]:
+    def stepper(self, run: Run) -> Step:
         """States [B, D] after one more token a row, at its own position, and the new cache."""
-        return self.scan_step(self._embed(tokens_B[:, None], positions_B[:, None], run), positions_B, cache)
+        step = super().stepper(run)
+        return lambda tokens_B, positions_B, cache: step(
+            self._embed(tokens_B[:, None], positions_B[:, None], run), positions_B, cache
+        )
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, run: Run) -> jax.Array:
         x_BTD = embed(self.config, self.embedding, tokens_BT, run.dtype)

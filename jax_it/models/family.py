@@ -17,13 +17,14 @@ class Run(NamedTuple):
     dropout: float = 0.0  # the rate where a key is given
     prefix_lm: bool = False  # the prompt's positions see each other, also in `prefill`
     fused: bool | Literal["interpret"] = False  # attention by the TPU's kernel, where it can compute the rows
+    unrolled: bool = False  # decoding goes through the layers one by one, which takes longer to compile than a scan
 
 
 @dataclass(frozen=True)
 class Family:
     """One `model_type`. Its module, made as `module(config, rngs=…)`, is called with (batch, run, key).
 
-    It also has `prefill` and `step`, for generation; see `Model` for what each of them takes and returns.
+    It also has `prefill` and `stepper`, for generation; see `Model` for what each of them takes and returns.
     """
 
     kind: Kind

@@ -13,7 +13,7 @@ self-attention in the encoder costs no more than in padded batches.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,32 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     """`layers` modules as one, whose weights have a leading axis L."""
     keys = jax.random.split(rngs.params(), layers)
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
+
+
+def in_order(stacked: nnx.Module, number: int, unrolled: bool) -> Callable[[Callable[[Any, Any, Any], Any], Any], Any]:
+    """`go(body, carry)`, which gives carry = body(carry, i, module) for each of the stacked layers and returns it.
+
+    By a scan; or, `unrolled`, one after the other: a scan copies a layer's weights, and what is read of a cache, every
+    time it comes to it. Their weights are then cut apart here, to be done once outside of a loop over steps.
+    """
+    graph, state = nnx.split(stacked)
+    if unrolled:
+        states = [jax.tree.map(lambda whole, i=i: whole[i], state) for i in range(number)]
+
+        def one_by_one(body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
+            for i, state in enumerate(states):
+                carry = body(carry, i, nnx.merge(graph, state))
+            return carry
+
+        return one_by_one
+
+    def scan(body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
+        def step(carry: Any, xs: tuple) -> tuple[Any, None]:
+            return body(carry, xs[0], nnx.merge(graph, xs[1])), None
+
+        return jax.lax.scan(step, carry, (jnp.arange(number), state))[0]
+
+    return scan
 
 
 def split_key(key: jax.Array | None, number: int) -> list[jax.Array | None]:

@@ -1,6 +1,6 @@
 """A tiny T5 and a tiny Llama of random weights whose texts depend on their prompt and end at various lengths."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jax_it import config, models, sharding
+from jax_it.generation import Text
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -24,6 +25,11 @@ class Tiny(NamedTuple):
     params: models.Params
     sources: list[list[int]]  # prompts
     mesh: jax.sharding.Mesh  # of one device
+
+
+def by_prompt(texts: Iterable[Text]) -> dict[int, list[int]]:
+    """The tokens of each prompt's text."""
+    return {text.prompt: text.tokens for text in texts}
 
 
 @pytest.fixture(scope="session")

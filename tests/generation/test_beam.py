@@ -11,7 +11,8 @@ import pytest
 
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
 from jax_it.generation import Generator, Sampling
-from jax_it.generation.beam import beam_search
+from jax_it.generation.beam import Beams
+from tests.generation.conftest import by_prompt
 
 START, END, VOCABULARY, ROWS, LENGTH = 0, 1, 12, 40, 8
 
@@ -41,20 +42,38 @@ def first_token(logits_VVV: Any) -> Any:
     return logits_VVV[START, START].argmax()
 
 
-def search(logits_RVVV: np.ndarray, length: int = LENGTH, step: Callable = step, **settings) -> list[list[int]]:
+def run(
+    logits_RVVV: jax.Array, cache: Cache, first_B: jax.Array, search: Beams, step: Callable = step, limit: int = LENGTH
+) -> jax.Array:
+    """The best text [B, T] of each source: the search, on its own."""
+    number_B = jnp.zeros(len(first_B), jnp.int32)
+    limit_B = jnp.full(len(first_B), limit)
+    cache = take_rows(cache, jnp.repeat(jnp.arange(len(first_B)), search.beams))
+    start = search.begin(first_B, number_B, None), cache, jnp.repeat(first_B, search.beams), number_B, number_B > 0
+
+    def advance(carry: tuple) -> tuple:
+        state, cache, last_B, number_B, done_B = carry
+        logits_BV, cache = step(last_B, number_B.max(), cache)
+        state, last_B, rows_B, over_B = search.advance(state, logits_BV, number_B, limit_B, done_B)
+        return state, take_rows(cache, rows_B), last_B, number_B + 1, done_B | over_B
+
+    return search.read(jax.lax.while_loop(lambda carry: ~carry[-1].all(), advance, start)[0])[0][:, 0]
+
+
+def search(
+    logits_RVVV: np.ndarray, length: int = LENGTH, step: Callable = step, end_tokens: tuple = (END,), **settings
+) -> list[list[int]]:
     """The text of each row, the end mark with it where there is one."""
+    beams = Beams(Sampling(**settings), end_tokens, length)
 
-    ends = settings.setdefault("end_tokens", (END,))
-
-    def run(logits_RVVV: jax.Array) -> jax.Array:
+    def of_chains(logits_RVVV: jax.Array) -> jax.Array:
         cache = Cache(logits_RVVV, jax.vmap(first_token)(logits_RVVV))
-        first_B = jnp.full(len(logits_RVVV), START, jnp.int32)
-        return beam_search(step, take_rows, cache, first_B=first_B, length=length, **settings)
+        return run(logits_RVVV, cache, jnp.full(len(logits_RVVV), START, jnp.int32), beams, step, length)
 
-    texts = np.asarray(jax.jit(run)(logits_RVVV)).tolist()
+    texts = np.asarray(jax.jit(of_chains)(logits_RVVV)).tolist()
     assert all(len(text) == length for text in texts)
-    lengths = [next((i + 1 for i, token in enumerate(text) if token in ends), length) for text in texts]
-    assert all(set(text[n:]) <= {ends[0]} for text, n in zip(texts, lengths, strict=True))
+    lengths = [next((i + 1 for i, token in enumerate(text) if token in end_tokens), length) for text in texts]
+    assert all(set(text[n:]) <= {end_tokens[0]} for text, n in zip(texts, lengths, strict=True))
     return [text[:n] for text, n in zip(texts, lengths, strict=True)]
 
 
@@ -63,7 +82,7 @@ def plain_beam_search(
     num_beams: int,
     length: int,
     length_penalty: float = 1.0,
-    early_stopping: bool = False,
+    early_stopping: bool | str = False,
     end_tokens: tuple[int, ...] = (END,),
 ) -> list[int]:
     """The text that beam search finds, with the end mark; `log_probabilities` are those of the token after a text."""
@@ -84,8 +103,9 @@ def plain_beam_search(
         ended = sorted(ended, reverse=True)[:num_beams]
         running = [(score, text) for score, text in candidates if not has_ended(text)][:num_beams]
         if len(ended) == num_beams and running:
-            hopeless = running[0][0] / number**length_penalty <= ended[-1][0]
-            if early_stopping or hopeless:
+            at = length if early_stopping == "never" and length_penalty > 0 else number
+            hopeless = running[0][0] / at**length_penalty <= ended[-1][0]
+            if early_stopping is True or hopeless:
                 break
     return ended[0][1]
 
@@ -109,7 +129,7 @@ def chains() -> np.ndarray:
     return logits_RVVV
 
 
-@pytest.mark.parametrize("early_stopping", [False, True])
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("length_penalty", [0.6, 1.0, 2.0])
 @pytest.mark.parametrize("num_beams", [2, 5])
 def test_the_texts_are_those_of_a_plain_beam_search(chains, num_beams, length_penalty, early_stopping):
@@ -135,16 +155,15 @@ def test_each_row_goes_on_from_a_first_token_of_its_own(chains):
     first_B = np.arange(ROWS) % VOCABULARY
     log_probabilities = log_softmax(chains)
 
-    def run(logits_RVVV: jax.Array) -> jax.Array:
+    def of_chains(logits_RVVV: jax.Array) -> jax.Array:
         cache = Cache(logits_RVVV, jnp.zeros(ROWS, jnp.int32))
-        settings = {"length": LENGTH, "num_beams": 3, "end_tokens": (END,)}
-        return beam_search(step, take_rows, cache, first_B=jnp.asarray(first_B, jnp.int32), **settings)
+        return run(logits_RVVV, cache, jnp.asarray(first_B, jnp.int32), Beams(Sampling(num_beams=3), (END,), LENGTH))
 
     def of_row(row: int, text: list[int]) -> np.ndarray:
         before, last = [0, int(first_B[row]), *text][-2:]
         return log_probabilities[row, before, last]
 
-    for row, text in enumerate(np.asarray(jax.jit(run)(chains)).tolist()):
+    for row, text in enumerate(np.asarray(jax.jit(of_chains)(chains)).tolist()):
         plain = plain_beam_search(partial(of_row, row), 3, LENGTH)
         assert text == plain + [END] * (LENGTH - len(plain))
 
@@ -216,7 +235,7 @@ def test_the_search_ends_once_every_row_is_closed(chains):
 def test_the_beams_of_a_t5_are_those_of_a_plain_search_that_recomputes_each_text(tiny):
     length, num_beams = 6, 3
     generator = Generator(tiny.model, tiny.mesh, length, 4, Sampling(num_beams=num_beams))
-    found = dict(generator(tiny.params, tiny.sources))
+    found = by_prompt(generator(tiny.params, tiny.sources))
 
     @jax.jit
     def full_pass(source_S: jax.Array, tokens_T: jax.Array) -> jax.Array:
@@ -238,7 +257,7 @@ def test_the_beams_of_a_t5_are_those_of_a_plain_search_that_recomputes_each_text
 
 def test_the_beams_of_a_causal_model_are_those_of_a_plain_search_that_recomputes_each_text(llama):
     length, num_beams = 6, 3
-    found = dict(
+    found = by_prompt(
         Generator(llama.model, llama.mesh, length, 4, Sampling(num_beams=num_beams))(llama.params, llama.sources)
     )
 

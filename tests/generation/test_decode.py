@@ -9,7 +9,8 @@ import pytest
 
 from jax_it import config, sharding
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
-from jax_it.generation import Generator, Sampling, decode
+from jax_it.generation import Generator, Sampling, decode, widths
+from tests.generation.conftest import by_prompt
 
 LENGTH = 10
 SAMPLINGS = {
@@ -33,7 +34,7 @@ def generators(tiny) -> dict[Sampling, Generator]:
 @pytest.fixture(scope="module")
 def texts(tiny, generators, sampling) -> list[list[int]]:
     """Each source's tokens, decoded in batches of 8."""
-    found = dict(generators[sampling](tiny.params, tiny.sources))
+    found = by_prompt(generators[sampling](tiny.params, tiny.sources))
     return [found[i] for i in range(len(tiny.sources))]
 
 
@@ -52,7 +53,7 @@ def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass_at_each_step(t
     tokens_BT = np.full((rows, LENGTH + 1), tiny.model.config.start_token)
     for position in range(LENGTH):
         tokens_BT[:, position + 1] = full_pass(tokens_BT[:, :LENGTH])[:, position]
-    found = dict(generators[Sampling()](tiny.params, tiny.sources))
+    found = by_prompt(generators[Sampling()](tiny.params, tiny.sources))
     (end,) = tiny.model.config.end_tokens
     for row, text in enumerate(tokens_BT[:, 1:].tolist()):
         assert found[row] == (text[: text.index(end)] if end in text else text)
@@ -66,10 +67,10 @@ def test_texts_differ_and_end_at_various_lengths(tiny, texts):
 
 @pytest.mark.parametrize("batch_size, width", [(1, 32), (3, 64)])
 def test_neither_the_batch_size_nor_padding_changes_a_row(tiny, sampling, texts, batch_size, width, monkeypatch):
-    monkeypatch.setattr(decode, "SMALLEST", width)
+    monkeypatch.setattr(widths, "SMALLEST", width)
     found = list(Generator(tiny.model, tiny.mesh, LENGTH, batch_size, sampling)(tiny.params, tiny.sources))
     assert len(found) == len(texts)
-    assert dict(found) == dict(enumerate(texts))
+    assert by_prompt(found) == dict(enumerate(texts))
 
 
 def test_the_company_in_a_batch_never_changes_a_row(tiny, generators, sampling, texts):
@@ -77,7 +78,7 @@ def test_the_company_in_a_batch_never_changes_a_row(tiny, generators, sampling, 
     rng = np.random.default_rng(2)
     others = [[*rng.integers(2, 40, rng.integers(0, 31)).tolist(), 1] for _ in tiny.sources]
     mixed = [other if i % 2 else source for i, (source, other) in enumerate(zip(tiny.sources, others, strict=True))]
-    found = dict(generators[sampling](tiny.params, mixed))
+    found = by_prompt(generators[sampling](tiny.params, mixed))
     assert [found[i] for i in range(0, len(texts), 2)] == texts[::2]
 
 
@@ -85,49 +86,47 @@ def test_the_company_in_a_batch_never_changes_a_row(tiny, generators, sampling, 
 def test_the_order_of_the_sources_never_changes_a_text(tiny, generators, name):
     generator = generators[SAMPLINGS[name]]
     order = np.random.default_rng(3).permutation(len(tiny.sources)).tolist()
-    found = dict(generator(tiny.params, tiny.sources))
-    shuffled = dict(generator(tiny.params, [tiny.sources[i] for i in order]))
+    found = by_prompt(generator(tiny.params, tiny.sources))
+    shuffled = by_prompt(generator(tiny.params, [tiny.sources[i] for i in order]))
     assert [shuffled[row] for row in range(len(order))] == [found[i] for i in order]
 
 
 def test_longer_sources_get_wider_batches_and_the_same_texts(tiny, generators, monkeypatch):
-    expected = dict(generators[Sampling()](tiny.params, tiny.sources))
-    monkeypatch.setattr(decode, "SMALLEST", 4)
-    widths: list[int] = []
-    plain = type(tiny.model).prefill
-
-    def watched(self, params, source_BS, segments_BS, length):
-        widths.append(source_BS.shape[1])
-        return plain(self, params, source_BS, segments_BS, length)
-
-    monkeypatch.setattr(type(tiny.model), "prefill", watched)
-    assert dict(Generator(tiny.model, tiny.mesh, LENGTH, 3)(tiny.params, tiny.sources)) == expected
-    assert widths == [4, 16, 32]  # for batches of at most 4, 10, 21 and 32 tokens, each width traced once
+    expected = by_prompt(generators[Sampling()](tiny.params, tiny.sources))
+    monkeypatch.setattr(widths, "SMALLEST", 4)
+    monkeypatch.setattr(widths, "COMPILE", 0)
+    monkeypatch.setattr(decode, "NARROWEST", 4)
+    generator = Generator(tiny.model, tiny.mesh, LENGTH, 3)
+    assert by_prompt(generator(tiny.params, tiny.sources)) == expected
+    filled = [width for what, _, width in generator.shapes if what == "fill"]
+    # The sources' lengths, end marks with them: 1, 2, 4, 6, 8, 10, 13, 16, 21, 30, 31, 32.
+    assert sorted(filled) == [4, 8, 12, 16, 24, 32]
+    assert {width for what, _, width in generator.shapes if what == "advance"} == {4, 8, 16, 32}
 
 
 def test_the_number_of_devices_never_changes_a_row(tiny, sampling, texts):
     mesh = sharding.make_mesh(config.Mesh())
-    found = dict(Generator(tiny.model, mesh, LENGTH, 8, sampling)(tiny.params, tiny.sources))
+    found = by_prompt(Generator(tiny.model, mesh, LENGTH, 8, sampling)(tiny.params, tiny.sources))
     assert found == dict(enumerate(texts))
 
 
 def test_the_same_seed_draws_the_same_texts_and_another_seed_others(tiny, generators):
     sampling = SAMPLINGS["sampled"]
-    first = dict(generators[sampling](tiny.params, tiny.sources))
-    assert dict(generators[sampling](tiny.params, tiny.sources)) == first
+    first = by_prompt(generators[sampling](tiny.params, tiny.sources))
+    assert by_prompt(generators[sampling](tiny.params, tiny.sources)) == first
     other = Generator(tiny.model, tiny.mesh, LENGTH, 8, sampling._replace(seed=sampling.seed + 1))
-    second = dict(other(tiny.params, tiny.sources))
+    second = by_prompt(other(tiny.params, tiny.sources))
     assert sum(first[i] != second[i] for i in first) >= len(first) - 1  # two may both end at once
 
 
 def test_equal_sources_draw_texts_of_their_own(tiny, generators):
-    found = dict(generators[SAMPLINGS["sampled"]](tiny.params, [tiny.sources[0]] * 8))
+    found = by_prompt(generators[SAMPLINGS["sampled"]](tiny.params, [tiny.sources[0]] * 8))
     assert len({tuple(text) for text in found.values()}) == 8
 
 
-def test_sources_come_back_shortest_first_and_each_once(tiny, generators):
-    found = [i for i, _ in generators[Sampling()](tiny.params, tiny.sources)]
-    assert found == sorted(range(len(tiny.sources)), key=lambda i: len(tiny.sources[i]))
+def test_every_source_comes_back_once(tiny, generators):
+    found = [text.prompt for text in generators[Sampling()](tiny.params, tiny.sources)]
+    assert sorted(found) == list(range(len(tiny.sources)))
 
 
 def test_no_sources_give_no_texts(tiny, generators):
@@ -138,15 +137,20 @@ def test_no_sources_give_no_texts(tiny, generators):
 def test_rows_that_fill_up_a_batch_keep_nobody_waiting(tiny, monkeypatch, name):
     """Decoding ends with the last row that was asked for, though the batch has rows to spare."""
     steps: list[int] = []
-    plain = type(tiny.model).step
+    plain = type(tiny.model).stepper
 
-    def counted(self, params, tokens_B, positions_B, cache):
-        jax.debug.callback(lambda position: steps.append(int(position)), positions_B[0])
-        return plain(self, params, tokens_B, positions_B, cache)
+    def stepper(self, params):
+        step = plain(self, params)
 
-    monkeypatch.setattr(type(tiny.model), "step", counted)
+        def counted(tokens_B, positions_B, cache):
+            jax.debug.callback(lambda position: steps.append(int(position)), positions_B[0])
+            return step(tokens_B, positions_B, cache)
+
+        return counted
+
+    monkeypatch.setattr(type(tiny.model), "stepper", stepper)
     short = tiny.sources[11]
-    ((_, text),) = Generator(tiny.model, tiny.mesh, LENGTH, 3, SAMPLINGS[name])(tiny.params, [short])
+    ((_, _, text, _),) = Generator(tiny.model, tiny.mesh, LENGTH, 3, SAMPLINGS[name])(tiny.params, [short])
     jax.effects_barrier()
     if name == "greedy":
         assert len(steps) == len(text) + 1  # the end mark
@@ -180,7 +184,7 @@ def likeliest(tiny, length, ends):
 def test_greedy_tokens_of_a_causal_model_are_the_likeliest_of_the_full_forward_pass(llama, prefix_lm):
     model = dataclasses.replace(llama.model, run=llama.model.run._replace(prefix_lm=prefix_lm))
     expected = likeliest(llama._replace(model=model), LENGTH, model.config.end_tokens)
-    assert dict(Generator(model, llama.mesh, LENGTH, 8)(llama.params, llama.sources)) == dict(enumerate(expected))
+    assert by_prompt(Generator(model, llama.mesh, LENGTH, 8)(llama.params, llama.sources)) == dict(enumerate(expected))
     assert len({tuple(text) for text in expected}) >= 10
     assert len({len(text) for text in expected}) >= 3 and max(map(len, expected)) == LENGTH
     if prefix_lm:
@@ -189,22 +193,22 @@ def test_greedy_tokens_of_a_causal_model_are_the_likeliest_of_the_full_forward_p
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_neither_the_batch_nor_its_width_nor_the_devices_change_a_causal_models_texts(llama, name, monkeypatch):
-    expected = dict(Generator(llama.model, llama.mesh, LENGTH, 8, SAMPLINGS[name])(llama.params, llama.sources))
+    expected = by_prompt(Generator(llama.model, llama.mesh, LENGTH, 8, SAMPLINGS[name])(llama.params, llama.sources))
     many = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
     for mesh, batch_size, width in ((llama.mesh, 3, 64), (many, 8, 32)):
-        monkeypatch.setattr(decode, "SMALLEST", width)
+        monkeypatch.setattr(widths, "SMALLEST", width)
         found = Generator(llama.model, mesh, LENGTH, batch_size, SAMPLINGS[name])(llama.params, llama.sources)
-        assert dict(found) == expected
+        assert by_prompt(found) == expected
 
 
 @pytest.mark.parametrize("name", ["tiny", "llama"])
 def test_a_text_ends_at_any_end_token_of_the_model_or_given_beside_them(request, name):
     tiny = request.getfixturevalue(name)
     endless = dataclasses.replace(tiny.model, config=dataclasses.replace(tiny.model.config, end_tokens=()))
-    never = dict(Generator(endless, tiny.mesh, LENGTH, 8, ends=(39,))(tiny.params, tiny.sources))
+    never = by_prompt(Generator(endless, tiny.mesh, LENGTH, 8, ends=(39,))(tiny.params, tiny.sources))
     common = max(range(2, 39), key=lambda token: sum(token in text for text in never.values()))
     several = dataclasses.replace(endless, config=dataclasses.replace(endless.config, end_tokens=(1, 39)))
-    found = dict(Generator(several, tiny.mesh, LENGTH, 8, ends=(common, 1))(tiny.params, tiny.sources))
+    found = by_prompt(Generator(several, tiny.mesh, LENGTH, 8, ends=(common, 1))(tiny.params, tiny.sources))
     for i, text in never.items():
         assert found[i] == text[: next((at for at, token in enumerate(text) if token in (1, common)), len(text))]
     assert sum(found[i] != never[i] and 1 not in never[i][: len(found[i]) + 1] for i in never) >= 2

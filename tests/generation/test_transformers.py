@@ -11,6 +11,7 @@ from jax_it import config, models, sharding
 from jax_it.generation import Generator, Sampling
 from jax_it.generation.sampling import restrict
 from jax_it.models import hf
+from tests.generation.conftest import by_prompt
 
 pytestmark = pytest.mark.parity
 
@@ -59,7 +60,9 @@ class Pair(NamedTuple):
         return [text[: text.index(END)] if END in text else text for text in texts]
 
     def ours(self, **settings: Any) -> list[list[int]]:
-        found = dict(Generator(self.model, self.mesh, LENGTH, ROWS, Sampling(**settings))(self.params, self.sources))
+        found = by_prompt(
+            Generator(self.model, self.mesh, LENGTH, ROWS, Sampling(**settings))(self.params, self.sources)
+        )
         return [found[i] for i in range(ROWS)]
 
 

@@ -13,6 +13,7 @@ from jax_it.data.formats import CausalFormat
 from jax_it.data.packing import Shape
 from jax_it.generation import Generator
 from jax_it.models import Model, Params, build
+from tests.generation.conftest import by_prompt
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -80,7 +81,7 @@ def test_generated_tokens_are_the_likeliest_of_the_full_forward_pass(values, pre
     mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
     prompts = [example(seed, length, 0).target.tolist() for seed, length in enumerate((3, 7, 1, 12))]
     length = 6
-    made = dict(Generator(model, mesh, length, 4)(params, prompts))
+    made = by_prompt(Generator(model, mesh, length, 4)(params, prompts))
     assert len({tuple(tokens) for tokens in made.values()}) > 1
     for i, prompt in enumerate(prompts):
         text = [*prompt, *made[i]]
@@ -138,7 +139,7 @@ def test_longrope_generates_what_the_full_forward_pass_finds_likeliest(prompt, n
     model, params = make(LONGROPE)
     mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
     tokens = example(7, prompt, 0).target.tolist()
-    ((_, made),) = Generator(model, mesh, new, 1, ends=(0,))(params, [tokens])
+    ((_, _, made, _),) = Generator(model, mesh, new, 1, ends=(0,))(params, [tokens])
     # The text counts as long as it may become.
     text = [*tokens, *made, *[2] * (prompt + new - len(tokens) - len(made))]
     whole = Placed(np.zeros(0, np.int32), np.array(text, np.int32), 0, np.arange(len(text)) >= prompt)

@@ -123,7 +123,7 @@ def test_single_steps_give_the_logits_of_all_positions_at_once(copies, t5gemma):
     )
     np.testing.assert_array_equal(first_B, model.config.start_token)
     cache, positions_B = take_rows(cache, rows_B), positions_B[rows_B]
-    step = jax.jit(model.step)
+    step = jax.jit(lambda params, *arguments: model.stepper(params)(*arguments))
     for position in range(12):
         logits_BV, cache = step(params, tokens_BT[:, position], positions_B + position, cache)
         np.testing.assert_allclose(logits_BV, full_BTV[:, position], rtol=0, atol=ROUNDING)

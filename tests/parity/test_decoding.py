@@ -7,9 +7,12 @@ import pytest
 
 from jax_it import config, sharding
 from jax_it.generation import Generator, Sampling
-from tests.parity import cases, causal_cases, pytorch, references, seq2seq_cases
+from tests.generation.conftest import by_prompt
+from tests.parity import cases, pytorch, references, seq2seq_cases, texts
 from tests.parity.causal_cases import CausalInputs
 from tests.parity.test_stored import TOLERANCE
+
+SLOW = pytest.mark.slow  # each way of decoding is compiled
 
 
 def test_cached_decoding_gives_the_logits_of_the_full_forward_pass_at_every_position(loaded, ours):
@@ -30,9 +33,13 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass_at_every_posi
 
     @jax.jit
     def decode(params):
+        step_model = model.stepper(params)
+
+        take = model.stepper(params)
+
         def step(cache, number):
             positions_B = jnp.clip(firsts_B + number - delays_B, firsts_B, lengths_B - 1)
-            logits_BV, cache = model.step(params, tokens_BT[rows, positions_B], positions_B, cache)
+            logits_BV, cache = step_model(tokens_BT[rows, positions_B], positions_B, cache)
             return cache, logits_BV
 
         first_tokens_B, first_positions_B, cache = model.prefill(params, prompts_BS, segments_BS, steps)
@@ -47,35 +54,49 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass_at_every_posi
         np.testing.assert_allclose(stepwise_TV, full_TV, rtol=0, atol=TOLERANCE)
 
 
-def generate(loaded, **sampling):
+def generate(loaded, prompts, length, ends=(), **sampling):
     """The tokens that jax_it's generator gives for each source or prompt, all in one batch."""
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+    generator = Generator(loaded.model, mesh, length, len(prompts), Sampling(**sampling), ends)
+    found = by_prompt(generator(loaded.params, prompts))
+    return [found[i] for i in range(len(prompts))]
+
+
+def until_end(texts_BT, ends):
+    """Stored texts without their end tokens and what follows."""
+    return [[token for token in text if token not in (*ends, pytorch.NONE)] for text in texts_BT.tolist()]
+
+
+def test_greedy_texts_are_those_of_transformers(loaded):
     given = loaded.given
     if isinstance(given, CausalInputs):
         sources, length = given.prompts, pytorch.NEW_TOKENS["causal"]
     else:
         sources = [row[:n].tolist() for row, n in zip(given.source_BS, seq2seq_cases.SOURCE_LENGTHS, strict=True)]
         length = pytorch.NEW_TOKENS["seq2seq"]
-    generator = Generator(loaded.model, mesh, length, len(sources), Sampling(**sampling))
-    found = dict(generator(loaded.params, sources))
-    return [found[i] for i in range(len(sources))]
+    expected = until_end(references.read(loaded.case).texts["greedy"], loaded.case.end_tokens)
+    assert generate(loaded, sources, length) == expected
 
 
-def until_end(loaded, texts_BT):
-    """Stored texts without their end tokens and what follows."""
-    drop = [*loaded.case.end_tokens, pytorch.NONE]
-    return [[token for token in text if token not in drop] for text in texts_BT.tolist()]
-
-
-def test_greedy_texts_are_those_of_transformers(loaded):
-    reference = references.read(loaded.case)
-    assert generate(loaded) == until_end(loaded, reference.texts["greedy"])
-
-
-@pytest.mark.parametrize("beams", causal_cases.BEAMS)
 @pytest.mark.parametrize(
-    "case", [cases.BY_NAME[name] for name in causal_cases.BEAM_SEARCHED], indirect=True, ids=causal_cases.BEAM_SEARCHED
+    "case, name",
+    [
+        pytest.param(cases.BY_NAME[case], name, id=f"{case}-{name}", marks=() if (case, name) in texts.QUICK else SLOW)
+        for case in texts.CASES
+        for name in texts.SETTINGS
+    ],
+    indirect=["case"],
 )
-def test_texts_of_beam_search_are_those_of_transformers(loaded, beams):
-    reference = references.read(loaded.case)
-    assert generate(loaded, **causal_cases.BEAMS[beams]) == until_end(loaded, reference.texts[beams])
+def test_texts_under_each_setting_are_those_of_transformers(loaded, name):
+    ends = texts.ends(loaded.case)
+    found = generate(loaded, texts.prompts(loaded.case), texts.LENGTH, ends, **texts.SETTINGS[name])
+    assert found == until_end(references.read(loaded.case).texts[name], ends)
+
+
+@pytest.mark.parametrize("name", texts.CASES)
+def test_the_settings_make_a_difference(name):
+    stored = references.read(cases.BY_NAME[name]).texts
+    found = {key: stored[key].tobytes() for key in texts.SETTINGS}
+    assert len(set(found.values())) >= 20
+    assert len({found[key] for key in texts.BEAMS}) >= 12
+    assert any(found[key] != found[f"{key}_early"] for key in texts.BEAMS if f"{key}_early" in found)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import layers
-from jax_it.models.cache import Cache, Memory, by_head, write
+from jax_it.models.cache import Cache, Memory, Step, by_head, room, write
 from jax_it.models.family import Family, Run
 from jax_it.models.layers import attend, rms_norm, split_key
 from jax_it.models.linear import dropout, look_up, project
@@ -300,41 +300,44 @@ class T5(nnx.Module):
         first_B = jnp.full(source_BS.shape[0], c.start_token, jnp.int32)
         return first_B, jnp.zeros_like(first_B), Cache(empty, empty, memory)
 
-    def step(self, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache, run: Run) -> tuple[jax.Array, Cache]:
+    def stepper(self, run: Run) -> Step:
         """The decoder's states [B, D] after one more token a row, at its own position, and the new cache."""
-        c, memory = self.config, cache.memory
-        assert memory is not None
-        distance_BS = jnp.arange(cache.key_LBKTH.shape[3]) - positions_B[:, None]
-        cross_BTS = memory.segments_BS[:, None] > 0
-        buckets_BS = _buckets(c, distance_BS, bidirectional=False)
-        bias_of = self.decoder.make_bias(lambda table_EN: jnp.moveaxis(table_EN[buckets_BS], -1, 1)[:, :, None])
-        graph, state = nnx.split(self.decoder.layers)
+        c = self.config
+        through_layers = layers.in_order(self.decoder.layers, c.decoder_layers, run.unrolled)
 
-        def body(carry: tuple, xs: tuple) -> tuple[tuple, None]:
-            x_BTD, *cached = carry
-            number, state, *source = xs
-            module = nnx.merge(graph, state)
-            normed = rms_norm(x_BTD, module.attention.norm[...], c.epsilon)
-            new = module.attention.keys_values(normed)
-            # Carried along and written in place: a cache that is read and returned by layers would be copied.
-            cached = [write(old, number, positions_B, n[:, 0]) for old, n in zip(cached, new, strict=True)]
-            attended = attend(
-                module.attention.queries(normed), *(whole[number] for whole in cached), layout="BKSH",
-                mask_BTS=(distance_BS <= 0)[:, None], bias=bias_of(module),
-            )  # fmt: skip
-            x_BTD += module.attention.project(attended)
-            normed = rms_norm(x_BTD, module.cross.norm[...], c.epsilon)
-            queries = module.cross.queries(normed)  # the rows of one source, as its query positions
-            by_source = queries.reshape(source[0].shape[0], -1, *queries.shape[2:])
-            attended = attend(by_source, *source, layout="BKSH", mask_BTS=cross_BTS)
-            x_BTD += module.cross.project(attended.reshape(queries.shape))
-            return (_feed_forward(c, x_BTD, module.mlp, run, [None, None]), *cached), None
+        def step(tokens_B: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+            memory = cache.memory
+            assert memory is not None
+            distance_BS = jnp.arange(room(cache)) - positions_B[:, None]
+            cross_BTS = memory.segments_BS[:, None] > 0
+            buckets_BS = _buckets(c, distance_BS, bidirectional=False)
+            bias_of = self.decoder.make_bias(lambda table_EN: jnp.moveaxis(table_EN[buckets_BS], -1, 1)[:, :, None])
 
-        xs = (jnp.arange(c.decoder_layers), state, memory.key_LBKSH, memory.value_LBKSH)
-        start = (self.embed(tokens_B[:, None], run), cache.key_LBKTH, cache.value_LBKTH)
-        (x_BTD, keys, values), _ = jax.lax.scan(body, start, xs)
-        normed_BD = rms_norm(x_BTD[:, 0], self.decoder.norm[...], c.epsilon)
-        return normed_BD, cache._replace(key_LBKTH=keys, value_LBKTH=values)
+            def layer(carry: tuple, number: Any, module: Any) -> tuple:
+                x_BTD, *cached = carry
+                normed = rms_norm(x_BTD, module.attention.norm[...], c.epsilon)
+                new = module.attention.keys_values(normed)
+                # Carried along and written in place: a cache that is read and returned by layers would be copied.
+                cached = [write(old, number, positions_B, n[:, 0]) for old, n in zip(cached, new, strict=True)]
+                attended = attend(
+                    module.attention.queries(normed), *(whole[number] for whole in cached), layout="BKSH",
+                    mask_BTS=(distance_BS <= 0)[:, None], bias=bias_of(module),
+                )  # fmt: skip
+                x_BTD += module.attention.project(attended)
+                normed = rms_norm(x_BTD, module.cross.norm[...], c.epsilon)
+                queries = module.cross.queries(normed)  # the rows of one source, as its query positions
+                source = memory.key_LBKSH[number], memory.value_LBKSH[number]
+                by_source = queries.reshape(source[0].shape[0], -1, *queries.shape[2:])
+                attended = attend(by_source, *source, layout="BKSH", mask_BTS=cross_BTS)
+                x_BTD += module.cross.project(attended.reshape(queries.shape))
+                return _feed_forward(c, x_BTD, module.mlp, run, [None, None]), *cached
+
+            start = (self.embed(tokens_B[:, None], run), cache.key_LBKTH, cache.value_LBKTH)
+            x_BTD, keys, values = through_layers(layer, start)
+            normed_BD = rms_norm(x_BTD[:, 0], self.decoder.norm[...], c.epsilon)
+            return normed_BD, cache._replace(key_LBKTH=keys, value_LBKTH=values)
+
+        return step
 
 
 def head_logits(c: Config, head_VD: jax.Array, hidden: jax.Array) -> jax.Array:

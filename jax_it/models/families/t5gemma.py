@@ -15,7 +15,7 @@ from flax import nnx
 
 from jax_it.errors import UserError
 from jax_it.models import decoder, layers, transformer
-from jax_it.models.cache import Cache
+from jax_it.models.cache import Cache, Step
 from jax_it.models.decoder import Source, Stack, causal_mask, embed
 from jax_it.models.families import gemma, llama
 from jax_it.models.family import Family, Run
@@ -191,10 +191,12 @@ class T5Gemma(nnx.Module):
         first_B = jnp.full(rows, self.config.start_token, jnp.int32)
         return first_B, jnp.zeros_like(first_B), Cache(empty, empty, self.decoder.remember(encoded_BSD, segments_BS))
 
-    def step(self, tokens_B: jax.Array, positions_B: jax.Array, cache: Cache, run: Run) -> tuple[jax.Array, Cache]:
+    def stepper(self, run: Run) -> Step:
         """The decoder's states [B, D] after one more token a row, at its own position, and the new cache."""
-        x_BTD = embed(self.config.decoder, self.embedding, tokens_B[:, None], run.dtype)
-        return self.decoder.scan_step(x_BTD, positions_B, cache)
+        step = self.decoder.stepper(run)
+        return lambda tokens_B, positions_B, cache: step(
+            embed(self.config.decoder, self.embedding, tokens_B[:, None], run.dtype), positions_B, cache
+        )
 
 
 def head_logits(c: Config, head_VD: jax.Array, hidden: jax.Array) -> jax.Array:
