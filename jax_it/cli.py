@@ -95,9 +95,22 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", **config)
     train.add_argument("--workdir", required=True, help="the run's folder")
 
-    evaluate = add("eval", _evaluate, "Score a run's checkpoint: loss, and metrics over generated text.")
-    evaluate.add_argument("--workdir", required=True, help="the run's folder")
-    evaluate.add_argument("--checkpoint", **checkpoint)
+    evaluate = add("eval", _evaluate, "Score a run's checkpoints, or any model: loss, metrics over text, benchmarks.")
+    scored = evaluate.add_mutually_exclusive_group(required=True)
+    scored.add_argument("--workdir", help="a run's folder")
+    scored.add_argument("--model", metavar="DIR|NAME", help="a Transformers or PEFT folder or a hub name")
+    which = evaluate.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", **checkpoint)
+    which.add_argument("--follow", action="store_true", help="score each checkpoint, as they come, until the run ends")
+    which.add_argument("--summary", action="store_true", help="show the scores of all steps in one table")
+    evaluate.add_argument("--config", **config | {"required": False, "help": "whose eval and data.eval are used"})
+    evaluate.add_argument("--output", metavar="DIR", default="", help="a folder for the scores (default: the run's)")
+    evaluate.add_argument("--timeout", type=_positive, default=0, metavar="S", help="--follow: give up after S seconds")
+    evaluate.add_argument("--json", metavar="FILE", help="--summary: write it as JSON too")
+    evaluate.add_argument("--csv", metavar="FILE", help="--summary: write it as CSV too")
+    evaluate.add_argument(
+        "--run-model-code", action="store_true", help="let tasks run the programs that the model writes, under limits"
+    )
 
     generate = add("generate", _generate, "Generate text for one prompt or a file of them.")
     generate.add_argument("--model", required=True, help="a Transformers folder, a hub name or a run's folder")
@@ -105,18 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--prompt", help="one prompt; its text is printed")
     source.add_argument("--input", metavar="FILE", help="rows with 'prompt' or 'messages' (JSON lines, CSV, Parquet)")
     generate.add_argument("--output", metavar="FILE.jsonl", help="where the rows go, with 'prediction' added")
-    generate.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="(default: 128)")
-    generate.add_argument(
-        "--num-beams", type=_positive, default=1, metavar="N", help="beam search; 1: greedy (default)"
-    )
-    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy (default)")
-    generate.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0: all (default)"
-    )
-    generate.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw from this much probability (default: 1)"
-    )
-    generate.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
+    _add_sampling(generate)
 
     export = add("export", _export, "Write a checkpoint as a folder in Transformers format, or its adapters in PEFT's.")
     export.add_argument("--workdir", required=True, help="the run's folder")
@@ -140,6 +142,30 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", metavar="FILE", help="write the plan as JSON too")
     plan.add_argument("--hlo", metavar="FILE", help="write the compiled program's text too")
     return parser
+
+
+def _add_sampling(generate: argparse.ArgumentParser) -> None:
+    def add(name: str, type: Any, default: Any, metavar: str, help: str) -> None:
+        generate.add_argument(name, type=type, default=default, metavar=metavar, help=help)
+
+    add("--max-new-tokens", _positive, 128, "N", "(default: 128)")
+    add("--min-new-tokens", int, 0, "N", "no end mark before (default: 0)")
+    add("--num-beams", _positive, 1, "N", "beam search; 1: greedy (default)")
+    add("--length-penalty", float, 1.0, "X", "of beams; more favours longer texts (default: 1)")
+    generate.add_argument(
+        "--early-stopping", choices=["no", "yes", "never"], default="no", help="of beams, as in Transformers"
+    )
+    add("--temperature", float, 0.0, "T", "0: greedy (default)")
+    add("--top-k", int, 0, "K", "draw from the K likeliest; 0: all (default)")
+    add("--top-p", float, 1.0, "P", "draw from this much probability (default: 1)")
+    add("--min-p", float, 0.0, "P", "and from what has this share of the likeliest one's (default: 0)")
+    add("--repetition-penalty", float, 1.0, "X", "above 1: tokens that were there become less likely (default: 1)")
+    add("--num-samples", _positive, 1, "N", "texts of each prompt: draws, or the best beams (default: 1)")
+    add("--seed", int, 0, "S", "(default: 0)")
+    add("--first-token", str, "", "PIECE", "that every text begins with, such as a language's mark")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
+    generate.add_argument("--log-probs", action="store_true", help="write each token's log-probability too")
+    add("--batch-size", _positive, 32, "N", "texts at a time (default: 32)")
 
 
 def _positive(text: str) -> int:
@@ -170,36 +196,101 @@ def _train(options: argparse.Namespace, changes: dict[str, str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, changes: dict[str, str]) -> None:
-    from jax_it import hosts
-    from jax_it.evaluation import examples_text, table
-    from jax_it.evaluation.run import evaluate
+    from jax_it.evaluation.run import Request, evaluate, evaluate_model
 
-    step, scored = evaluate(options.workdir, options.checkpoint)
-    if not hosts.is_first():
-        return
-    print(f"step {step}\n{table(scored)}")
-    if scored.predictions:
-        print(examples_text(scored))
+    request = Request(options.config or "", changes, options.output, options.run_model_code)
+    for name, goes_with in (("timeout", "follow"), ("json", "summary"), ("csv", "summary")):
+        if getattr(options, name) and not getattr(options, goes_with):
+            raise UserError(f"--{name} goes with --{goes_with}")
+    if options.model:
+        if options.follow or options.summary or options.checkpoint != "latest":
+            raise UserError("--checkpoint, --follow and --summary are for a run: name it with --workdir")
+        _show(f"{options.model}\n", evaluate_model(options.model, request))
+    elif options.summary:
+        _summarize(options, request)
+    elif options.follow:
+        from jax_it.evaluation.follow import follow
+
+        failed = follow(
+            options.workdir, request, options.timeout, lambda step, scored: _show(f"step {step}\n", scored, whole=False)
+        )
+        if failed:
+            steps = ", ".join(map(str, failed))
+            raise UserError(f"not all of step{'s' * (len(failed) > 1)} {steps} could be scored; the reasons are above")
+    else:
+        step, scored = evaluate(options.workdir, options.checkpoint, request)
+        _show(f"step {step}\n", scored)
+
+
+def _show(head: str, scored: Any, whole: bool = True) -> None:
+    """Prints what an evaluation found. Raises UserError where a task failed and this is the `whole` of it."""
+    from jax_it import hosts
+    from jax_it.evaluation import examples_text, failures, table
+
+    if hosts.is_first():
+        print(f"{head}{table(scored)}", flush=True)
+        if whole and scored.predictions:
+            print(examples_text(scored))
+    if whole and (failed := failures(scored)):
+        raise UserError("; ".join(f"{task}: {why}" for task, why in failed.items()))
+
+
+def _summarize(options: argparse.Namespace, request: Any) -> None:
+    from jax_it import hosts
+    from jax_it.evaluation import summary
+
+    found = summary.summarize(options.workdir, request)
+    if hosts.is_first():
+        if options.json:
+            summary.write_json(options.json, found)
+        if options.csv:
+            summary.write_csv(options.csv, found)
+        print(summary.text(found))
 
 
 def _generate(options: argparse.Namespace, changes: dict[str, str]) -> None:
     from jax_it import hosts
-    from jax_it.generation import Sampling
     from jax_it.predict import generate_file, read_prompts
 
     if options.input and not options.output:
         raise UserError("--input needs --output, the file that the rows are written to")
+    sampling = _sampling(options)
+    rows, prompts = read_prompts(options.input) if options.input else ([{"prompt": options.prompt}], [options.prompt])
+    found = generate_file(
+        options.model, rows, prompts, options.output, options.max_new_tokens, sampling, options.batch_size,
+        options.stop, options.log_probs, options.first_token,
+    )  # fmt: skip
+    if options.prompt is not None and hosts.is_first():
+        for text in found[0]:
+            print(text.text)
+
+
+def _sampling(options: argparse.Namespace) -> Any:
+    """How tokens are chosen. Raises UserError for options that exclude each other or that nothing would read."""
+    from jax_it.generation import Sampling
+
+    beams, draws = options.num_beams > 1, options.temperature > 0
     if not options.temperature >= 0 or options.top_k < 0 or not 0 < options.top_p <= 1:  # nan is neither
         raise UserError("--temperature and --top-k must not be negative, and --top-p must be in (0, 1]")
-    if options.num_beams > 1 and options.temperature:
+    if not 0 <= options.min_p <= 1 or not options.repetition_penalty > 0:
+        raise UserError("--min-p must be in [0, 1], and --repetition-penalty more than 0")
+    if not 0 <= options.min_new_tokens <= options.max_new_tokens:
+        raise UserError(f"--min-new-tokens must be from 0 to --max-new-tokens, {options.max_new_tokens}")
+    if beams and draws:
         raise UserError("--num-beams and --temperature exclude each other: beam search draws nothing")
-    if not options.temperature and (options.top_k or options.top_p < 1):
-        raise UserError("--top-k and --top-p need a --temperature above 0: greedy decoding draws nothing")
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed, options.num_beams)
-    rows, prompts = read_prompts(options.input) if options.input else ([{"prompt": options.prompt}], [options.prompt])
-    texts = generate_file(options.model, rows, prompts, options.output, options.max_new_tokens, sampling)
-    if options.prompt is not None and hosts.is_first():
-        print(texts[0])
+    if not draws and (options.top_k or options.top_p < 1 or options.min_p):
+        raise UserError("--top-k, --top-p and --min-p need a --temperature above 0: greedy decoding draws nothing")
+    if not beams and (options.length_penalty != 1 or options.early_stopping != "no"):
+        raise UserError("--length-penalty and --early-stopping are of beams; give --num-beams")
+    if not draws and options.num_samples > options.num_beams:
+        raise UserError("--num-samples needs a --temperature above 0, or as many --num-beams at least")
+    if options.log_probs and not options.output:
+        raise UserError("--log-probs needs --output, the file that they are written to")
+    return Sampling(
+        options.temperature, options.top_k, options.top_p, options.seed, options.num_beams, options.length_penalty,
+        {"no": False, "yes": True}.get(options.early_stopping, "never"), options.min_p, options.repetition_penalty,
+        options.min_new_tokens, num_samples=options.num_samples,
+    )  # fmt: skip
 
 
 def _export(options: argparse.Namespace, changes: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from tqdm import tqdm
@@ -16,11 +16,16 @@ from jax_it.data.templates import Turn, conversation
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from jax_it.files import write_atomically
-from jax_it.generation import GREEDY, Generator, Sampling
+from jax_it.generation import GREEDY, Generator, Sampling, StopStrings
 from jax_it.models import Model, Params
 from jax_it.workdir import load, make_format
 
 Prompt = str | Sequence[Turn]
+
+
+class Prediction(NamedTuple):
+    text: str
+    log_probs: list[float] | None  # of each token in nats, by the model, and of the end mark if one ended the text
 
 
 def generate(
@@ -32,24 +37,47 @@ def generate(
     sampling: Sampling = GREEDY,
     batch_size: int = 32,
     mesh: jax.sharding.Mesh | None = None,
+    stop: Sequence[str] = (),
 ) -> list[str]:
-    """A text for each prompt, in their order; greedy unless `sampling` says otherwise.
+    """A text for each prompt, in their order; greedy unless `sampling` says otherwise. See `predict`."""
+    one = sampling._replace(num_samples=1)
+    found = predict(model, params, tokenizer, prompts, max_new_tokens, one, batch_size, mesh, stop)
+    return [only.text for (only,) in found]
 
-    A prompt is a text, taken as it is, or a conversation's turns, rendered with the model's chat template.
+
+def predict(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 128,
+    sampling: Sampling = GREEDY,
+    batch_size: int = 32,
+    mesh: jax.sharding.Mesh | None = None,
+    stop: Sequence[str] = (),
+    log_probs: bool = False,
+) -> list[list[Prediction]]:
+    """`sampling.num_samples` texts for each prompt, in their order.
+
+    A prompt is a text, taken as it is, or a conversation's turns, rendered with the model's chat template. A text ends
+    before the first of the `stop` strings. Raises UserError for a prompt that is empty, or too long for the model.
     """
     if not prompts:
         return []
     mesh = mesh or sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
     encoded = _encode(make_format(model, tokenizer), tokenizer, prompts)
     _check_room(model, encoded, max_new_tokens)
+    stopping = StopStrings(stop, tokenizer.decode) if stop else None
+    slots = min(batch_size, len(prompts) * sampling.num_samples)
     ends = chat.ends(tokenizer)
-    generator = Generator(model, mesh, max_new_tokens, min(batch_size, len(prompts)), sampling, ends)
-    texts = [""] * len(prompts)
+    generator = Generator(model, mesh, max_new_tokens, slots, sampling, ends, stopping, log_probs)
+    found: list[dict[int, Prediction]] = [{} for _ in prompts]
     with tqdm(total=len(prompts), desc="generating", unit=" prompts", disable=None, leave=False) as bar:
         for text in generator(params, encoded):
-            texts[text.prompt] = tokenizer.decode(text.tokens)
-            bar.update()
-    return texts
+            whole = tokenizer.decode(text.tokens)
+            found[text.prompt][text.sample] = Prediction(stopping.cut(whole) if stopping else whole, text.log_probs)
+            bar.update(1 / sampling.num_samples)
+    return [[texts[sample] for sample in sorted(texts)] for texts in found]
 
 
 def generate_file(
@@ -58,23 +86,46 @@ def generate_file(
     prompts: Sequence[Prompt],
     output: str | None,
     max_new_tokens: int,
-    sampling: Sampling,
-) -> list[str]:
-    """Writes the rows with their predictions as JSON lines, where an output is named. Returns the predictions."""
+    sampling: Sampling = GREEDY,
+    batch_size: int = 32,
+    stop: Sequence[str] = (),
+    log_probs: bool = False,
+    first_token: str = "",
+) -> list[list[Prediction]]:
+    """Writes the rows with their predictions as JSON lines, where an output is named. Returns the predictions.
+
+    A row's `prediction` is a text, or a list where several were asked for; so are its `log_probs`. `first_token` is a
+    piece of the tokenizer's, such as "de_DE", that every text begins with. Raises UserError for an output that is there
+    already.
+    """
     if output and (Path(output).is_dir() or not Path(output).parent.is_dir()):
         raise UserError(f"cannot write {output}: it must be a file in a folder that exists")
+    if output and Path(output).exists():
+        raise UserError(f"{output} is there already; name another --output, or remove it")
     model, params, tokenizer = load(model_path)
-    texts = generate(model, params, tokenizer, prompts, max_new_tokens, sampling)
+    if first_token:
+        sampling = sampling._replace(first_token=tokenizer.id_of(first_token, "--first-token"))
+    found = predict(model, params, tokenizer, prompts, max_new_tokens, sampling, batch_size, None, stop, log_probs)
     if output and hosts.is_first():
         lines = (
-            json.dumps({**row, "prediction": text}, ensure_ascii=False, default=str)  # Parquet has dates
-            for row, text in zip(rows, texts, strict=True)
+            json.dumps({**row, **_fields(texts, log_probs)}, ensure_ascii=False, default=str)  # Parquet has dates
+            for row, texts in zip(rows, found, strict=True)
         )
         try:
             write_atomically(Path(output), "".join(f"{line}\n" for line in lines))
         except OSError as error:
             raise UserError(f"cannot write {output}: {error.strerror}") from error
-    return texts
+    return found
+
+
+def _fields(texts: list[Prediction], log_probs: bool) -> dict[str, Any]:
+    """What a row gets: one value, or a list of several."""
+    names = ("text", "log_probs") if log_probs else ("text",)
+    values = [[getattr(text, name) for text in texts] for name in names]
+    return {
+        {"text": "prediction"}.get(name, name): each[0] if len(each) == 1 else each
+        for name, each in zip(names, values, strict=True)
+    }
 
 
 def _encode(format: Format, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:

@@ -27,6 +27,7 @@ def generate(capfd, run, tmp_path):
 
     def generate(file, *options):
         output = tmp_path / "out.jsonl"
+        output.unlink(missing_ok=True)
         succeeds(
             capfd, "generate", "--model", run, "--input", file, "--output", output, "--max-new-tokens", 6, *options
         )
@@ -117,16 +118,69 @@ def test_no_prompts_make_no_texts(run):
     assert jax_it.generate(*jax_it.load(str(run)), [], sampling=Sampling(num_beams=2)) == []
 
 
+def test_several_texts_of_a_prompt_are_a_list_with_the_log_probabilities_of_their_tokens(generate, run, tmp_path):
+    file = write_rows(tmp_path / "in.jsonl", [{"prompt": "say red 3"}, {"prompt": "say teal 5"}])
+    draw = ("--temperature", "1", "--num-samples", "3", "--log-probs")
+    for row in generate(file, *draw):
+        assert len(row["prediction"]) == len(row["log_probs"]) == 3 and len(set(row["prediction"])) > 1
+        assert all(0 < len(each) <= 6 and max(each) <= 0 for each in row["log_probs"])
+    beams = generate(file, "--num-beams", "3", "--num-samples", "2", "--early-stopping", "yes")
+    best = generate(file, "--num-beams", "3", "--early-stopping", "yes")
+    assert [row["prediction"][0] for row in beams] == [row["prediction"] for row in best]
+    assert all(len(set(row["prediction"])) == 2 for row in beams)
+
+
+def test_a_text_ends_before_the_first_stop_string(generate, tmp_path):
+    file = write_rows(tmp_path / "in.jsonl", [{"prompt": f"say red {i}"} for i in range(4)])
+    whole = generate(file, "--min-new-tokens", 6, "--log-probs")
+    stops = whole[0]["prediction"][2:4], whole[1]["prediction"][-1:]
+    cut = generate(file, "--min-new-tokens", 6, "--log-probs", "--stop", stops[0], "--stop", stops[1])
+    for before, after in zip(whole, cut, strict=True):
+        text = before["prediction"]
+        at = min((text.find(stop) for stop in stops if stop in text), default=len(text))
+        assert after["prediction"] == text[:at]
+        assert after["log_probs"] == pytest.approx(before["log_probs"][: len(after["log_probs"])])
+    assert cut != whole
+
+
+def test_every_text_begins_with_the_first_token_and_a_repetition_penalty_bars_repeats(generate, tmp_path):
+    file = write_rows(tmp_path / "in.jsonl", [{"prompt": "say red 3"}])
+    plain, forced = generate(file), generate(file, "--first-token", "\u2581teal")
+    assert forced[0]["prediction"].startswith("teal") and not plain[0]["prediction"].startswith("teal")
+    (row,) = generate(file, "--min-new-tokens", 6, "--repetition-penalty", "1e9")
+    (other,) = generate(file, "--min-new-tokens", 6)
+    assert row["prediction"] != other["prediction"]
+
+
+def test_a_first_token_that_the_tokenizer_has_not_is_refused(capfd, run, tmp_path):
+    line = fails(capfd, "generate", "--model", run, "--prompt", "say red", "--first-token", "de_DE")
+    assert "--first-token: the tokenizer has no token 'de_DE'" in line
+
+
+def test_a_file_that_is_there_is_not_written_over(capfd, run, tmp_path):
+    file = write_rows(tmp_path / "in.jsonl", [{"prompt": "say red 3"}])
+    line = fails(capfd, "generate", "--model", run, "--input", file, "--output", file)
+    assert f"{file} is there already; name another --output" in line
+    assert json.loads(file.read_text()) == {"prompt": "say red 3"}
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ((), "--input needs --output"),
+        (("--output", "{here}/out.jsonl", "--num-samples", "2"), "--num-samples needs a --temperature above 0"),
+        (("--output", "{here}/out.jsonl", "--num-samples", "3", "--num-beams", "2"), "as many --num-beams at least"),
+        (("--output", "{here}/out.jsonl", "--length-penalty", "2"), "are of beams; give --num-beams"),
+        (("--output", "{here}/out.jsonl", "--min-p", "0.1"), "--min-p need a --temperature above 0"),
+        (("--output", "{here}/out.jsonl", "--repetition-penalty", "0"), "--repetition-penalty more than 0"),
+        (("--output", "{here}/out.jsonl", "--min-new-tokens", "200"), "must be from 0 to --max-new-tokens, 128"),
+        (("--output", "{here}/out.jsonl", "--early-stopping", "yes"), "are of beams; give --num-beams"),
         (("--output", "{here}/nowhere/out.jsonl"), "cannot write {here}/nowhere/out.jsonl: it must be a file"),
         (("--output", "{here}"), "cannot write {here}: it must be a file in a folder that exists"),
         (("--output", "{here}/out.jsonl", "--temperature", "-1"), "--temperature and --top-k must not be negative"),
         (("--output", "{here}/out.jsonl", "--temperature", "nan"), "--temperature"),
         (("--output", "{here}/out.jsonl", "--top-p", "0"), "--top-p must be in (0, 1]"),
-        (("--output", "{here}/out.jsonl", "--top-k", "5"), "--top-k and --top-p need a --temperature"),
+        (("--output", "{here}/out.jsonl", "--top-k", "5"), "--top-k, --top-p and --min-p need a --temperature"),
         (("--output", "{here}/out.jsonl", "--num-beams", "2", "--temperature", "1"), "exclude each other"),
         (("--output", "{here}/out.jsonl", "--num-beams", "0"), "0 is not a positive whole number"),
     ],

@@ -99,6 +99,13 @@ class Tokenizer:
         """The text with all marks."""
         return self.backend.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
+    def id_of(self, piece: str, where: str) -> int:
+        """The id of a piece. Raises UserError where there is none of this name."""
+        found = self.backend.convert_tokens_to_ids(piece)
+        if found is None or (found == self.backend.unk_token_id and piece != self.backend.unk_token):
+            raise UserError(f"{where}: the tokenizer has no token {piece!r}; name one of its pieces")
+        return int(found)
+
     def show(self, tokens: Iterable[int]) -> list[str]:
         """The pieces, special ones included, for people to read."""
         return self.backend.convert_ids_to_tokens([int(token) for token in tokens])

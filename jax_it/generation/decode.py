@@ -11,15 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_it import sharding
+from jax_it.data.batches import bucket
 from jax_it.generation import widths
 from jax_it.generation.beam import Beams
 from jax_it.generation.sampling import GREEDY, OneByOne, Sampling
 from jax_it.generation.slots import Arrivals, Search, Slots, advance, empty, fill, keep, widen
 from jax_it.models import Model, Params
 
-NARROWEST = 128  # positions of prompts in the cache; from there on a power of 2
+NARROWEST = 128  # positions of prompts in the cache
+LONGEST = 1 << 30
 LOOK = 16  # steps after which texts are looked at by `stop`
-SHARE = 4  # slots are filled a quarter at a time, and become a quarter at the end
+ARRIVING = 8  # an eighth of the slots is filled at a time
+SHRINKING = 4  # a quarter of the slots is left at the end, when there are no more prompts
 
 
 class Text(NamedTuple):
@@ -37,8 +40,8 @@ class Generator:
     Prompts are token ids: an encoder-decoder's source with its end mark, or what a causal model goes on from. They
     come in sorted by length, some at a time, whenever as many slots of the batch are done; so short texts wait for
     no long ones, and prompts of like length are padded together. A text ends at one of the model's end tokens or of
-    the `ends` given beside them, at its limit, or where `stop(tokens)` says so, which is asked every few steps, and
-    not of beams. With `log_probs` they come with the texts. Raises ValueError where no text would ever end.
+    the `ends` given beside them, at its limit, or as soon as `stop(tokens)` says so, which is not asked of beams. With
+    `log_probs` they come with the texts. Raises ValueError where no text would ever end.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class Generator:
         self._each = 1 if beams else sampling.num_samples  # slots of a prompt
         parts = sharding.batch_parts(mesh)
         self._slots = _up(max(batch_size, self._each), parts)
-        self._prompts = _up(max(1, self._slots // SHARE // self._each), parts)  # that come in at a time
+        self._prompts = _up(max(1, self._slots // ARRIVING // self._each), parts)  # that come in at a time
         self._slots = max(self._slots, _up(self._prompts * self._each, parts))
         self.shapes: set[tuple[str, int, int]] = set()  # that were compiled: what, slots, width
 
@@ -81,8 +84,10 @@ class Generator:
     ) -> Iterator[Text]:
         """The texts of all prompts as they end; at most `limits[i]` tokens of prompt i's, or `max_new_tokens`.
 
-        A text does not depend on the other prompts, nor on when it began.
+        A text does not depend on the other prompts, nor on when it began. Raises ValueError for a limit below 1.
         """
+        if limits is not None and min(limits, default=1) < 1:
+            raise ValueError("a text has at least one token, its end mark")
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         groups = [order[start : start + self._prompts] for start in range(0, len(order), self._prompts)]
         compiled = {width for what, _, width in self.shapes if what == "fill"}
@@ -96,7 +101,7 @@ class Generator:
             under_way = len(places) - len(free)
             if waiting and len(free) >= len(waiting[0][0]) * self._each:
                 group, needed = waiting.popleft()
-                room = widths.double_up(needed, NARROWEST)
+                room = max(NARROWEST, bucket(needed, LONGEST))
                 if slots is None:
                     slots, width = self._run("empty", len(places), room, self._empty, len(places), room, params), room
                 elif room > width:
@@ -107,8 +112,8 @@ class Generator:
                 arrivals = self._arrivals([prompts[i] for i in group], texts, free, needed, limits)
                 slots = self._run("fill", len(places), needed, self._fill, params, slots, arrivals)
                 continue
-            fewer = _up(len(places) // SHARE, sharding.batch_parts(self._mesh))
-            shrinks = not waiting and fewer < len(places) == self._slots and self._slots >= 4 * SHARE
+            fewer = _up(len(places) // SHRINKING, sharding.batch_parts(self._mesh))
+            shrinks = not waiting and fewer < len(places) == self._slots and self._slots >= 16
             if shrinks and under_way <= fewer:
                 kept = ([slot for slot, place in enumerate(places) if place] + free)[:fewer]
                 places = [places[slot] for slot in kept]
@@ -162,12 +167,17 @@ class Generator:
             if not (done_B[slot] or self._stop):
                 continue
             texts: list[Text] = []
-            number = int(number_B[slot])
+            number, over = int(number_B[slot]), bool(done_B[slot])
             for tokens_T, log_probs_T in zip(tokens_BNT[slot], log_probs_BNT[slot], strict=True):
                 tokens = list(takewhile(lambda token: token not in self._ends, tokens_T[:number].tolist()))
-                scored = log_probs_T[: min(len(tokens) + 1, number)].tolist() if self._log_probs else None
-                texts.append(Text(place[0], place[1] + len(texts), tokens, scored))
-            if done_B[slot] or (self._stop and self._stop(texts[0].tokens)):
+                scored = min(len(tokens) + 1, number)  # with an end mark
+                if self._stop and self._stop(tokens):
+                    # Cut where it was over, however late that was seen.
+                    over, scored = True, next(n for n in range(len(tokens) + 1) if self._stop(tokens[:n]))
+                    tokens = tokens[:scored]
+                log_probs = log_probs_T[:scored].tolist() if self._log_probs else None
+                texts.append(Text(place[0], place[1] + len(texts), tokens, log_probs))
+            if over:
                 yield slot, texts
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 # So many padded tokens cost about as much time as compiling one more width: measured with a T5-small on two CPU cores.
 # An accelerator computes more in that time; then widths are fewer than they should be, and never many.
-COMPILE = 16384
+COMPILE = 4096
 SMALLEST = 16
 
 
@@ -12,11 +12,6 @@ def round_up(length: int) -> int:
     """The smallest width that holds `length`: multiples of 16, from 128 on four to each doubling."""
     step = max(SMALLEST, (1 << max(length - 1, 0).bit_length()) // 8)
     return max(SMALLEST, -(-length // step) * step)
-
-
-def double_up(length: int, least: int) -> int:
-    """The smallest power of 2, from `least` on, that holds `length`."""
-    return max(least, 1 << max(length - 1, 0).bit_length())
 
 
 def choose(lengths: Sequence[int], rows: int, compiled: Collection[int] = ()) -> list[int]:

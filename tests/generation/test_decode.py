@@ -101,7 +101,7 @@ def test_longer_sources_get_wider_batches_and_the_same_texts(tiny, generators, m
     filled = [width for what, _, width in generator.shapes if what == "fill"]
     # The sources' lengths, end marks with them: 1, 2, 4, 6, 8, 10, 13, 16, 21, 30, 31, 32.
     assert sorted(filled) == [4, 8, 12, 16, 24, 32]
-    assert {width for what, _, width in generator.shapes if what == "advance"} == {4, 8, 16, 32}
+    assert {width for what, _, width in generator.shapes if what == "advance"} == {16, 32}
 
 
 def test_the_number_of_devices_never_changes_a_row(tiny, sampling, texts):
@@ -218,3 +218,42 @@ def test_a_model_whose_texts_would_never_end_is_an_error(llama):
     model = dataclasses.replace(llama.model, config=dataclasses.replace(llama.model.config, end_tokens=()))
     with pytest.raises(ValueError, match="no end token"):
         Generator(model, llama.mesh, LENGTH, 8)
+
+
+def test_each_shape_that_is_reported_was_compiled_once_and_no_other(tiny):
+    generator = Generator(tiny.model, tiny.mesh, LENGTH, 16)
+    generator(tiny.params, tiny.sources)
+    for _ in range(2):
+        assert len(list(generator(tiny.params, tiny.sources * 4))) == 4 * len(tiny.sources)
+    for what in ("fill", "advance", "empty"):
+        compiled = getattr(generator, f"_{what}")._cache_size()
+        assert compiled == sum(kind == what for kind, _, _ in generator.shapes), what
+    # 48 prompts of at most 32 tokens, 2 at a time; at the end a quarter of the slots is left.
+    assert {(kind, slots) for kind, slots, _ in generator.shapes} == {
+        ("empty", 16), ("fill", 16), ("advance", 16), ("keep", 4), ("advance", 4)
+    }  # fmt: skip
+
+
+def test_short_texts_do_not_wait_for_long_ones(tiny):
+    """With limits of 1 and one of LENGTH, 4 slots take far fewer steps than batches of 4 would."""
+    limits = [LENGTH if i % 4 == 0 else 1 for i in range(32)]
+    prompts = [tiny.sources[1]] * 32
+    generator = Generator(tiny.model, tiny.mesh, LENGTH, 4, Sampling(min_new_tokens=LENGTH))
+    taken: list[int] = []
+    plain = generator._run
+
+    def watched(what, number, width, function, *arguments):
+        found = plain(what, number, width, function, *arguments)
+        if what == "advance":
+            taken.append(int(np.asarray(found[1][1]).max()))
+        return found
+
+    generator._run = watched
+    found = by_prompt(generator(tiny.params, prompts, limits))
+    assert [len(found[i]) for i in range(32)] == limits
+    assert len(taken) > 8, "slots were refilled while others went on"
+
+
+def test_more_texts_than_beams_are_an_error(tiny):
+    with pytest.raises(ValueError, match="3 texts of a prompt, from 2 beams"):
+        Generator(tiny.model, tiny.mesh, LENGTH, 8, Sampling(num_beams=2, num_samples=3))

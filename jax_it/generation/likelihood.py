@@ -1,0 +1,255 @@
+"""How likely given continuations of prompts are: each prompt is computed once for all of its own.
+
+What counts is what the caller gives as a continuation: with its end mark for an encoder-decoder, as T0 and
+FLAN rank options, and without one for a causal model, as the Language Model Evaluation Harness does.
+
+Dimension letters beside those of models/layers.py: C continuations of a prompt.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_it import sharding
+from jax_it.data.batches import CausalBatch, Seq2SeqBatch
+from jax_it.generation import widths
+from jax_it.models import Model, Params
+from jax_it.models.cache import take_rows
+
+# What a token costs in a step, in tokens of a row that is computed as a whole: about 4 on two CPU cores with a model of
+# 135M parameters and 32 rows. Where steps cost more than that, long continuations are stepped that need not be.
+STEP = 4
+
+
+class Request(NamedTuple):
+    """Token ids: an encoder-decoder's source with its end mark, or what a causal model goes on from."""
+
+    prompt: Sequence[int]
+    continuations: Sequence[Sequence[int]]  # of one token or more
+
+
+class Likelihood(NamedTuple):
+    log_prob: float  # nats: the sum over all tokens of the continuation
+    greedy: bool  # each of its tokens is the likeliest
+
+
+class Likelihoods:
+    """Log-likelihoods for one model; it keeps what was compiled. `shapes` are those.
+
+    A prompt is read once and its continuations then step by step side by side, all of them by the first step
+    together. Where they are so long that reading the prompt again costs less, each stands behind it in a row of its
+    own (as for whole texts after a mark of beginning). Both give the same, but for rounding.
+    """
+
+    def __init__(self, model: Model, mesh: jax.sharding.Mesh, batch_size: int):
+        self._model, self._mesh, self._size = model, mesh, batch_size
+        everywhere = sharding.replicated(mesh)
+        self._step = jax.jit(partial(_step, model), out_shardings=everywhere)
+        self._force = jax.jit(partial(_force, model), out_shardings=everywhere)
+        self.shapes: set[tuple[str, int, int, int, int]] = set()  # how, rows, prompt, continuations, their tokens
+
+    def __call__(self, params: Params, requests: Sequence[Request]) -> Iterator[tuple[int, list[Likelihood]]]:
+        """(index, a likelihood for each continuation) of every request, in any order, the same on all hosts.
+
+        Raises ValueError for a prompt or a continuation without a token.
+        """
+        groups: dict[tuple[bool, int, int], list[int]] = {}
+        for i, request in enumerate(requests):
+            lengths = [len(tokens) for tokens in request.continuations]
+            if not request.prompt or not lengths or not min(lengths):
+                raise ValueError(f"request {i}: a prompt and its continuations need one token or more each")
+            stepped = len(request.prompt) + STEP * sum(lengths) < len(request.prompt) * len(lengths) + sum(lengths)
+            stepped = stepped or max(lengths) == 1
+            groups.setdefault((stepped, _few(len(lengths)), _few(max(lengths))), []).append(i)
+        waiting: list[tuple[list[int], tuple[jax.Array, jax.Array]]] = []
+        for (stepped, number, length), members in sorted(groups.items()):
+            members.sort(key=lambda i: len(requests[i].prompt))
+            # Where all continuations are one token, no prompt has rows beside its own.
+            size = self._size if stepped and length == 1 else max(1, self._size // number)
+            parts = sharding.batch_parts(self._mesh)
+            rows = -(-min(size, len(members)) // parts) * parts
+            batches = [members[start : start + rows] for start in range(0, len(members), rows)]
+            shape = "stepped" if stepped else "forced", rows, number, length
+            compiled = {width for how, many, width, *rest in self.shapes if (how, many, *rest) == shape}
+            longest = [len(requests[batch[-1]].prompt) for batch in batches]
+            read = rows if stepped else rows * number
+            for batch, width in zip(batches, widths.choose(longest, read, compiled), strict=True):
+                chosen = [requests[i] for i in batch] + [requests[batch[0]]] * (rows - len(batch))
+                run = self._stepped if stepped else self._forced
+                self.shapes.add((shape[0], rows, width, number, length))
+                waiting.append((batch, run(params, chosen, width, number, length)))
+                if len(waiting) == 2:  # one batch ahead of what is read
+                    yield from _read(requests, *waiting.pop(0))
+        for item in waiting:
+            yield from _read(requests, *item)
+
+    def _stepped(
+        self, params: Params, requests: Sequence[Request], width: int, number: int, length: int
+    ) -> tuple[jax.Array, jax.Array]:
+        prompts, segments = np.zeros((2, len(requests), width), np.int32)
+        for row, request in enumerate(requests):
+            prompts[row, : len(request.prompt)] = request.prompt
+            segments[row, : len(request.prompt)] = 1
+        arrays = sharding.place((prompts, segments, *_continuations(requests, number, length)), self._mesh)
+        with jax.set_mesh(self._mesh):
+            return self._step(params, *arrays)
+
+    def _forced(
+        self, params: Params, requests: Sequence[Request], width: int, number: int, length: int
+    ) -> tuple[jax.Array, jax.Array]:
+        tokens_BCT, lengths_BC = _continuations(requests, number, length)
+        # Sources and targets, or prompts with continuations behind them, a row for each continuation.
+        batch: CausalBatch | Seq2SeqBatch
+        if self._model.kind == "causal":
+            batch, first_B = _causal_rows(requests, width, tokens_BCT, lengths_BC, self._model.run.prefix_lm)
+        else:
+            batch, first_B = _seq2seq_rows(requests, width, tokens_BCT, lengths_BC, self._model.config.start_token)
+        arrays = sharding.place((batch, first_B, tokens_BCT, lengths_BC), self._mesh)
+        with jax.set_mesh(self._mesh):
+            return self._force(params, *arrays)
+
+
+def _few(number: int) -> int:
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, … that is as large: few compiled shapes."""
+    size = 1
+    while size < number:
+        size = size + 1 if size < 4 else size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def _continuations(requests: Sequence[Request], number: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [B, C, T] and how many of them count [B, C], none where there is no continuation."""
+    tokens = np.zeros((len(requests), number, length), np.int32)
+    lengths = np.zeros((len(requests), number), np.int32)
+    for row, request in enumerate(requests):
+        for column, continuation in enumerate(request.continuations):
+            tokens[row, column, : len(continuation)] = continuation
+            lengths[row, column] = len(continuation)
+    return tokens, lengths
+
+
+def _read(
+    requests: Sequence[Request], batch: list[int], found: tuple[jax.Array, jax.Array]
+) -> Iterator[tuple[int, list[Likelihood]]]:
+    sums, greedy = (np.asarray(array) for array in found)
+    for row, i in enumerate(batch):
+        number = len(requests[i].continuations)
+        yield i, [Likelihood(float(sums[row, c]), bool(greedy[row, c])) for c in range(number)]
+
+
+def _step(
+    model: Model,
+    params: Params,
+    prompts_BS: jax.Array,
+    segments_BS: jax.Array,
+    tokens_BCT: jax.Array,
+    lengths_BC: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Sums of log-probabilities [B, C], and whether every token is the likeliest."""
+    rows, number, length = tokens_BCT.shape
+    first_B, start_B, cache = model.prefill(params, prompts_BS, segments_BS, length)
+    step = model.stepper(params)
+    logits_BV, cache = step(first_B, start_B, cache)
+    found = _of_tokens(logits_BV, tokens_BCT[:, :, 0])
+    if length == 1:
+        return _counted((found[0][..., None], found[1][..., None]), lengths_BC)
+    cache = take_rows(cache, jnp.repeat(jnp.arange(rows), number))
+    positions_B = jnp.repeat(start_B, number) + 1
+
+    def advance(carry: tuple, pair_2BC: jax.Array) -> tuple:
+        done, cache = carry
+        last_B, next_BC = pair_2BC[0].reshape(-1), pair_2BC[1]
+        logits_BV, cache = step(last_B, positions_B + done, cache)
+        found = _of_tokens(logits_BV, next_BC.reshape(-1, 1))
+        return (done + 1, cache), (found[0].reshape(rows, number), found[1].reshape(rows, number))
+
+    tokens_TBC = jnp.moveaxis(tokens_BCT, 2, 0)
+    pairs = jnp.stack([tokens_TBC[:-1], tokens_TBC[1:]], axis=1)
+    later: Any
+    _, later = jax.lax.scan(advance, (jnp.int32(0), cache), pairs)
+    together = jax.tree.map(lambda one, rest: jnp.moveaxis(jnp.concatenate([one[None], rest]), 0, 2), found, later)
+    return _counted(together, lengths_BC)
+
+
+def _of_tokens(logits_BV: jax.Array, tokens_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The log-probability of each token that may come next in its row, and whether it is the likeliest, [B, C]."""
+    log_probs_BC = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), tokens_BC, axis=-1)
+    return log_probs_BC, logits_BV.argmax(-1)[:, None] == tokens_BC
+
+
+def _counted(found_BCT: tuple[jax.Array, jax.Array], lengths_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+    log_probs_BCT, likeliest_BCT = found_BCT
+    counts_BCT = jnp.arange(log_probs_BCT.shape[-1]) < lengths_BC[..., None]
+    return jnp.where(counts_BCT, log_probs_BCT, 0).sum(-1), (likeliest_BCT | ~counts_BCT).all(-1)
+
+
+def _causal_rows(
+    requests: Sequence[Request], width: int, tokens_BCT: np.ndarray, lengths_BC: np.ndarray, prefix_lm: bool
+) -> tuple[CausalBatch, np.ndarray]:
+    """A row of prompt and continuation for each, and the position [B C] that predicts its first token."""
+    rows, number, length = tokens_BCT.shape
+    tokens, segments, prefix = np.zeros((3, rows * number, width + length), np.int32)
+    targets, weights = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
+    first = np.zeros(rows * number, np.int32)
+    for row, request in enumerate(requests):
+        at = len(request.prompt)
+        for column in range(number):
+            here, stop = row * number + column, at + lengths_BC[row, column]
+            tokens[here, :at] = request.prompt
+            tokens[here, at:stop] = tokens_BCT[row, column, : lengths_BC[row, column]]
+            segments[here, :stop] = 1
+            targets[here, at - 1 : stop - 1] = tokens[here, at:stop]
+            weights[here, at - 1 : stop - 1] = 1
+            prefix[here, :at] = 1
+            first[here] = at - 1
+    positions = np.arange(width + length, dtype=np.int32) * segments  # padding has none beyond a model's last
+    return CausalBatch(tokens, targets, weights, segments, positions, prefix if prefix_lm else None), first
+
+
+def _seq2seq_rows(
+    requests: Sequence[Request], width: int, tokens_BCT: np.ndarray, lengths_BC: np.ndarray, start: int
+) -> tuple[Seq2SeqBatch, np.ndarray]:
+    """A row of source and target for each continuation, and 0 [B C], the position that predicts its first token."""
+    rows, number, length = tokens_BCT.shape
+    source, source_segments = np.zeros((2, rows * number, 1, width), np.int32)
+    for row, request in enumerate(requests):
+        here = slice(row * number, (row + 1) * number)
+        source[here, 0, : len(request.prompt)] = request.prompt
+        source_segments[here, 0, : len(request.prompt)] = 1
+    targets = tokens_BCT.reshape(-1, length)
+    counts = np.arange(length) < lengths_BC.reshape(-1, 1)
+    tokens = np.concatenate([np.full((len(targets), 1), start, np.int32), targets[:, :-1]], axis=1)
+    segments = np.ones_like(targets)  # a padding row still needs a position to look at
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), targets.shape).copy()
+    source_positions = np.broadcast_to(np.arange(width, dtype=np.int32), source.shape).copy()
+    batch = Seq2SeqBatch(
+        source, source_segments, source_positions, tokens, targets, counts.astype(np.float32), segments, positions
+    )
+    return batch, np.zeros(rows * number, np.int32)
+
+
+def _force(
+    model: Model,
+    params: Params,
+    batch: CausalBatch | Seq2SeqBatch,
+    first_B: jax.Array,
+    tokens_BCT: jax.Array,
+    lengths_BC: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """As `_step`, from rows that are read as wholes. Logits live a position of all rows at a time."""
+    hidden_BTD, head_VD = model.apply(params, batch), model.head(params)
+    rows, last = jnp.arange(first_B.shape[0]), hidden_BTD.shape[1] - 1
+
+    def at(item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        number, tokens_BC = item
+        hidden_BD = hidden_BTD[rows, jnp.minimum(first_B + number, last)]
+        found = _of_tokens(model.logits(head_VD, hidden_BD), tokens_BC.reshape(-1, 1))
+        return found[0].reshape(tokens_BC.shape), found[1].reshape(tokens_BC.shape)
+
+    tokens_TBC = jnp.moveaxis(tokens_BCT, 2, 0)
+    found = jax.lax.map(at, (jnp.arange(len(tokens_TBC)), tokens_TBC))
+    return _counted(jax.tree.map(lambda array: jnp.moveaxis(array, 0, 2), found), lengths_BC)
