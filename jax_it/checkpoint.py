@@ -21,15 +21,26 @@ from jax_it.errors import Interrupted, UserError, first_line
 Scores = Callable[[int], float | None]  # a step's score, larger is better; None while there is none
 
 
+class Unreadable(UserError):
+    """A checkpoint that is damaged, or was deleted while it was read."""
+
+
 class Checkpoints:
     """The checkpoints of one run, each a folder named by its step.
 
     `params` can be restored alone; `training` is the rest of the state; `position` says where in the
-    data the run stands. Kept are the `keep` newest and the `keep_best` with the best scores. Leaving
-    its `with` block waits until what was started is on disk.
+    data the run stands. Kept are the `keep` newest, the `keep_best` with the best scores and those that
+    `waiting` names of the steps that there are. Leaving its `with` block waits until what was started is on disk.
     """
 
-    def __init__(self, folder: Any, keep: int = 0, keep_best: int = 0, scores: Scores = lambda step: None):
+    def __init__(
+        self,
+        folder: Any,
+        keep: int = 0,
+        keep_best: int = 0,
+        scores: Scores = lambda step: None,
+        waiting: Callable[[Sequence[int]], Sequence[int]] = lambda steps: (),
+    ):
         self.folder = files.absolute(folder)
         writing = keep > 0
         if writing and hosts.is_first():
@@ -37,7 +48,7 @@ class Checkpoints:
             self._clean()  # what a killed process had not finished
         if writing:
             hosts.barrier("checkpoints")
-        policy = _NewestAndBest(keep, keep_best, scores) if writing else preservation_policy.PreserveAll()
+        policy = _NewestAndBest(keep, keep_best, scores, waiting) if writing else preservation_policy.PreserveAll()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             temporary_path_class=_teach_orbax_s3() if os.fspath(self.folder).startswith("s3://") else None,
@@ -78,13 +89,13 @@ class Checkpoints:
         self._guard(self._manager.wait_until_finished)
 
     def restore_params(self, step: int, abstract: Any) -> Any:
-        """The params of a step, placed as the ShapeDtypeStructs of `abstract` say."""
+        """The params of a step, placed as the ShapeDtypeStructs of `abstract` say. Raises Unreadable."""
         try:
             return self._restore(step, params=abstract)["params"]
         except (UserError, Interrupted):
             raise
         except Exception as error:
-            raise UserError(
+            raise Unreadable(
                 f"checkpoint {self.folder / str(step)} cannot be read: {_reason(error)}; name another with --checkpoint"
             ) from error
 
@@ -206,8 +217,8 @@ def _teach_orbax_s3() -> Any:
 
 
 class _NewestAndBest(preservation_policy.PreservationPolicy):
-    def __init__(self, keep: int, keep_best: int, scores: Scores):
-        self._keep, self._keep_best, self._scores = keep, keep_best, scores
+    def __init__(self, keep: int, keep_best: int, scores: Scores, waiting: Callable[[Sequence[int]], Sequence[int]]):
+        self._keep, self._keep_best, self._scores, self._waiting = keep, keep_best, scores, waiting
 
     def should_preserve(
         self, checkpoints: Sequence[Any], *, context: preservation_policy.PreservationContext
@@ -215,7 +226,7 @@ class _NewestAndBest(preservation_policy.PreservationPolicy):
         steps = [checkpoint.step for checkpoint in checkpoints]
         scores = {step: score for step in steps if (score := self._scores(step)) is not None}
         best = sorted(scores, key=lambda step: scores[step], reverse=True)[: self._keep_best]
-        kept = set(steps[-self._keep :]) | set(best)
+        kept = {*steps[-self._keep :], *best, *self._waiting(steps)}
         return [step in kept for step in steps]
 
 

@@ -122,6 +122,9 @@ class Source:
     template: tuple[str, ...] = ("auto",)  # names of data/templates.py, or Jinja text "prompt ||| completion"
     weight: float = 1.0  # for mixing="weights"
     limit: int = 0  # examples, from the start; 0: all
+    records: str = ""  # of JSON files that hold one object: its field with the records, which get its others too
+    listed: str = ""  # a text file with a line for each file of the folder that is read, its ending left out
+    limit_each: int = 0  # examples of each file, from its start; 0: all
 
 
 @dataclass(frozen=True)
@@ -188,6 +191,7 @@ class Train:
     checkpoint_every: Duration = Duration(500, "steps")
     keep: int = 2  # the newest checkpoints
     keep_best: int = 1  # and so many with the best score (eval.best)
+    keep_unscored: int = 2  # and the first so many that a running `jax-it eval --follow` has not scored yet
     seed: int = 0  # of random weights and dropout
 
 
@@ -205,16 +209,60 @@ class Mesh:
 
 
 @dataclass(frozen=True)
+class Task:
+    """What a model is scored on beside data.eval's examples: a benchmark, or a test of your own.
+
+    A prompt is the preamble, the shots with their answers, and the record's prompt, with the separator between them.
+    """
+
+    name: str = ""
+    data: Source = field(default_factory=Source)  # of several templates, the first whose prompt is not too long
+    # generate: metrics of generated text; rank: is the likeliest option the reference; run: do programs pass their test
+    score: Literal["generate", "rank", "run"] = "generate"
+    options: str = ""  # of rank: Jinja text "A ||| B", or "{{ choices | join('|||') }}" of a field that is a list
+    normalize: Literal["none", "tokens", "characters"] = "none"  # what an option's log-likelihood is divided by
+    shots: Source = field(default_factory=Source)  # where examples before the question come from
+    num_shots: int = 0
+    shots_by: str = ""  # a field in which shots agree with the record, as "subject"
+    preamble: str = ""  # Jinja text
+    preamble_file: str = ""  # or the text of this file, whose path is Jinja: "prompts/{{task}}.txt"
+    separator: str = "\n\n"
+    delimiter: str = " "  # between a prompt and its answer, in shots and where a causal model goes on from plain text
+    chat: bool = True  # by the model's chat template, if it has one: all of the prompt is one turn of the user
+    length: int = 0  # tokens of the longest prompt (and answer, of causal models); 0: that of `data`
+    truncate: Literal["refuse", "shots", "end", "start"] = "refuse"  # longer ones lose shots, or tokens at an end
+    metrics: tuple[str, ...] = ()  # of generate: as eval.metrics
+    answer: str = ""  # of generate: a regular expression; its last match, or its group, is scored; "": the whole text
+    max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()  # a text ends before the first of these
+    samples: int = 1  # texts of each prompt
+    temperature: float = 0.0  # 0: the likeliest tokens
+    top_p: float = 1.0
+    seed: int = 0
+    group_by: str = ""  # a field; there are scores for each value of it, and their mean
+    published: str = ""  # the score to compare with: for people
+
+
+@dataclass(frozen=True)
 class Eval:
     # of jax_it.metrics.METRICS, and your own as "FILE.py:FUNCTION", called with (predictions, references)
     metrics: tuple[str, ...] = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "exact_match", "token_f1")
     every: Duration = Duration(0, "steps")  # within training; the end of the run too where it is not 0
     at_start: bool = False  # also before the first step
-    best: str = "loss"  # the metric that ranks checkpoints
+    best: str = "loss"  # the metric that ranks checkpoints, of data.eval; or "TASK/METRIC" of one of `tasks`
+    patience: int = 0  # evaluations without a better `best` after which training ends; 0: it goes on to its end
     batch_size: int = 64  # examples
+    generate: bool = True  # text for data.eval's examples; False: the loss alone
     max_new_tokens: int = 0  # 0: data.target_length
+    min_new_tokens: int = 0
+    num_beams: int = 1  # 1: greedy
+    length_penalty: float = 1.0  # of beams: above 0 favours longer texts
+    early_stopping: bool = False  # of beams: an example is done once `num_beams` texts have ended
+    repetition_penalty: float = 1.0
+    first_token: str = ""  # a piece of the tokenizer's that every text begins with, such as a language's mark
     limit: int = 0  # examples of each source; 0: all
-    generate: bool = True  # False: the loss alone
+    run_model_code: bool = False  # True: tasks may run the programs that the model writes
+    tasks: tuple[Task, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -249,6 +297,18 @@ def to_dict(value: Any) -> Any:
 
 def load(path: str, overrides: Mapping[str, str] | None = None) -> Config:
     """The config of a file, "FILE" or "FILE:ARG", with dotted overrides such as {"train.seed": "1"}."""
+    return resolve(override(read(path), overrides or {}))
+
+
+def override(tree: dict[str, Any], changes: Mapping[str, str]) -> dict[str, Any]:
+    """The tree, with its entries at dotted names changed."""
+    for name, text in changes.items():
+        typed.override(tree, name, text, raw=("model", "architecture"))
+    return tree
+
+
+def read(path: str) -> dict[str, Any]:
+    """The settings of a file, "FILE" or "FILE:ARG", as plain values that are not checked yet."""
     file, _, arg = path.partition(":")
     if not Path(file).is_file():
         raise UserError(f"config file {file} does not exist")
@@ -273,9 +333,7 @@ def load(path: str, overrides: Mapping[str, str] | None = None) -> Config:
     tree = to_dict(config)
     if not isinstance(tree, dict):
         raise UserError(f"{file}: get_config({arg!r}) returned {config!r}, not a config; end it with 'return config'")
-    for name, text in (overrides or {}).items():
-        typed.override(tree, name, text, raw=("model", "architecture"))
-    return resolve(tree)
+    return tree
 
 
 def _one_line(error: Exception) -> str:
@@ -286,10 +344,13 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(text).split())
 
 
-def resolve(tree: Mapping[str, Any]) -> Config:
-    """Frozen, type-checked settings from nested dicts. Raises UserError naming the field."""
+def resolve(tree: Mapping[str, Any], training: bool = True) -> Config:
+    """Frozen, type-checked settings from nested dicts; without `training` no training data is asked for.
+
+    Raises UserError naming the field.
+    """
     config = typed.build(Config, tree, "config")
-    _check(config)
+    _check(config, training)
     return config
 
 
@@ -299,16 +360,18 @@ _AT_LEAST: dict[str, float] = {
     "data.holdout": 0, "data.mixing_cap": 0, "data.packed_source_length": 0, "data.packed_target_length": 0,
     "train.batch_size": 1, "train.micro_batches": 1,
     "train.loss_chunk": 1, "train.clip": 0, "train.z_loss": 0, "train.balance_loss": 0,
-    "train.keep": 1, "train.keep_best": 0, "train.max_skipped": 0, "train.max_spike": 0, "train.hang_after": 0,
+    "train.keep": 1, "train.keep_best": 0, "train.keep_unscored": 0,
+    "train.max_skipped": 0, "train.max_spike": 0, "train.hang_after": 0,
     "train.profile_steps": 1,
     "train.optimizer.learning_rate": 0, "train.optimizer.weight_decay": 0, "train.optimizer.epsilon": 0,
     "mesh.slices": 0, "eval.batch_size": 1, "eval.max_new_tokens": 0, "eval.limit": 0,
+    "eval.patience": 0, "eval.min_new_tokens": 0, "eval.num_beams": 1,
 }  # fmt: skip
 _SHARES = ("data.max_dropped", "data.max_truncated", "data.max_unknown", "train.optimizer.final_rate")
 _BELOW_ONE = ("model.lora.dropout", "train.label_smoothing", "train.optimizer.beta1", "train.optimizer.beta2")
 
 
-def _check(config: Config) -> None:
+def _check(config: Config, training: bool) -> None:
     """Refuses values and combinations that cannot work, before anything is read or computed."""
     for name, least in _AT_LEAST.items():
         if (value := operator.attrgetter(name)(config)) < least:
@@ -335,17 +398,11 @@ def _check(config: Config) -> None:
     _check_adapters(model)
     if model.prefix_lm and data.learn != "last":
         raise UserError("config.model.prefix_lm needs data.learn='last': no answer may be learnt that the prompt shows")
-    if not data.train:
+    if training and not data.train:
         raise UserError("config.data.train is empty; name at least one data set")
     named = [("train", i, s) for i, s in enumerate(data.train)] + [("eval", i, s) for i, s in enumerate(data.eval)]
     for part, i, source in named:
-        where = f"config.data.{part}.{i}"
-        if not source.path:
-            raise UserError(f"{where}.path is empty; give a file, a glob or a data set's name")
-        if not source.template:
-            raise UserError(f"{where}.template is empty; name a template or leave it out")
-        if source.weight < 0 or source.limit < 0:
-            raise UserError(f"{where}: weight and limit must not be negative")
+        _check_source(source, f"config.data.{part}.{i}")
     if data.holdout and data.eval:
         raise UserError("config.data.holdout and config.data.eval exclude each other; keep one")
     _check_mixing(data)
@@ -364,12 +421,84 @@ def _check(config: Config) -> None:
         )
     if train.duration.value <= 0 or train.duration.unit == "%":
         raise UserError("config.train.duration must be positive and in steps, epochs, examples or tokens")
+    _check_tasks(config.eval.tasks)
     best = config.eval.best
-    if best != "loss" and not (best in config.eval.metrics and config.eval.generate):
+    of_task = best in [f"{task.name}/{metric}" for task in config.eval.tasks for metric in measured(task)]
+    if best != "loss" and not of_task and not (best in config.eval.metrics and config.eval.generate):
         raise UserError(f"config.eval.best: {best!r} is not measured; add it to eval.metrics, with eval.generate on")
+    if config.eval.repetition_penalty <= 0:
+        raise UserError(f"config.eval.repetition_penalty: {config.eval.repetition_penalty} must be positive; 1 is none")
+    for name, default in (("length_penalty", 1), ("early_stopping", False)):
+        if config.eval.num_beams == 1 and getattr(config.eval, name) != default:
+            raise UserError(f"config.eval.{name} has no effect without beams; set eval.num_beams")
     sizes = {name: size for name, size in dataclasses.asdict(mesh).items() if name not in ("slices", "across_slices")}
     if sum(size == -1 for size in sizes.values()) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
         raise UserError(f"config.mesh: sizes must be positive, and at most one of them -1; got {sizes}")
+
+
+def _check_source(source: Source, where: str) -> None:
+    if not source.path:
+        raise UserError(f"{where}.path is empty; give a file, a glob or a data set's name")
+    if not source.template:
+        raise UserError(f"{where}.template is empty; name a template or leave it out")
+    if source.weight < 0 or source.limit < 0 or source.limit_each < 0:
+        raise UserError(f"{where}: weight and limit must not be negative")
+
+
+def measured(task: Task) -> tuple[str, ...]:
+    """The names of what a task measures over all its examples, but for a metric of one's own that gives several."""
+    names = {"generate": task.metrics, "rank": ("accuracy",), "run": task.metrics or ("pass@1",)}[task.score]
+    return (*names, *(f"{name}_macro" for name in names)) if task.group_by else names
+
+
+def _check_tasks(tasks: tuple[Task, ...]) -> None:
+    """Refuses tasks that cannot be scored, and settings of theirs that nothing would read."""
+    for i, task in enumerate(tasks):
+        where = f"config.eval.tasks.{i}"
+        if not task.name or "/" in task.name or task.name == "all":
+            raise UserError(f"{where}.name: {task.name!r} does not do; give one without '/' that is not 'all'")
+        if task.name in [other.name for other in tasks[:i]]:
+            raise UserError(f"{where}.name: there are two tasks {task.name!r}; give each its own name")
+        _check_source(task.data, f"{where}.data")
+        if task.score == "rank" and not task.options:
+            raise UserError(f"{where}.options is empty; score='rank' needs the texts to choose from, as 'yes ||| no'")
+        if task.score == "generate" and not task.metrics:
+            raise UserError(f"{where}.metrics is empty; name what score='generate' measures, as 'exact_match'")
+        for name, kinds in _ONLY_OF.items():
+            if task.score not in kinds and getattr(task, name) != getattr(Task(), name):
+                raise UserError(f"{where}.{name} has no effect with score={task.score!r}; leave it out")
+        if task.num_shots < 0 or task.length < 0 or task.max_new_tokens < 1 or task.samples < 1:
+            raise UserError(f"{where}: num_shots and length must be at least 0, max_new_tokens and samples at least 1")
+        if bool(task.num_shots) != bool(task.shots.path):
+            raise UserError(f"{where}: shots and num_shots are given together or not at all")
+        if task.shots.path:
+            _check_source(task.shots, f"{where}.shots")
+        elif task.truncate == "shots":
+            raise UserError(f"{where}.truncate='shots' needs shots; give some, or choose another")
+        elif task.shots_by:
+            raise UserError(f"{where}.shots_by has no effect without shots; leave it out")
+        if task.preamble and task.preamble_file:
+            raise UserError(f"{where}: preamble and preamble_file exclude each other; keep one")
+        if task.temperature < 0 or not 0 < task.top_p <= 1:
+            raise UserError(f"{where}: temperature must be at least 0, and top_p in (0, 1]")
+        if not task.temperature and (task.samples > 1 or task.top_p < 1):
+            raise UserError(f"{where}: samples and top_p need a temperature above 0: nothing is drawn without one")
+        _check_answer(task.answer, f"{where}.answer")
+
+
+_ONLY_OF = {
+    "options": ("rank",), "normalize": ("rank",), "metrics": ("generate", "run"), "answer": ("generate",),
+    **dict.fromkeys(("max_new_tokens", "stop", "samples", "temperature", "top_p", "seed"), ("generate", "run")),
+}  # fmt: skip
+
+
+def _check_answer(pattern: str, where: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise UserError(f"{where}: {pattern!r} is no regular expression: {error}") from None
+    if groups > 1:
+        raise UserError(f"{where}: {pattern!r} has {groups} groups; keep the one that is the answer, others as (?:…)")
 
 
 def _check_adapters(model: Model) -> None:

@@ -4,7 +4,8 @@ config.json             the resolved config, what was derived from it, and the v
 model/config.json       the model's configuration;  tokenizer/  its tokenizer
 checkpoints/STEP/       see `checkpoint`
 metrics.jsonl           a line for each logged step;  tensorboard/  the same
-eval/STEP/              metrics.json and predictions.jsonl
+eval/STEP/              metrics.json and predictions.jsonl;  NAME/ in it: those of another evaluation than the run's own
+ended.json              where and why training has come to its end
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_it import config as settings
-from jax_it import files, hosts, metrics, sharding
+from jax_it import files, following, hosts, metrics, sharding
 from jax_it.checkpoint import Checkpoints, abstract, disk_error
 from jax_it.config import Config
 from jax_it.data import tokenizer as tokenizers
@@ -40,8 +41,8 @@ from jax_it.models.weights import flatten
 # What a resumed run may change: where and how it is computed, watched and kept, but not what it computes.
 FREE = (
     "mesh", "eval", "data.cache_dir", "model.remat", "train.micro_batches", "train.loss_chunk", "train.log_every",
-    "train.checkpoint_every", "train.keep", "train.keep_best", "train.max_skipped", "train.max_spike",
-    "train.hang_after", "train.wandb", "train.profile", "train.profile_steps",
+    "train.checkpoint_every", "train.keep", "train.keep_best", "train.keep_unscored", "train.max_skipped",
+    "train.max_spike", "train.hang_after", "train.wandb", "train.profile", "train.profile_steps",
 )  # fmt: skip
 
 
@@ -78,6 +79,11 @@ class Workdir:
         """A file of the folder to add to, as "metrics.jsonl". Raises OSError, as its methods do."""
         return Appending(self.path / name)
 
+    @property
+    def followers(self) -> Any:
+        """See `following`."""
+        return self.path / "eval" / "followers"
+
     def eval(self, step: int) -> Any:
         return self.path / "eval" / str(step)
 
@@ -104,7 +110,7 @@ class Workdir:
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}; name another --workdir") from error
         with stream:
-            _lock(stream, self.path)
+            lock(stream, f"trains in {self.path}; wait for it or stop it, or name another --workdir")
             try:
                 yield
             finally:
@@ -208,20 +214,58 @@ class Workdir:
 
     def writing_checkpoints(self, config: Config) -> Checkpoints:
         train = config.train
-        return Checkpoints(self.path / "checkpoints", train.keep, train.keep_best, self.scores(config.eval.best))
+
+        def waiting(steps: Sequence[int]) -> Sequence[int]:
+            return following.waiting(self.followers, steps, train.keep_unscored)
+
+        scores = self.scores(config.eval.best)
+        return Checkpoints(self.path / "checkpoints", train.keep, train.keep_best, scores, waiting)
+
+    def scored_steps(self) -> list[int]:
+        """The steps that have a folder of scores, in order, which may not be whole yet."""
+        try:
+            return sorted(int(folder.name) for folder in (self.path / "eval").iterdir() if folder.name.isdecimal())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def scores(self, metric: str) -> Callable[[int], float | None]:
-        """A checkpoint's score, larger is better: `metric` over all its evaluation's examples."""
+        """A step's score, larger is better: `metric` over all its evaluation's examples, or a task's "TASK/METRIC"."""
 
         def score(step: int) -> float | None:
-            try:
-                value = float(json.loads((self.eval(step) / "metrics.json").read_text())["all"][metric])
-            except (OSError, ValueError, KeyError, TypeError):
-                return None
-            lower = metric == "loss" or metrics.lower_is_better(metric)
-            return None if math.isnan(value) else -value if lower else value
+            value = self.measured(step, metric)
+            return None if value is None or math.isnan(value) else value
 
         return score
+
+    def measured(self, step: int, metric: str) -> float | None:
+        """The same, NaN where that was measured."""
+        try:
+            return score_in(json.loads((self.eval(step) / "metrics.json").read_text(encoding="utf-8")), metric)
+        except (OSError, ValueError):
+            return None
+
+    def end(self, step: int, why: str) -> None:
+        """Writes down that training has come to its end, on the first host."""
+        if not hosts.is_first():
+            return
+        try:
+            write_atomically(self.path / "ended.json", {"step": step, "why": why})
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"cannot write to {self.path}: {reason}; free space and run the same command") from error
+
+    def go_on(self) -> None:
+        """Takes that back where training goes on, on the first host."""
+        if hosts.is_first():
+            with suppress(OSError):
+                (self.path / "ended.json").unlink()
+
+    def ended(self) -> int | None:
+        """The step at which training has come to its end; None where it has not."""
+        try:
+            return int(json.loads((self.path / "ended.json").read_text(encoding="utf-8"))["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def choose_step(self, which: str, metric: str) -> int:
         """The step of checkpoint "latest", "best" or a number. Raises UserError that lists what there is."""
@@ -241,12 +285,16 @@ class Workdir:
 
     def params(self, model: Model, config: Config, step: int, mesh: jax.sharding.Mesh) -> Params:
         """The weights of a checkpoint, sharded over the mesh, beside those that the run has not trained."""
+        return model.join(self.trained(model, config, step, mesh), self.frozen(model, config, mesh))
+
+    def trained(
+        self, model: Model, config: Config, step: int, mesh: jax.sharding.Mesh, checkpoints: Checkpoints | None = None
+    ) -> Params:
+        """What a checkpoint holds of them. Raises `checkpoint.Unreadable`."""
         dtype = jnp.dtype(config.model.param_dtype)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.trained_shapes)
-        trained = self.checkpoints().restore_params(
-            step, abstract(shapes, sharding.shardings(model.trained_letters, shapes, mesh))
-        )
-        return model.join(trained, self.frozen(model, config, mesh))
+        placed = abstract(shapes, sharding.shardings(model.trained_letters, shapes, mesh))
+        return (checkpoints or self.checkpoints()).restore_params(step, placed)
 
     def frozen(self, model: Model, config: Config, mesh: jax.sharding.Mesh) -> Params:
         """The weights beneath the run's adapters, which no checkpoint holds. Raises UserError if they have changed."""
@@ -311,8 +359,21 @@ def make_format(model: Model, tokenizer: tokenizers.Tokenizer) -> Format:
     return Seq2SeqFormat(model.config.start_token, model.config.pad_token)
 
 
-def _lock(stream: TextIO, folder: Path) -> None:
-    """Locks an open file for this process and writes into it who that is."""
+def score_in(found: Any, metric: str) -> float | None:
+    """The score by `metric` in what a metrics.json holds, larger is better; None where there is none."""
+    try:
+        task, _, name = ("all", "", metric) if metric in found.get("all", {}) else metric.rpartition("/")
+        value = float(found[task][name])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return -value if name == "loss" or metrics.lower_is_better(name) else value
+
+
+def lock(stream: TextIO, refusal: str) -> None:
+    """Locks an open file for this process and writes into it who that is.
+
+    Raises UserError where another one holds it: who that is, and the refusal.
+    """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         stream.truncate(0)
@@ -321,7 +382,7 @@ def _lock(stream: TextIO, folder: Path) -> None:
     except BlockingIOError:
         stream.seek(0)
         owner = stream.read() or "another process"
-        raise UserError(f"{owner} trains in {folder}; wait for it or stop it, or name another --workdir") from None
+        raise UserError(f"{owner} {refusal}") from None
     except OSError:  # a file system without locks, or a full one, which the next file will tell
         pass
 

@@ -62,7 +62,11 @@ def exit_code(*arguments):
         (("train", "--conf", "x", "--work", "y"), "the following arguments are required: --config, --workdir"),
         (("train", "--config", "x", "--workdir", "y", "--lr=3"), "jax-it train: unknown option --lr=3"),
         (("train", "--config", "x", "--workdir", "y", "stray"), "jax-it train: unknown option stray"),
-        (("eval", "--workdir", "y", "--config.train.seed=3"), "jax-it eval: unknown option --config.train.seed=3"),
+        (
+            ("export", "--workdir", "y", "--output", "z", "--config.train.seed=3"),
+            "jax-it export: unknown option --config.train.seed=3",
+        ),
+        (("eval",), "one of the arguments --workdir --model is required"),
         (("eval", "--workdir"), "--workdir: expected one argument"),
         (("train", "--config", "x", "--workdir", "y", "--config.train.seed"), "--config.train.seed needs a value"),
         (

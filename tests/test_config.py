@@ -98,7 +98,8 @@ def wrong_values(hint: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", LEAVES)
 def test_a_value_of_the_wrong_type_is_refused_with_the_name_of_the_field(name):
-    full = settings.to_dict(Config(data=settings.Data((settings.Source(),), (settings.Source(),))))
+    data = settings.Data((settings.Source(),), (settings.Source(),))
+    full = settings.to_dict(Config(data=data, eval=settings.Eval(tasks=(settings.Task(),))))
     for value in wrong_values(LEAVES[name]):
         changed = json.loads(json.dumps(full))
         *parents, last = name.split("__")
@@ -112,7 +113,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_name_of_the_field(name):
 
 def test_every_setting_has_a_section_a_type_and_a_default():
     assert len(LEAVES) > 80
-    # A source is the only thing whose fields a default config does not show.
+    # Sources and tasks are the only things whose fields a default config does not show.
     shown = [name for name in LEAVES if "__0" not in name]
     default = settings.default()
     for name in shown:
@@ -307,6 +308,9 @@ def test_a_duration_is_saved_as_it_was_written(text):
         ({"train__keep": 0}, "config.train.keep: 0 must be at least 1"),
         ({"eval__best": "rougel"}, "config.eval.best: 'rougel' is not measured; add it to eval.metrics"),
         ({"eval__best": "rougeL", "eval__generate": False}, "config.eval.best: 'rougeL' is not measured"),
+        ({"eval__num_beams": 0}, "config.eval.num_beams: 0 must be at least 1"),
+        ({"eval__length_penalty": 2.0}, "config.eval.length_penalty has no effect without beams; set eval.num_beams"),
+        ({"eval__repetition_penalty": 0.0}, "config.eval.repetition_penalty: 0.0 must be positive; 1 is none"),
         ({"mesh__fsdp": -1}, "config.mesh: sizes must be positive, and at most one of them -1"),
         ({"mesh__tensor": 0}, "config.mesh: sizes must be positive"),
         ({"mesh__slices": -1}, "config.mesh.slices: -1 must be at least 0"),
@@ -314,6 +318,61 @@ def test_a_duration_is_saved_as_it_was_written(text):
 )
 def test_what_cannot_work_is_refused_before_anything_is_read(changes, message):
     assert refusal(**changes).startswith(message)
+
+
+TASK = {"name": "quiz", "data": {"path": "a.jsonl"}, "metrics": ["exact_match"]}
+RANK = {"name": "quiz", "data": {"path": "a.jsonl"}, "score": "rank", "options": "a ||| b"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"name": ""}, ".name: '' does not do"),
+        ({"name": "a/b"}, ".name: 'a/b' does not do; give one without '/' that is not 'all'"),
+        ({"name": "all"}, ".name: 'all' does not do"),
+        ({"data": {}}, ".data.path is empty"),
+        ({"data": {"path": "a", "template": []}}, ".data.template is empty"),
+        ({"data": {"path": "a", "limit_each": -1}}, ".data: weight and limit must not be negative"),
+        ({"metrics": []}, ".metrics is empty; name what score='generate' measures"),
+        ({"options": "a ||| b"}, ".options has no effect with score='generate'"),
+        ({"normalize": "tokens"}, ".normalize has no effect with score='generate'"),
+        (RANK | {"options": ""}, ".options is empty; score='rank' needs the texts to choose from"),
+        (RANK | {"metrics": ["bleu"]}, ".metrics has no effect with score='rank'"),
+        (RANK | {"metrics": [], "samples": 2}, ".samples has no effect with score='rank'"),
+        (RANK | {"metrics": [], "score": "guess"}, ".score: 'guess' is not one of 'generate', 'rank', 'run'"),
+        ({"num_shots": 2}, ": shots and num_shots are given together or not at all"),
+        ({"shots": {"path": "b"}}, ": shots and num_shots are given together or not at all"),
+        ({"shots": {"path": "b", "template": []}, "num_shots": 1}, ".shots.template is empty"),
+        ({"shots_by": "subject"}, ".shots_by has no effect without shots"),
+        ({"truncate": "shots"}, ".truncate='shots' needs shots"),
+        ({"preamble": "a", "preamble_file": "b"}, ": preamble and preamble_file exclude each other"),
+        ({"samples": 0}, ": num_shots and length must be at least 0, max_new_tokens and samples at least 1"),
+        ({"max_new_tokens": 0}, ": num_shots and length must be at least 0"),
+        ({"length": -1}, ": num_shots and length must be at least 0"),
+        ({"samples": 4}, ": samples and top_p need a temperature above 0"),
+        ({"top_p": 0.5}, ": samples and top_p need a temperature above 0"),
+        ({"temperature": -1}, ": temperature must be at least 0, and top_p in (0, 1]"),
+        ({"answer": "("}, ".answer: '(' is no regular expression: missing )"),
+        ({"answer": "(a)(b)"}, ".answer: '(a)(b)' has 2 groups; keep the one that is the answer"),
+        ({"shot": 1}, ".shot is not a setting; did you mean 'shots'?"),
+    ],
+)
+def test_a_task_that_cannot_be_scored_is_refused(changes, message):
+    assert refusal(eval__tasks=[TASK | {"name": "other"}, TASK | changes]).startswith(f"config.eval.tasks.1{message}")
+
+
+def test_two_tasks_have_two_names():
+    message = "config.eval.tasks.1.name: there are two tasks 'quiz'; give each its own name"
+    assert refusal(eval__tasks=[TASK, RANK]) == message
+
+
+def test_a_task_s_score_may_be_the_one_that_ranks_checkpoints():
+    config = settings.resolve(tree(eval__tasks=[RANK | {"group_by": "subject"}], eval__best="quiz/accuracy_macro"))
+    assert settings.measured(config.eval.tasks[0]) == ("accuracy", "accuracy_macro")
+    settings.resolve(tree(eval__tasks=[TASK], eval__best="quiz/exact_match"))
+    for best in ("quiz/accuracy_macro", "quiz/bleu", "other/accuracy"):
+        message = refusal(eval__tasks=[RANK], eval__best=best)
+        assert message.startswith(f"config.eval.best: {best!r} is not measured")
 
 
 # Saving

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "jax_it"
 # Of each module and package of jax_it. "__init__" is the API of the package itself.
 FLOORS = {
     "errors": -3,  # the ground, which all else stands on
-    "typed": -2, "hosts": -2, "files": -2,
-    "config": -1,
+    "typed": -2, "hosts": -2, "files": -2, "stopping": -2, "tensorboard": -2,
+    "config": -1, "following": -1,
     "sharding": 0, "chips": 0,
     "data": 1, "losses": 1, "metrics": 1,
     "models": 2,
@@ -20,7 +20,7 @@ FLOORS = {
     "workdir": 4,
     "evaluation": 5,
     "training": 6,
-    "export": 7, "predict": 7, "preview": 7, "plan": 7, "serving": 7, "report": 7,
+    "export": 7, "harness": 7, "predict": 7, "preview": 7, "plan": 7, "serving": 7, "report": 7,
     "cli": 8, "__init__": 8,
     "__main__": 9,
 }  # fmt: skip

@@ -72,6 +72,14 @@ def test_a_run_in_a_bucket_goes_on_is_scored_and_exported(
 
     run(environment, "eval", "--workdir", "gs://runs/tiny")
     assert "runs/tiny/eval/8/metrics.json" in store.objects
+    text = run(environment, "eval", "--workdir", "gs://runs/tiny", "--follow")
+    assert "step 4\n" in text and "2 checkpoints scored, and training has ended" in text
+    scored = {
+        name.removeprefix("runs/tiny/tensorboard/eval/") for name in store.objects if "/tensorboard/eval/" in name
+    }
+    assert scored == {f"events.out.tfevents.{step:010d}.scores" for step in (4, 8)}
+    assert not any("/followers/" in name for name in store.objects)
+    assert "* best by loss: step " in run(environment, "eval", "--workdir", "gs://runs/tiny", "--summary")
     for place, output in ((tmp_path / "local", "a"), ("gs://runs/tiny", "b")):
         run(environment, "export", "--workdir", place, "--output", tmp_path / output)
     exported = [(tmp_path / output / "model.safetensors").read_bytes() for output in ("a", "b")]

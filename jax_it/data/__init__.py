@@ -37,10 +37,15 @@ def build(
     return Built(TrainData(mixed, format, layout, data.packing), made, digest(data))
 
 
-def build_eval(data: Data, tokenizer: Tokenizer, format: Format, limit: int) -> evaluation_set.EvalSet | None:
-    """The examples to evaluate on: `data.eval`, or what is held out of `data.train`; None where there are none."""
+def build_eval(
+    data: Data, tokenizer: Tokenizer, format: Format, limit: int, unread: dict[str, str] | None = None
+) -> evaluation_set.EvalSet | None:
+    """The examples to evaluate on: `data.eval`, or what is held out of `data.train`; None where there are none.
+
+    Where `unread` is given, a source of `data.eval` that cannot be read is put there, and why, and left out.
+    """
     if data.eval:
-        return evaluation_set.read(data.eval, "config.data.eval", data, tokenizer, format, limit, None)
+        return evaluation_set.read(data.eval, "config.data.eval", data, tokenizer, format, limit, None, unread)
     if not data.holdout:
         return None
     made = _tokenize(data, tokenizer, format)

@@ -39,45 +39,77 @@ def read(
     format: Format,
     limit: int,
     only: Sequence[np.ndarray] | None,
-) -> EvalSet:
+    unread: dict[str, str] | None = None,
+) -> EvalSet | None:
     """The examples of some sources; `only` names the records of each to take, `limit` how many at most.
+
+    Where `unread` is given, a source at fault is left out and put there, by its name, with what is wrong with it;
+    None comes back if there is no other. Without it that is a UserError.
 
     A record's task is its field "task", or else its source's name. Where a source has several
     templates, its records take them in turn. References without text are left out. Too long a prompt is
     cut also with truncate="drop": a score over fewer examples would not compare.
     """
+    parts: list[EvalSet] = []
+    for i, source in enumerate(items):
+        try:
+            wanted = None if only is None else set(only[i].tolist())
+            parts.append(_read_one(source, f"{where}.{i}", data, tokenizer, format, limit, wanted))
+        except UserError as error:
+            if unread is None:
+                raise
+            unread[sources.name_of(source)] = str(error)
+    together = EvalSet(
+        [example for part in parts for example in part.examples],
+        sum(part.skipped for part in parts),
+        sum(part.truncated for part in parts),
+    )
+    if not together.examples:
+        reason = f"{where}: none of {together.skipped} examples has a reference to compare with"
+        if unread is None:
+            raise UserError(reason)
+        if parts:
+            unread[where] = reason
+        return None
+    return together
+
+
+def _read_one(
+    source: Source,
+    where: str,
+    data: Data,
+    tokenizer: Tokenizer,
+    format: Format,
+    limit: int,
+    wanted: set[int] | None,
+) -> EvalSet:
     chosen: list[EvalExample] = []
     rendered: list[Example] = []
     places: list[str] = []
-    skipped = 0
-    for i, source in enumerate(items):
-        name = sources.name_of(source)
-        wanted = None if only is None else set(only[i].tolist())
-        taken = 0
-        for number, record in enumerate(sources.read(source, f"{where}.{i}")):
-            if (wanted is not None and number not in wanted) or (limit and taken == limit):
-                continue
-            taken += 1
-            example = templates.render(record, source.template[number % len(source.template)])
-            references = tuple(reference for reference in example.references if reference.strip())
-            if not references:
-                skipped += 1
-                continue
-            id, task = record.fields.get("id"), record.fields.get("task")
-            chosen.append(
-                EvalExample(
-                    id=f"{name}/{number}" if id is None else str(id),
-                    task=task if isinstance(task, str) else name,
-                    prompt=example.prompt,
-                    references=references,
-                    prompt_tokens=[],
-                    encoded=Encoded(np.zeros(0, np.int32), np.zeros(0, np.int32)),
-                )
+    skipped = taken = 0
+    name = sources.name_of(source)
+    for number, record in enumerate(sources.read(source, where)):
+        if (wanted is not None and number not in wanted) or (limit and taken == limit):
+            continue
+        taken += 1
+        example = templates.render(record, source.template[number % len(source.template)])
+        references = tuple(reference for reference in example.references if reference.strip())
+        if not references:
+            skipped += 1
+            continue
+        id, task = record.fields.get("id"), record.fields.get("task")
+        chosen.append(
+            EvalExample(
+                id=f"{name}/{number}" if id is None else str(id),
+                task=task if isinstance(task, str) else name,
+                prompt=example.prompt,
+                references=references,
+                prompt_tokens=[],
+                encoded=Encoded(np.zeros(0, np.int32), np.zeros(0, np.int32)),
             )
-            rendered.append(Example((*example.turns[:-1], Turn("assistant", references[0])), references))
-            places.append(record.where)
-    if not chosen:
-        raise UserError(f"{where}: none of {skipped} examples has a reference to compare with")
+        )
+        rendered.append(Example((*example.turns[:-1], Turn("assistant", references[0])), references))
+        places.append(record.where)
     counts = Counts()
     encoded = format.encode(rendered, places, data, tokenizer, counts, evaluation=True)
     examples, truncated = [], 0

@@ -4,6 +4,7 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -46,14 +47,15 @@ def digest(source: Source, where: str = "config.data") -> str:
     """A hash of everything that decides what `read` yields."""
     kind = _kind(source, where)
     parts = hashlib.blake2b(digest_size=16)
-    parts.update(repr((kind, source.limit)).encode())
+    parts.update(repr((kind, source.limit, *filter(None, (source.records, source.limit_each)))).encode())
     if kind == "datasets":
         parts.update(_load_dataset(source, where)._fingerprint.encode())
     elif kind == "builtin":
         parts.update(repr((source.path, source.split)).encode())
     else:
         for file in _files(source, where):
-            parts.update(_suffix(file).encode())  # commas and tabs are told apart by it
+            # Commas and tabs are told apart by the ending, and tasks by the name.
+            parts.update((file.name if source.records else _suffix(file)).encode())
             try:
                 with file.open("rb") as stream:
                     parts.update(hashlib.file_digest(stream, "blake2b").digest())
@@ -73,8 +75,11 @@ def _read_all(source: Source, where: str) -> Iterator[Record]:
         for i, fields in enumerate(_load_dataset(source, where)):
             yield Record(fields, f"{source.path} ({source.split}), row {i + 1}")
     else:
+        if source.records and kind != "json":
+            raise UserError(f"{where}.records is for JSON files, not for {kind}; leave it out")
         for file in _files(source, where):
-            yield from _READERS[kind](file)
+            records = _read_object(file, source.records) if source.records else _READERS[kind](file)
+            yield from itertools.islice(records, source.limit_each or None)
 
 
 def _kind(source: Source, where: str) -> str:
@@ -107,6 +112,8 @@ def _suffix(file: Path) -> str:
 
 def _files(source: Source, where: str) -> list[Path]:
     path = files.locate(source.path).expanduser()
+    if source.listed:
+        return _listed(path, source.listed, where)
     if path.is_dir():
         kinds = set(_SUFFIXES.values()) if source.format == "auto" else {source.format}
         found = sorted(file for file in path.iterdir() if _SUFFIXES.get(_suffix(file)) in kinds)
@@ -114,6 +121,22 @@ def _files(source: Source, where: str) -> list[Path]:
         found = [path] if path.is_file() else files.matches(path)
     if not found:
         raise UserError(f"{where}: no data file matches {source.path}")
+    return found
+
+
+def _listed(folder: Path, names: str, where: str) -> list[Path]:
+    """The files of a folder that a text file names, a line each, without their ending."""
+    try:
+        lines = files.locate(names).expanduser().read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}.listed: {names} cannot be read: {error}") from None
+    found = []
+    for line in lines:
+        there = [folder / f"{line}{suffix}{packed}" for suffix in _SUFFIXES for packed in ("", ".gz", ".zst")]
+        file = next((file for file in there if file.is_file()), None)
+        if file is None:
+            raise UserError(f"{where}.listed: {names} names {line!r}, and {folder} has no such data file")
+        found.append(file)
     return found
 
 
@@ -225,6 +248,25 @@ def _read_json_list(file: Path, text: str) -> Iterator[Record]:
         raise UserError(f"{file}: not valid JSON: {error}; mend the file") from None
     for i, fields in enumerate(records, 1):
         yield _record(fields, f"{file}, record {i}")
+
+
+def _read_object(file: Path, field: str) -> Iterator[Record]:
+    """The records that one JSON object holds in a list; each gets its other fields, and the file's name as `task`."""
+
+    def parse(stream: io.TextIOBase) -> Iterator[Record]:
+        whole = _record(_parse_json(stream.read(), str(file)), str(file)).fields
+        if not isinstance(whole.get(field), list):
+            raise UserError(f"{file}: no list of records in the field {field!r}; its fields: {', '.join(whole)}")
+        shared = {"task": _stem(file)} | {name: value for name, value in whole.items() if name != field}
+        for i, fields in enumerate(whole[field], 1):
+            where = f"{file}, {field} {i}"
+            yield Record(shared | _record(fields, where).fields, where)
+
+    return _read_text(file, parse)
+
+
+def _stem(file: Path) -> str:
+    return file.name.removesuffix(file.suffix if file.suffix in (".gz", ".zst") else "").rpartition(".")[0]
 
 
 def _parse_json(line: str, where: str) -> Any:

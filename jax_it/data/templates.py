@@ -6,6 +6,7 @@ completion, as in P3 ("{{question}} ||| {{answer}}"); further parts are further 
 
 import itertools
 import random
+import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -51,13 +52,30 @@ def render(record: Record, template: str) -> Example:
     make = TEMPLATES.get(template) or _jinja(template)
     try:
         return _check_unicode(make(record.fields))
-    except MissingField as error:
-        fields = ", ".join(map(str, record.fields)) or "none"
-        raise UserError(
-            f"{record.where}: {error}, which template {_short(template)} needs; its fields: {fields}"
-        ) from None
     except Malformed as error:
-        raise UserError(f"{record.where}: {error}") from None
+        raise _refused(error, record, template) from None
+
+
+def _refused(error: Malformed, record: Record, template: str) -> UserError:
+    if not isinstance(error, MissingField):
+        return UserError(f"{record.where}: {error}")
+    fields = ", ".join(map(str, record.fields)) or "none"
+    return UserError(f"{record.where}: {error}, which template {_short(template)} needs; its fields: {fields}")
+
+
+def text(record: Record, template: str) -> str:
+    """Jinja text with the record's fields, stripped. Raises UserError naming the record and the field it lacks."""
+    return " ||| ".join(texts(record, template))
+
+
+def texts(record: Record, template: str) -> list[str]:
+    """The texts of Jinja text that `|||` divides, stripped. Raises as `text` does."""
+    try:
+        found = _compile(template)(record.fields)
+        _check_unicode(Example((), tuple(found)))
+    except Malformed as error:
+        raise _refused(error, record, template) from None
+    return found
 
 
 def conversation(record: Record) -> tuple[Turn, ...]:
@@ -108,6 +126,11 @@ def _example(prompt: str, completions: Any, name: str, system: str = "") -> Exam
 def _prompt_completion(fields: Fields) -> Example:
     """{prompt, completion}; `completion` may be a list, whose first is learnt and all are references."""
     return _example(_text(_field(fields, "prompt"), "prompt"), _field(fields, "completion"), "completion")
+
+
+def _prompt(fields: Fields) -> Example:
+    """{prompt}, as it is: there is nothing to learn and no reference, as where programs are tried out."""
+    return _example(_text(_field(fields, "prompt"), "prompt"), [], "completion")
 
 
 def _alpaca(fields: Fields) -> Example:
@@ -172,6 +195,32 @@ def _messages(fields: Fields) -> Example:
     return Example(turns, (turns[-1].text,))
 
 
+def _super_ni(examples: int) -> Callable[[Fields], Example]:
+    """An instance of a Super-NaturalInstructions task as Tk-Instruct sees it (Wang et al. 2022, appendix B)."""
+
+    def make(fields: Fields) -> Example:
+        definition = _field(fields, "Definition")
+        if isinstance(definition, list):
+            definition = definition[0] if definition else ""
+        parts = [_ended(f"Definition: {_text(definition, 'Definition').strip()}") + "\n\n"]
+        shown = fields.get("Positive Examples") or [] if examples else []
+        if not isinstance(shown, list) or not all(isinstance(item, dict) for item in shown):
+            raise Malformed("the field 'Positive Examples' is no list of examples with input and output")
+        for number, item in enumerate(shown[:examples], 1):
+            given = _ended(f"Input: {_text(_field(item, 'input'), 'input').strip()}")
+            answer = _ended(f" Output: {_text(_field(item, 'output'), 'output').strip()}")
+            parts.append(f" Positive Example {number} -\n{given}\n{answer}\n\n")
+        given = _ended(f"Input: {_text(_field(fields, 'input'), 'input').strip()}")
+        parts.append(f"Now complete the following example -\n{given}\nOutput:")
+        return _example("".join(parts), _field(fields, "output"), "output")
+
+    return make
+
+
+def _ended(text: str) -> str:
+    return text if text[-1] in string.punctuation else f"{text}."
+
+
 def _auto(fields: Fields) -> Example:
     """Whichever of the templates above the record's fields fit."""
     for name, needed in _NEEDED.items():
@@ -184,6 +233,7 @@ _NEEDED = {
     "messages": ("messages", "conversations"),  # first: some sets repeat the first message as "prompt"
     "prompt_completion": ("prompt",),
     "alpaca": ("instruction",),
+    "super_ni": ("Definition",),
 }
 
 TEMPLATES: dict[str, Callable[[Fields], Example]] = {
@@ -191,6 +241,10 @@ TEMPLATES: dict[str, Callable[[Fields], Example]] = {
     "prompt_completion": _prompt_completion,
     "alpaca": _alpaca,
     "messages": _messages,
+    "prompt": _prompt,
+    "super_ni": _super_ni(examples=2),
+    "super_ni_1_example": _super_ni(examples=1),
+    "super_ni_definition": _super_ni(examples=0),
 }
 
 
@@ -218,6 +272,18 @@ def _jinja(text: str) -> Callable[[Fields], Example]:
     if "|||" not in text:
         known = ", ".join(TEMPLATES)
         raise UserError(f"template {_short(text)} is not one of {known}, and no Jinja text with '|||' in it")
+    parts_of = _compile(text)
+
+    def make(fields: Fields) -> Example:
+        prompt, *completions = parts_of(fields)
+        return _example(prompt, completions[:1] + [text for text in completions[1:] if text], "completion")
+
+    return make
+
+
+@cache
+def _compile(text: str) -> Callable[[Fields], list[str]]:
+    """What stands between the bars of Jinja text, as a function of a record's fields."""
     environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_refuse_null)
     environment.globals["choice"] = environment.filters["choice"] = _choice
     environment.filters["most_frequent"] = _most_frequent
@@ -226,15 +292,14 @@ def _jinja(text: str) -> Callable[[Fields], Example]:
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"template {_short(text)} is not valid Jinja: {error}") from None
 
-    def make(fields: Fields) -> Example:
+    def make(fields: Fields) -> list[str]:
         try:
             rendered = template.render(_replace(fields, "|||", _BARS))
         except jinja2.UndefinedError as error:
             raise MissingField(str(error).replace("' is undefined", "' is missing")) from None
         except Exception as error:  # a template may run any expression on any data
             raise MissingField(f"{type(error).__name__} ({error}) in the fields") from None
-        prompt, *completions = (part.strip().replace(_BARS, "|||") for part in rendered.split("|||"))
-        return _example(prompt, completions[:1] + [text for text in completions[1:] if text], "completion")
+        return [part.strip().replace(_BARS, "|||") for part in rendered.split("|||")]
 
     return make
 

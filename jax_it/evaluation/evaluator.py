@@ -11,32 +11,59 @@ import numpy as np
 from tqdm import tqdm
 
 from jax_it import losses, metrics, sharding
-from jax_it.config import Config
-from jax_it.data import chat
+from jax_it.config import Config, Eval, Task
+from jax_it.data import chat, tasks
 from jax_it.data.batches import Encoded
 from jax_it.data.evaluation_set import EvalSet
 from jax_it.data.formats import Format, pack_rows
 from jax_it.data.packing import Layout
 from jax_it.data.tokenizer import Tokenizer
-from jax_it.generation import Generator
+from jax_it.errors import Interrupted, UserError, first_line
+from jax_it.evaluation.executed import Executed
+from jax_it.evaluation.scorers import TRUNCATED, Found, Generated, Ranked, Scorer, Setting, Stopped, ask
+from jax_it.generation import Generator, Sampling
 from jax_it.models import Model, Params
 from jax_it.workdir import make_format
 
 ALL = "all"
-WITHOUT_REFERENCE, TRUNCATED = "without_reference", "truncated"
+WITHOUT_REFERENCE = "without_reference"
+TASK = "task"  # the key of a whole task's error
+
+SCORERS: dict[str, Callable[..., Scorer]] = {"generate": Generated, "rank": Ranked, "run": Executed}
 
 
 class Scored(NamedTuple):
     metrics: dict[str, dict[str, float]]
-    """By task, and "all". `n` examples are scored; "all" also counts those left out and the prompts cut."""
+    """By task, and "all" of data.eval's examples, where there are any. `n` examples are scored; "all" also counts those
+    left out and the prompts cut. Of eval.tasks by name, and "NAME/GROUP" where there are groups.
+    """
     predictions: list[dict[str, Any]]  # id, task, prompt, prediction, references
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = MappingProxyType({})  # by task and metric; 95 %
-    errors: Mapping[str, Mapping[str, str]] = MappingProxyType({})  # by task, of metrics that failed
+    errors: Mapping[str, Mapping[str, str]] = MappingProxyType({})  # by task: metrics that failed, or TASK if all did
     advice: str = ""  # metrics that cannot count the references' script
 
 
-class Stopped(Exception):
-    """An evaluation was left between two batches."""
+_PASSING = (Stopped, Interrupted)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def _with(scored: Scored, task: str, found: Found) -> Scored:
+    """What is scored so far, and what was found for one more task."""
+
+    def named(by_group: Mapping[str, Any]) -> dict[str, Any]:
+        return {f"{task}/{group}" if group else task: values for group, values in by_group.items()}
+
+    rows = [{"id": row["id"], "task": task, **row} for row in found.predictions]
+    return Scored(
+        {**scored.metrics, **named(found.metrics)},
+        [*scored.predictions, *rows],
+        {**scored.intervals, **named(found.intervals)},
+        {**scored.errors, **named(found.errors)},
+        "\n".join(dict.fromkeys(filter(None, (scored.advice, found.advice)))),
+    )
 
 
 def _always() -> bool:
@@ -48,27 +75,68 @@ class Evaluator:
         self,
         model: Model,
         tokenizer: Tokenizer,
-        examples: EvalSet,
+        examples: EvalSet | None,
         config: Config,
         layout: Layout,
         mesh: jax.sharding.Mesh,
     ):
         metrics.check(config.eval.metrics)
-        self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
+        self._setting = Setting(model, tokenizer, make_format(model, tokenizer), config, mesh)
+        self._examples = None if examples is None else Examples(examples, self._setting, layout)
+        self._scorers: dict[str, Scorer] = {}
+
+    def __call__(self, params: Params, go_on: Callable[[], bool] = _always) -> Scored:
+        """The scores of data.eval's examples, where there are any, and then of each of eval.tasks.
+
+        A task that fails leaves its reason in `errors` and the others alone. `go_on` is asked before each batch,
+        equally often on all hosts. Raises Stopped where it says no.
+        """
+        scored = Scored({}, [], {}, {})
+        every = self._setting.config.eval.tasks
+        if self._examples is not None:
+            try:
+                scored = self._examples(params, go_on)
+            except Exception as error:
+                if not every or isinstance(error, _PASSING):
+                    raise
+                scored = Scored({}, [], {}, {ALL: {TASK: _reason(error)}})
+        for number, task in enumerate(every):
+            try:
+                scored = _with(scored, task.name, self._scorer(number, task)(params, go_on))
+            except _PASSING:
+                raise
+            except Exception as error:  # of the model's code, say: it costs no other task its scores
+                scored = scored._replace(errors={**scored.errors, task.name: {TASK: _reason(error)}})
+        return scored
+
+    def _scorer(self, number: int, task: Task) -> Scorer:
+        """The task's scorer, with the examples that it read when it was first asked for."""
+        if task.name not in self._scorers:
+            _, tokenizer, format, config, _ = self._setting
+            where = f"config.eval.tasks.{number}"
+            examples = tasks.read(task, where, config.data, tokenizer, format, config.eval.limit)
+            self._scorers[task.name] = SCORERS[task.score](task, examples, self._setting)
+        return self._scorers[task.name]
+
+
+class Examples:
+    """The examples of data.eval, or those held out of data.train."""
+
+    def __init__(self, examples: EvalSet, setting: Setting, layout: Layout):
+        model, tokenizer, format, config, mesh = setting
+        self._tokenizer, self._config = tokenizer, config
         self._examples = examples.examples
         self._left_out = {WITHOUT_REFERENCE: float(examples.skipped), TRUNCATED: float(examples.truncated)}
         encoded = [example.encoded for example in self._examples]
-        self._loss = Loss(model, make_format(model, tokenizer), encoded, layout, config.train.loss_chunk, mesh)
+        self._loss = Loss(model, format, encoded, layout, config.train.loss_chunk, mesh)
         length = config.eval.max_new_tokens or config.data.target_length
         rows = min(config.eval.batch_size, len(self._examples))
-        self._generate = Generator(model, mesh, length, rows, ends=chat.ends(tokenizer))
+        self._generate = Generator(model, mesh, length, rows, _sampling(config.eval, tokenizer), chat.ends(tokenizer))
 
-    def __call__(self, params: Params, go_on: Callable[[], bool] = _always) -> Scored:
-        """Loss per target token over all examples; the config's metrics for each task and over all.
-
-        `go_on` is asked before each batch, equally often on all hosts. Raises Stopped where it says no.
-        """
-        overall = {"loss": self._loss(params, go_on), "n": float(len(self._examples)), **self._left_out}
+    def __call__(self, params: Params, go_on: Callable[[], bool]) -> Scored:
+        """Loss per target token over all examples; the config's metrics for each task and over all."""
+        loss = self._loss(params, go_on)
+        overall = {"loss": loss, "perplexity": _exp(loss), "n": float(len(self._examples)), **self._left_out}
         if not self._config.eval.generate:
             return Scored({ALL: overall}, [])
         texts = self._predict(params, go_on)
@@ -93,16 +161,23 @@ class Evaluator:
         texts = [""] * len(self._examples)
         prompts = [example.prompt_tokens for example in self._examples]
         with tqdm(total=len(texts), desc="generating", unit=" examples", disable=None, leave=False) as bar:
-            for i, tokens in self._generate(params, prompts):
-                texts[i] = self._tokenizer.decode(tokens)
+            for text in self._generate(params, prompts):
+                texts[text.prompt] = self._tokenizer.decode(text.tokens)
                 bar.update()
-                _ask(go_on)
+                ask(go_on)
         return texts
 
 
-def _ask(go_on: Callable[[], bool]) -> None:
-    if not go_on():
-        raise Stopped
+def _sampling(settings: Eval, tokenizer: Tokenizer) -> Sampling:
+    first = tokenizer.id_of(settings.first_token, "config.eval.first_token") if settings.first_token else None
+    return Sampling(
+        num_beams=settings.num_beams, length_penalty=settings.length_penalty, early_stopping=settings.early_stopping,
+        repetition_penalty=settings.repetition_penalty, min_new_tokens=settings.min_new_tokens, first_token=first,
+    )  # fmt: skip
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf if loss == loss else loss
 
 
 class Loss:
@@ -123,7 +198,7 @@ class Loss:
         with jax.set_mesh(self._mesh):
             sums: list[tuple[jax.Array, jax.Array]] = []
             for batch in self._batches:
-                _ask(go_on)
+                ask(go_on)
                 sums.append(self._loss_sum(params, sharding.place(batch, self._mesh)))
                 jax.block_until_ready(sums[-2:-1])  # one batch ahead, and no more: a stop need not wait for the rest
         total, weight = np.array([(0.0, 0.0), *((float(a), float(b)) for a, b in sums)]).sum(0)

@@ -1,19 +1,25 @@
-"""What an evaluation found: as files of the run's folder, and as text for people."""
+"""What an evaluation found: as files of the run's folder, for TensorBoard, and as text for people."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-from jax_it import hosts
+from jax_it import hosts, tensorboard
 from jax_it.errors import UserError
-from jax_it.evaluation.evaluator import ALL, TRUNCATED, WITHOUT_REFERENCE, Scored
-from jax_it.files import write_atomically
+from jax_it.evaluation.evaluator import ALL, TASK, TRUNCATED, WITHOUT_REFERENCE, Scored
+from jax_it.files import is_remote, write_atomically
+
+METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
+GROUPS = 12  # of a task, that a table shows
 
 
-def write(folder: Any, scored: Scored) -> None:
+def write(folder: Any, scored: Scored, board: Any = None, step: int = 0) -> None:
     """predictions.jsonl and then metrics.json, whose presence says that the step is scored.
 
-    The first host writes them; all return when they are there, since they decide which checkpoints stay.
+    `board` is a folder of TensorBoard's, which gets them as well. The first host writes; all return when the files
+    are there, since they decide which checkpoints stay.
     """
     with hosts.first_then_others():
         if not hosts.is_first():
@@ -21,8 +27,12 @@ def write(folder: Any, scored: Scored) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lines = [json.dumps(row, ensure_ascii=False) for row in scored.predictions]
-            write_atomically(folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
-            write_atomically(folder / "metrics.json", {task: _with_intervals(scored, task) for task in scored.metrics})
+            write_atomically(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
+            tasks = dict.fromkeys([*scored.metrics, *scored.errors])
+            found = {task: _with_intervals(scored, task) for task in tasks}
+            write_atomically(folder / METRICS, found)
+            if board is not None:
+                show(board, step, found)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"cannot write {folder}: {reason}; free space and evaluate again") from error
@@ -32,30 +42,88 @@ def _with_intervals(scored: Scored, task: str) -> dict[str, Any]:
     """A task's scores, "rougeL_ci": [low, high] beside each "rougeL", and why a metric has none under "errors"."""
     values: dict[str, Any] = {}
     intervals, errors = scored.intervals.get(task, {}), scored.errors.get(task, {})
-    for name, value in scored.metrics[task].items():
+    for name, value in scored.metrics.get(task, {}).items():
         values[name] = value
         if name in intervals:
             values[f"{name}_ci"] = list(intervals[name])
     return values | ({"errors": dict(errors)} if errors else {})
 
 
+def read(folder: Any) -> dict[str, dict[str, Any]] | None:
+    """What metrics.json in a folder holds; None where there is none. Raises ValueError where it is damaged."""
+    try:
+        found = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
+        raise ValueError("it is no object of objects")
+    return found
+
+
+def failures(scored: Scored) -> dict[str, str]:
+    """The tasks that failed as a whole, and why."""
+    return {task: errors[TASK] for task, errors in scored.errors.items() if TASK in errors}
+
+
+def show(board: Any, step: int, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """A step's scores for TensorBoard, as "eval/TASK/METRIC".
+
+    Each step has a file of its own, which is written whole: evaluated again it is not shown twice, and no
+    other process writes to it.
+    """
+    values = {
+        f"eval/{task}/{name}": float(value)
+        for task, scores in found.items()
+        for name, value in scores.items()
+        if isinstance(value, (int, float))
+    }
+    point = tensorboard.point(step, values)
+    if is_remote(board):
+        _point(board, step).write_bytes(point)
+        return
+    board.mkdir(parents=True, exist_ok=True)
+    part = board / f".{step}.part"  # TensorBoard would read one that has the name of the file in it
+    part.write_bytes(point)
+    part.replace(_point(board, step))
+
+
+def _point(board: Any, step: int) -> Any:
+    return board / f"events.out.tfevents.{step:010d}.scores"  # TensorBoard reads a folder's files by their names
+
+
+def complete(board: Any, folders: Mapping[int, Any]) -> None:
+    """Shows the steps whose process was killed before it did. `folders` are those of the scores."""
+    if not hosts.is_first():
+        return
+    for step, folder in folders.items():
+        with suppress(OSError, ValueError):  # a damaged one is not shown
+            if not _point(board, step).is_file() and (found := read(folder)) is not None:
+                show(board, step, found)
+
+
 def table(scored: Scored) -> str:
     """A line for each task, and one for all, with the bounds of its 95 % intervals where there are any."""
-    overall = scored.metrics[ALL]
+    overall = scored.metrics.get(ALL, {})
     every = dict.fromkeys(name for values in (overall, *scored.metrics.values()) for name in values)
     names = [name for name in every if name not in (WITHOUT_REFERENCE, TRUNCATED)]
     names.sort(key=lambda name: name == "n")
-    rows: dict[str, Mapping[str, float]] = dict(scored.metrics)
+    many = _many_groups(scored)
+    rows: dict[str, Mapping[str, float]] = {
+        task: values for task, values in scored.metrics.items() if task.rpartition("/")[0] not in many
+    }
     if bounds := scored.intervals.get(ALL):
         rows |= {f"  {end}": {name: pair[i] for name, pair in bounds.items()} for i, end in enumerate(("from", "to"))}
-    width = max(map(len, rows))
-    lines = [" " * width + "".join(f"  {name:>11}" for name in names)]
+    width = max(map(len, rows), default=0)
+    lines = [" " * width + "".join(f"  {name:>11}" for name in names)] if rows else []
     for row, values in rows.items():
-        cells = ((_cell(values.get(name), name), max(11, len(name))) for name in names)
-        lines.append(f"{row:<{width}}" + "".join(f"  {cell:>{wide}}" for cell, wide in cells))
+        cells = ((cell(values.get(name), name), max(11, len(name))) for name in names)
+        lines.append(f"{row:<{width}}" + "".join(f"  {text:>{wide}}" for text, wide in cells))
     reasons: dict[str, str] = {}  # one for each metric: it may fail in every task
     for errors in scored.errors.values():
-        reasons = {**errors, **reasons}
+        if TASK not in errors:
+            reasons = {**errors, **reasons}
+    lines += [f"{task}: its {number} groups are in {METRICS}" for task, number in many.items()]
+    lines += [f"{task}: {reason}" for task, reason in failures(scored).items()]
     lines += reasons.values()
     if scored.advice:
         lines.append(scored.advice)
@@ -66,7 +134,14 @@ def table(scored: Scored) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: float | None, name: str) -> str:
+def _many_groups(scored: Scored) -> dict[str, int]:
+    """The tasks that have more groups than a table shows, and how many."""
+    numbers = Counter(task.rpartition("/")[0] for task in scored.metrics)
+    return {task: number for task, number in numbers.items() if task in scored.metrics and number > GROUPS}
+
+
+def cell(value: float | None, name: str) -> str:
+    """A metric's value as a table shows it."""
     if value is None:
         return ""
     if ":" in name:  # a user's metric, on a scale of its own
@@ -82,11 +157,11 @@ def examples_text(scored: Scored, each: int = 1) -> str:
         if shown.setdefault(row["task"], 0) == each:
             continue
         shown[row["task"]] += 1
-        lines += [
-            f"[{row['task']}] {_short(row['prompt'])}",
-            f"    prediction: {_short(row['prediction'])}",
-            f"    reference:  {_short(row['references'][0])}",
-        ]
+        prediction = row["prediction"]
+        prediction = prediction if isinstance(prediction, str) else next(iter(prediction), "")  # of several samples
+        lines += [f"[{row['task']}] {_short(row['prompt'])}", f"    prediction: {_short(str(prediction))}"]
+        if row["references"]:
+            lines.append(f"    reference:  {_short(row['references'][0])}")
     return "\n".join(lines)
 
 

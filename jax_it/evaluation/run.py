@@ -1,35 +1,230 @@
-"""Scoring a run's checkpoint in a process of its own."""
+"""Scoring a run's checkpoints, or any model, in a process of its own."""
 
+import dataclasses
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 
+from jax_it import config as settings
 from jax_it import data, files, hosts, sharding
-from jax_it.errors import UserError
-from jax_it.evaluation.evaluator import Evaluator, Scored
-from jax_it.evaluation.results import write
-from jax_it.workdir import Workdir, make_format
+from jax_it.config import Config
+from jax_it.data import chat
+from jax_it.data import tokenizer as tokenizers
+from jax_it.data.packing import Layout
+from jax_it.errors import Interrupted, UserError
+from jax_it.evaluation.evaluator import TASK, Evaluator, Scored, Stopped
+from jax_it.evaluation.results import METRICS, PREDICTIONS, write
+from jax_it.models import Model, Params
+from jax_it.stopping import Stopping, on_sigterm
+from jax_it.workdir import Workdir, load, make_format
+
+TOKENS = 16384  # in a batch of rows that the loss is taken on, of a model whose training has chosen no layout
+
+# Of the settings of an evaluation, those that do not change its scores.
+NOT_OF_SCORES = ("every", "at_start", "best", "patience", "batch_size", "run_model_code")
+STOPPED = "stopped by SIGTERM before all was scored; the same command goes on"
 
 
-def evaluate(workdir: str | Path, checkpoint: str = "latest") -> tuple[int, Scored]:
+@dataclass(frozen=True)
+class Request:
+    """What to score on, where that is not what the run's own config says, and where the scores go."""
+
+    config: str = ""  # FILE or FILE:ARG, whose `eval` and `data.eval` stand in place of the run's
+    changes: Mapping[str, str] = field(default_factory=dict)  # {"eval.limit": "10"}
+    output: str = ""  # a folder; "": in the run's
+    run_model_code: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the evaluation, "" for the run's own: "mmlu" for configs/mmlu.py, "mmlu-x" for configs/mmlu.py:x."""
+        if not self.config:
+            return ""
+        file, _, arg = self.config.partition(":")
+        return re.sub(r"[^\w.-]+", "_", Path(file).stem + (f"-{arg}" if arg else ""))
+
+    def folder(self, place: Workdir, step: int) -> Any:
+        """Where a step's scores go: eval/STEP/ in the run's folder, eval/STEP/NAME/ or OUTPUT/STEP/."""
+        if self.output:
+            return files.locate(self.output) / str(step)
+        return place.eval(step) / self.name if self.name else place.eval(step)
+
+    def board(self, place: Workdir) -> Any:
+        """The folder that TensorBoard reads them from; None where they go to a folder outside the run's."""
+        return None if self.output else place.tensorboard / "eval" / self.name
+
+    def resolve(self, own: Config, changeable: tuple[str, ...] = ("eval", "data.eval")) -> Config:
+        """A config with what is asked for in the place of its own. Raises UserError that names the field."""
+        tree = settings.to_dict(own)
+        if self.config:
+            given = settings.read(self.config)
+            tree["eval"] = given.get("eval", {})
+            tree["data"] |= {"eval": [], "holdout": 0}
+            tree["data"] |= {key: value for key, value in given.get("data", {}).items() if key in ("eval", "holdout")}
+        for name in self.changes:
+            if not any(name == part or name.startswith(f"{part}.") for part in changeable):
+                raise UserError(f"--config.{name}: jax-it eval changes {' and '.join(changeable)} alone")
+        # A file may not allow by itself what the command line has to ask for.
+        tree["eval"] = {**tree["eval"], "run_model_code": self.run_model_code}
+        return settings.resolve(settings.override(tree, self.changes), training=False)
+
+
+OWN = Request()
+
+
+class Scorer:
+    """A run that is open, and an evaluator, to score one checkpoint after another."""
+
+    def __init__(self, place: Workdir, request: Request):
+        self.place, self.request = place, request
+        own, derived = place.open()
+        self.config = request.resolve(own)
+        _check_place(place, request, own, self.config)
+        self.total_steps, self.checkpoints = derived.total_steps, place.checkpoints()
+        self._model = place.model(own, derived)
+        self._mesh = sharding.make_mesh(sharding.whole_or_split(self._model.parameter_count))
+        tokenizer = place.tokenizer()
+        where = f"the run in {place.path}"
+        with jax.set_mesh(self._mesh):
+            self._evaluate = make_evaluator(self._model, tokenizer, self.config, derived.layout, self._mesh, where)
+            self._frozen = place.frozen(self._model, own, self._mesh)
+
+    def __call__(self, step: int, stopping: Stopping) -> Scored:
+        """Scores a checkpoint and writes what it finds. Raises Unreadable, and Interrupted where it is told to stop."""
+        folder = self.request.folder(self.place, step)
+        make(folder)
+        with jax.set_mesh(self._mesh):
+            trained = self.place.trained(self._model, self.config, step, self._mesh, self.checkpoints)
+            with _holding(stopping) as go_on:
+                scored = self._evaluate(self._model.join(trained, self._frozen), go_on)
+                write(folder, scored, self.request.board(self.place), step)
+        return scored
+
+
+@contextmanager
+def _holding(stopping: Stopping) -> Iterator[Callable[[], bool]]:
+    """Within it a signal stops between two batches, or when what was found is written."""
+    stopping.hold()
+    try:
+        yield lambda: not stopping()
+    except Stopped:
+        raise Interrupted(STOPPED) from None
+    stopping.hold(False)
+
+
+def evaluate(workdir: str | Path, checkpoint: str = "latest", request: Request = OWN) -> tuple[int, Scored]:
     """Scores a checkpoint of a run and writes eval/STEP/ in its folder. Returns (step, scores).
 
     It takes all devices of this process, whatever mesh the run is training on.
     """
     hosts.start()
     place = Workdir(files.locate(workdir))
-    config, derived = place.open()
-    step = place.choose_step(checkpoint, config.eval.best)
-    tokenizer = place.tokenizer()
-    model = place.model(config, derived)
-    examples = data.build_eval(config.data, tokenizer, make_format(model, tokenizer), config.eval.limit)
-    if examples is None:
+    with on_sigterm("eval", STOPPED) as stopping:
+        step = place.choose_step(checkpoint, request.resolve(place.open()[0]).eval.best)
+        if request.output:
+            check_unused(request.folder(place, step))
+        return step, Scorer(place, request)(step, stopping)
+
+
+def evaluate_model(model: str, request: Request) -> Scored:
+    """Scores a model of a Transformers or PEFT folder or the hub, or a run's newest checkpoint.
+
+    What it is scored on are the request's settings alone; the scores go to its output.
+    """
+    hosts.start()
+    if not request.output:
+        raise UserError("--model needs --output, a folder for the scores")
+    folder = files.locate(request.output)
+    check_unused(folder)
+    own = settings.Config(model=settings.Model(path=model))
+    if request.config:
+        given = settings.read(request.config).get("data", {})
+        tree = settings.to_dict(own)
+        own = settings.resolve(tree | {"data": {**tree["data"], **given}}, training=False)
+    config = request.resolve(own, ("eval", "data", "model.chat_template"))
+    with on_sigterm("eval", STOPPED) as stopping:
+        loaded, params, tokenizer = load(model)
+        if config.model.chat_template:
+            tokenizer = chat.with_chat_template(tokenizer, config.model.chat_template)
+        mesh = sharding.make_mesh(sharding.whole_or_split(loaded.parameter_count))
+        shape = make_format(loaded, tokenizer).smallest(config.data)
+        layout = Layout(shape, max(TOKENS // max(shape.source, shape.target), 1), 1.0, 1.0, 1.0)
+        with jax.set_mesh(mesh):
+            evaluator = make_evaluator(loaded, tokenizer, config, layout, mesh, f"the evaluation of {model}")
+            with _holding(stopping) as go_on:
+                scored = evaluator(params, go_on)
+                write(folder, scored)
+    return scored
+
+
+def make_evaluator(
+    model: Model, tokenizer: tokenizers.Tokenizer, config: Config, layout: Layout, mesh: jax.sharding.Mesh, where: str
+) -> Callable[[Params, Callable[[], bool]], Scored]:
+    """An evaluator of all that the config names. What cannot be read costs only its own scores."""
+    unread: dict[str, str] = {}
+    check_room(model, config)
+    format = make_format(model, tokenizer)
+    examples = data.build_eval(config.data, tokenizer, format, config.eval.limit, unread)
+    if examples is None and not config.eval.tasks:
+        nothing = f"{where} has nothing to evaluate on: set config.data.eval, config.data.holdout or config.eval.tasks"
+        raise UserError("; ".join(unread.values()) or nothing)
+    evaluator = Evaluator(model, tokenizer, examples, config, layout, mesh)
+
+    def evaluate(params: Params, go_on: Callable[[], bool]) -> Scored:
+        scored = evaluator(params, go_on)
+        return scored._replace(errors={name: {TASK: why} for name, why in unread.items()} | dict(scored.errors))
+
+    return evaluate
+
+
+def check_room(model: Model, config: Config) -> None:
+    """Refuses examples that would leave no position for the text that is generated."""
+    positions, length = model.config.positions, config.data.sequence_length
+    new = config.eval.max_new_tokens or config.data.target_length
+    if positions and config.eval.generate and (config.data.eval or config.data.holdout) and length + new > positions:
         raise UserError(
-            f"the run in {place.path} has nothing to evaluate on: set config.data.eval or config.data.holdout"
+            f"config.data.sequence_length: {length}, and {new} new tokens in evaluation, are more than the model's "
+            f"{positions} positions; lower it or eval.max_new_tokens, or set eval.generate=False"
         )
-    mesh = sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
-    with jax.set_mesh(mesh):
-        evaluator = Evaluator(model, tokenizer, examples, config, derived.layout, mesh)
-        scored = evaluator(place.params(model, config, step, mesh))
-    write(place.eval(step), scored)
-    return step, scored
+
+
+def check_unused(folder: Any) -> None:
+    """Refuses a folder that holds scores, before anything is computed, and makes it."""
+    with hosts.first_then_others():
+        for name in (METRICS, PREDICTIONS) if hosts.is_first() else ():
+            if (folder / name).exists():
+                raise UserError(f"{folder / name} exists already; move it away, or name another --output")
+    make(folder)
+
+
+def make(folder: Any) -> None:
+    """Makes a folder for scores. Raises UserError where it cannot be written to."""
+    with hosts.first_then_others():
+        if not hosts.is_first():
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not files.is_remote(folder):
+                tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}; name another place with --output") from error
+
+
+def _check_place(place: Workdir, request: Request, own: Config, config: Config) -> None:
+    """Refuses to mix scores of another evaluation with the run's own."""
+    if request.name or request.output or not request.changes:
+        return
+    alike = (
+        dataclasses.replace(config.eval, **{name: getattr(own.eval, name) for name in NOT_OF_SCORES}),
+        config.data.eval,
+    )
+    if alike != (own.eval, own.data.eval):
+        raise UserError(
+            f"these are not the settings by which the run in {place.path} is scored; "
+            "name a folder for scores by other ones with --output"
+        )

@@ -1,6 +1,6 @@
 """Scores of generated texts against references: ROUGE, BLEU, chrF, TER, exact matches and F1, and a user's own.
 
-`rouge`, `translation` and `answers` say what each counts, and how it treats several references. A name's
+`rouge`, `translation`, `answers` and `ifeval` say what each counts, and how it treats several references. A name's
 ending says how a text is cut into words where it is not the metric's own way: `rougeL_chars`, `bleu_zh`.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jax_it.errors import UserError
-from jax_it.metrics import answers, bootstrap, custom, rouge, translation
+from jax_it.metrics import answers, bootstrap, custom, ifeval, rouge, translation
 from jax_it.metrics.answers import find_final_number
 from jax_it.metrics.languages import advice, characters
 from jax_it.metrics.metric import Array, Metric, Predictions, References, Values, mean, value
@@ -43,6 +43,7 @@ METRICS: dict[str, Metric] = {
     "squad_f1_chars": answers.squad_f1(of_characters=True),
     "token_f1": answers.squad_f1(),
     "final_number": answers.final_number(),
+    **ifeval.METRICS,
 }
 
 
@@ -89,19 +90,25 @@ def measure(
             raise ValueError(f"group {group!r} holds no example")
     # Of each metric its numbers for each example, from which every group and resample takes its rows.
     rows: dict[str, Array] = rouge.statistics(names, predictions, references)
+    failed: dict[str, str] = {}
     for name in names:
         if name in METRICS and name not in rows:
-            rows[name] = METRICS[name].statistics(predictions, references)
+            try:
+                rows[name] = METRICS[name].statistics(predictions, references)
+            except UserError as error:  # of references that are not what the metric needs
+                failed[name] = str(error)
     own = {name: _Own(name, predictions, references) for name in names if custom.is_custom(name)}
 
     def measured(chosen: list[int]) -> Measured:
         values: dict[str, float] = {}
-        errors: dict[str, str] = {}
+        errors = dict(failed)
         by_example: dict[str, tuple[Values, Array]] = {}
         for name in names:
             if name in rows:
                 by_example[name] = METRICS[name].values, rows[name][chosen]
                 values[name] = value(*by_example[name])
+                continue
+            if name in failed:
                 continue
             try:
                 for key, numbers in own[name].over(chosen).items():
@@ -150,6 +157,7 @@ def check(names: Sequence[str]) -> None:
             custom.load(name)
         elif name in METRICS:
             translation.check(name)
+            ifeval.check(name)
         else:
             close = difflib.get_close_matches(name.lower(), lower, n=1)
             hint = f"did you mean {lower[close[0]]!r}? " if close else ""

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from jax_it import hosts
 from jax_it.errors import UserError
 from jax_it.files import write_atomically
+from jax_it.tensorboard import Events
 from jax_it.training.phases import SHARES, Phases
-from jax_it.training.tensorboard import Events
 from jax_it.workdir import Workdir
 
 FLUSH = 30  # seconds between what TensorBoard sees

@@ -16,17 +16,19 @@ from jax_it.data import tokenizer as tokenizers
 from jax_it.data.loader import Part
 from jax_it.data.packing import Shape
 from jax_it.errors import Interrupted, UserError
+from jax_it.evaluation.run import check_room
 from jax_it.models import Model, hf
 from jax_it.models.tensors import find_folder, fingerprint
+from jax_it.stopping import Stopping, on_sigterm
 from jax_it.training import weights_and_biases
 from jax_it.training.log import Log
+from jax_it.training.patience import Patience
 from jax_it.training.phases import Phases, since_first_start
 from jax_it.training.profiling import Profile
 from jax_it.training.progress import Progress
 from jax_it.training.skips import Skips
 from jax_it.training.state import TrainState, start
 from jax_it.training.step import Prepared, prepare
-from jax_it.training.stopping import Stopping, on_sigterm
 from jax_it.training.throughput import Throughput, peak_flops, step_flops
 from jax_it.training.watchdog import watching
 from jax_it.workdir import Derived, Workdir, make_format
@@ -34,6 +36,7 @@ from jax_it.workdir import Derived, Workdir, make_format
 # What bias, mask, softmax and dropout cost for one attention score, in matmul FLOPs of the same time: they are
 # bound by memory. Measured on two CPU cores at 512 positions; an H100's ratio of the two is of the same order.
 FLOPS_OF_A_SCORE = 2000
+STOPPED = "stopped by SIGTERM before there was a new step to save; the same command goes on from where the run stood"
 
 
 def train(config: Config, workdir: str | Path) -> TrainState:
@@ -48,7 +51,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     weights_and_biases.check(config.train.wandb)
     place = Workdir(files.locate(workdir))
     mesh = sharding.make_mesh(config.mesh)
-    with on_sigterm() as stopping, hosts.watched(), jax.set_mesh(mesh), place.locked():
+    with on_sigterm("train", STOPPED) as stopping, hosts.watched(), jax.set_mesh(mesh), place.locked():
         resuming = place.holds_a_run()
         if resuming:
             place.check_same(config)
@@ -83,9 +86,13 @@ def train(config: Config, workdir: str | Path) -> TrainState:
             log.shares(phases)
             if first in evaluations and not place.is_scored(first):  # the start, or what a stop has left out
                 log.say(evaluate(first, state))
+            patience = Patience(place, config.eval)
+            end, why = (first, over) if (over := patience.over(first)) else (total, "")
+            if first < end:
+                place.go_on()
             throughput = Throughput(peak_flops(mesh.size), phases)
             progress = Progress(log, Skips(config.train, log, built.train), throughput, phases)
-            for number in range(first + 1, total + 1):
+            for number in range(first + 1, end + 1):
                 profile(number, state)
                 phases.enter("waiting", number)
                 drawn = next(batches)
@@ -115,11 +122,19 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                     raise Interrupted(
                         f"stopped by SIGTERM after step {number}, which is saved; the same command goes on from there"
                     )
-            phases.enter("saving", total)
+                if (saving or scoring) and not last and (why := patience.over(number)):
+                    if not saving:
+                        _save(checkpoints, number, state, progress, phases)
+                    end = number
+                    break
+            phases.enter("saving", end)
             checkpoints.wait()
-            if first < total:
+            place.end(end, why or "its duration is over")
+            if first < end:
                 log.shares(phases)
                 log.say(phases.text())
+            if why:
+                log.say(f"training ends at step {end} of {total}: {why}")
         return state
 
 
@@ -138,12 +153,7 @@ def check_model(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -
     positions, length = model.config.positions, config.data.sequence_length
     if positions and length > positions:
         raise UserError(f"config.data.sequence_length: {length} is more than the model's {positions} positions")
-    new = config.eval.max_new_tokens or config.data.target_length
-    if positions and config.eval.generate and (config.data.eval or config.data.holdout) and length + new > positions:
-        raise UserError(
-            f"config.data.sequence_length: {length}, and {new} new tokens in evaluation, are more than the model's "
-            f"{positions} positions; lower it or eval.max_new_tokens, or set eval.generate=False"
-        )
+    check_room(model, config)
     if config.train.balance_loss and not model.config.experts:
         raise UserError("config.train.balance_loss is for mixtures of experts, which this model is not; leave it at 0")
     if tokenizer.size > model.config.vocabulary:
@@ -285,9 +295,11 @@ def _make_evaluator(
     if not (config.eval.every.value or config.eval.at_start):
         return None
     examples = data.build_eval(config.data, tokenizer, make_format(model, tokenizer), config.eval.limit)
-    if examples is None:
-        raise UserError("config.eval.every needs examples: set config.data.eval or config.data.holdout")
+    if examples is None and not config.eval.tasks:
+        raise UserError("config.eval.every needs examples: set config.data.eval, config.data.holdout or eval.tasks")
     evaluator = evaluation.Evaluator(model, tokenizer, examples, config, derived.layout, mesh)
+    board = place.tensorboard / "eval"
+    evaluation.complete(board, {step: place.eval(step) for step in place.scored_steps()})
 
     def evaluate(step: int, state: TrainState) -> str:
         def go_on() -> bool:
@@ -298,7 +310,7 @@ def _make_evaluator(
             scored = evaluator(model.join(state.params, state.frozen), go_on)
         except evaluation.Stopped:
             return ""
-        evaluation.write(place.eval(step), scored)
+        evaluation.write(place.eval(step), scored, board, step)
         shown = evaluation.examples_text(scored)
         return f"evaluation at step {step}\n{evaluation.table(scored)}" + (f"\n{shown}" if shown else "")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from jax_it import hosts
 from jax_it.files import write_atomically
+from jax_it.stopping import CODE
 from jax_it.training.phases import Phases
-from jax_it.training.stopping import CODE
 from jax_it.workdir import Workdir
 
 LONGER = 10  # times the limit of a step, for a phase that takes longer in good health

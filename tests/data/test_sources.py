@@ -329,3 +329,83 @@ def test_a_file_that_may_not_be_read_is_one_clear_line(write, monkeypatch):
     with pytest.raises(UserError, match=rf"config\.data: {path} cannot be read: Permission denied"):
         digest(path)
     assert refusal(path).startswith(f"{path} cannot be read: ")
+
+
+# Files that hold one object
+
+
+def objects(folder: Path) -> Path:
+    for name, number in (("task1_a", 3), ("task2_b", 2)):
+        instances = [{"id": f"{name}-{i}", "input": f"{i}", "output": ["x"]} for i in range(number)]
+        whole = {"Definition": [name], "Instances": instances, "input": "of the file"}
+        (folder / f"{name}.json").write_text(json.dumps(whole, indent=4))
+    return folder
+
+
+def test_records_of_an_object_have_its_other_fields_and_the_file_s_name(tmp_path):
+    found = list(sources.read(Source(str(objects(tmp_path)), records="Instances")))
+    assert [record.fields["id"] for record in found] == [
+        "task1_a-0",
+        "task1_a-1",
+        "task1_a-2",
+        "task2_b-0",
+        "task2_b-1",
+    ]
+    assert found[3] == (
+        {"task": "task2_b", "Definition": ["task2_b"], "id": "task2_b-0", "input": "0", "output": ["x"]},
+        f"{tmp_path}/task2_b.json, Instances 1",
+    )
+
+
+def test_so_many_records_of_each_file_are_read(tmp_path):
+    path = str(objects(tmp_path))
+    found = sources.read(Source(path, records="Instances", limit_each=2))
+    assert [record.fields["id"] for record in found] == ["task1_a-0", "task1_a-1", "task2_b-0", "task2_b-1"]
+    found = sources.read(Source(path, records="Instances", limit_each=2, limit=3))
+    assert [record.fields["id"] for record in found] == ["task1_a-0", "task1_a-1", "task2_b-0"]
+
+
+def test_a_text_file_says_which_files_of_a_folder_are_read_and_in_what_order(tmp_path):
+    objects(tmp_path)
+    (tmp_path / "task3.json").write_text("no JSON")
+    (tmp_path / "split.txt").write_text("task2_b\ntask1_a\n")
+    source = Source(str(tmp_path), records="Instances", listed=f"{tmp_path}/split.txt", limit_each=1)
+    assert [record.fields["id"] for record in sources.read(source)] == ["task2_b-0", "task1_a-0"]
+    (tmp_path / "split.txt").write_text("task2_b\ntask9\n")
+    with pytest.raises(UserError, match=rf"config.data.listed: {tmp_path}/split.txt names 'task9', and {tmp_path} has"):
+        list(sources.read(source))
+    (tmp_path / "split.txt").unlink()
+    with pytest.raises(UserError, match=rf"config.data.listed: {tmp_path}/split.txt cannot be read"):
+        list(sources.read(source))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"Instances": 5}', "task.json: no list of records in the field 'Instances'; its fields: Instances"),
+        ('{"examples": []}', "task.json: no list of records in the field 'Instances'; its fields: examples"),
+        ('{"Instances": ["a"]}', "task.json, Instances 1: expected an object with fields, got str"),
+        ("[]", "task.json: expected an object with fields, got list"),
+        ('{"Instances"', "task.json: not valid JSON"),
+    ],
+)
+def test_a_file_without_such_records_is_named(tmp_path, content, message):
+    (tmp_path / "task.json").write_text(content)
+    with pytest.raises(UserError) as caught:
+        list(sources.read(Source(f"{tmp_path}/task.json", records="Instances")))
+    assert str(caught.value).startswith(f"{tmp_path}/{message}")
+
+
+def test_records_are_of_json_files_alone(tmp_path):
+    (tmp_path / "a.csv").write_text("a\n1\n")
+    with pytest.raises(UserError, match=r"config.data.records is for JSON files, not for csv; leave it out"):
+        list(sources.read(Source(f"{tmp_path}/a.csv", records="Instances")))
+
+
+def test_the_digest_depends_on_which_records_are_read(tmp_path):
+    path = str(objects(tmp_path))
+    digests = {
+        sources.digest(Source(path, **given))
+        for given in ({}, {"records": "Instances"}, {"records": "Instances", "limit_each": 1})
+    }
+    assert len(digests) == 3

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from jax_it.data import templates
 from jax_it.data.sources import Record
 from jax_it.data.templates import TEMPLATES, Example, Turn, conversation, render
 from jax_it.errors import UserError
@@ -33,6 +34,34 @@ def pair(prompt: str, *completions: str) -> Example:
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
 SYSTEM = {"role": "system", "content": "Be kind."}
+
+# As the collator of github.com/yizhongw/Tk-Instruct writes it, without the blank at the end.
+TK_INSTRUCT = """\
+Definition: Add the numbers!
+
+ Positive Example 1 -
+Input: 1 + 1.
+ Output: 2.
+
+ Positive Example 2 -
+Input: (2, 3)
+ Output: Five!
+
+Now complete the following example -
+Input: 4 and 5.
+Output:"""
+
+SUPER_NI = {
+    "Definition": ["Add the numbers! "],
+    "Positive Examples": [
+        {"input": "1 + 1", "output": "2", "explanation": "a sum"},
+        {"input": "(2, 3)", "output": "Five!", "explanation": ""},
+        {"input": "0", "output": "0", "explanation": ""},
+    ],
+    "Negative Examples": [],
+    "input": " 4 and 5 ",
+    "output": ["9", "nine"],
+}
 
 # By template: what goes in, and what comes out.
 SHAPES: list[tuple[str, dict[str, Any], Example]] = [
@@ -69,6 +98,7 @@ SHAPES: list[tuple[str, dict[str, Any], Example]] = [
             ("",),
         ),
     ),
+    ("super_ni", SUPER_NI, pair(TK_INSTRUCT, "9", "nine")),
     ("messages", {"messages": [{**SYSTEM, "content": ""}, USER, ASSISTANT]}, pair("Hi", "Hello")),
     (
         "messages",
@@ -94,7 +124,34 @@ def test_auto_takes_the_template_that_fits(template, fields, expected):
 
 
 def test_every_template_has_its_shapes_here():
-    assert {template for template, _, _ in SHAPES} | {"auto"} == set(TEMPLATES)
+    others = {"auto", "prompt", "super_ni_1_example", "super_ni_definition"}
+    assert {template for template, _, _ in SHAPES} | others == set(TEMPLATES)
+
+
+def test_a_super_ni_prompt_may_have_fewer_examples_than_two():
+    first, rest = TK_INSTRUCT.split(" Positive Example 2 -")
+    last = rest[rest.index("Now") :]
+    assert example("super_ni_1_example", **SUPER_NI).prompt == first + last
+    assert example("super_ni_definition", **SUPER_NI).prompt == "Definition: Add the numbers!\n\n" + last
+    one = SUPER_NI | {"Positive Examples": SUPER_NI["Positive Examples"][:1]}
+    assert example("super_ni", **one).prompt == first + last
+    without = {name: value for name, value in SUPER_NI.items() if name != "Positive Examples"}
+    assert example("super_ni", **without).prompt == "Definition: Add the numbers!\n\n" + last
+
+
+def test_a_prompt_alone_is_taken_as_it_is_and_has_no_reference():
+    assert example("prompt", prompt=" def f():\n") == pair(" def f():\n", "")
+
+
+def test_texts_are_the_parts_of_jinja_text_and_bars_of_the_record_s_own_divide_none():
+    record = Record({"choices": ["a|||b", " c "], "n": 3}, WHERE)
+    assert templates.texts(record, "{{choices | join('|||')}}") == ["a|||b", "c"]
+    assert templates.texts(record, "yes ||| no ||| {{n}}") == ["yes", "no", "3"]
+    assert templates.text(record, " {{n}}.\n") == "3."
+    with pytest.raises(
+        UserError, match=r"line 7: 'm' is missing, which template '\{\{m\}\}' needs; its fields: choices, n"
+    ):
+        templates.text(record, "{{m}}")
 
 
 def test_a_system_message_stands_before_the_prompt():
@@ -111,6 +168,10 @@ def test_a_system_message_stands_before_the_prompt():
         ("prompt_completion", {"prompt": "a", "completion": 5}, "field 'completion' is int, not the text"),
         ("prompt_completion", {"prompt": ["a"], "completion": "b"}, "field 'prompt' is list, not the text"),
         ("prompt_completion", {"prompt": "a", "completion": ["b", None]}, "field 'completion' is NoneType, not"),
+        ("super_ni", {"Definition": ["a"], "output": ["b"]}, "field 'input' is missing or null"),
+        ("super_ni", SUPER_NI | {"Definition": 5}, "field 'Definition' is int, not the text"),
+        ("super_ni", SUPER_NI | {"Positive Examples": ["a"]}, "the field 'Positive Examples' is no list of examples"),
+        ("super_ni", SUPER_NI | {"Positive Examples": [{"input": "a"}]}, "field 'output' is missing or null"),
         ("alpaca", {"instruction": "a"}, "field 'output' is missing or null"),
         ("alpaca", {"instruction": "a", "input": 5, "output": "b"}, "field 'input' is int, not the text"),
         ("messages", {"text": "a"}, "field 'messages' or 'conversations' is missing or null"),
@@ -137,9 +198,9 @@ def test_a_system_message_stands_before_the_prompt():
         ("messages", {"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "message 2 calls a tool, which"),
         ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}, "field 'content' or 'value' is"),
         ("auto", {"question": "a", "answer": "b"}, "none of the fields 'messages', 'conversations', "
-         "'prompt', 'instruction', which template 'auto' needs; its fields: question, answer"),
-        ("auto", {}, "none of the fields 'messages', 'conversations', 'prompt', 'instruction', which template 'auto' "
-         "needs; its fields: none"),
+         "'prompt', 'instruction', 'Definition', which template 'auto' needs; its fields: question, answer"),
+        ("auto", {}, "none of the fields 'messages', 'conversations', 'prompt', 'instruction', 'Definition', which "
+         "template 'auto' needs; its fields: none"),
     ],
 )  # fmt: skip
 def test_a_record_of_another_shape_is_refused_with_its_place_the_field_and_those_it_has(template, fields, message):
@@ -223,10 +284,10 @@ def test_a_long_template_is_shortened_in_messages():
         ("{{q} ||| {{a}}", "is not valid Jinja: unexpected '}'"),
         ("{% if q %} ||| {{a}}", "is not valid Jinja: Unexpected end of template"),
         ("{{q | shout}} ||| {{a}}", "is not valid Jinja: No filter named 'shout'"),
-        ("alpacca", "is not one of auto, prompt_completion, alpaca, messages, and no Jinja text with '|||' in it"),
+        ("alpacca", f"is not one of {', '.join(TEMPLATES)}, and no Jinja text with '|||' in it"),
         (
             "{{q}} || {{a}}",
-            "is not one of auto, prompt_completion, alpaca, messages, and no Jinja text with '|||' in it",
+            f"is not one of {', '.join(TEMPLATES)}, and no Jinja text with '|||' in it",
         ),
     ],
 )

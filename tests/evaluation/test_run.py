@@ -14,6 +14,7 @@ from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
 from jax_it.errors import UserError
 from jax_it.evaluation import Evaluator, table
+from jax_it.generation import Generator, Sampling
 from jax_it.workdir import Workdir, make_format
 from tests.tiny_run import STEPS, copy
 
@@ -73,7 +74,7 @@ def test_the_metrics_of_a_task_are_those_of_its_rows(evaluated):
             [row["references"] for row in chosen],
         )
         left_out = {"without_reference": 0, "truncated": 0} if task == "all" else {}
-        scores = {name: value for name, value in values.items() if name != "loss"}
+        scores = {name: value for name, value in values.items() if name not in ("loss", "perplexity")}
         assert scores == expected | {"n": len(chosen)} | left_out
         assert ("loss" in values) == (task == "all")
 
@@ -150,8 +151,26 @@ def test_without_generation_there_is_the_loss_alone(evaluated, parts):
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, generate=False))
     scored = Evaluator(model, tokenizer, examples, config, layout, mesh)(params)
     assert scored.predictions == [] and list(scored.metrics) == ["all"]
-    expected = {"loss": evaluated[1].metrics["all"]["loss"], "n": 7, "without_reference": 0, "truncated": 0}
+    loss = evaluated[1].metrics["all"]["loss"]
+    expected = {"loss": loss, "perplexity": np.exp(loss), "n": 7, "without_reference": 0, "truncated": 0}
     assert scored.metrics["all"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_texts_are_generated_as_the_settings_say(parts):
+    config, layout, model, params, tokenizer, examples, mesh = parts
+    chosen = {"num_beams": 3, "length_penalty": 2.0, "min_new_tokens": 4, "first_token": "\u2581teal"}
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, metrics=("rougeL",), **chosen))
+    scored = Evaluator(model, tokenizer, examples, config, layout, mesh)(params)
+    first = tokenizer.id_of("\u2581teal", "the test")
+    sampling = Sampling(num_beams=3, length_penalty=2.0, min_new_tokens=4, first_token=first)
+    length = config.eval.max_new_tokens or config.data.target_length
+    texts = Generator(model, mesh, length, 7, sampling)(
+        params, [example.prompt_tokens for example in examples.examples]
+    )
+    assert [row["prediction"] for row in scored.predictions] == [
+        tokenizer.decode(text.tokens) for text in sorted(texts, key=lambda text: text.prompt)
+    ]
+    assert all(row["prediction"].startswith("teal") for row in scored.predictions)
 
 
 def test_a_metric_of_ones_own_that_fails_costs_only_its_own_value(parts, tmp_path):

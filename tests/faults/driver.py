@@ -4,9 +4,12 @@ nan: [FIRST, LAST]            the loss weights of these steps' batches are not f
 huge: [FIRST, LAST, FACTOR]   the gradients of these steps are so many times larger
 stall: [STEP]                 the step never ends, in a call that Python cannot interrupt
 signal: [NAME, PHASE, NUMBER, DELAY]   so many seconds after the run has entered the phase for the NUMBER-th time
+pause: [SECONDS]              before each step
+killed_in: [MODULE, FUNCTION, NUMBER]   SIGKILL instead of its NUMBER-th call
 """
 
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -17,8 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from jax_it import stopping
 from jax_it.cli import main
-from jax_it.training import loop, phases, stopping
+from jax_it.training import loop, phases
 from jax_it.training import step as steps
 
 make_train_step = steps.make_train_step
@@ -41,6 +45,27 @@ def stall(at: int) -> None:
         return batch
 
     around(never_ending)
+
+
+def pause(seconds: float) -> None:
+    def waiting(number: int, batch: Any) -> Any:
+        time.sleep(seconds)
+        return batch
+
+    around(waiting)
+
+
+def killed_in(module: str, name: str, number: int) -> None:
+    place = importlib.import_module(module)
+    function, calls = getattr(place, name), [0]
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+
+    setattr(place, name, called)
 
 
 def around(change: Any) -> None:
@@ -72,8 +97,8 @@ def send(name: str, phase: str, number: int, delay: float) -> None:
         os.kill(os.getpid(), getattr(signal, name))
 
     @contextmanager
-    def started() -> Iterator[stopping.Stopping]:
-        with stopping.on_sigterm() as stop:
+    def started(*texts: str) -> Iterator[stopping.Stopping]:
+        with stopping.on_sigterm(*texts) as stop:
             threading.Thread(target=fire, args=(0,), daemon=True).start()
             yield stop
 
@@ -92,5 +117,6 @@ def send(name: str, phase: str, number: int, delay: float) -> None:
 
 if __name__ == "__main__":
     for name, values in json.loads(sys.argv[1]).items():
-        {"nan": nan, "huge": huge, "stall": stall, "signal": send}[name](*values)
+        faults = {"nan": nan, "huge": huge, "stall": stall, "signal": send, "pause": pause, "killed_in": killed_in}
+        faults[name](*values)
     main(sys.argv[2:])

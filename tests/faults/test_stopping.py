@@ -13,7 +13,7 @@ import pytest
 from jax_it import config as settings
 from jax_it import training
 from jax_it.errors import Interrupted
-from jax_it.training.stopping import on_sigterm
+from jax_it.stopping import on_sigterm
 from jax_it.workdir import Workdir
 from tests.faults.test_resume import assert_same_run, finish, stop
 from tests.tiny_run import STEPS, copy, losses, start
@@ -43,7 +43,7 @@ def test_sigterm_is_the_callers_affair_in_another_thread():
     found = []
 
     def run():
-        with on_sigterm() as stopping:
+        with on_sigterm("train", "stopped") as stopping:
             found.extend([signal.getsignal(signal.SIGTERM), stopping()])
 
     before = signal.getsignal(signal.SIGTERM)

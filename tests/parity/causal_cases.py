@@ -758,8 +758,6 @@ CASES = [
     *MIXTURE_CASES,
     *SAVED_CASES,
 ]
-BEAM_SEARCHED = ("llama3", "qwen3", "gemma2")
-BEAMS = {f"beams_{penalty:g}": {"num_beams": 4, "length_penalty": penalty} for penalty in (1.0, 2.0)}
 
 
 def is_mixture(case: Case) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import safetensors.numpy
 
 from tests.parity import cases, seq2seq_cases
+from tests.parity import texts as ways
 from tests.parity.cases import Case, Inputs, Results
 from tests.parity.causal_cases import CausalInputs
 
@@ -93,6 +94,78 @@ def generate(model: Any, given: Inputs, **settings: Any) -> np.ndarray:
         texts = made[:, 1:].tolist()
     rows = [_until_end(text, _ends(model)) for text in texts]
     return np.array([row + [NONE] * (length - len(row)) for row in rows])
+
+
+def texts(model: Any, case: Case, **settings: Any) -> np.ndarray:
+    """The tokens [prompt, T] that `generate` makes of the case's prompts under one of `texts.SETTINGS`."""
+    return continued(model, ways.prompts(case), ways.LENGTH, ways.ends(case), **settings)
+
+
+def continued(
+    model: Any,
+    prompts: list[list[int]],
+    length: int,
+    ends: list[int],
+    noise: float = 0.0,
+    seed: int = 0,
+    first_token: int | None = None,
+    **settings: Any,
+) -> np.ndarray:
+    """The tokens [prompt, T] that `generate` goes on with, as above, but all prompts in a batch: padded on the left
+    for a causal model.
+
+    Settings are those of `Sampling`. `noise` is the largest error that is added to each of the model's logits.
+    """
+    import torch
+
+    causal = not model.config.is_encoder_decoder
+    width = max(map(len, prompts))
+    tokens, mask = np.zeros((2, len(prompts), width), np.int64)
+    for row, prompt in enumerate(prompts):
+        at = slice(width - len(prompt), width) if causal else slice(len(prompt))
+        tokens[row, at], mask[row, at] = prompt, 1
+    processors = []
+    if first_token is not None and causal:
+        processors.append(_ForcedFirst(first_token, width))
+    elif first_token is not None:
+        settings["forced_bos_token_id"] = first_token
+    random = torch.Generator().manual_seed(seed)
+    plain = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = plain(*args, **kwargs)
+        errors = noise * (2 * torch.rand(output.logits.shape, generator=random) - 1)
+        output.logits = output.logits + errors
+        return output
+
+    if noise:
+        model.forward = forward
+    made = model.generate(
+        input_ids=torch.from_numpy(tokens),
+        attention_mask=torch.from_numpy(mask),
+        logits_processor=processors,
+        do_sample=False,
+        max_new_tokens=length,
+        eos_token_id=ends,
+        pad_token_id=0,
+        **settings,
+    )[:, width if causal else 1 :].tolist()
+    if noise:
+        del model.forward
+    rows = [_until_end(text, ends) for text in made]
+    return np.array([row + [NONE] * (length - len(row)) for row in rows])
+
+
+class _ForcedFirst:
+    """Transformers' forced first token, for texts that go on from prompts: there it looks for texts of one token."""
+
+    def __init__(self, token: int, width: int):
+        import transformers
+
+        self._force, self._width = transformers.ForcedBOSTokenLogitsProcessor(token), width
+
+    def __call__(self, tokens: Any, scores: Any) -> Any:
+        return self._force(tokens[:, self._width - 1 :], scores)
 
 
 def _ends(model: Any) -> list[int]:

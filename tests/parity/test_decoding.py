@@ -35,8 +35,6 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass_at_every_posi
     def decode(params):
         step_model = model.stepper(params)
 
-        take = model.stepper(params)
-
         def step(cache, number):
             positions_B = jnp.clip(firsts_B + number - delays_B, firsts_B, lengths_B - 1)
             logits_BV, cache = step_model(tokens_BT[rows, positions_B], positions_B, cache)

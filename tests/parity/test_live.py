@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_it.models import tensors as tensor_files
-from tests.parity import cases, causal_cases, pytorch, references
+from tests.parity import cases, causal_cases, pytorch, references, texts
 from tests.parity.test_round_trip import export, tensors
 from tests.parity.test_stored import TOLERANCE
 
@@ -66,14 +66,17 @@ def test_an_exported_folder_opens_in_transformers_as_the_same_model(
 
 def test_stored_results_are_what_pytorch_gives(case, torch_model, theirs):
     given = cases.inputs(case)
-    texts = {"greedy": pytorch.generate(torch_model, given)}
-    lead = pytorch.smallest_lead(torch_model, given, texts["greedy"])
+    made = {"greedy": pytorch.generate(torch_model, given)}
+    lead = pytorch.smallest_lead(torch_model, given, made["greedy"])
     assert lead > 20 * TOLERANCE, "a tie, or nearly: another seed of the inputs, please"
-    if case.name in causal_cases.BEAM_SEARCHED:
-        for name, settings in causal_cases.BEAMS.items():
-            texts[name] = pytorch.generate(torch_model, given, **settings)
+    if case.name in texts.CASES:
+        for name, settings in texts.SETTINGS.items():
+            made[name] = pytorch.texts(torch_model, case, **settings)
+            for seed in (0, 1):
+                noisy = pytorch.texts(torch_model, case, noise=10 * TOLERANCE, seed=seed, **settings)
+                assert (noisy == made[name]).all(), f"{name}: a tie, or nearly: another seed of the prompts, please"
     balance = pytorch.balance(torch_model, given) if causal_cases.is_mixture(case) else None
-    now = references.make(case, theirs, texts, balance)
+    now = references.make(case, theirs, made, balance)
     if os.environ.get("RENEW_PARITY") or not references.path(case).is_file():
         references.write(case, now)
     stored = references.read(case)

@@ -4,6 +4,7 @@ The messages are those of tensorboard/compat/proto/event.proto and summary.proto
 the packages that write them import PyTorch or TensorFlow where they find them, or lose errors in a thread.
 """
 
+import io
 import struct
 import time
 from collections.abc import Mapping
@@ -35,6 +36,13 @@ class Events:
         event = struct.pack("<Bd", 0x09, time.time()) + event
         length = struct.pack("<Q", len(event))
         self._file.write(length + _checksum(length) + event + _checksum(event))
+
+
+def point(step: int, values: Mapping[str, float]) -> bytes:
+    """A whole file of events that has the scalars of one step."""
+    file = io.BytesIO()
+    Events(file).scalars(step, values)
+    return file.getvalue()
 
 
 def _text(field: int, content: bytes) -> bytes:

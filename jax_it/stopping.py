@@ -1,4 +1,4 @@
-"""SIGTERM, which announces a pre-emption: what is worth saving is saved, and the run ends with `Interrupted`."""
+"""SIGTERM, which announces a pre-emption: what is worth saving is saved, and the command ends with `Interrupted`."""
 
 import ctypes
 import os
@@ -23,13 +23,14 @@ class _AtOnce(BaseException):
 
 
 class Stopping:
-    """Called once a step, and once a batch in an evaluation: whether the run stops here.
+    """Called once a step, and once a batch in an evaluation: whether the command stops here.
 
     On several hosts all must call it equally often, and all stop at the same call, whichever of them got the
-    signal. Until `hold` is called there is nothing to save, and the signal ends the run at once.
+    signal. Where nothing is held the signal ends the command at once, with `message` on standard error.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, message: str) -> None:
+        self._message = message
         self._received = False
         self._holding = False
         self._calls = 0
@@ -41,9 +42,11 @@ class Stopping:
             return multihost_utils.reached_preemption_sync_point(self._calls)
         return self._received
 
-    def hold(self) -> None:
-        """From now on there are steps that have to be saved before the run ends."""
-        self._holding = True
+    def hold(self, holding: bool = True) -> None:
+        """From now on there is something to bring to an end in order, or no longer."""
+        self._holding = holding
+        if not holding and self._received:
+            raise _AtOnce
 
     def receive(self) -> None:
         again, self._received = self._received, True
@@ -60,17 +63,17 @@ class Stopping:
                 if number[0] != signal.SIGTERM or self._holding or self._over.wait(PATIENCE):
                     continue
                 if not self._holding:
-                    print(f"\njax-it train: {AT_ONCE}", file=sys.stderr, flush=True)
+                    print(f"\n{self._message}", file=sys.stderr, flush=True)
                     os._exit(CODE)
 
 
-AT_ONCE = "stopped by SIGTERM before there was a new step to save; the same command goes on from where the run stood"
-
-
 @contextmanager
-def on_sigterm() -> Iterator[Stopping]:
-    """Within it SIGTERM stops the run. In another thread than the main one signals are the caller's affair."""
-    stopping = Stopping()
+def on_sigterm(command: str, at_once: str) -> Iterator[Stopping]:
+    """Within it SIGTERM stops the command; `at_once` is said where it does so without an end in order.
+
+    In another thread than the main one signals are the caller's affair.
+    """
+    stopping = Stopping(f"jax-it {command}: {at_once}")
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
@@ -93,7 +96,7 @@ def on_sigterm() -> Iterator[Stopping]:
     try:
         yield stopping
     except _AtOnce:
-        raise Interrupted(AT_ONCE) from None
+        raise Interrupted(at_once) from None
     finally:
         stopping.end()
         signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,47 @@
+"""Super-NaturalInstructions in Tk-Instruct's setting: definition and two positive examples (Wang et al. 2022).
+
+    git clone https://github.com/allenai/natural-instructions
+    jax-it eval --model allenai/tk-instruct-3b-def-pos \\
+        --config configs/benchmarks/super_ni.py:natural-instructions --output scores/super_ni
+
+The argument is the folder of that repository (Apache licence; the default is natural-instructions). What is scored are
+the first 100 instances of each of the 119 tasks of splits/default/test_tasks.txt, by ROUGE-L with stemming, over all
+and for each category. A prompt longer than 1024 tokens loses its second example and then its first, and is then cut
+at its end, as Tk-Instruct's was ("truncated" counts these last).
+
+To reproduce: Tk-Instruct 3B 54.33, 11B 60.07, ROUGE-L over all (the table of github.com/yizhongw/Tk-Instruct, on the
+instances of today's repository; the first version of the paper had others).
+
+To train in the same way give data.train a source as `data` below, with splits/default/train_tasks.txt and, as
+Tk-Instruct did, the first 100 instances of each task.
+"""
+
+import ml_collections
+
+from jax_it import config as defaults
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    folder = arg or "natural-instructions"
+    config = defaults.default()
+    config.eval.tasks = [
+        {
+            "name": "super_ni",
+            "data": {
+                "path": f"{folder}/tasks",
+                "format": "json",
+                "listed": f"{folder}/splits/default/test_tasks.txt",
+                "records": "Instances",
+                "limit_each": 100,
+                "template": ["super_ni", "super_ni_1_example", "super_ni_definition"],
+            },
+            "chat": False,
+            "length": 1024,
+            "truncate": "end",
+            "metrics": ["rougeL", "squad_exact_match"],
+            "max_new_tokens": 128,
+            "group_by": "Categories",
+            "published": "ROUGE-L: Tk-Instruct 3B 54.33, 11B 60.07 (github.com/yizhongw/Tk-Instruct)",
+        }
+    ]
+    return config

@@ -1,0 +1,269 @@
+"""What a task asks: prompts with their shots and options, as texts and as token ids.
+
+Without a chat template a causal model goes on from plain text, and an option is tokenised together with the prompt:
+its tokens are those beyond as many as the prompt has by itself, as the Language Model Evaluation Harness splits them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jax_it import files
+from jax_it.config import Data, Task
+from jax_it.data import chat, encoding, sources, templates
+from jax_it.data.formats import CausalFormat, Format
+from jax_it.data.sources import Record
+from jax_it.data.templates import Turn
+from jax_it.data.tokenizer import Tokenizer
+from jax_it.errors import UserError
+
+
+class Option(NamedTuple):
+    text: str
+    prompt: list[int]  # what it goes on from
+    tokens: list[int]  # those that count: with the end mark for an encoder-decoder, and without for a causal model
+
+
+class TaskExample(NamedTuple):
+    id: str
+    group: str  # "" where there are none
+    fields: Mapping[str, Any]  # the record
+    prompt: str  # with all that stands before it
+    prompt_tokens: list[int]  # what generation starts from
+    references: tuple[str, ...]  # of score="run" there may be none
+    options: tuple[Option, ...]  # of score="rank"
+    cut: bool  # the prompt is not whole, or lacks shots
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A record under one of its templates."""
+
+    number: int
+    record: Record
+    turns: tuple[Turn, ...]  # the last one the user's, with all that stands before it
+    references: tuple[str, ...]
+    options: tuple[str, ...]
+    shots: int
+
+
+def read(task: Task, where: str, data: Data, tokenizer: Tokenizer, format: Format, limit: int = 0) -> list[TaskExample]:
+    """The examples of a task, at most `limit` where that is not 0; `where` is its name in messages.
+
+    Raises UserError that names the record: for what it lacks, an empty prompt, no reference, fewer than two options
+    or none that is the reference, too few shots, and a prompt that is too long under every template.
+    """
+    shots = _Shots(task, where) if task.num_shots else None
+    waiting: list[tuple[int, Record]] = []
+    for number, record in enumerate(sources.read(task.data, f"{where}.data")):
+        if limit and number == limit:
+            break
+        waiting.append((number, record))
+    found: dict[int, TaskExample] = {}
+    choices = [(template, task.num_shots) for template in task.data.template]
+    if task.truncate == "shots":
+        choices += [(task.data.template[-1], fewer) for fewer in range(task.num_shots - 1, -1, -1)]
+    for choice, (template, shown) in enumerate(choices):
+        questions = [_question(task, number, record, template, shots, shown) for number, record in waiting]
+        waiting = []
+        for question, made in zip(questions, _encode(task, questions, tokenizer, format), strict=True):
+            shorter = _fitted(task, where, question, made, data, tokenizer, format, whole=choice + 1 < len(choices))
+            if shorter is None:
+                waiting.append((question.number, question.record))
+            else:
+                found[question.number] = shorter
+    return [found[number] for number in sorted(found)]
+
+
+def _question(task: Task, number: int, record: Record, template: str, shots: "_Shots | None", shown: int) -> _Question:
+    example = templates.render(record, template)
+    asked = example.turns[-2]
+    if not asked.text.strip():
+        raise UserError(f"{record.where}: the prompt is empty; mend or remove the record")
+    references = tuple(text.strip() for text in example.references if text.strip())
+    if not references and task.score != "run":
+        raise UserError(f"{record.where}: there is no reference to compare with; mend or remove the record")
+    options: tuple[str, ...] = ()
+    if task.score == "rank":
+        options = tuple(templates.texts(record, task.options))
+        listed = ", ".join(map(repr, options))
+        if len(options) < 2 or not all(options):
+            raise UserError(f"{record.where}: two options or more are needed, none of them empty; it has {listed}")
+        if references[0] not in options:
+            raise UserError(f"{record.where}: the reference {references[0]!r} is not among the options: {listed}")
+    before = [_preamble(task, record)] if task.preamble or task.preamble_file else []
+    before += shots.of(record)[:shown] if shots else []
+    text = task.separator.join([*before, asked.text])
+    return _Question(number, record, (*example.turns[:-2], Turn("user", text)), references, options, shown)
+
+
+def _preamble(task: Task, record: Record) -> str:
+    if task.preamble:
+        return templates.text(record, task.preamble)
+    name = templates.text(record, task.preamble_file)
+    try:
+        text = files.locate(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{record.where}: its preamble_file {name} cannot be read: {error}") from None
+    # BIG-Bench Hard's begin with a mark for those who filter data, and a line that parts it from the prompt.
+    _, line, rest = text.partition("\n-----\n")
+    return (rest if line else text).strip()
+
+
+class _Shots:
+    """Examples with their answers, in the order of their source."""
+
+    def __init__(self, task: Task, where: str):
+        self._task, self._where = task, where
+        self._by_value: dict[str, list[tuple[Record, str]]] = {}
+        for record in sources.read(task.shots, f"{where}.shots"):
+            example = templates.render(record, task.shots.template[0])
+            if not example.prompt.strip() or not example.completion.strip():
+                raise UserError(f"{record.where}: a shot needs a prompt and an answer; mend or remove the record")
+            text = f"{example.prompt}{task.delimiter}{example.completion.strip()}"
+            self._by_value.setdefault(self._value(record), []).append((record, text))
+
+    def of(self, record: Record) -> list[str]:
+        """The first shots that agree with the record, of which it is none itself."""
+        number, value = self._task.num_shots, self._value(record)
+        found = [text for shot, text in self._by_value.get(value, ()) if shot.fields != record.fields][:number]
+        if len(found) < number:
+            where = f" where {self._task.shots_by} is {value!r}" if self._task.shots_by else ""
+            raise UserError(
+                f"{self._where}.shots: {self._task.shots.path} has {len(found)} shots for {record.where}{where}, fewer "
+                f"than num_shots={number}; lower that, or add some"
+            )
+        return found
+
+    def _value(self, record: Record) -> str:
+        return _value(record, self._task.shots_by, f"{self._where}.shots_by") if self._task.shots_by else ""
+
+
+def _value(record: Record, field: str, setting: str) -> str:
+    """A field as a text; the first of a list."""
+    value = record.fields.get(field)
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else None
+    if value is None or not str(value).strip():
+        fields = ", ".join(map(str, record.fields))
+        raise UserError(f"{record.where}: no field {field!r}, which {setting} names; its fields: {fields}")
+    return str(value).strip()
+
+
+class _Tokens(NamedTuple):
+    prompt: list[int]
+    options: list[Option]
+
+
+def _encode(task: Task, questions: Sequence[_Question], tokenizer: Tokenizer, format: Format) -> Iterator[_Tokens]:
+    """The tokens of each question and of its options."""
+    causal = isinstance(format, CausalFormat)
+    in_chat = task.chat and tokenizer.chat_template is not None
+    places = [question.record.where for question in questions]
+    options = [(question, text) for question in questions for text in question.options]
+    if in_chat:
+        prompts = format.prompts([question.turns for question in questions], tokenizer, places)
+    else:
+        prompts = format.text_prompts([_plain(question) for question in questions], tokenizer)
+    if not causal:
+        targets = [[*tokens, tokenizer.end] for tokens in tokenizer.encode([text for _, text in options])]
+        pairs: list[tuple[list[int], list[int]]] = [([], target) for target in targets]
+    elif in_chat:
+        pairs = list(_answers(options, tokenizer))
+    else:
+        pairs = list(_continuations(options, task.delimiter, tokenizer))
+    rest = iter(pairs)
+    for question, prompt in zip(questions, prompts, strict=True):
+        made = [Option(text, *next(rest)) for text in question.options]
+        yield _Tokens(prompt, made if causal else [option._replace(prompt=prompt) for option in made])
+
+
+def _plain(question: _Question) -> str:
+    return "\n\n".join(turn.text for turn in question.turns)
+
+
+def _answers(options: Sequence[tuple[_Question, str]], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompt and answer by the chat template, without what ends the turn."""
+    talks = [(*question.turns, Turn("assistant", text)) for question, text in options]
+    ends = chat.ends(tokenizer)
+    for tokens, learnt in chat.encode(talks, [question.record.where for question, _ in options], tokenizer, "last"):
+        begin = int(learnt.argmax())
+        answer = tokens[begin:][learnt[begin:]].tolist()
+        while len(answer) > 1 and answer[-1] in ends:
+            answer.pop()
+        yield tokens[:begin].tolist(), answer
+
+
+def _continuations(
+    options: Sequence[tuple[_Question, str]], delimiter: str, tokenizer: Tokenizer
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompt and option of plain text, tokenised together."""
+    prompts = [_plain(question).rstrip() for question, _ in options]
+    alone = dict(zip(prompts, encoding.text_prompts(prompts, tokenizer), strict=True))
+    whole = encoding.text_prompts(
+        [f"{prompt}{delimiter}{text}" for prompt, (_, text) in zip(prompts, options, strict=True)], tokenizer
+    )
+    for prompt, tokens in zip(prompts, whole, strict=True):
+        at = min(len(alone[prompt]), len(tokens) - 1)
+        yield tokens[:at], tokens[at:]
+
+
+def _fitted(
+    task: Task,
+    where: str,
+    question: _Question,
+    made: _Tokens,
+    data: Data,
+    tokenizer: Tokenizer,
+    format: Format,
+    whole: bool,
+) -> TaskExample | None:
+    """The example, its prompt cut where the task says so; None where it is too long and must stay whole."""
+    causal = isinstance(format, CausalFormat)
+    new = max((len(option.tokens) for option in made.options), default=task.max_new_tokens) if causal else 0
+    room = (task.length or getattr(data, format.length_field)) - new
+    prompt, options = made
+    cut = len(prompt) > room
+    if cut and whole:
+        return None
+    if cut:
+        if task.truncate in ("refuse", "shots") or room < 2 or (task.chat and tokenizer.chat_template is not None):
+            raise UserError(_too_long(task, where, question, len(prompt), new, room + new, format))
+        prompt = _shortened(prompt, room, task.truncate, tokenizer, causal)
+        options = [
+            option._replace(prompt=_shortened(option.prompt, room, task.truncate, tokenizer, causal))
+            for option in options
+        ]
+    record = question.record
+    id = record.fields.get("id")
+    return TaskExample(
+        id=f"{sources.name_of(task.data)}/{question.number}" if id is None else str(id),
+        group=_value(record, task.group_by, f"{where}.group_by") if task.group_by else "",
+        fields=record.fields,
+        prompt=_plain(question),
+        prompt_tokens=prompt,
+        references=question.references,
+        options=tuple(options),
+        cut=cut or question.shots < task.num_shots,
+    )
+
+
+def _too_long(task: Task, where: str, question: _Question, length: int, new: int, limit: int, format: Format) -> str:
+    answer = f" and its answer up to {new}" if new else ""
+    setting = f"{where}.length" if task.length else f"config.data.{format.length_field} or {where}.length"
+    fewer = f"lower {where}.num_shots, " if question.shots else ""
+    return (
+        f"{question.record.where}: the prompt has {length} tokens{answer}, more than {limit}; {fewer}raise {setting}, "
+        f"or let prompts be cut with {where}.truncate"
+    )
+
+
+def _shortened(prompt: list[int], room: int, side: str, tokenizer: Tokenizer, causal: bool) -> list[int]:
+    """The prompt without what is too much at one end; its marks stay."""
+    if len(prompt) <= room:
+        return prompt
+    begins = 1 if tokenizer.start is not None and prompt[0] == tokenizer.start else 0
+    ends = 1 if not causal and prompt[-1] == tokenizer.end else 0
+    inner, rest = prompt[begins : len(prompt) - ends], room - begins - ends
+    inner = inner[len(inner) - rest :] if side == "start" else inner[:rest]
+    return [*prompt[:begins], *inner, *prompt[len(prompt) - ends :]]

@@ -1,0 +1,232 @@
+"""A process beside training that scores each of a run's checkpoints once, in their order, until the run has ended.
+
+That a step is scored its metrics.json says, which is written last and whole: a follower that is killed goes on
+where it was. One follower writes to a folder; it tells training how far it is (see `following`).
+"""
+
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from jax_it import files, hosts
+from jax_it.checkpoint import Unreadable
+from jax_it.errors import Interrupted, UserError
+from jax_it.evaluation.evaluator import Scored
+from jax_it.evaluation.results import METRICS, complete, failures
+from jax_it.evaluation.run import OWN, Request, Scorer
+from jax_it.following import Position, position
+from jax_it.stopping import on_sigterm
+from jax_it.workdir import Workdir, lock
+
+APPEARS = 600.0  # seconds in which a run's folder should come to be
+POLL = 0.2, 10.0  # seconds between two looks at the folder, at first and at most
+TRIES = 3  # readings of a checkpoint: one that is being deleted may look damaged for a moment
+STOPPED = "stopped by SIGTERM; the same command goes on with the checkpoint that has no scores yet"
+
+Report = Callable[[int, Scored], None]
+
+
+def follow(
+    workdir: str | Path, request: Request = OWN, timeout: float = 0, report: Report = lambda step, scored: None
+) -> dict[int, str]:
+    """Scores each checkpoint that has no scores yet, and reports it, until training has ended.
+
+    With a `timeout` it gives up where nothing new has come for so many seconds; without, it waits for a run that
+    has stopped, and APPEARS seconds for one that is not there yet. Returns why steps, or tasks of them, failed.
+    Raises UserError where another process follows, Interrupted at SIGTERM and where it gives up.
+    """
+    hosts.start()
+    place = Workdir(files.locate(workdir))
+    failed: dict[int, str] = {}
+    with on_sigterm("eval", STOPPED) as stopping:
+        if hosts.from_first(lambda: _wait_for(place, timeout or APPEARS)) != "there":
+            raise UserError(
+                f"{place.path} holds no run after {timeout or APPEARS:.0f} s; start one with jax-it train, or mend "
+                "--workdir"
+            )
+        with _alone(place, request) as followed:
+            watch = _Watch(place, request, timeout, followed)
+            scorer = _open(place, request)
+            watch.open(scorer)
+            while True:
+                what, _, number = hosts.from_first(watch.next).partition(" ")
+                if what == "ended":
+                    return failed
+                if what == "quiet":
+                    raise Interrupted(
+                        f"nothing new has come to {place.path} for {timeout:.0f} s; the same command goes on"
+                    )
+                if what == "anew":
+                    _say(f"{place.path} holds another run now")
+                    scorer = _open(place, request)
+                    watch.open(scorer)
+                    continue
+                step = int(number)
+                _say(f"scoring checkpoint {step}")
+                try:
+                    scored = scorer(step, stopping)
+                except Unreadable as error:
+                    if why := hosts.from_first(partial(watch.unreadable, step, error)):
+                        _say(why)
+                        failed[step] = why
+                    continue
+                watch.scored(step)
+                if hosts.is_first():
+                    report(step, scored)
+                if reasons := failures(scored):
+                    failed[step] = "; ".join(f"step {step}: {task}: {why}" for task, why in reasons.items())
+                    _say(failed[step])
+
+
+def _open(place: Workdir, request: Request) -> Scorer:
+    config = request.resolve(place.open()[0])
+    every = config.eval.every
+    if every.value and not request.name and not request.output:
+        raise UserError(
+            f"the run in {place.path} is scored while it trains (config.eval.every={str(every)!r}); follow a run "
+            "that is not, or score it on something else with --config or --output"
+        )
+    scorer = Scorer(place, request)
+    if (board := request.board(place)) is not None:
+        complete(board, {step: request.folder(place, step) for step in place.scored_steps()})
+    return scorer
+
+
+def _wait_for(place: Workdir, seconds: float) -> str:
+    """ "there" when the folder holds a run, "" where it does not in time."""
+    until = time.monotonic() + seconds
+    if not place.holds_a_run():
+        _say(f"waiting for a run in {place.path}")
+    while not place.holds_a_run():
+        if time.monotonic() > until:
+            return ""
+        time.sleep(POLL[0])
+    return "there"
+
+
+@contextmanager
+def _alone(place: Workdir, request: Request) -> Iterator[Position | None]:
+    """Holds the folder that the scores go to for this process, and says that it follows. On the first host."""
+    if not hosts.is_first():
+        yield None
+        return
+    folder = files.locate(request.output) if request.output else place.path / "eval"
+    file = folder / f".follow{'-' * bool(request.name)}{request.name}.lock"
+    with position(place.followers / f"{zlib.crc32(str(file).encode()):08x}.json") as own:
+        if files.is_remote(file):  # an object store has no locks
+            yield own
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stream = file.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}; mend that, or name an --output") from error
+        with stream:
+            lock(stream, f"follows the run in {place.path} already; stop it, or name another --output")
+            yield own
+
+
+class _Watch:
+    """What the first host sees of the run's folder."""
+
+    def __init__(self, place: Workdir, request: Request, timeout: float, followed: Position | None):
+        self._place, self._request, self._timeout, self._followed = place, request, timeout, followed
+
+    def open(self, scorer: Scorer) -> None:
+        """Looks at this run from now on."""
+        self._config = self._config_text()
+        # Orbax makes its manager on all hosts together, and then tells each one the steps by itself.
+        self._checkpoints, self._total = scorer.checkpoints, scorer.total_steps
+        self._seen: set[int] = set()  # steps that had a checkpoint and no scores
+        self._tried: dict[tuple[float, ...], int] = {}
+        self._changed = time.monotonic()
+
+    def _config_text(self) -> str:
+        try:
+            return (self._place.path / "config.json").read_text(encoding="utf-8")
+        except OSError:
+            return ""
+
+    def next(self) -> str:
+        """Waits until there is something to do: "score STEP", "ended", "anew" for another run, or "quiet"."""
+        wait, told = POLL[0], False
+        while True:
+            found = self._look()
+            if found:
+                return found
+            if self._timeout and time.monotonic() > self._changed + self._timeout:
+                return "quiet"
+            if not told and wait > 1:
+                _say(f"{self._scored()}; waiting for the next checkpoint")
+                told = True
+            time.sleep(min(wait, self._timeout or wait))
+            wait = min(wait * 1.5, POLL[1])
+
+    def _look(self) -> str:
+        config = self._config_text()
+        if not config:  # the folder is gone; it may come back
+            return ""
+        if config != self._config:
+            return "anew"
+        steps = self._checkpoints.steps()
+        missing = [step for step in steps if not self._is_scored(step)]
+        for step in sorted(self._seen.difference(steps)):
+            if not self._is_scored(step):
+                _say(_deleted(step))
+        self._seen = set(missing)
+        for step in missing:
+            tried = self._tried.get(self._key(step), 0)
+            if tried < TRIES:
+                if self._followed:
+                    self._followed.move(step)
+                time.sleep(tried)
+                return f"score {step}"
+        if self._followed and steps:
+            self._followed.move(steps[-1] + 1)
+        ended = self._place.ended()
+        if steps and (steps[-1] >= self._total or (ended is not None and steps[-1] <= ended)):
+            _say(f"{self._scored()}, and training has ended")
+            return "ended"
+        return ""
+
+    def unreadable(self, step: int, error: Unreadable) -> str:
+        """Notes that a checkpoint could not be read; why not, where it is still there and not tried again."""
+        if step not in self._checkpoints.steps():
+            self._seen.discard(step)
+            _say(_deleted(step))
+            return ""
+        key = self._key(step)
+        self._tried[key] = self._tried.get(key, 0) + 1
+        why = str(error).removesuffix("; name another with --checkpoint")
+        return f"{why}; it is left out" if self._tried[key] == TRIES else ""
+
+    def scored(self, step: int) -> None:
+        self._changed = time.monotonic()
+
+    def _is_scored(self, step: int) -> bool:
+        return (self._request.folder(self._place, step) / METRICS).is_file()
+
+    def _scored(self) -> str:
+        number = sum(map(self._is_scored, self._place.scored_steps()))
+        return f"{number} checkpoint{'s' * (number != 1)} scored"
+
+    def _key(self, step: int) -> tuple[float, ...]:
+        """A checkpoint's folder: a run that is resumed may make it anew, or somebody restore it from a copy."""
+        try:
+            found = (self._checkpoints.folder / str(step)).stat()
+            return step, found.st_ino, found.st_mtime
+        except Exception:  # it is gone, or lies in an object store
+            return (step,)
+
+
+def _deleted(step: int) -> str:
+    return f"checkpoint {step} was deleted before it was scored; a larger config.train.keep_unscored lets more wait"
+
+
+def _say(text: str) -> None:
+    if hosts.is_first():
+        print(f"jax-it eval: {text}", file=sys.stderr, flush=True)
