@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 # So many padded tokens cost about as much time as compiling one more width: measured with a T5-small on two CPU cores.
 # An accelerator computes more in that time; then widths are fewer than they should be, and never many.
-COMPILE = 4096
+COMPILE = 1024
 SMALLEST = 16
 
 
