@@ -197,11 +197,19 @@ def _attend(
     layout: str, key_BSKH: jax.Array, value_BSKH: jax.Array, query_BTNH: jax.Array, mask_BTS: jax.Array,
     bias: jax.Array | None, key: jax.Array | None, *, scale: float, cap: float, dropout_rate: float,
 ) -> jax.Array:  # fmt: skip
-    rows, length, heads, _ = query_BTNH.shape
+    rows, length, heads, size = query_BTNH.shape
     key_heads = key_BSKH.shape[layout.index("K")]
     # M: the heads of queries that share a head of keys
-    query_BTKMH = query_BTNH.reshape(rows, length, key_heads, heads // key_heads, -1)
-    scores = jnp.einsum(f"BTKMH,{layout}->BKMTS", query_BTKMH, key_BSKH, preferred_element_type=jnp.float32)
+    query_BTKMH = query_BTNH.reshape(rows, length, key_heads, heads // key_heads, size)
+    if layout == "BKSH":
+        # Few queries, Q of a head of keys, and many keys: with the keys first a CPU is four times as fast at this
+        # product (3 queries, 544 keys), and the barrier keeps the compiler from turning it round again.
+        query_BKQH = jnp.moveaxis(query_BTKMH, 1, 3).reshape(rows, key_heads, -1, size)
+        scores_BKSQ = jnp.einsum("BKSH,BKQH->BKSQ", key_BSKH, query_BKQH, preferred_element_type=jnp.float32)
+        scores_BKQS = jnp.swapaxes(jax.lax.optimization_barrier(scores_BKSQ), 2, 3)
+        scores = scores_BKQS.reshape(rows, key_heads, heads // key_heads, length, -1)
+    else:
+        scores = jnp.einsum("BTKMH,BSKH->BKMTS", query_BTKMH, key_BSKH, preferred_element_type=jnp.float32)
     if scale != 1:
         scores *= scale
     if cap:
@@ -210,5 +218,11 @@ def _attend(
         scores += bias.reshape(*bias.shape[:-3], key_heads, heads // key_heads, *bias.shape[-2:])
     scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
     weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, key)
-    attended = jnp.einsum(f"BKMTS,{layout}->BTKMH", weights.astype(value_BSKH.dtype), value_BSKH)
-    return attended.reshape(rows, length, heads, -1)
+    weights = weights.astype(value_BSKH.dtype)
+    if layout == "BKSH":
+        weights_BKQS = weights.reshape(rows, key_heads, -1, weights.shape[-1])
+        attended_BKQH = jnp.einsum("BKQS,BKSH->BKQH", jax.lax.optimization_barrier(weights_BKQS), value_BSKH)
+        attended = jnp.moveaxis(attended_BKQH.reshape(*scores.shape[:-1], size), 3, 1)
+    else:
+        attended = jnp.einsum("BKMTS,BSKH->BTKMH", weights, value_BSKH)
+    return attended.reshape(rows, length, heads, size)
