@@ -61,11 +61,12 @@ class Request:
 # jax_it. The functions of a side run in its own process.
 
 
-def generator(model: Any, mesh: Any, new_tokens: int) -> Callable[[Any, Request], list[list[int]]]:
+def generator(model: Any, mesh: Any, first: Request) -> Callable[[Any, Request], list[list[int]]]:
     """jax_it's half: texts of a request, at the settings that suit two cores."""
     from jax_it.generation import Generator, Sampling
 
-    generate = Generator(model, mesh, new_tokens, batch_size=64, sampling=Sampling(min_new_tokens=new_tokens))
+    new, slots = first.new_tokens, min(64, len(first.prompts))
+    generate = Generator(model, mesh, new, slots, Sampling(min_new_tokens=new))
 
     def texts(params: Any, request: Request) -> list[list[int]]:
         found = {text.prompt: text.tokens for text in generate(params, request.prompts, request.limits)}
@@ -96,7 +97,7 @@ class Ours:
     def warm(self, setting: str, request: Request) -> tuple[int, float]:
         """Compiles what the request needs: how many programs that were, and in how many seconds."""
         self._compiling.clear()
-        self._generators[setting] = generator(self._model, self._mesh, request.new_tokens)
+        self._generators[setting] = generator(self._model, self._mesh, request)
         self.generate(setting, request)
         return len(self._compiling), sum(self._compiling)
 
