@@ -153,6 +153,12 @@ def batch_parts(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["B"])
 
 
+def shared_out(rows: int, mesh: jax.sharding.Mesh) -> int:
+    """So many rows, rounded up to a number whose parts are alike."""
+    parts = batch_parts(mesh)
+    return -(-rows // parts) * parts
+
+
 def local_parts(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
     """Which parts of a batch this process's devices hold; processes that share a row's devices hold the same."""
     by_part = mesh.devices.reshape(batch_parts(mesh), -1)  # B's axes are the mesh's first

@@ -38,6 +38,8 @@ from jax_it.models.lora import Adapter, Target
 from jax_it.models.tensors import find_folder, fingerprint
 from jax_it.models.weights import flatten
 
+SCORES = "metrics.json"  # of a step's evaluation, whose presence says that it is scored
+
 # What a resumed run may change: where and how it is computed, watched and kept, but not what it computes.
 FREE = (
     "mesh", "eval", "data.cache_dir", "model.remat", "train.micro_batches", "train.loss_chunk", "train.log_every",
@@ -88,7 +90,7 @@ class Workdir:
         return self.path / "eval" / str(step)
 
     def is_scored(self, step: int) -> bool:
-        return (self.eval(step) / "metrics.json").is_file()
+        return (self.eval(step) / SCORES).is_file()
 
     def holds_a_run(self) -> bool:
         return (self.path / "config.json").is_file()
@@ -240,7 +242,7 @@ class Workdir:
     def measured(self, step: int, metric: str) -> float | None:
         """The same, NaN where that was measured."""
         try:
-            return score_in(json.loads((self.eval(step) / "metrics.json").read_text(encoding="utf-8")), metric)
+            return score_in(json.loads((self.eval(step) / SCORES).read_text(encoding="utf-8")), metric)
         except (OSError, ValueError):
             return None
 

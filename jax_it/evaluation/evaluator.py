@@ -188,8 +188,7 @@ class Loss:
         mesh: jax.sharding.Mesh,
     ):  # fmt: skip
         self._mesh = mesh
-        parts = sharding.batch_parts(mesh)
-        self._batches = pack_rows(format, examples, layout, -(-layout.rows // parts) * parts)
+        self._batches = pack_rows(format, examples, layout, sharding.shared_out(layout.rows, mesh))
         self._loss_sum = jax.jit(
             partial(model.loss_sum, losses.cross_entropy, chunk), out_shardings=sharding.replicated(mesh)
         )

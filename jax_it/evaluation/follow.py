@@ -16,11 +16,11 @@ from jax_it import files, hosts
 from jax_it.checkpoint import Unreadable
 from jax_it.errors import Interrupted, UserError
 from jax_it.evaluation.evaluator import Scored
-from jax_it.evaluation.results import METRICS, complete, failures
+from jax_it.evaluation.results import complete, failures
 from jax_it.evaluation.run import OWN, Request, Scorer
 from jax_it.following import Position, position
 from jax_it.stopping import on_sigterm
-from jax_it.workdir import Workdir, lock
+from jax_it.workdir import SCORES, Workdir, lock
 
 APPEARS = 600.0  # seconds in which a run's folder should come to be
 POLL = 0.2, 10.0  # seconds between two looks at the folder, at first and at most
@@ -208,7 +208,7 @@ class _Watch:
         self._changed = time.monotonic()
 
     def _is_scored(self, step: int) -> bool:
-        return (self._request.folder(self._place, step) / METRICS).is_file()
+        return (self._request.folder(self._place, step) / SCORES).is_file()
 
     def _scored(self) -> str:
         number = sum(map(self._is_scored, self._place.scored_steps()))

@@ -10,8 +10,9 @@ from jax_it import hosts, tensorboard
 from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import ALL, TASK, TRUNCATED, WITHOUT_REFERENCE, Scored
 from jax_it.files import is_remote, write_atomically
+from jax_it.workdir import SCORES
 
-METRICS, PREDICTIONS = "metrics.json", "predictions.jsonl"
+PREDICTIONS = "predictions.jsonl"
 GROUPS = 12  # of a task, that a table shows
 
 
@@ -30,7 +31,7 @@ def write(folder: Any, scored: Scored, board: Any = None, step: int = 0) -> None
             write_atomically(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
             tasks = dict.fromkeys([*scored.metrics, *scored.errors])
             found = {task: _with_intervals(scored, task) for task in tasks}
-            write_atomically(folder / METRICS, found)
+            write_atomically(folder / SCORES, found)
             if board is not None:
                 show(board, step, found)
         except OSError as error:
@@ -52,7 +53,7 @@ def _with_intervals(scored: Scored, task: str) -> dict[str, Any]:
 def read(folder: Any) -> dict[str, dict[str, Any]] | None:
     """What metrics.json in a folder holds; None where there is none. Raises ValueError where it is damaged."""
     try:
-        found = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        found = json.loads((folder / SCORES).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
@@ -122,7 +123,7 @@ def table(scored: Scored) -> str:
     for errors in scored.errors.values():
         if TASK not in errors:
             reasons = {**errors, **reasons}
-    lines += [f"{task}: its {number} groups are in {METRICS}" for task, number in many.items()]
+    lines += [f"{task}: its {number} groups are in {SCORES}" for task, number in many.items()]
     lines += [f"{task}: {reason}" for task, reason in failures(scored).items()]
     lines += reasons.values()
     if scored.advice:

@@ -19,10 +19,10 @@ from jax_it.data import tokenizer as tokenizers
 from jax_it.data.packing import Layout
 from jax_it.errors import Interrupted, UserError
 from jax_it.evaluation.evaluator import TASK, Evaluator, Scored, Stopped
-from jax_it.evaluation.results import METRICS, PREDICTIONS, write
+from jax_it.evaluation.results import PREDICTIONS, write
 from jax_it.models import Model, Params
 from jax_it.stopping import Stopping, on_sigterm
-from jax_it.workdir import Workdir, load, make_format
+from jax_it.workdir import SCORES, Workdir, load, make_format
 
 TOKENS = 16384  # in a batch of rows that the loss is taken on, of a model whose training has chosen no layout
 
@@ -196,7 +196,7 @@ def check_room(model: Model, config: Config) -> None:
 def check_unused(folder: Any) -> None:
     """Refuses a folder that holds scores, before anything is computed, and makes it."""
     with hosts.first_then_others():
-        for name in (METRICS, PREDICTIONS) if hosts.is_first() else ():
+        for name in (SCORES, PREDICTIONS) if hosts.is_first() else ():
             if (folder / name).exists():
                 raise UserError(f"{folder / name} exists already; move it away, or name another --output")
     make(folder)

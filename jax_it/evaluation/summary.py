@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from jax_it import files
 from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import ALL, TRUNCATED, WITHOUT_REFERENCE
-from jax_it.evaluation.results import METRICS, cell, read
+from jax_it.evaluation.results import cell, read
 from jax_it.evaluation.run import OWN, Request
 from jax_it.files import write_atomically
-from jax_it.workdir import Workdir, score_in
+from jax_it.workdir import SCORES, Workdir, score_in
 
 WIDTH = 160  # of the table, in characters; the files have all columns
 NAME = 20  # of a task
@@ -44,7 +44,7 @@ def summarize(workdir: str | Path, request: Request = OWN) -> Summary:
             if (found := read(folder)) is not None:
                 scores[step] = found
         except (OSError, ValueError) as error:
-            unread[str(folder / METRICS)] = str(error)
+            unread[str(folder / SCORES)] = str(error)
     ranked = {step: score for step in scores if (score := score_in(scores[step], metric)) is not None}
     ranked = {step: score for step, score in ranked.items() if not math.isnan(score)}
     best = max(ranked, key=lambda step: ranked[step]) if ranked else None
@@ -62,7 +62,7 @@ def _steps(place: Workdir, request: Request) -> list[int]:
 
 def _names(place: Workdir) -> list[str]:
     folders = (item for step in place.scored_steps() for item in place.eval(step).iterdir())
-    return sorted({folder.name for folder in folders if (folder / METRICS).is_file()})
+    return sorted({folder.name for folder in folders if (folder / SCORES).is_file()})
 
 
 def text(summary: Summary) -> str:

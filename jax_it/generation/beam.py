@@ -64,10 +64,6 @@ class Beams:
     def beams(self) -> int:
         return self.sampling.num_beams
 
-    @property
-    def texts_each(self) -> int:
-        return self.sampling.num_samples
-
     def begin(self, first_B: jax.Array, row_B: jax.Array, seen_BV: jax.Array | None) -> State:
         """As all beams start alike, one alone is extended first."""
         slots, beams = first_B.shape[0], self.beams
@@ -110,7 +106,8 @@ class Beams:
 
     def read(self, state: State) -> tuple[Any, Any]:
         """Tokens and log-probabilities [B, texts, T] of the best that have ended, best first."""
-        return state.ended.tokens_BKT[:, : self.texts_each], state.ended.log_probs_BKT[:, : self.texts_each]
+        texts = self.sampling.num_samples
+        return state.ended.tokens_BKT[:, :texts], state.ended.log_probs_BKT[:, :texts]
 
     def _extend(self, state: State, logits_BV: jax.Array, number_B: jax.Array) -> tuple[Texts, jax.Array, jax.Array]:
         """The likeliest texts that are one token longer, the beam [B, C] that each continues, and the token [B, C].

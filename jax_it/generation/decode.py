@@ -65,10 +65,9 @@ class Generator:
         search: Search = (Beams if beams else OneByOne)(sampling, self._ends, max_new_tokens, log_probs)
         self._search, self._stop, self._log_probs = search, None if beams else stop, log_probs
         self._each = 1 if beams else sampling.num_samples  # slots of a prompt
-        parts = sharding.batch_parts(mesh)
-        self._slots = _up(max(batch_size, self._each), parts)
-        self._prompts = _up(max(1, self._slots // ARRIVING // self._each), parts)  # that come in at a time
-        self._slots = max(self._slots, _up(self._prompts * self._each, parts))
+        self._slots = sharding.shared_out(max(batch_size, self._each), mesh)
+        self._prompts = sharding.shared_out(max(1, self._slots // ARRIVING // self._each), mesh)  # come in at a time
+        self._slots = max(self._slots, sharding.shared_out(self._prompts * self._each, mesh))
         self.shapes: set[tuple[str, int, int]] = set()  # that were compiled: what, slots, width
 
         self._empty = jax.jit(partial(empty, model, search), static_argnums=(0, 1))
@@ -112,7 +111,7 @@ class Generator:
                 arrivals = self._arrivals([prompts[i] for i in group], texts, free, needed, limits)
                 slots = self._run("fill", len(places), needed, self._fill, params, slots, arrivals)
                 continue
-            fewer = _up(len(places) // SHRINKING, sharding.batch_parts(self._mesh))
+            fewer = sharding.shared_out(len(places) // SHRINKING, self._mesh)
             shrinks = not waiting and fewer < len(places) == self._slots and self._slots >= 16
             if shrinks and under_way <= fewer:
                 kept = ([slot for slot, place in enumerate(places) if place] + free)[:fewer]
@@ -143,12 +142,8 @@ class Generator:
     ) -> Arrivals:
         """Padded to as many prompts and slots as always come in."""
         spare = [0] * (self._prompts * self._each - len(texts))
-        tokens, segments = np.zeros((2, self._prompts, width), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-            segments[row, : len(prompt)] = 1
         most = [self._length if limits is None else min(limits[i], self._length) for i, _ in texts]
-        tokens_PS, segments_PS = sharding.place((tokens, segments), self._mesh)
+        tokens_PS, segments_PS = sharding.place(widths.pad(prompts, self._prompts, width), self._mesh)
         return Arrivals(
             tokens_PS,
             segments_PS,
@@ -185,7 +180,3 @@ def _advance(model: Model, search: Search, *arguments: Any) -> tuple[Slots, tupl
     """The slots, and copies of what the host looks at: the slots themselves are donated."""
     slots = advance(model, search, *arguments)
     return slots, jax.tree.map(jnp.copy, (slots.done_B, slots.number_B, *search.read(slots.texts)))
-
-
-def _up(number: int, parts: int) -> int:
-    return -(-number // parts) * parts

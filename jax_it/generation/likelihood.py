@@ -70,8 +70,7 @@ class Likelihoods:
             members.sort(key=lambda i: len(requests[i].prompt))
             # Where all continuations are one token, no prompt has rows beside its own.
             size = self._size if stepped and length == 1 else max(1, self._size // number)
-            parts = sharding.batch_parts(self._mesh)
-            rows = -(-min(size, len(members)) // parts) * parts
+            rows = sharding.shared_out(min(size, len(members)), self._mesh)
             batches = [members[start : start + rows] for start in range(0, len(members), rows)]
             shape = "stepped" if stepped else "forced", rows, number, length
             compiled = {width for how, many, width, *rest in self.shapes if (how, many, *rest) == shape}
@@ -90,11 +89,8 @@ class Likelihoods:
     def _stepped(
         self, params: Params, requests: Sequence[Request], width: int, number: int, length: int
     ) -> tuple[jax.Array, jax.Array]:
-        prompts, segments = np.zeros((2, len(requests), width), np.int32)
-        for row, request in enumerate(requests):
-            prompts[row, : len(request.prompt)] = request.prompt
-            segments[row, : len(request.prompt)] = 1
-        arrays = sharding.place((prompts, segments, *_continuations(requests, number, length)), self._mesh)
+        prompts = widths.pad([request.prompt for request in requests], len(requests), width)
+        arrays = sharding.place((*prompts, *_continuations(requests, number, length)), self._mesh)
         with jax.set_mesh(self._mesh):
             return self._step(params, *arrays)
 

@@ -94,7 +94,7 @@ def restrict(logits_BV: jax.Array, top_k: int, top_p: float, min_p: float = 0.0)
     return logits_BV
 
 
-class Text(NamedTuple):
+class State(NamedTuple):
     """What is known of the texts under way, one a slot."""
 
     tokens_BT: jax.Array  # those made; beyond them an end mark
@@ -113,16 +113,15 @@ class OneByOne:
     log_probs: bool = False  # whether they are asked for
 
     beams = 1  # rows of the cache that a slot has
-    texts_each = 1  # texts that a slot gives
 
-    def begin(self, first_B: jax.Array, row_B: jax.Array, seen_BV: jax.Array | None) -> Text:
+    def begin(self, first_B: jax.Array, row_B: jax.Array, seen_BV: jax.Array | None) -> State:
         """Texts that have no token yet; `first_B` are the tokens that their first steps take."""
         shape = (first_B.shape[0], self.length)
-        return Text(jnp.full(shape, self.ends[0], jnp.int32), jnp.zeros(shape, jnp.float32), row_B, seen_BV)
+        return State(jnp.full(shape, self.ends[0], jnp.int32), jnp.zeros(shape, jnp.float32), row_B, seen_BV)
 
     def advance(
-        self, text: Text, logits_BV: jax.Array, number_B: jax.Array, limit_B: jax.Array, done_B: jax.Array
-    ) -> tuple[Text, jax.Array, None, jax.Array]:
+        self, text: State, logits_BV: jax.Array, number_B: jax.Array, limit_B: jax.Array, done_B: jax.Array
+    ) -> tuple[State, jax.Array, None, jax.Array]:
         """(the texts with a token more, that token, None: each goes on in its row, whether it was the last).
 
         `number_B` tokens are made already, and `limit_B` at most. A text that is done stays as it is.
@@ -134,7 +133,7 @@ class OneByOne:
         if self.log_probs:
             log_prob_B = jax.nn.log_softmax(logits_BV)[rows, next_B]
             log_probs_BT = log_probs_BT.at[rows, at_B].set(log_prob_B, mode="drop")
-        longer = Text(
+        longer = State(
             text.tokens_BT.at[rows, at_B].set(next_B, mode="drop"),
             log_probs_BT,
             text.row_B,
@@ -142,6 +141,6 @@ class OneByOne:
         )
         return longer, next_B, None, is_end(next_B, self.ends) | (number_B + 1 >= limit_B)
 
-    def read(self, text: Text) -> tuple[Any, Any]:
+    def read(self, text: State) -> tuple[Any, Any]:
         """Tokens and log-probabilities [B, texts, T]."""
         return text.tokens_BT[:, None], text.log_probs_BT[:, None]

@@ -62,8 +62,7 @@ def empty(model: Model, search: Search, number: int, width: int, params: Params)
             leaf.dtype,
         )
 
-    memory = shapes.memory and change(zeros(1), shapes.memory)
-    cache = change(zeros(search.beams), shapes._replace(memory=None))._replace(memory=memory)
+    cache = change(zeros(search.beams), shapes, of_memory=zeros(1))
     nothing_B = jnp.zeros(number, jnp.int32)
     texts = search.begin(nothing_B, nothing_B, _nothing_seen(model, search, number))
     last_B = jnp.zeros(number * search.beams, jnp.int32)
@@ -158,9 +157,7 @@ def _nothing_seen(model: Model, search: Search, number: int) -> jax.Array | None
 
 def _placed(slots: Slots) -> Slots:
     """The slots shared out to the devices: each has the rows of its part of a batch."""
-    cache = slots.cache
-    memory = cache.memory and change(_constrain, cache.memory)
-    cache = change(_constrain, cache._replace(memory=None))._replace(memory=memory)
+    cache = change(_constrain, slots.cache)
     return Slots(cache, *jax.tree.map(lambda array: _constrain("B" + "." * (array.ndim - 1), array), tuple(slots[1:])))
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from jax_it import sharding
 from jax_it.data import chat
 from jax_it.errors import UserError
-from jax_it.generation import GREEDY, Generator, Sampling
+from jax_it.generation import GREEDY, Generator, Sampling, StopStrings
 from jax_it.generation.likelihood import Likelihoods, Request
 from jax_it.workdir import load
 
@@ -188,14 +188,8 @@ class HarnessModel(TemplateLM):
         key = (sampling, new, until, self._chat)
         if key not in self._generators:
             ends = chat.ends(self._tokenizer) if self._chat else (self._tokenizer.end,)
-
-            def stop(tokens: Sequence[int]) -> bool:
-                text = self._tokenizer.decode(tokens)
-                return any(string in text for string in until)
-
-            self._generators[key] = Generator(
-                self._model, self._mesh, new, self.batch_size, sampling, ends, stop if until else None
-            )
+            stop = StopStrings(until, self._tokenizer.decode) if until else None
+            self._generators[key] = Generator(self._model, self._mesh, new, self.batch_size, sampling, ends, stop)
         return self._generators[key]
 
 
@@ -226,7 +220,7 @@ def read_settings(settings: Mapping[str, Any], seed: int = 0) -> tuple[Sampling,
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first of the strings."""
+    """The text cut at each of the strings in turn, as lm_eval's own models do it."""
     for string in until:
         text = text.split(string)[0]
     return text

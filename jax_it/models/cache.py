@@ -57,16 +57,12 @@ def prompt_room(cache: Cache) -> int:
 
 def take_rows(cache: Cache, rows_B: jax.Array) -> Cache:
     """The cache whose row b is row `rows_B[b]` of this one. A memory stays, so no row may change its source."""
-    taken = change(lambda letters, array: array.take(rows_B, letters.index("B")), cache._replace(memory=None))
-    return taken._replace(memory=cache.memory)
+    return change(_taker(rows_B), cache, of_memory=lambda letters, array: array)
 
 
 def select(cache: Cache, sources_B: jax.Array, copies: int = 1) -> Cache:
     """The cache with the `copies` rows of each of these sources, and what they read."""
-    memory = cache.memory
-    if memory is not None:
-        memory = change(lambda letters, array: array.take(sources_B, letters.index("B")), memory)
-    return take_rows(cache, rows(sources_B, copies))._replace(memory=memory)
+    return change(_taker(rows(sources_B, copies)), cache, of_memory=_taker(sources_B))
 
 
 def insert(cache: Cache, new: Cache, at_R: jax.Array, from_R: jax.Array, copies: int = 1) -> Cache:
@@ -82,9 +78,8 @@ def insert(cache: Cache, new: Cache, at_R: jax.Array, from_R: jax.Array, copies:
 
         return one
 
-    memory = None if cache.memory is None else change(put(at_R, from_R), cache.memory, new.memory)
     put_rows = put(rows(at_R, copies), jnp.repeat(from_R, copies))
-    return change(put_rows, cache._replace(memory=None), new._replace(memory=None))._replace(memory=memory)
+    return change(put_rows, cache, new, of_memory=put(at_R, from_R))
 
 
 def rows(sources_B: jax.Array, copies: int) -> jax.Array:
@@ -111,19 +106,23 @@ def by_head(*arrays_BSKH: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(jnp.swapaxes(array, 1, 2) for array in arrays_BSKH)
 
 
-def change(function: Callable[..., Any], cache: Any, *others: Any) -> Any:
+def change(function: Callable[..., Any], cache: Any, *others: Any, of_memory: Callable[..., Any] | None = None) -> Any:
     """The cache with `function(letters, array, *arrays)` for every array, which comes with the letters of its axes and
-    with those of other caches.
+    with those of other caches. A memory's arrays are changed by `of_memory`, where that is given.
     """
 
     def one(name: str, value: Any, *values: Any) -> Any:
         if value is None:
             return None
         if isinstance(value, Memory):
-            return change(function, value, *values)
+            return change(of_memory or function, value, *values)
         letters = name.rsplit("_", 1)[1]
         if isinstance(value, tuple):
             return tuple(function(letters[1:], *layer) for layer in zip(value, *values, strict=True))
         return function(letters, value, *values)
 
     return type(cache)(*(one(name, *each) for name, *each in zip(cache._fields, cache, *others, strict=True)))
+
+
+def _taker(rows_B: jax.Array) -> Callable[[str, jax.Array], jax.Array]:
+    return lambda letters, array: array.take(rows_B, letters.index("B"))

@@ -1,7 +1,14 @@
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
 import pytest
 
+from jax_it import config as settings
+from jax_it import models, sharding
+from jax_it.data.packing import Layout
+from jax_it.data.tokenizer import Tokenizer
+from jax_it.workdir import Workdir
 from tests import tiny_run
 
 
@@ -9,3 +16,24 @@ from tests import tiny_run
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run. Not to be changed: `tiny_run.copy` makes a copy that may be."""
     return tiny_run.finished(tmp_path_factory)
+
+
+class Opened(NamedTuple):
+    """A run's parts on one device."""
+
+    config: settings.Config
+    layout: Layout
+    model: models.Model
+    params: Any
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+
+
+@pytest.fixture(scope="session")
+def opened(finished: Path) -> Opened:
+    place = Workdir(finished)
+    config, derived = place.open()
+    mesh = sharding.make_mesh(settings.Mesh(), jax.devices()[:1])
+    model = place.model(config, derived)
+    params = place.params(model, config, tiny_run.STEPS, mesh)
+    return Opened(config, derived.layout, model, params, place.tokenizer(), mesh)

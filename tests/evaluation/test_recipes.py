@@ -4,18 +4,15 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
 import pytest
 
 from jax_it import config as settings
-from jax_it import sharding
 from jax_it.data import tasks
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.errors import UserError
 from jax_it.evaluation import Evaluator
-from jax_it.workdir import Workdir
 from tests.data.letters import Letters
-from tests.tiny_run import STEPS, write_rows
+from tests.tiny_run import write_rows
 
 RECIPES = Path(__file__).parents[2] / "configs" / "benchmarks"
 SUPER_NI = ("rougeL", "squad_exact_match")
@@ -151,15 +148,6 @@ def test_super_ni_s_long_prompts_lose_examples_and_then_their_end(super_ni):
     assert [len(example.prompt_tokens) <= 1024 for example in found[:5]] == [True] * 5
 
 
-@pytest.fixture(scope="module")
-def tiny(finished):
-    place = Workdir(finished)
-    config, derived = place.open()
-    mesh = sharding.make_mesh(settings.Mesh(), jax.devices()[:1])
-    model = place.model(config, derived)
-    return config, derived.layout, model, place.params(model, config, STEPS, mesh), place.tokenizer(), mesh
-
-
 @pytest.mark.parametrize(
     "name, scores, predictions",
     [
@@ -183,8 +171,8 @@ def tiny(finished):
         ),
     ],
 )
-def test_a_model_is_scored_by_the_recipe(name, scores, predictions, tiny, request):
-    config, layout, model, params, tokenizer, mesh = tiny
+def test_a_model_is_scored_by_the_recipe(name, scores, predictions, opened, request):
+    config, layout, model, params, tokenizer, mesh = opened
     (task,) = recipe(name, request.getfixturevalue(name)).eval.tasks
     data = dataclasses.replace(task.data, limit_each=2 if name != "mmlu" else 4)
     if task.score == "generate":

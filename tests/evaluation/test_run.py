@@ -29,16 +29,11 @@ def evaluated(finished, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def parts(finished):
-    """(config, layout, model, params on one device, tokenizer, examples) of the run."""
-    place = Workdir(finished)
-    config, derived = place.open()
-    mesh = sharding.make_mesh(settings.Mesh(), jax.devices()[:1])
-    model = place.model(config, derived)
-    params = place.params(model, config, STEPS, mesh)
-    tokenizer = place.tokenizer()
+def parts(opened):
+    """(config, layout, model, params on one device, tokenizer, examples, mesh) of the run."""
+    config, layout, model, params, tokenizer, mesh = opened
     examples = data.build_eval(config.data, tokenizer, make_format(model, tokenizer), 0)
-    return config, derived.layout, model, params, tokenizer, examples, mesh
+    return config, layout, model, params, tokenizer, examples, mesh
 
 
 def read(file):

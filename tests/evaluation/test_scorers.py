@@ -8,17 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from jax_it import config as settings
-from jax_it import data, metrics, sharding
+from jax_it import data, metrics
 from jax_it.config import Source, Task
 from jax_it.data.tasks import Option, TaskExample
 from jax_it.errors import Interrupted, UserError
 from jax_it.evaluation import Evaluator, Stopped, scorers
 from jax_it.evaluation.evaluator import TASK
 from jax_it.generation.likelihood import Likelihood
-from jax_it.workdir import Workdir, make_format
+from jax_it.workdir import make_format
 from tests.data.chat_tokenizers import checkpoint
-from tests.tiny_run import STEPS, write_rows
+from tests.tiny_run import write_rows
 
 WORDS = ["red", "green", "blue", "pink", "grey", "teal"]
 RECORDS = [
@@ -29,21 +28,17 @@ SAY = ("{{prompt}} ||| {{completion}}",)
 
 
 @pytest.fixture(scope="module")
-def parts(finished):
+def parts(opened):
     """(evaluator of a config, params, tokenizer) of the tiny run on one device."""
-    place = Workdir(finished)
-    config, derived = place.open()
-    mesh = sharding.make_mesh(settings.Mesh(), jax.devices()[:1])
-    model = place.model(config, derived)
-    tokenizer = place.tokenizer()
+    config, layout, model, params, tokenizer, mesh = opened
 
     def evaluator(*tasks, with_examples=False, **given):
         changed = dataclasses.replace(config.eval, tasks=tasks, **given)
         whole = dataclasses.replace(config, eval=changed)
         examples = data.build_eval(config.data, tokenizer, make_format(model, tokenizer), 0) if with_examples else None
-        return Evaluator(model, tokenizer, examples, whole, derived.layout, mesh)
+        return Evaluator(model, tokenizer, examples, whole, layout, mesh)
 
-    return evaluator, place.params(model, config, STEPS, mesh), tokenizer
+    return evaluator, params, tokenizer
 
 
 @pytest.fixture
