@@ -7,6 +7,7 @@ and there or not.
 import glob
 import json
 import os
+import platform
 import shutil
 import tempfile
 import time
@@ -69,13 +70,28 @@ def write_atomically(file: Any, content: Any) -> None:
     if is_remote(file):
         file.write_bytes(encoded)  # which puts the object there when all of it has come
         return
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")  # two processes may write the same file
+    here = f".{file.name}.{platform.node()}"
+    part = file.with_name(f"{here}.{os.getpid()}.part")  # two processes may write the same file
     try:
+        for other in file.parent.glob(f"{glob.escape(here)}.*.part"):
+            if not _runs(int(other.name.split(".")[-2])):  # it was killed while it wrote
+                other.unlink(missing_ok=True)
         part.write_bytes(encoded)
         part.replace(file)
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def _runs(process: int) -> bool:
+    """Whether this machine has such a process."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
 
 
 def remove(folder: Any) -> None:

@@ -1,7 +1,11 @@
 """Files of local folders and of object stores: whole or not at all, and growing ones as far as they can."""
 
 import json
+import platform
 import re
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -103,6 +107,23 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(OSError):
         files.write_atomically(tmp_path / "nowhere" / "file.json", "")
     assert file.read_text() == "text as it is" and list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_process_left_of_a_file_goes_when_the_file_is_written_again(tmp_path):
+    file = tmp_path / "file.json"
+    killed = "import os, signal, sys; from pathlib import Path; from jax_it import files; "
+    killed += "Path.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL); "
+    killed += "files.write_atomically(Path(sys.argv[1]), 'half')"
+    assert subprocess.run([sys.executable, "-c", killed, file], check=False).returncode == -signal.SIGKILL
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as running:
+        its = tmp_path / f".file.json.{platform.node()}.{running.pid}.part"
+        its.write_text("half")
+        assert len(list(tmp_path.iterdir())) == 2
+        files.write_atomically(file, "whole")
+        assert set(tmp_path.iterdir()) == {file, its}  # a process that runs may still write its own
+        running.communicate(b"\n")
+    files.write_atomically(file, "again")
+    assert list(tmp_path.iterdir()) == [file] and file.read_text() == "again"
 
 
 def test_readers_never_see_half_a_file(tmp_path):
