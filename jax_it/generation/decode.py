@@ -21,7 +21,8 @@ from jax_it.models import Model, Params
 NARROWEST = 128  # positions of prompts in the cache
 LONGEST = 1 << 30
 LOOK = 16  # steps after which texts are looked at by `stop`
-ARRIVING = 8  # an eighth of the slots is filled at a time
+ARRIVING = 8  # an eighth of the slots is filled at a time, at most, and fewer with prompts of more than 128 tokens
+READ = 2048  # tokens, if there are so many, that are read together: fewer cost more each
 SHRINKING = 4  # a quarter of the slots is left at the end, when there are no more prompts
 
 
@@ -66,7 +67,7 @@ class Generator:
         self._search, self._stop, self._log_probs = search, None if beams else stop, log_probs
         self._each = 1 if beams else sampling.num_samples  # slots of a prompt
         self._slots = sharding.shared_out(max(batch_size, self._each), mesh)
-        self._prompts = sharding.shared_out(max(1, self._slots // ARRIVING // self._each), mesh)  # come in at a time
+        self._prompts = sharding.shared_out(max(1, self._slots // ARRIVING // self._each), mesh)  # at most, at a time
         self._slots = max(self._slots, sharding.shared_out(self._prompts * self._each, mesh))
         self.shapes: set[tuple[str, int, int]] = set()  # that were compiled: what, slots, width
 
@@ -75,6 +76,7 @@ class Generator:
         self._advance = jax.jit(
             partial(_advance, model, search), donate_argnums=1, out_shardings=(None, sharding.replicated(mesh))
         )
+        self._ready = jax.jit(model.ready)
         self._widen = jax.jit(widen, static_argnums=1)
         self._keep = jax.jit(partial(keep, search))
 
@@ -87,19 +89,24 @@ class Generator:
         """
         if limits is not None and min(limits, default=1) < 1:
             raise ValueError("a text has at least one token, its end mark")
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        groups = [order[start : start + self._prompts] for start in range(0, len(order), self._prompts)]
-        compiled = {width for what, _, width in self.shapes if what == "fill"}
-        chosen = widths.choose([len(prompts[group[-1]]) for group in groups], self._prompts, compiled)
-        waiting = deque(zip(groups, chosen, strict=True))
+        waiting = deque(self._groups(prompts))
         places: list[tuple[int, int] | None] = [None] * self._slots  # slot -> (prompt, sample)
+        with jax.set_mesh(self._mesh):
+            ready = self._ready(params)
         slots: Any = None
-        width = 0
+        width = arrived = 0  # how many slots have been filled since the last step
         while waiting or any(places):
             free = [slot for slot, place in enumerate(places) if place is None]
             under_way = len(places) - len(free)
-            if waiting and len(free) >= len(waiting[0][0]) * self._each:
+            number = len(waiting[0][0]) if waiting else 0
+            if under_way == arrived:  # nobody began before the others: the slots are filled, if need be by half a group
+                number = min(number, len(free) // self._each)
+            if 0 < number * self._each <= len(free):
                 group, needed = waiting.popleft()
+                if group[number:]:
+                    waiting.appendleft((group[number:], needed))
+                group = group[:number]
+                arrived += len(group) * self._each
                 room = max(NARROWEST, bucket(needed, LONGEST))
                 if slots is None:
                     slots, width = self._run("empty", len(places), room, self._empty, len(places), room, params), room
@@ -118,14 +125,31 @@ class Generator:
                 places = [places[slot] for slot in kept]
                 slots = self._run("keep", len(places), width, self._keep, slots, np.array(kept, np.int32))
                 continue
+            arrived = 0
             until_done = len(waiting[0][0]) * self._each if waiting else len(places) - (fewer if shrinks else 0)
             steps = LOOK if self._stop else self._length
             idle = np.array([place is None for place in places])
-            arguments = (params, slots, idle, np.int32(until_done), np.int32(steps))
+            arguments = (ready, slots, idle, np.int32(until_done), np.int32(steps))
             slots, report = self._run("advance", len(places), width, self._advance, *arguments)
             for slot, text in self._read(places, report):
                 places[slot] = None
                 yield from text
+
+    def _groups(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], int]]:
+        """The prompts that come in together, by their indices, and the width they are padded to; shortest first."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        compiled = {width for what, _, width in self.shapes if what == "fill"}
+        chosen = widths.choose([len(prompts[i]) for i in order], 1, compiled)
+        ends = [len(order)]  # of the groups: all are full but that of the shortest
+        while ends[-1] > 0:
+            ends.append(max(0, ends[-1] - self._together(chosen[ends[-1] - 1])))
+        for end, start in zip(ends[-2::-1], ends[:0:-1], strict=True):
+            yield order[start:end], chosen[end - 1]
+
+    def _together(self, width: int) -> int:
+        """How many prompts of this width come in at a time: of about as many tokens, whatever it is."""
+        tokens = max(READ, self._prompts * NARROWEST)
+        return sharding.shared_out(max(1, min(self._prompts, tokens // width)), self._mesh)
 
     def _run(self, what: str, number: int, width: int, function: Callable, *arguments: Any) -> Any:
         self.shapes.add((what, number, width))
@@ -140,10 +164,11 @@ class Generator:
         width: int,
         limits: Sequence[int] | None,
     ) -> Arrivals:
-        """Padded to as many prompts and slots as always come in."""
-        spare = [0] * (self._prompts * self._each - len(texts))
+        """Padded to as many prompts and slots as always come in at this width."""
+        together = self._together(width)
+        spare = [0] * (together * self._each - len(texts))
         most = [self._length if limits is None else min(limits[i], self._length) for i, _ in texts]
-        tokens_PS, segments_PS = sharding.place(widths.pad(prompts, self._prompts, width), self._mesh)
+        tokens_PS, segments_PS = sharding.place(widths.pad(prompts, together, width), self._mesh)
         return Arrivals(
             tokens_PS,
             segments_PS,

@@ -17,6 +17,7 @@ import numpy as np
 from jax_it import sharding
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
 from jax_it.generation import widths
+from jax_it.generation.sampling import likeliest
 from jax_it.models import Model, Params
 from jax_it.models.cache import take_rows
 
@@ -148,7 +149,7 @@ def _step(
     """Sums of log-probabilities [B, C], and whether every token is the likeliest."""
     rows, number, length = tokens_BCT.shape
     first_B, start_B, cache = model.prefill(params, prompts_BS, segments_BS, length)
-    step = model.stepper(params)
+    step = model.stepper(model.ready(params))
     logits_BV, cache = step(first_B, start_B, cache)
     found = _of_tokens(logits_BV, tokens_BCT[:, :, 0])
     if length == 1:
@@ -174,7 +175,7 @@ def _step(
 def _of_tokens(logits_BV: jax.Array, tokens_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The log-probability of each token that may come next in its row, and whether it is the likeliest, [B, C]."""
     log_probs_BC = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), tokens_BC, axis=-1)
-    return log_probs_BC, logits_BV.argmax(-1)[:, None] == tokens_BC
+    return log_probs_BC, likeliest(logits_BV)[:, None] == tokens_BC
 
 
 def _counted(found_BCT: tuple[jax.Array, jax.Array], lengths_BC: jax.Array) -> tuple[jax.Array, jax.Array]:

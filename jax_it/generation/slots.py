@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax_it import sharding
 from jax_it.generation.beam import Beams
 from jax_it.generation.sampling import OneByOne
-from jax_it.models import Model, Params
+from jax_it.models import Model, Params, Ready
 from jax_it.models.cache import Cache, change, insert, lengthen, prompt_room, rows, select, take_rows
 
 Search = OneByOne | Beams
@@ -101,13 +101,13 @@ def fill(model: Model, search: Search, params: Params, slots: Slots, new: Arriva
 
 
 def advance(
-    model: Model, search: Search, params: Params, slots: Slots, idle_B: Any, until_done: Any, steps: Any
+    model: Model, search: Search, ready: Ready, slots: Slots, idle_B: Any, until_done: Any, steps: Any
 ) -> Slots:
     """The slots after as many steps as it takes until so many of them are done, or after `steps`.
 
     Those of `idle_B` are done already.
     """
-    step = model.stepper(params)
+    step = model.stepper(ready)
 
     def unfinished(carry: tuple) -> jax.Array:
         count, slots = carry

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax_it.models.cache import Cache, Step, by_layer
 from jax_it.models.experts import Routing
 from jax_it.models.families import FAMILIES
 from jax_it.models.family import Family, Kind, Run
+from jax_it.models.layers import apart
 from jax_it.models.linear import dense
 from jax_it.models.lora import Adapter
 from jax_it.models.quantized import Quantized
@@ -25,6 +26,13 @@ from jax_it.models.weights import Weight, flatten, is_vector, unflatten
 Params = dict[str, Any]  # nested dicts of arrays
 
 ADAPTER = "adapter"  # the params' entry that holds the adapters
+
+
+class Ready(NamedTuple):
+    """Weights for decoding, in the computation's dtype."""
+
+    module: Any  # the family's, without an encoder; on CPUs and GPUs each layer by itself
+    head_VD: jax.Array
 
 
 @dataclass(frozen=True)
@@ -167,17 +175,26 @@ class Model:
         first_B, start_B, cache = self._module(params).prefill(prompts_BS, segments_BS, length, self.run)
         return first_B, start_B, by_layer(cache) if self.run.unrolled else cache
 
-    def stepper(self, params: Params) -> Step:
+    def ready(self, params: Params) -> Ready:
+        """What `stepper` takes of the weights, made ready for many steps: call it once, outside of loops."""
+        module = self._module(params)
+        stack = module
+        if self.kind == "seq2seq":
+            del module.encoder
+            stack = module.decoder
+        if self.run.unrolled:
+            stack.layers = apart(stack.layers, len(jax.tree.leaves(nnx.state(stack.layers))[0]))
+        return Ready(module, self.head(params))
+
+    def stepper(self, ready: Ready) -> Step:
         """`step(tokens_B, positions_B, cache)`: logits [B, V] after one more token a row, which stands at that row's
         position, and the new cache.
-
-        What the steps need of the weights is made ready here: call it outside of the loop over steps.
         """
-        step, head_VD = self._module(params).stepper(self.run), self.head(params)
+        step = ready.module.stepper(self.run)
 
         def with_head(tokens_B: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
             hidden_BD, cache = step(tokens_B, positions_B, cache)
-            return self.logits(head_VD, hidden_BD), cache
+            return self.logits(ready.head_VD, hidden_BD), cache
 
         return with_head
 

@@ -1,7 +1,8 @@
 """What decoding carries from step to step, for encoder-decoders and causal models alike.
 
-Keys stand as K S H, each head's positions together: a step reads them head by head. The last part of a field's name
-says which axes its array has, and the functions here find rows and positions by it. Where a model's layers are gone
+Values stand as K S H and keys as K H S: a step reads them head by head, and both of its products go along rows of
+memory. The last part of a field's name says which axes its array has, and the functions here find rows and positions by
+it. Where a model's layers are gone
 through one by one, L is no axis: there is a tuple of arrays, one for each layer.
 """
 
@@ -17,7 +18,7 @@ Layers = jax.Array | tuple[jax.Array, ...]
 class Memory(NamedTuple):
     """What cross-attention reads: keys and values of every layer, and each source position's segment, 0 for padding."""
 
-    key_LBKSH: Layers
+    key_LBKHS: Layers
     value_LBKSH: Layers
     segments_BS: jax.Array
 
@@ -28,7 +29,7 @@ class Cache(NamedTuple):
     With n times as many rows as the memory has sources, row b reads source b // n.
     """
 
-    key_LBKTH: Layers
+    key_LBKHT: Layers
     value_LBKTH: Layers
     memory: Memory | None = None
     extent_B: jax.Array | None = None  # how many positions each text may have in all, where its rotation depends on it
@@ -37,17 +38,25 @@ class Cache(NamedTuple):
 Step = Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
 
 
+def nothing(
+    layers: int, rows: int, heads: int, head_size: int, room: int, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of no tokens yet, with room for some."""
+    values = jnp.zeros((layers, rows, heads, room, head_size), dtype)
+    return jnp.swapaxes(values, 3, 4), values
+
+
 def by_layer(cache: Cache) -> Cache:
     """The cache with an array for each layer."""
-    keys, values, memory = tuple(cache.key_LBKTH), tuple(cache.value_LBKTH), cache.memory
+    keys, values, memory = tuple(cache.key_LBKHT), tuple(cache.value_LBKTH), cache.memory
     if memory is not None:
-        memory = memory._replace(key_LBKSH=tuple(memory.key_LBKSH), value_LBKSH=tuple(memory.value_LBKSH))
-    return cache._replace(key_LBKTH=keys, value_LBKTH=values, memory=memory)
+        memory = memory._replace(key_LBKHS=tuple(memory.key_LBKHS), value_LBKSH=tuple(memory.value_LBKSH))
+    return cache._replace(key_LBKHT=keys, value_LBKTH=values, memory=memory)
 
 
 def room(cache: Cache) -> int:
     """How many positions a row of it has."""
-    return cache.key_LBKTH[0].shape[2]
+    return cache.key_LBKHT[0].shape[-1]
 
 
 def prompt_room(cache: Cache) -> int:
@@ -93,17 +102,18 @@ def lengthen(cache: Cache, by: int) -> Cache:
     return change(lambda letters, array: jnp.pad(array, [(0, by * (letter == grows)) for letter in letters]), cache)
 
 
-def write(cached_LBKTH: Layers, layer: Any, positions_B: jax.Array, new_BKH: jax.Array) -> Layers:
-    """Keys or values with those of one more token a row, at the row's position in a layer."""
-    place = jnp.arange(new_BKH.shape[0])[:, None], jnp.arange(new_BKH.shape[1]), positions_B[:, None]
-    if isinstance(cached_LBKTH, tuple):
-        return *cached_LBKTH[:layer], cached_LBKTH[layer].at[place].set(new_BKH), *cached_LBKTH[layer + 1 :]
-    return cached_LBKTH.at[layer, *place].set(new_BKH)
+def write(
+    keys: Layers, values: Layers, layer: Any, positions_B: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array
+) -> tuple[Layers, Layers]:
+    """A cache's keys and values with those of one more token a row, T = 1, at the row's position in a layer."""
+    row, head, at = jnp.arange(key_BTKH.shape[0])[:, None], jnp.arange(key_BTKH.shape[2]), positions_B[:, None]
 
+    def put(old: Layers, place: tuple, new_BTKH: jax.Array) -> Layers:
+        if isinstance(old, tuple):
+            return *old[:layer], old[layer].at[place].set(new_BTKH[:, 0]), *old[layer + 1 :]
+        return old.at[layer, *place].set(new_BTKH[:, 0])
 
-def by_head(*arrays_BSKH: jax.Array) -> tuple[jax.Array, ...]:
-    """Keys and values in the order of axes that a cache has."""
-    return tuple(jnp.swapaxes(array, 1, 2) for array in arrays_BSKH)
+    return put(keys, (row, head, slice(None), at), key_BTKH), put(values, (row, head, at), value_BTKH)
 
 
 def change(function: Callable[..., Any], cache: Any, *others: Any, of_memory: Callable[..., Any] | None = None) -> Any:

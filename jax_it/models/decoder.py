@@ -5,6 +5,7 @@ Layers are stacked and scanned. What differs between the layers of one model, su
 attention, is an array over layers.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import fused, layers, rope
-from jax_it.models.cache import Cache, Memory, Step, by_head, lengthen, room, write
+from jax_it.models.cache import Cache, Memory, Step, lengthen, room, write
 from jax_it.models.experts import Routing
 from jax_it.models.family import Run
-from jax_it.models.layers import Norm, attend, split_key
+from jax_it.models.layers import Norm, attend, attend_cached, split_key
 from jax_it.models.linear import dropout, look_up
 from jax_it.models.transformer import Attention, Config, Layer
 from jax_it.sharding import constrain
@@ -53,8 +54,9 @@ class Stack(nnx.Module):
         first, rest = split_key(key, 2)
         keys = None if rest is None else jax.random.split(rest, c.layers)
         graph, state = nnx.split(self.layers)
+        causal = not (c.bidirectional or run.prefix_lm)
         in_one_kernel = (
-            run.fused and not (c.bidirectional or run.prefix_lm or (run.dropout and key is not None))
+            run.fused and causal and not (run.dropout and key is not None)
             and len(set(c.windows)) <= 1 and fused.fits(length, c.heads, c.key_heads, c.head_size)
         )  # fmt: skip
 
@@ -76,7 +78,7 @@ class Stack(nnx.Module):
                     return module.attention.project(attended)
                 attended = attend(
                     query_BTNH, key_BTKH, value_BTKH,
-                    mask_BTS=allowed_BTS & (distance_TS < window) if c.windows else allowed_BTS,
+                    mask_BTS=allowed_BTS & (distance_TS < window) if c.windows else allowed_BTS, causal=causal,
                     scale=_score_scale(c), cap=c.score_cap, dropout_rate=run.dropout,
                     dropout_key=attention_key if c.inner_dropout == "attention" else None,
                 )  # fmt: skip
@@ -84,11 +86,13 @@ class Stack(nnx.Module):
 
             def cross(x_BTD: jax.Array) -> jax.Array:
                 assert source is not None
-                made = (layers.keys_of_all(x, x_BTD.shape[0]) for x in module.cross.keys_values(source.states_BSD))
-                return _read(c, module.cross, x_BTD, tuple(made), source.allowed_BTS)
+                key, value = (
+                    layers.keys_of_all(x, x_BTD.shape[0]) for x in module.cross.keys_values(source.states_BSD)
+                )
+                return _read(c, module.cross, x_BTD, attend, key, value, source.allowed_BTS)
 
             x_BTD, routing = module(c, x_BTD, attention, cross, segments_BT > 0, run.dropout, layer_key)
-            return x_BTD, (routing, by_head(*kept) if with_cache else None)
+            return x_BTD, (routing, layers.by_head(*kept) if with_cache else None)
 
         x_BTD = dropout(x_BTD, run.dropout, first)
         xs = (state, self._varied(), keys)
@@ -100,7 +104,6 @@ class Stack(nnx.Module):
         the new cache.
         """
         c, varied = self.config, self._varied()
-        through_layers = layers.in_order(self.layers, c.layers, run.unrolled)
 
         def step(x_BTD: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
             memory = cache.memory
@@ -108,36 +111,39 @@ class Stack(nnx.Module):
             turns = self._rotations(positions_B[:, None], None if cache.extent_B is None else cache.extent_B[:, None])
 
             def layer(carry: tuple, number: Any, module: Any) -> tuple:
-                x_BTD, *cached = carry
+                x_BTD, *cached = carry  # keys and values
                 (cos, sin), window = self._variation(turns, varied and jax.tree.map(lambda each: each[number], varied))
 
                 def attention(x_BTD: jax.Array) -> jax.Array:
-                    query_BTNH, *new = _heads(module.attention, x_BTD, cos, sin)
+                    query_BTNH, key_BTKH, value_BTKH = _heads(module.attention, x_BTD, cos, sin)
                     # Carried along and written in place: a cache that is read and returned by layers would be copied.
-                    cached[:] = (write(old, number, positions_B, n[:, 0]) for old, n in zip(cached, new, strict=True))
-                    attended = attend(
-                        query_BTNH, *(whole[number] for whole in cached), layout="BKSH",
+                    keys, values = cached[:] = write(cached[0], cached[1], number, positions_B, key_BTKH, value_BTKH)
+                    attended = attend_cached(
+                        query_BTNH, keys[number], values[number],
                         mask_BTS=(distance_BTS >= 0) & (distance_BTS < window), scale=_score_scale(c), cap=c.score_cap,
                     )  # fmt: skip
                     return module.attention.project(attended)
 
                 def cross(x_BTD: jax.Array) -> jax.Array:
                     assert memory is not None
-                    source = memory.key_LBKSH[number], memory.value_LBKSH[number]
-                    return _read(c, module.cross, x_BTD, source, memory.segments_BS[:, None] > 0, "BKSH")
+                    key, value = memory.key_LBKHS[number], memory.value_LBKSH[number]
+                    return _read(c, module.cross, x_BTD, attend_cached, key, value, memory.segments_BS[:, None] > 0)
 
                 x_BTD, _ = module(c, x_BTD, attention, cross, jnp.ones(x_BTD.shape[:2], bool), 0.0, None)
                 return x_BTD, *cached
 
-            x_BTD, keys, values = through_layers(layer, (x_BTD, cache.key_LBKTH, cache.value_LBKTH))
-            return self.norm(x_BTD[:, 0]), cache._replace(key_LBKTH=keys, value_LBKTH=values)
+            start = (x_BTD, cache.key_LBKHT, cache.value_LBKTH)
+            x_BTD, keys, values = layers.in_order(self.layers, c.layers, layer, start)
+            return self.norm(x_BTD[:, 0]), cache._replace(key_LBKHT=keys, value_LBKTH=values)
 
         return step
 
     def remember(self, states_BSD: jax.Array, segments_BS: jax.Array) -> Memory:
         """The memory of a source's states: cross-attention's keys and values, made once for all steps."""
         graph, state = nnx.split(self.layers)
-        keys, values = jax.lax.map(lambda state: by_head(*nnx.merge(graph, state).cross.keys_values(states_BSD)), state)
+        keys, values = jax.lax.map(
+            lambda state: layers.by_head(*nnx.merge(graph, state).cross.keys_values(states_BSD)), state
+        )
         return Memory(keys, values, segments_BS)
 
     def _rotations(self, positions_BT: jax.Array, extents_BT: jax.Array | None) -> Any:
@@ -240,14 +246,13 @@ def _heads(attention: Attention, x_BTD: jax.Array, cos: Any, sin: Any) -> tuple[
 
 
 def _read(
-    c: Config, cross: Attention, x_BTD: jax.Array, memory: tuple, allowed_BTS: jax.Array, layout: Any = "BSKH"
-) -> jax.Array:
+    c: Config, cross: Attention, x_BTD: jax.Array, attention: Callable[..., jax.Array], key: jax.Array,
+    value: jax.Array, allowed_BTS: jax.Array,
+) -> jax.Array:  # fmt: skip
     """Cross-attention to keys and values. The rows of one source, if several, are taken as its query positions."""
-    query_BTNH, key, value = constrain(cross.queries(x_BTD), "B T N H"), *memory
-    attended = attend(
-        query_BTNH.reshape(key.shape[0], -1, *query_BTNH.shape[2:]), key, value,
-        mask_BTS=allowed_BTS, scale=_score_scale(c), cap=c.score_cap, layout=layout,
-    )  # fmt: skip
+    query_BTNH = constrain(cross.queries(x_BTD), "B T N H")
+    by_source = query_BTNH.reshape(key.shape[0], -1, *query_BTNH.shape[2:])
+    attended = attention(by_source, key, value, mask_BTS=allowed_BTS, scale=_score_scale(c), cap=c.score_cap)
     return cross.project(attended.reshape(query_BTNH.shape))
 
 

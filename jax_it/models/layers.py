@@ -23,6 +23,8 @@ from jax_it.models.linear import dropout
 from jax_it.sharding import constrain, parts_of
 
 QUERIES = 1024  # of a row, whose scores exist at a time
+FEWEST = 128  # queries of a causal row that go together, each with the keys that the last of them sees
+PARTS = 8  # of such a row, up to QUERIES x PARTS positions: a ninth of what is computed is then masked
 MASKED = -1e30  # a score's value where attention is not allowed; finite, so that a row of them is no NaN
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -48,30 +50,24 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
 
 
-def in_order(stacked: nnx.Module, number: int, unrolled: bool) -> Callable[[Callable[[Any, Any, Any], Any], Any], Any]:
-    """`go(body, carry)`, which gives carry = body(carry, i, module) for each of the stacked layers and returns it.
-
-    By a scan; or, `unrolled`, one after the other: a scan copies a layer's weights, and what is read of a cache, every
-    time it comes to it. Their weights are then cut apart here, to be done once outside of a loop over steps.
-    """
+def apart(stacked: nnx.Module, number: int) -> nnx.List:
+    """The stacked layers, each by itself: a scan copies a layer's weights every time it comes to it."""
     graph, state = nnx.split(stacked)
-    if unrolled:
-        states = [jax.tree.map(lambda whole, i=i: whole[i], state) for i in range(number)]
+    return nnx.List([nnx.merge(graph, jax.tree.map(lambda whole, i=i: whole[i], state)) for i in range(number)])
 
-        def one_by_one(body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
-            for i, state in enumerate(states):
-                carry = body(carry, i, nnx.merge(graph, state))
-            return carry
 
-        return one_by_one
+def in_order(layers: nnx.Module, number: int, body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
+    """The last carry = body(carry, i, layer) of all layers in turn: by a scan, or one by one if they are apart."""
+    if isinstance(layers, nnx.List):
+        for i, layer in enumerate(layers):
+            carry = body(carry, i, layer)
+        return carry
+    graph, state = nnx.split(layers)
 
-    def scan(body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
-        def step(carry: Any, xs: tuple) -> tuple[Any, None]:
-            return body(carry, xs[0], nnx.merge(graph, xs[1])), None
+    def step(carry: Any, xs: tuple) -> tuple[Any, None]:
+        return body(carry, xs[0], nnx.merge(graph, xs[1])), None
 
-        return jax.lax.scan(step, carry, (jnp.arange(number), state))[0]
-
-    return scan
+    return jax.lax.scan(step, carry, (jnp.arange(number), state))[0]
 
 
 def split_key(key: jax.Array | None, number: int) -> list[jax.Array | None]:
@@ -144,26 +140,38 @@ def attend(
     value_BSKH: jax.Array,
     *,
     mask_BTS: jax.Array,
+    causal: bool = False,
     bias: jax.Array | None = None,
     scale: float = 1.0,
     cap: float = 0.0,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
-    layout: Literal["BSKH", "BKSH"] = "BSKH",
 ) -> jax.Array:
     """Attention, shape [B, T, N, H]; N // K heads of queries share each head of keys. Scores and softmax are float32.
 
-    The axes of keys and values are those of `layout`: the second is that of caches.
-
     Scores are multiplied by `scale`, squashed to (-cap, cap) where a cap is given (Gemma 2), and `bias` is added
-    to them, [N, T, S] or [B, N, T, S]. Long rows are computed some queries at a time, and again in the backward
-    pass: of the scores, whose number grows with the square of the length, a device has `QUERIES` rows at once.
+    to them, [N, T, S] or [B, N, T, S]. Where the mask is `causal`, the keys after some queries are not read at all.
+    Long rows are computed some queries at a time, and again in the backward pass: of the scores, whose number grows
+    with the square of the length, a device has `QUERIES` rows at once.
     """
     rows, length, heads, _ = query_BTNH.shape
-    part = partial(_attend, layout, key_BSKH, value_BSKH, scale=scale, cap=cap, dropout_rate=dropout_rate)
+    key_BKHS, value_BKSH = by_head(key_BSKH, value_BSKH)
+    part: Any = partial(_attend, scale=scale, cap=cap, dropout_rate=dropout_rate)
     chunks = -(-length // (QUERIES * parts_of("T")))
+    if causal and parts_of("T") == 1 and length > FEWEST:
+        size = min(max(FEWEST, -(-length // PARTS)), QUERIES)
+        starts = range(0, length, size)
+        part = jax.checkpoint(part) if chunks > 1 else part
+        attended = []
+        for start, key in zip(starts, split_key(dropout_key, len(starts)), strict=True):
+            end = min(start + size, length)
+            near = None if bias is None else bias[..., start:end, :end]
+            mask = mask_BTS[:, start:end, :end]
+            seen = key_BKHS[..., :end], value_BKSH[:, :, :end]
+            attended.append(part(*seen, query_BTNH[:, start:end], mask, near, key))
+        return jnp.concatenate(attended, axis=1)
     if chunks == 1:
-        return part(query_BTNH, mask_BTS, bias, dropout_key)
+        return part(key_BKHS, value_BKSH, query_BTNH, mask_BTS, bias, dropout_key)
 
     def split(x: jax.Array | None, axis: int) -> jax.Array | None:
         """`x` cut along T, chunks first. A chunk has every n-th position, so that all devices have a share of it."""
@@ -173,15 +181,36 @@ def attend(
         padded = jnp.pad(x, [(0, -length % chunks if i == axis else 0) for i in range(x.ndim)])
         return jnp.moveaxis(padded.reshape(*x.shape[:axis], -1, chunks, *x.shape[axis + 1 :]), axis + 1, 0)
 
-    keys = None if dropout_key is None else jax.random.split(dropout_key, chunks)
     xs = (
         split(query_BTNH, 1),
         split(jnp.broadcast_to(mask_BTS, (rows, *mask_BTS.shape[1:])), 1),
         split(bias, -2),
-        keys,
+        None if dropout_key is None else jax.random.split(dropout_key, chunks),
     )
-    _, attended = jax.lax.scan(lambda _, x: (None, jax.checkpoint(part)(*x)), None, xs)
-    return jnp.moveaxis(attended, 0, 2).reshape(rows, -1, heads, attended.shape[-1])[:, :length]
+
+    again = partial(jax.checkpoint(part), key_BKHS, value_BKSH)
+    _, attended_chunks = jax.lax.scan(lambda _, x: (None, again(*x)), None, xs)
+    return jnp.moveaxis(attended_chunks, 0, 2).reshape(rows, -1, heads, attended_chunks.shape[-1])[:, :length]
+
+
+def attend_cached(
+    query_BTNH: jax.Array,
+    key_BKHS: jax.Array,
+    value_BKSH: jax.Array,
+    *,
+    mask_BTS: jax.Array,
+    bias: jax.Array | None = None,
+    scale: float = 1.0,
+    cap: float = 0.0,
+) -> jax.Array:
+    """The same to the keys and values of a cache, all at once and without dropout: [B, T, N, H]."""
+    attended: jax.Array = _attend(key_BKHS, value_BKSH, query_BTNH, mask_BTS, bias, None, scale=scale, cap=cap)
+    return attended
+
+
+def by_head(key_BSKH: jax.Array, value_BSKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values in the order in which they are multiplied and cached, each head's together."""
+    return jnp.moveaxis(key_BSKH, 1, -1), jnp.swapaxes(value_BSKH, 1, 2)
 
 
 def keys_of_all(x_BSKH: jax.Array, rows: int) -> jax.Array:
@@ -194,35 +223,28 @@ def keys_of_all(x_BSKH: jax.Array, rows: int) -> jax.Array:
 
 
 def _attend(
-    layout: str, key_BSKH: jax.Array, value_BSKH: jax.Array, query_BTNH: jax.Array, mask_BTS: jax.Array,
-    bias: jax.Array | None, key: jax.Array | None, *, scale: float, cap: float, dropout_rate: float,
+    key_BKHS: jax.Array, value_BKSH: jax.Array, query_BTNH: jax.Array, mask_BTS: jax.Array, bias: jax.Array | None,
+    key: jax.Array | None, *, scale: float, cap: float, dropout_rate: float = 0.0,
 ) -> jax.Array:  # fmt: skip
     rows, length, heads, size = query_BTNH.shape
-    key_heads = key_BSKH.shape[layout.index("K")]
-    # M: the heads of queries that share a head of keys
-    query_BTKMH = query_BTNH.reshape(rows, length, key_heads, heads // key_heads, size)
-    if layout == "BKSH":
-        # Few queries, Q of a head of keys, and many keys: with the keys first a CPU is four times as fast at this
-        # product (3 queries, 544 keys), and the barrier keeps the compiler from turning it round again.
-        query_BKQH = jnp.moveaxis(query_BTKMH, 1, 3).reshape(rows, key_heads, -1, size)
-        scores_BKSQ = jnp.einsum("BKSH,BKQH->BKSQ", key_BSKH, query_BKQH, preferred_element_type=jnp.float32)
-        scores_BKQS = jnp.swapaxes(jax.lax.optimization_barrier(scores_BKSQ), 2, 3)
-        scores = scores_BKQS.reshape(rows, key_heads, heads // key_heads, length, -1)
-    else:
-        scores = jnp.einsum("BTKMH,BSKH->BKMTS", query_BTKMH, key_BSKH, preferred_element_type=jnp.float32)
+    key_heads = key_BKHS.shape[1]
+    # M: the heads of queries that share a head of keys. The products' axes come as they are multiplied, rows of memory
+    # last, and between the two there are four: anything else takes a CPU up to four times as long.
+    query_BKMTH = jnp.swapaxes(query_BTNH, 1, 2).reshape(rows, key_heads, heads // key_heads, length, size)
+    scores_BKMTS = jnp.einsum("BKMTH,BKHS->BKMTS", query_BKMTH, key_BKHS, preferred_element_type=jnp.float32)
+    scores_BNTS = scores_BKMTS.reshape(rows, heads, length, -1)
     if scale != 1:
-        scores *= scale
+        scores_BNTS *= scale
     if cap:
-        scores = cap * jnp.tanh(scores / cap)
+        scores_BNTS = cap * jnp.tanh(scores_BNTS / cap)
     if bias is not None:
-        scores += bias.reshape(*bias.shape[:-3], key_heads, heads // key_heads, *bias.shape[-2:])
-    scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
-    weights = dropout(jax.nn.softmax(scores, axis=-1), dropout_rate, key)
-    weights = weights.astype(value_BSKH.dtype)
-    if layout == "BKSH":
-        weights_BKQS = weights.reshape(rows, key_heads, -1, weights.shape[-1])
-        attended_BKQH = jnp.einsum("BKQS,BKSH->BKQH", jax.lax.optimization_barrier(weights_BKQS), value_BSKH)
-        attended = jnp.moveaxis(attended_BKQH.reshape(*scores.shape[:-1], size), 3, 1)
-    else:
-        attended = jnp.einsum("BKMTS,BSKH->BTKMH", weights, value_BSKH)
-    return attended.reshape(rows, length, heads, size)
+        scores_BNTS += bias
+    scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, MASKED)
+    powers_BNTS = jnp.exp(scores_BNTS - jax.lax.stop_gradient(scores_BNTS.max(-1, keepdims=True)))
+    # The softmax's sum divides what is attended: H numbers in place of S.
+    sum_BNT1 = powers_BNTS.sum(-1, keepdims=True)
+    powers_BNTS = dropout(powers_BNTS, dropout_rate, key).astype(value_BKSH.dtype)
+    powers_BKMTS = powers_BNTS.reshape(scores_BKMTS.shape)
+    attended_BKMTH = jnp.einsum("BKMTS,BKSH->BKMTH", powers_BKMTS, value_BKSH, preferred_element_type=jnp.float32)
+    attended_BNTH = attended_BKMTH.reshape(rows, heads, length, -1) / sum_BNT1
+    return jnp.swapaxes(attended_BNTH, 1, 2).astype(value_BKSH.dtype)

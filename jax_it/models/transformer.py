@@ -62,7 +62,7 @@ class Config:
     experts: Experts | None = None
 
     def flops(self, source_length: int, length: int, source_blocks: int = 0) -> float:
-        """Matmul FLOPs of the forward pass of one row of `length` positions."""
+        """Matmul FLOPs of the forward pass of one row of `length` positions, those of masked scores among them."""
         return self.stack_flops(length) + length * 2 * self.width * self.vocabulary
 
     def stack_flops(self, length: int, memory: int = 0) -> float:

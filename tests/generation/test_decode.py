@@ -139,8 +139,8 @@ def test_rows_that_fill_up_a_batch_keep_nobody_waiting(tiny, monkeypatch, name):
     steps: list[int] = []
     plain = type(tiny.model).stepper
 
-    def stepper(self, params):
-        step = plain(self, params)
+    def stepper(self, ready):
+        step = plain(self, ready)
 
         def counted(tokens_B, positions_B, cache):
             jax.debug.callback(lambda position: steps.append(int(position)), positions_B[0])
@@ -257,3 +257,24 @@ def test_short_texts_do_not_wait_for_long_ones(tiny):
 def test_more_texts_than_beams_are_an_error(tiny):
     with pytest.raises(ValueError, match="3 texts of a prompt, from 2 beams"):
         Generator(tiny.model, tiny.mesh, LENGTH, 8, Sampling(num_beams=2, num_samples=3))
+
+
+def test_slots_are_all_filled_where_texts_begin_together(tiny, monkeypatch):
+    """Texts of one length in 8 slots, 20 of them: three rounds, though prompts come in by 4 or by 3."""
+    monkeypatch.setattr(decode, "ARRIVING", 2)
+    monkeypatch.setattr(decode, "NARROWEST", 16)
+    monkeypatch.setattr(decode, "READ", 100)
+    monkeypatch.setattr(widths, "COMPILE", 0)
+    generator = Generator(tiny.model, tiny.mesh, LENGTH, 8, Sampling(min_new_tokens=LENGTH))
+    ran: list[tuple[str, int]] = []
+    plain = generator._run
+
+    def run(what, number, width, *rest):
+        ran.append((what, width))
+        return plain(what, number, width, *rest)
+
+    generator._run = run
+    prompts = [[2, 3] * (4 if i < 10 else 16) for i in range(20)]
+    assert {len(text.tokens) for text in generator(tiny.params, prompts)} == {LENGTH}
+    assert [what for what, _ in ran].count("advance") == 3
+    assert {generator._together(width) for what, width in ran if what == "fill"} == {4, 3}

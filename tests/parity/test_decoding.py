@@ -33,7 +33,7 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass_at_every_posi
 
     @jax.jit
     def decode(params):
-        step_model = model.stepper(params)
+        step_model = model.stepper(model.ready(params))
 
         def step(cache, number):
             positions_B = jnp.clip(firsts_B + number - delays_B, firsts_B, lengths_B - 1)

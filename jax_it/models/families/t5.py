@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import layers
-from jax_it.models.cache import Cache, Memory, Step, by_head, room, write
+from jax_it.models.cache import Cache, Memory, Step, nothing, room, write
 from jax_it.models.family import Family, Run
-from jax_it.models.layers import attend, rms_norm, split_key
+from jax_it.models.layers import attend, attend_cached, rms_norm, split_key
 from jax_it.models.linear import dropout, look_up, project
 from jax_it.models.settings import Settings
 from jax_it.models.weights import Weight
@@ -51,7 +51,10 @@ class Config:
     positions: int = 0  # learned ones
 
     def flops(self, source_length: int, target_length: int, source_blocks: int = 1) -> float:
-        """Matmul FLOPs of one row's forward pass: `source_blocks` blocks of `source_length`, one target row."""
+        """Matmul FLOPs of one row's forward pass: `source_blocks` blocks of `source_length`, one target row.
+
+        Those of masked scores are among them, as is custom.
+        """
         inner = self.heads * self.head_size
         projection = 2 * self.width * inner
         feed_forward = 2 * self.width * self.feed_forward * (3 if self.gated else 2)
@@ -273,7 +276,7 @@ class T5(nnx.Module):
 
         def layer(x_BTD: jax.Array, module: Layer, key: jax.Array | None) -> jax.Array:
             keys = split_key(key, 6)
-            x_BTD = _attention(c, x_BTD, module.attention, None, mask_BTS, bias_of(module), run, keys[:2])
+            x_BTD = _attention(c, x_BTD, module.attention, None, mask_BTS, bias_of(module), run, keys[:2], causal=True)
             x_BTD = _attention(c, x_BTD, module.cross, encoded_BSD, cross_BTS, None, run, keys[2:4])
             return _feed_forward(c, x_BTD, module.mlp, run, keys[4:])
 
@@ -293,17 +296,16 @@ class T5(nnx.Module):
         encoded_BSD = self.encode(source_BS[:, None], source_segments_BS[:, None], run)
         graph, state = nnx.split(self.decoder.layers)
         keys, values = jax.lax.map(
-            lambda state: by_head(*nnx.merge(graph, state).cross.keys_values(encoded_BSD)), state
+            lambda state: layers.by_head(*nnx.merge(graph, state).cross.keys_values(encoded_BSD)), state
         )
         memory = Memory(keys, values, source_segments_BS)
-        empty = jnp.zeros((c.decoder_layers, source_BS.shape[0], c.heads, length, c.head_size), run.dtype)
+        empty = nothing(c.decoder_layers, source_BS.shape[0], c.heads, c.head_size, length, run.dtype)
         first_B = jnp.full(source_BS.shape[0], c.start_token, jnp.int32)
-        return first_B, jnp.zeros_like(first_B), Cache(empty, empty, memory)
+        return first_B, jnp.zeros_like(first_B), Cache(*empty, memory)
 
     def stepper(self, run: Run) -> Step:
         """The decoder's states [B, D] after one more token a row, at its own position, and the new cache."""
         c = self.config
-        through_layers = layers.in_order(self.decoder.layers, c.decoder_layers, run.unrolled)
 
         def step(tokens_B: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
             memory = cache.memory
@@ -314,28 +316,27 @@ class T5(nnx.Module):
             bias_of = self.decoder.make_bias(lambda table_EN: jnp.moveaxis(table_EN[buckets_BS], -1, 1)[:, :, None])
 
             def layer(carry: tuple, number: Any, module: Any) -> tuple:
-                x_BTD, *cached = carry
+                x_BTD, keys, values = carry
                 normed = rms_norm(x_BTD, module.attention.norm[...], c.epsilon)
-                new = module.attention.keys_values(normed)
                 # Carried along and written in place: a cache that is read and returned by layers would be copied.
-                cached = [write(old, number, positions_B, n[:, 0]) for old, n in zip(cached, new, strict=True)]
-                attended = attend(
-                    module.attention.queries(normed), *(whole[number] for whole in cached), layout="BKSH",
+                keys, values = write(keys, values, number, positions_B, *module.attention.keys_values(normed))
+                attended = attend_cached(
+                    module.attention.queries(normed), keys[number], values[number],
                     mask_BTS=(distance_BS <= 0)[:, None], bias=bias_of(module),
                 )  # fmt: skip
                 x_BTD += module.attention.project(attended)
                 normed = rms_norm(x_BTD, module.cross.norm[...], c.epsilon)
                 queries = module.cross.queries(normed)  # the rows of one source, as its query positions
-                source = memory.key_LBKSH[number], memory.value_LBKSH[number]
+                source = memory.key_LBKHS[number], memory.value_LBKSH[number]
                 by_source = queries.reshape(source[0].shape[0], -1, *queries.shape[2:])
-                attended = attend(by_source, *source, layout="BKSH", mask_BTS=cross_BTS)
+                attended = attend_cached(by_source, *source, mask_BTS=cross_BTS)
                 x_BTD += module.cross.project(attended.reshape(queries.shape))
-                return _feed_forward(c, x_BTD, module.mlp, run, [None, None]), *cached
+                return _feed_forward(c, x_BTD, module.mlp, run, [None, None]), keys, values
 
-            start = (self.embed(tokens_B[:, None], run), cache.key_LBKTH, cache.value_LBKTH)
-            x_BTD, keys, values = through_layers(layer, start)
+            start = (self.embed(tokens_B[:, None], run), cache.key_LBKHT, cache.value_LBKTH)
+            x_BTD, keys, values = layers.in_order(self.decoder.layers, c.decoder_layers, layer, start)
             normed_BD = rms_norm(x_BTD[:, 0], self.decoder.norm[...], c.epsilon)
-            return normed_BD, cache._replace(key_LBKTH=keys, value_LBKTH=values)
+            return normed_BD, cache._replace(key_LBKHT=keys, value_LBKTH=values)
 
         return step
 
@@ -371,6 +372,7 @@ def _attention(
     bias: jax.Array | None,
     run: Run,
     keys: list,
+    causal: bool = False,
 ) -> jax.Array:
     """`x` plus its attention to itself, or to `memory` where that is given."""
     normed_BTD = rms_norm(x_BTD, module.norm[...], c.epsilon)
@@ -380,6 +382,7 @@ def _attention(
         layers.keys_of_all(key_BSNH, x_BTD.shape[0]),
         layers.keys_of_all(value_BSNH, x_BTD.shape[0]),
         mask_BTS=mask_BTS,
+        causal=causal,
         bias=bias,
         dropout_rate=run.dropout,
         dropout_key=keys[0],
