@@ -368,7 +368,7 @@ def score_in(found: Any, metric: str) -> float | None:
         value = float(found[task][name])
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return -value if name == "loss" or metrics.lower_is_better(name) else value
+    return -value if metrics.lower_is_better(name) else value
 
 
 def lock(stream: TextIO, refusal: str) -> None:

@@ -31,7 +31,7 @@ class TaskExample(NamedTuple):
     prompt: str  # with all that stands before it
     prompt_tokens: list[int]  # what generation starts from
     references: tuple[str, ...]  # of score="run" there may be none
-    options: tuple[Option, ...]  # of score="rank"
+    options: tuple[Option, ...]  # of score="rank"; of "perplexity" the reference
     cut: bool  # the prompt is not whole, or lacks shots
 
 
@@ -91,6 +91,8 @@ def _question(task: Task, number: int, record: Record, template: str, shots: "_S
             raise UserError(f"{record.where}: two options or more are needed, none of them empty; it has {listed}")
         if references[0] not in options:
             raise UserError(f"{record.where}: the reference {references[0]!r} is not among the options: {listed}")
+    if task.score == "perplexity":
+        options = references[:1]
     before = [_preamble(task, record)] if task.preamble or task.preamble_file else []
     before += shots.of(record)[:shown] if shots else []
     text = task.separator.join([*before, asked.text])

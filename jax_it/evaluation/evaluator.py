@@ -20,8 +20,19 @@ from jax_it.data.packing import Layout
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import Interrupted, UserError, first_line
 from jax_it.evaluation.executed import Executed
-from jax_it.evaluation.scorers import TRUNCATED, Found, Generated, Ranked, Scorer, Setting, Stopped, ask
+from jax_it.evaluation.scorers import (
+    TRUNCATED,
+    Found,
+    Generated,
+    Perplexity,
+    Ranked,
+    Scorer,
+    Setting,
+    Stopped,
+    ask,
+)
 from jax_it.generation import Generator, Sampling
+from jax_it.metrics.metric import perplexity
 from jax_it.models import Model, Params
 from jax_it.workdir import make_format
 
@@ -29,7 +40,9 @@ ALL = "all"
 WITHOUT_REFERENCE = "without_reference"
 TASK = "task"  # the key of a whole task's error
 
-SCORERS: dict[str, Callable[..., Scorer]] = {"generate": Generated, "rank": Ranked, "run": Executed}
+SCORERS: dict[str, Callable[..., Scorer]] = {
+    "generate": Generated, "rank": Ranked, "perplexity": Perplexity, "run": Executed,
+}  # fmt: skip
 
 
 class Scored(NamedTuple):
@@ -136,7 +149,7 @@ class Examples:
     def __call__(self, params: Params, go_on: Callable[[], bool]) -> Scored:
         """Loss per target token over all examples; the config's metrics for each task and over all."""
         loss = self._loss(params, go_on)
-        overall = {"loss": loss, "perplexity": _exp(loss), "n": float(len(self._examples)), **self._left_out}
+        overall = {"loss": loss, "perplexity": perplexity(loss), "n": float(len(self._examples)), **self._left_out}
         if not self._config.eval.generate:
             return Scored({ALL: overall}, [])
         texts = self._predict(params, go_on)
@@ -174,10 +187,6 @@ def _sampling(settings: Eval, tokenizer: Tokenizer) -> Sampling:
         num_beams=settings.num_beams, length_penalty=settings.length_penalty, early_stopping=settings.early_stopping,
         repetition_penalty=settings.repetition_penalty, min_new_tokens=settings.min_new_tokens, first_token=first,
     )  # fmt: skip
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf if loss == loss else loss
 
 
 class Loss:

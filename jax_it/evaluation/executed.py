@@ -16,6 +16,7 @@ from jax_it.errors import UserError
 from jax_it.evaluation import sandbox
 from jax_it.evaluation.sandbox import Outcome
 from jax_it.evaluation.scorers import Found, Samples, Setting, ask, over_groups, row_of, summed_up
+from jax_it.metrics.metric import percent
 from jax_it.models import Params
 
 FIELDS = ("prompt", "test", "entry_point")  # of a record: text that the model goes on with, tests, and what they call
@@ -58,7 +59,10 @@ class Executed:
             rows.append(
                 row | {"passed": passed if several else passed[0], "reason": reasons if several else reasons[0]}
             )
-        scores = {name: [pass_at_k(task.samples, number, k) for number in solved] for name, k in self._ks.items()}
+        scores = {
+            name: (percent, np.array([[pass_at_k(task.samples, number, k)] for number in solved]))
+            for name, k in self._ks.items()
+        }
         values, intervals = over_groups(scores, self._examples)
         return Found(summed_up(values, task, self._examples), rows, intervals, advice=_advice())
 

@@ -147,7 +147,7 @@ def cell(value: float | None, name: str) -> str:
         return ""
     if ":" in name:  # a user's metric, on a scale of its own
         return f"{value:.4g}"
-    return f"{value:.0f}" if name == "n" else f"{value:.4f}" if name == "loss" else f"{value:.1f}"
+    return f"{value:.0f}" if name == "n" else f"{value:.4f}" if name in ("loss", "loss_macro") else f"{value:.1f}"
 
 
 def examples_text(scored: Scored, each: int = 1) -> str:
@@ -158,9 +158,11 @@ def examples_text(scored: Scored, each: int = 1) -> str:
         if shown.setdefault(row["task"], 0) == each:
             continue
         shown[row["task"]] += 1
-        prediction = row["prediction"]
-        prediction = prediction if isinstance(prediction, str) else next(iter(prediction), "")  # of several samples
-        lines += [f"[{row['task']}] {_short(row['prompt'])}", f"    prediction: {_short(str(prediction))}"]
+        lines.append(f"[{row['task']}] {_short(row['prompt'])}")
+        if "prediction" in row:
+            prediction = row["prediction"]
+            prediction = prediction if isinstance(prediction, str) else next(iter(prediction), "")  # of several samples
+            lines.append(f"    prediction: {_short(str(prediction))}")
         if row["references"]:
             lines.append(f"    reference:  {_short(row['references'][0])}")
     return "\n".join(lines)

@@ -18,9 +18,9 @@ from jax_it.data.tasks import TaskExample
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from jax_it.generation import Generator, Sampling, StopStrings
-from jax_it.generation.likelihood import Likelihood, Likelihoods, Request
+from jax_it.generation.likelihood import Likelihoods, Request
 from jax_it.metrics import bootstrap
-from jax_it.metrics.metric import Array, percent, value
+from jax_it.metrics.metric import Array, Values, percent, perplexity, value
 from jax_it.models import Model, Params
 
 OVER_ALL = ""  # the group of all examples
@@ -131,8 +131,8 @@ class Generated:
         )
 
 
-class Ranked:
-    """score="rank": accuracy of the option whose log-likelihood, divided by its length or not, is the greatest."""
+class _Options:
+    """The log-likelihoods of the examples' options."""
 
     def __init__(self, task: Task, examples: Sequence[TaskExample], setting: Setting):
         self._task, self._examples = task, examples
@@ -140,7 +140,7 @@ class Ranked:
         _check_room(setting.model, examples, longest)
         self._likelihoods = Likelihoods(setting.model, setting.mesh, setting.config.eval.batch_size)
 
-    def __call__(self, params: Params, go_on: Callable[[], bool]) -> Found:
+    def __call__(self, params: Params, go_on: Callable[[], bool]) -> list[list[float]]:
         # An option may change how the prompt's last characters are tokenised: then it has a prompt of its own.
         requests: list[Request] = []
         places: list[tuple[int, list[int]]] = []  # of each request: the example, and which of its options
@@ -151,28 +151,67 @@ class Ranked:
             for prompt, numbers in by_prompt.items():
                 requests.append(Request(prompt, [example.options[number].tokens for number in numbers]))
                 places.append((i, numbers))
-        found: list[list[Likelihood]] = [[Likelihood(math.nan, False)] * len(each.options) for each in self._examples]
+        found = [[math.nan] * len(example.options) for example in self._examples]
         with _progress(self._task, len(requests)) as bar:
             for index, likelihoods in self._likelihoods(params, requests):
                 i, numbers = places[index]
                 for number, likelihood in zip(numbers, likelihoods, strict=True):
-                    found[i][number] = likelihood
+                    found[i][number] = likelihood.log_prob
                 bar.update()
                 ask(go_on)
-        rows, right = [], np.zeros(len(self._examples))
-        for i, (example, likelihoods) in enumerate(zip(self._examples, found, strict=True)):
-            log_probs = [likelihood.log_prob for likelihood in likelihoods]
+        return found
+
+
+class Ranked:
+    """score="rank": accuracy of the option whose log-likelihood, divided by its length or not, is the greatest."""
+
+    def __init__(self, task: Task, examples: Sequence[TaskExample], setting: Setting):
+        self._task, self._examples = task, examples
+        self._log_probs = _Options(task, examples, setting)
+
+    def __call__(self, params: Params, go_on: Callable[[], bool]) -> Found:
+        rows, right = [], np.zeros((len(self._examples), 1))
+        found = self._log_probs(params, go_on)
+        for i, (example, log_probs) in enumerate(zip(self._examples, found, strict=True)):
             scores = [log_prob / self._length(n, example) for n, log_prob in enumerate(log_probs)]
             chosen = example.options[int(np.argmax(scores))].text
             right[i] = chosen == example.references[0]
             options = [option.text for option in example.options]
             rows.append(row_of(example, chosen) | {"options": options, "log_likelihoods": log_probs})
-        values, intervals = over_groups({"accuracy": right}, self._examples)
+        values, intervals = over_groups({"accuracy": (percent, right)}, self._examples)
         return Found(summed_up(values, self._task, self._examples), rows, intervals)
 
     def _length(self, number: int, example: TaskExample) -> int:
         option = example.options[number]
         return {"none": 1, "tokens": len(option.tokens), "characters": len(option.text)}[self._task.normalize]
+
+
+class Perplexity:
+    """score="perplexity": of the references after their prompts; "loss" is its logarithm, nats a token of them all."""
+
+    def __init__(self, task: Task, examples: Sequence[TaskExample], setting: Setting):
+        self._task, self._examples = task, examples
+        self._log_probs = _Options(task, examples, setting)
+
+    def __call__(self, params: Params, go_on: Callable[[], bool]) -> Found:
+        found = [log_prob for (log_prob,) in self._log_probs(params, go_on)]
+        lengths = [len(example.options[0].tokens) for example in self._examples]
+        nats = np.array([[-log_prob, length] for log_prob, length in zip(found, lengths, strict=True)])
+        values, intervals = over_groups({"loss": (_ratio, nats), "perplexity": (_perplexity, nats)}, self._examples)
+        rows = [
+            row_of(example) | {"log_likelihood": log_prob, "tokens": length}
+            for example, log_prob, length in zip(self._examples, found, lengths, strict=True)
+        ]
+        return Found(summed_up(values, self._task, self._examples), rows, intervals)
+
+
+def _ratio(sums: Array, examples: int) -> Array:
+    ratio: Array = sums[:, 0] / sums[:, 1]
+    return ratio
+
+
+def _perplexity(sums: Array, examples: int) -> Array:
+    return np.array([perplexity(loss) for loss in _ratio(sums, examples)])
 
 
 def groups_of(examples: Sequence[TaskExample]) -> dict[str, list[int]]:
@@ -185,19 +224,19 @@ def groups_of(examples: Sequence[TaskExample]) -> dict[str, list[int]]:
 
 
 def over_groups(
-    scores: Mapping[str, Any], examples: Sequence[TaskExample]
+    metrics: Mapping[str, tuple[Values, Array]], examples: Sequence[TaskExample]
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, tuple[float, float]]]]:
-    """The means of scores from 0 to 1, given as one for each example, from 0 to 100; and 95 % intervals.
+    """Metrics, each given as its function of sums and its numbers [examples, numbers], and their 95 % intervals.
 
     Both by group and by name.
     """
-    columns: dict[str, Array] = {name: np.asarray(each, float)[:, None] for name, each in scores.items()}
     values: dict[str, dict[str, float]] = {}
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
     for group, chosen in groups_of(examples).items():
-        values[group] = {name: value(percent, rows[chosen]) for name, rows in columns.items()}
+        here = {name: (function, rows[chosen]) for name, (function, rows) in metrics.items()}
+        values[group] = {name: value(function, rows) for name, (function, rows) in here.items()}
         if len(chosen) > 1:
-            intervals[group] = bootstrap.intervals({name: (percent, rows[chosen]) for name, rows in columns.items()})
+            intervals[group] = bootstrap.intervals(here)
     return values, intervals
 
 
@@ -217,12 +256,11 @@ def summed_up(
     return found
 
 
-def row_of(example: TaskExample, prediction: str | list[str]) -> dict[str, Any]:
+def row_of(example: TaskExample, prediction: str | list[str] | None = None) -> dict[str, Any]:
     """A line of predictions.jsonl."""
-    row: dict[str, Any] = {"id": example.id}
-    if example.group:
-        row["group"] = example.group
-    return row | {"prompt": example.prompt, "prediction": prediction, "references": list(example.references)}
+    group = {"group": example.group} if example.group else {}
+    made = {} if prediction is None else {"prediction": prediction}
+    return {"id": example.id, **group, "prompt": example.prompt, **made, "references": list(example.references)}
 
 
 def _answer(text: str, pattern: str) -> str:

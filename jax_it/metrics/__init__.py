@@ -166,8 +166,9 @@ def check(names: Sequence[str]) -> None:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether less of a metric is better. Of a user's own metric, more is."""
-    return name in METRICS and METRICS[name].lower_is_better
+    """Whether less of a metric, or of its mean over groups, is better. Of a user's own metric, more is."""
+    name = name.removesuffix("_macro")
+    return name in ("loss", "perplexity") or (name in METRICS and METRICS[name].lower_is_better)
 
 
 def _check_examples(predictions: Predictions, references: References) -> None:

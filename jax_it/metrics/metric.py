@@ -45,6 +45,11 @@ def percent(sums: Array, examples: int) -> Array:
     return 100 * (sums[:, 0] / examples)
 
 
+def perplexity(loss: float) -> float:
+    """That of so many nats a token; infinite where it is no float."""
+    return math.exp(loss) if loss < 700 else math.inf if loss == loss else loss
+
+
 def best_of(score: Callable[[str, str], float]) -> Metric:
     """The mean over examples of a score from 0 to 1 of (prediction, reference), for the reference where it is best."""
 

@@ -14,7 +14,6 @@ from jax_it.data.tasks import Option, TaskExample
 from jax_it.errors import Interrupted, UserError
 from jax_it.evaluation import Evaluator, Stopped, scorers
 from jax_it.evaluation.evaluator import TASK
-from jax_it.generation.likelihood import Likelihood
 from jax_it.workdir import make_format
 from tests.data.chat_tokenizers import checkpoint
 from tests.tiny_run import write_rows
@@ -112,6 +111,31 @@ def test_a_log_likelihood_is_the_loss_of_the_option_times_its_tokens(parts, fold
         assert overall["perplexity"] == pytest.approx(math.exp(overall["loss"]), rel=1e-6)
 
 
+def test_a_perplexity_is_that_of_the_references_by_task_and_group(parts, folder):
+    evaluator, params, tokenizer = parts
+    perplexity = rank(folder, "likely", score="perplexity", options="", group_by="kind")
+    scored = evaluator(perplexity, rank(folder))(params)
+    likely = [row for row in scored.predictions if row["task"] == "likely"]
+    ranked = [row for row in scored.predictions if row["task"] == "ranked"]
+    nats, tokens = {}, {}
+    for one, other, record in zip(likely, ranked, RECORDS, strict=True):
+        assert "prediction" not in one and one["references"] == [record["completion"]]
+        assert one["log_likelihood"] == pytest.approx(other["log_likelihoods"][0], rel=1e-4)
+        assert one["tokens"] == len(tokenizer.encode([record["completion"]])[0]) + 1  # the end mark
+        for group in ("likely", f"likely/{record['kind']}"):
+            nats[group] = nats.get(group, 0) - other["log_likelihoods"][0]
+            tokens[group] = tokens.get(group, 0) + one["tokens"]
+    for group, total in nats.items():
+        loss = total / tokens[group]
+        found = scored.metrics[group]
+        assert found["loss"] == pytest.approx(loss, rel=1e-4)
+        assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-3)
+        low, high = scored.intervals[group]["perplexity"]
+        assert low < found["perplexity"] < high
+    macro = (scored.metrics["likely/a"]["perplexity"] + scored.metrics["likely/b"]["perplexity"]) / 2
+    assert scored.metrics["likely"]["perplexity_macro"] == pytest.approx(macro)
+
+
 @pytest.mark.parametrize("normalize, chosen", [("none", "ab"), ("tokens", "abcdef"), ("characters", "longer than all")])
 def test_log_likelihoods_are_compared_as_they_are_or_by_the_options_lengths(parts, folder, normalize, chosen):
     evaluator, params, _ = parts
@@ -121,9 +145,7 @@ def test_log_likelihoods_are_compared_as_they_are_or_by_the_options_lengths(part
     )  # fmt: skip
     example = TaskExample("x", "", {}, "?", [1], ("ab",), options, False)
     ranked = scorers.Ranked(task, [example], evaluator(task)._setting)
-    ranked._likelihoods = lambda params, requests: iter(
-        [(0, [Likelihood(-3.0, False), Likelihood(-8.0, False), Likelihood(-5.0, False)])]
-    )
+    ranked._log_probs = lambda params, go_on: [[-3.0, -8.0, -5.0]]
     found = ranked(params, lambda: True)
     assert found.predictions[0]["prediction"] == chosen
     assert found.metrics[""]["accuracy"] == (100.0 if chosen == "ab" else 0.0)

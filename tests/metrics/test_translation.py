@@ -100,7 +100,9 @@ def test_ter_counts_edits_to_the_nearest_reference_over_the_mean_length_by_hand(
     assert metrics.score(["ter"], ["one two three"], [["four"]])["ter"] == 300
     assert metrics.score(["ter"], ["one"], [[""]])["ter"] == 100
     assert metrics.score(["ter"], [""], [[""]])["ter"] == 0
-    assert metrics.lower_is_better("ter") and metrics.lower_is_better("ter_chars")
+    assert all(
+        map(metrics.lower_is_better, ("ter", "ter_chars", "ter_macro", "loss", "perplexity", "perplexity_macro"))
+    )
     assert not any(metrics.lower_is_better(name) for name in metrics.METRICS if not name.startswith("ter"))
 
 
