@@ -339,7 +339,10 @@ RANK = {"name": "quiz", "data": {"path": "a.jsonl"}, "score": "rank", "options":
         (RANK | {"options": ""}, ".options is empty; score='rank' needs the texts to choose from"),
         (RANK | {"metrics": ["bleu"]}, ".metrics has no effect with score='rank'"),
         (RANK | {"metrics": [], "samples": 2}, ".samples has no effect with score='rank'"),
-        (RANK | {"metrics": [], "score": "guess"}, ".score: 'guess' is not one of 'generate', 'rank', 'perplexity', 'run'"),
+        (
+            RANK | {"metrics": [], "score": "guess"},
+            ".score: 'guess' is not one of 'generate', 'rank', 'perplexity', 'run'",
+        ),
         (RANK | {"metrics": [], "score": "perplexity"}, ".options has no effect with score='perplexity'"),
         ({"num_shots": 2}, ": shots and num_shots are given together or not at all"),
         ({"shots": {"path": "b"}}, ": shots and num_shots are given together or not at all"),
