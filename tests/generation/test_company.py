@@ -153,7 +153,7 @@ def test_greedy_texts_are_the_same_in_other_numbers_of_slots_and_devices(subject
     assert [found[i, 0].tokens for i in range(PROMPTS)] == [subject.cut(text) for text in expected]
 
 
-@pytest.mark.parametrize("subject", ["t5_1_1", "mistral"], indirect=True)
+@pytest.mark.parametrize("subject", ["t5_1_1", pytest.param("mistral", marks=pytest.mark.slow)], indirect=True)
 def test_drawn_texts_depend_on_seed_prompt_and_index_alone(subject):
     """Every other prompt keeps its index, and so its draws; those around it change, in number and length too."""
     plain = Generator(subject.model, mesh(1), LENGTH, SLOTS, DRAWN, ENDS)

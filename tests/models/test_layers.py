@@ -180,8 +180,8 @@ def test_attention_of_some_queries_at_a_time_is_that_of_all_at_once(length, with
         np.testing.assert_allclose(one, other, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("length", [128, 129, 300, 1100])  # at once; in parts; in parts of which nothing is kept
-@pytest.mark.parametrize("with_bias", [False, True])
+# At once; in parts; in parts of which nothing is kept.
+@pytest.mark.parametrize("length, with_bias", [(128, False), (129, True), (300, False), (1100, True)])
 def test_causal_attention_leaves_out_keys_that_no_query_sees(length, with_bias, monkeypatch):
     random = np.random.default_rng(2)
     query, key, value = (jnp.float32(random.standard_normal((2, length, heads, 8))) for heads in (4, 2, 2))

@@ -20,7 +20,14 @@ from jax_it.models.weights import flatten, unflatten
 from tests.parity import cases
 
 FAMILIES = pytest.mark.parametrize("name", ["llama3", "phi3", "gpt2", "mixtral", "t5_1_1"])
-KINDS = pytest.mark.parametrize("kind", [{}, {"rank_stabilized": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
+KINDS = pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param({}, id="lora"),
+        pytest.param({"rank_stabilized": True}, id="rslora", marks=pytest.mark.slow),
+        pytest.param({"dora": True}, id="dora"),
+    ],
+)
 # Logits are of order 1, and pass through some thirty sums; what is merged is rounded once more.
 TOLERANCE = 2e-5
 

@@ -63,7 +63,7 @@ def largest_array(architecture, chunk, **model):
     [
         (LLAMA, {}),
         (LLAMA, {"dtype": "bfloat16", "remat": "layer"}),
-        (LLAMA, {"lora": settings.Lora(rank=4)}),
+        pytest.param(LLAMA, {"lora": settings.Lora(rank=4)}, marks=pytest.mark.slow),
         (LLAMA, {"lora": settings.Lora(rank=4), "quantize": "nf4"}),
         (T5, {}),
     ],
