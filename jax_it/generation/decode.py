@@ -89,11 +89,10 @@ class Generator:
         """
         if limits is not None and min(limits, default=1) < 1:
             raise ValueError("a text has at least one token, its end mark")
-        waiting = deque(self._groups(prompts))
+        waiting = self._groups(prompts)
         places: list[tuple[int, int] | None] = [None] * self._slots  # slot -> (prompt, sample)
-        with jax.set_mesh(self._mesh):
-            ready = self._ready(params)
         slots: Any = None
+        ready: Any = None
         width = arrived = 0  # how many slots have been filled since the last step
         while waiting or any(places):
             free = [slot for slot, place in enumerate(places) if place is None]
@@ -109,6 +108,8 @@ class Generator:
                 arrived += len(group) * self._each
                 room = max(NARROWEST, bucket(needed, LONGEST))
                 if slots is None:
+                    with jax.set_mesh(self._mesh):
+                        ready = self._ready(params)
                     slots, width = self._run("empty", len(places), room, self._empty, len(places), room, params), room
                 elif room > width:
                     slots, width = self._run("widen", len(places), room, self._widen, slots, room - width), room
@@ -135,16 +136,21 @@ class Generator:
                 places[slot] = None
                 yield from text
 
-    def _groups(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], int]]:
-        """The prompts that come in together, by their indices, and the width they are padded to; shortest first."""
+    def _groups(self, prompts: Sequence[Sequence[int]]) -> deque[tuple[list[int], int]]:
+        """The prompts that come in together, by their indices, and the width they are padded to; shortest first.
+
+        All groups are full but the first, in which what is missing costs least.
+        """
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         compiled = {width for what, _, width in self.shapes if what == "fill"}
         chosen = widths.choose([len(prompts[i]) for i in order], 1, compiled)
-        ends = [len(order)]  # of the groups: all are full but that of the shortest
-        while ends[-1] > 0:
-            ends.append(max(0, ends[-1] - self._together(chosen[ends[-1] - 1])))
-        for end, start in zip(ends[-2::-1], ends[:0:-1], strict=True):
-            yield order[start:end], chosen[end - 1]
+        groups: deque[tuple[list[int], int]] = deque()
+        while order:
+            width = chosen[len(order) - 1]
+            start = max(0, len(order) - self._together(width))
+            groups.appendleft((order[start:], width))
+            del order[start:]
+        return groups
 
     def _together(self, width: int) -> int:
         """How many prompts of this width come in at a time: of about as many tokens, whatever it is."""

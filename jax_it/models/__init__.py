@@ -183,7 +183,7 @@ class Model:
             del module.encoder
             stack = module.decoder
         if self.run.unrolled:
-            stack.layers = apart(stack.layers, len(jax.tree.leaves(nnx.state(stack.layers))[0]))
+            stack.layers = apart(stack.layers)
         return Ready(module, self.head(params))
 
     def stepper(self, ready: Ready) -> Step:

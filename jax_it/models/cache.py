@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+
+from jax_it.models.layers import by_head
 
 Layers = jax.Array | tuple[jax.Array, ...]
 
@@ -36,6 +39,19 @@ class Cache(NamedTuple):
 
 
 Step = Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]
+
+
+def remember(stacked: nnx.Module, states_BSD: jax.Array, segments_BS: jax.Array) -> Memory:
+    """The memory of a source's states: the stacked layers' cross-attention keys and values, made once for all steps."""
+    graph, state = nnx.split(stacked)
+
+    def made(state: Any) -> tuple[jax.Array, jax.Array]:
+        layer: Any = nnx.merge(graph, state)
+        key_BSKH, value_BSKH = layer.cross.keys_values(states_BSD)
+        return by_head(key_BSKH, value_BSKH)
+
+    keys, values = jax.lax.map(made, state)
+    return Memory(keys, values, segments_BS)
 
 
 def nothing(

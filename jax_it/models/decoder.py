@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import fused, layers, rope
-from jax_it.models.cache import Cache, Memory, Step, lengthen, room, write
+from jax_it.models.cache import Cache, Step, lengthen, room, write
 from jax_it.models.experts import Routing
 from jax_it.models.family import Run
 from jax_it.models.layers import Norm, attend, attend_cached, split_key
@@ -133,18 +133,10 @@ class Stack(nnx.Module):
                 return x_BTD, *cached
 
             start = (x_BTD, cache.key_LBKHT, cache.value_LBKTH)
-            x_BTD, keys, values = layers.in_order(self.layers, c.layers, layer, start)
+            x_BTD, keys, values = layers.in_order(self.layers, layer, start)
             return self.norm(x_BTD[:, 0]), cache._replace(key_LBKHT=keys, value_LBKTH=values)
 
         return step
-
-    def remember(self, states_BSD: jax.Array, segments_BS: jax.Array) -> Memory:
-        """The memory of a source's states: cross-attention's keys and values, made once for all steps."""
-        graph, state = nnx.split(self.layers)
-        keys, values = jax.lax.map(
-            lambda state: layers.by_head(*nnx.merge(graph, state).cross.keys_values(states_BSD)), state
-        )
-        return Memory(keys, values, segments_BS)
 
     def _rotations(self, positions_BT: jax.Array, extents_BT: jax.Array | None) -> Any:
         """Cosines and sines [ropes, B, T, pairs]; None without ropes."""

@@ -50,13 +50,19 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
 
 
-def apart(stacked: nnx.Module, number: int) -> nnx.List:
+def apart(stacked: nnx.Module) -> nnx.List:
     """The stacked layers, each by itself: a scan copies a layer's weights every time it comes to it."""
     graph, state = nnx.split(stacked)
-    return nnx.List([nnx.merge(graph, jax.tree.map(lambda whole, i=i: whole[i], state)) for i in range(number)])
+    each = (jax.tree.map(lambda whole, i=i: whole[i], state) for i in range(_number(state)))
+    return nnx.List([nnx.merge(graph, weights) for weights in each])
 
 
-def in_order(layers: nnx.Module, number: int, body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
+def _number(state: Any) -> int:
+    """Of the layers that stacked weights are for."""
+    return len(jax.tree.leaves(state)[0])
+
+
+def in_order(layers: nnx.Module, body: Callable[[Any, Any, Any], Any], carry: Any) -> Any:
     """The last carry = body(carry, i, layer) of all layers in turn: by a scan, or one by one if they are apart."""
     if isinstance(layers, nnx.List):
         for i, layer in enumerate(layers):
@@ -67,7 +73,7 @@ def in_order(layers: nnx.Module, number: int, body: Callable[[Any, Any, Any], An
     def step(carry: Any, xs: tuple) -> tuple[Any, None]:
         return body(carry, xs[0], nnx.merge(graph, xs[1])), None
 
-    return jax.lax.scan(step, carry, (jnp.arange(number), state))[0]
+    return jax.lax.scan(step, carry, (jnp.arange(_number(state)), state))[0]
 
 
 def split_key(key: jax.Array | None, number: int) -> list[jax.Array | None]:
@@ -187,7 +193,6 @@ def attend(
         split(bias, -2),
         None if dropout_key is None else jax.random.split(dropout_key, chunks),
     )
-
     again = partial(jax.checkpoint(part), key_BKHS, value_BKSH)
     _, attended_chunks = jax.lax.scan(lambda _, x: (None, again(*x)), None, xs)
     return jnp.moveaxis(attended_chunks, 0, 2).reshape(rows, -1, heads, attended_chunks.shape[-1])[:, :length]
@@ -204,8 +209,7 @@ def attend_cached(
     cap: float = 0.0,
 ) -> jax.Array:
     """The same to the keys and values of a cache, all at once and without dropout: [B, T, N, H]."""
-    attended: jax.Array = _attend(key_BKHS, value_BKSH, query_BTNH, mask_BTS, bias, None, scale=scale, cap=cap)
-    return attended
+    return _attend(key_BKHS, value_BKSH, query_BTNH, mask_BTS, bias, None, scale=scale, cap=cap)
 
 
 def by_head(key_BSKH: jax.Array, value_BSKH: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import layers
-from jax_it.models.cache import Cache, Memory, Step, nothing, room, write
+from jax_it.models.cache import Cache, Step, nothing, remember, room, write
 from jax_it.models.family import Family, Run
 from jax_it.models.layers import attend, attend_cached, rms_norm, split_key
 from jax_it.models.linear import dropout, look_up, project
@@ -294,11 +294,7 @@ class T5(nnx.Module):
         """
         c = self.config
         encoded_BSD = self.encode(source_BS[:, None], source_segments_BS[:, None], run)
-        graph, state = nnx.split(self.decoder.layers)
-        keys, values = jax.lax.map(
-            lambda state: layers.by_head(*nnx.merge(graph, state).cross.keys_values(encoded_BSD)), state
-        )
-        memory = Memory(keys, values, source_segments_BS)
+        memory = remember(self.decoder.layers, encoded_BSD, source_segments_BS)
         empty = nothing(c.decoder_layers, source_BS.shape[0], c.heads, c.head_size, length, run.dtype)
         first_B = jnp.full(source_BS.shape[0], c.start_token, jnp.int32)
         return first_B, jnp.zeros_like(first_B), Cache(*empty, memory)
@@ -334,7 +330,7 @@ class T5(nnx.Module):
                 return _feed_forward(c, x_BTD, module.mlp, run, [None, None]), keys, values
 
             start = (self.embed(tokens_B[:, None], run), cache.key_LBKHT, cache.value_LBKTH)
-            x_BTD, keys, values = layers.in_order(self.decoder.layers, c.decoder_layers, layer, start)
+            x_BTD, keys, values = layers.in_order(self.decoder.layers, layer, start)
             normed_BD = rms_norm(x_BTD[:, 0], self.decoder.norm[...], c.epsilon)
             return normed_BD, cache._replace(key_LBKHT=keys, value_LBKTH=values)
 

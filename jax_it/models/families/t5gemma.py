@@ -15,7 +15,7 @@ from flax import nnx
 
 from jax_it.errors import UserError
 from jax_it.models import decoder, layers, transformer
-from jax_it.models.cache import Cache, Step, nothing
+from jax_it.models.cache import Cache, Step, nothing, remember
 from jax_it.models.decoder import Source, Stack, causal_mask, embed
 from jax_it.models.families import gemma, llama
 from jax_it.models.family import Family, Run
@@ -189,7 +189,7 @@ class T5Gemma(nnx.Module):
         encoded_BSD = self.encode(source_BS[:, None], segments_BS[:, None], positions_BS[:, None], run)
         empty = nothing(c.layers, rows, c.key_heads, c.head_size, length, run.dtype)
         first_B = jnp.full(rows, self.config.start_token, jnp.int32)
-        return first_B, jnp.zeros_like(first_B), Cache(*empty, self.decoder.remember(encoded_BSD, segments_BS))
+        return first_B, jnp.zeros_like(first_B), Cache(*empty, remember(self.decoder.layers, encoded_BSD, segments_BS))
 
     def stepper(self, run: Run) -> Step:
         """The decoder's states [B, D] after one more token a row, at its own position, and the new cache."""
