@@ -23,49 +23,46 @@ the facts. A hash of the content decides its split, so that no test content is i
 seed, while each of its words is: what is held out are combinations.
 """
 
-import functools
 import hashlib
 import random
 from collections.abc import Callable
 from typing import NamedTuple
-
-import jinja2
 
 from jax_it.errors import UserError
 
 FAMILIES = ("summarisation", "translation", "question_answering", "dialogue", "code")
 SIZES = {"train": 2400, "test": 100}  # examples of each family
 
-# Jinja text; a wording more is a line more. The fields are those of the family's function below.
+# A wording more is a line more. The fields are those of the family's function below.
 PROMPTS = {
     "summarisation": (
-        "Write a headline for this story. {{ story }}",
-        "Summarise in one sentence: {{ story }}",
-        "{{ story }} What is the story about? Answer in one sentence.",
-        "Read the story and say in a few words what happened. Story: {{ story }} Summary:",
+        "Write a headline for this story. {story}",
+        "Summarise in one sentence: {story}",
+        "{story} What is the story about? Answer in one sentence.",
+        "Read the story and say in a few words what happened. Story: {story} Summary:",
     ),
     "translation": (
-        "Translate into {{ language }}: {{ english }}",
-        "{{ english }} How do you say this in {{ language }}?",
-        "Give the {{ language }} translation of this sentence. {{ english }}",
-        "English: {{ english }} {{ language }}:",
+        "Translate into {language}: {english}",
+        "{english} How do you say this in {language}?",
+        "Give the {language} translation of this sentence. {english}",
+        "English: {english} {language}:",
     ),
     "question_answering": (
-        "{{ context }} Question: {{ question }} Answer:",
-        "Read the text and answer the question. Text: {{ context }} Question: {{ question }}",
-        "{{ question }} Use the following text. {{ context }}",
-        "Answer from the text alone. {{ context }} {{ question }}",
+        "{context} Question: {question} Answer:",
+        "Read the text and answer the question. Text: {context} Question: {question}",
+        "{question} Use the following text. {context}",
+        "Answer from the text alone. {context} {question}",
     ),
     "dialogue": (
-        "Reply politely to the customer. Customer: {{ turn }}",
-        "You are a helpful assistant. User: {{ turn }} Assistant:",
-        "What is a good answer to this message? {{ turn }}",
+        "Reply politely to the customer. Customer: {turn}",
+        "You are a helpful assistant. User: {turn} Assistant:",
+        "What is a good answer to this message? {turn}",
     ),
     "code": (
-        "Write a one-line Python function {{ signature }} that returns {{ result }}.",
-        "Complete the Python function {{ signature }}. It returns {{ result }}.",
-        "I need {{ result }}. Give me a Python function {{ signature }} for it.",
-        "In Python, define {{ signature }} so that it returns {{ result }}.",
+        "Write a one-line Python function {signature} that returns {result}.",
+        "Complete the Python function {signature}. It returns {result}.",
+        "I need {result}. Give me a Python function {signature} for it.",
+        "In Python, define {signature} so that it returns {result}.",
     ),
 }
 
@@ -76,13 +73,13 @@ PRONOUNS = {  # of the people in stories: subject, possessive
 NAMES = tuple(PRONOUNS)
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
-EVENT = "{{ name }} went to the {{ place }}. There {{ she }} {{ past }} a {{ colour }} {{ thing }}."
-HEADLINE = "{{ name }} {{ present }} a {{ colour }} {{ thing }} {{ where }} the {{ place }}."
+EVENT = "{name} went to the {place}. There {she} {past} a {colour} {thing}."
+HEADLINE = "{name} {present} a {colour} {thing} {where} the {place}."
 OPENINGS = ("It was cold.", "It was a sunny day.", "It rained all day.", *(f"It was {day}." for day in DAYS))
 ENDS = (
-    "Later {{ she }} told {{ her }} brother about it.",
-    "In the evening {{ she }} met {{ her }} mother.",
-    "{{ her | capitalize }} sister was waiting at home.",
+    "Later {she} told {her} brother about it.",
+    "In the evening {she} met {her} mother.",
+    "{Her} sister was waiting at home.",
     "It was a long day.",
 )
 ACTIONS = {"bought": "buys", "sold": "sells", "found": "finds", "lost": "loses", "broke": "breaks", "saw": "sees"}
@@ -152,46 +149,44 @@ SLOTS = {  # of stories, contexts and dialogues
     "number": ("two", "three", "four", "five", "six", "seven", "eight"),
 }
 CONTEXTS = (
-    "{{ name }} had {{ food }} and {{ drink }} on {{ day }}. "
-    "Then {{ she }} took the {{ colour }} {{ thing }} from the {{ room }} to the {{ goal }}.",
-    "On {{ day }} {{ name }} took the {{ colour }} {{ thing }} from the {{ room }} to the {{ goal }}. "
-    "Then {{ she }} had {{ food }} and {{ drink }}.",
+    "{name} had {food} and {drink} on {day}. Then {she} took the {colour} {thing} from the {room} to the {goal}.",
+    "On {day} {name} took the {colour} {thing} from the {room} to the {goal}. Then {she} had {food} and {drink}.",
 )
 QUESTIONS = {
-    "Who took the {{ thing }}?": "{{ name }}",
-    "What did {{ name }} take?": "the {{ colour }} {{ thing }}",
-    "What colour is the {{ thing }}?": "{{ colour }}",
-    "Where was the {{ thing }} before?": "the {{ room }}",
-    "Where is the {{ thing }} now?": "the {{ goal }}",
-    "What did {{ name }} eat?": "{{ food }}",
-    "What did {{ name }} drink?": "{{ drink }}",
-    "Which day was it?": "{{ day }}",
+    "Who took the {thing}?": "{name}",
+    "What did {name} take?": "the {colour} {thing}",
+    "What colour is the {thing}?": "{colour}",
+    "Where was the {thing} before?": "the {room}",
+    "Where is the {thing} now?": "the {goal}",
+    "What did {name} eat?": "{food}",
+    "What did {name} drink?": "{drink}",
+    "Which day was it?": "{day}",
 }
 DIALOGUES = (  # two wordings of what the customer says, the reply
     (
-        "I am {{ name }} and I would like the {{ food }} and the {{ drink }}, please.",
-        "Can I have the {{ food }} and the {{ drink }}? My name is {{ name }}.",
-        "Certainly, {{ name }}. I will bring you the {{ food }} and the {{ drink }}.",
+        "I am {name} and I would like the {food} and the {drink}, please.",
+        "Can I have the {food} and the {drink}? My name is {name}.",
+        "Certainly, {name}. I will bring you the {food} and the {drink}.",
     ),
     (
-        "My name is {{ name }} and I want to book a {{ offer }} for {{ number }} on {{ day }}.",
-        "Hello, {{ name }} here. Do you have a {{ offer }} for {{ number }} on {{ day }}?",
-        "Of course, {{ name }}. Your {{ offer }} for {{ number }} on {{ day }} is booked.",
+        "My name is {name} and I want to book a {offer} for {number} on {day}.",
+        "Hello, {name} here. Do you have a {offer} for {number} on {day}?",
+        "Of course, {name}. Your {offer} for {number} on {day} is booked.",
     ),
     (
-        "This is {{ name }}. Please cancel the {{ offer }} for {{ number }} on {{ day }}.",
-        "I do not need the {{ offer }} for {{ number }} on {{ day }} any more. My name is {{ name }}.",
-        "No problem, {{ name }}. The {{ offer }} on {{ day }} is cancelled.",
+        "This is {name}. Please cancel the {offer} for {number} on {day}.",
+        "I do not need the {offer} for {number} on {day} any more. My name is {name}.",
+        "No problem, {name}. The {offer} on {day} is cancelled.",
     ),
     (
-        "The {{ colour }} {{ thing }} that I bought on {{ day }} is broken. My name is {{ name }}.",
-        "{{ name }} here. My {{ colour }} {{ thing }} came on {{ day }} and it is broken.",
-        "I am sorry, {{ name }}. We will send you a new {{ thing }}.",
+        "The {colour} {thing} that I bought on {day} is broken. My name is {name}.",
+        "{name} here. My {colour} {thing} came on {day} and it is broken.",
+        "I am sorry, {name}. We will send you a new {thing}.",
     ),
     (
-        "Good morning, I am {{ name }}. Do you have a {{ colour }} {{ thing }}?",
-        "Hello, my name is {{ name }} and I am looking for a {{ colour }} {{ thing }}.",
-        "Welcome, {{ name }}. Let me show you a {{ colour }} {{ thing }}.",
+        "Good morning, I am {name}. Do you have a {colour} {thing}?",
+        "Hello, my name is {name} and I am looking for a {colour} {thing}.",
+        "Welcome, {name}. Let me show you a {colour} {thing}.",
     ),
 )
 
@@ -234,7 +229,7 @@ def _family_records(family: str, split: str, seed: int) -> list[dict[str, str | 
         {
             "id": f"{family}-{split}-{number}",
             "task": family,
-            "prompt": _fill(rng.choice(PROMPTS[family]), example.fields),
+            "prompt": rng.choice(PROMPTS[family]).format_map(example.fields),
             "completion": example.completion,
         }
         for number, example in enumerate(examples(family, split, seed))
@@ -256,18 +251,10 @@ def _split_of(content: str) -> str:
     return "test" if hashlib.sha256(content.encode()).digest()[0] % 8 == 0 else "train"
 
 
-@functools.cache
-def _template(text: str) -> jinja2.Template:
-    return jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(text)
-
-
-def _fill(text: str, fields: dict[str, str]) -> str:
-    return _template(text).render(fields)
-
-
 def _slots(rng: random.Random) -> dict[str, str]:
     slots = {name: rng.choice(values) for name, values in SLOTS.items()}
     slots["she"], slots["her"] = PRONOUNS[slots["name"]]
+    slots["Her"] = slots["her"].capitalize()
     return slots
 
 
@@ -275,8 +262,8 @@ def _summarisation(rng: random.Random) -> Example:
     slots = _slots(rng)
     slots["past"], slots["present"] = rng.choice(tuple(ACTIONS.items()))
     slots["place"], slots["where"] = rng.choice(tuple(PLACES.items()))
-    headline = _fill(HEADLINE, slots)
-    story = _fill(" ".join((rng.choice(OPENINGS), EVENT, rng.choice(ENDS))), slots)
+    headline = HEADLINE.format_map(slots)
+    story = " ".join((rng.choice(OPENINGS), EVENT, rng.choice(ENDS))).format_map(slots)
     return Example(headline, {"story": story}, headline)
 
 
@@ -318,14 +305,14 @@ def _question_answering(rng: random.Random) -> Example:
     slots = _slots(rng)
     slots["room"], slots["goal"] = rng.sample(SLOTS["room"], 2)
     question, answer = rng.choice(tuple(QUESTIONS.items()))
-    fields = {"context": _fill(rng.choice(CONTEXTS), slots), "question": _fill(question, slots)}
-    return Example(_fill(CONTEXTS[0], slots), fields, _fill(answer, slots))
+    fields = {"context": rng.choice(CONTEXTS).format_map(slots), "question": question.format_map(slots)}
+    return Example(CONTEXTS[0].format_map(slots), fields, answer.format_map(slots))
 
 
 def _dialogue(rng: random.Random) -> Example:
     slots = _slots(rng)
     *turns, reply = rng.choice(DIALOGUES)
-    return Example(_fill(turns[0], slots), {"turn": _fill(rng.choice(turns), slots)}, _fill(reply, slots))
+    return Example(turns[0].format_map(slots), {"turn": rng.choice(turns).format_map(slots)}, reply.format_map(slots))
 
 
 def _code(rng: random.Random) -> Example:

@@ -14,7 +14,7 @@ from jax_it.errors import UserError
 ROOT = Path(__file__).parents[2]
 TRAIN, TEST = records("train"), records("test")
 WORDINGS = {  # each wording as a pattern; the records hold rendered text alone
-    family: [re.compile(re.sub(r"\\\{\\\{\\ \w+\\ \\\}\\\}", "(.+)", re.escape(text))) for text in texts]
+    family: [re.compile(re.sub(r"\\\{\w+\\\}", "(.+)", re.escape(text))) for text in texts]
     for family, texts in builtin.PROMPTS.items()
 }
 
