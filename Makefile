@@ -28,8 +28,9 @@ test-slow: setup ## the slow tests
 faults: setup ## the long fault suite: runs that are stopped at many moments
 	.venv/bin/python -m pytest -m faults $(PYTEST_ARGS)
 
+# XLA's code generator is the one that users have: the other tests have an older one, which compiles faster.
 parity: .venv-parity/stamp ## the comparisons with PyTorch, in an environment of their own, .venv-parity
-	.venv-parity/bin/python -m pytest -m parity $(PYTEST_ARGS)
+	XLA_FLAGS=--xla_cpu_use_fusion_emitters=true .venv-parity/bin/python -m pytest -m parity $(PYTEST_ARGS)
 
 lint: setup ## style and types
 	.venv/bin/ruff check .

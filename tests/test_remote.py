@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests import object_store, tiny_run
+from tests import object_store, tiny_run, xla
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def run(environment: dict[str, str], *arguments: Any, code: int = 0) -> str:
         os.environ
         | environment
         | {
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "XLA_FLAGS": xla.flags(2),
             "PYTHONPATH": str(Path(__file__).parents[1]),
         }
     )

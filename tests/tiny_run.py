@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from jax_it.cli import main
+from tests import xla
 
 STEPS = 60  # of the run; a checkpoint every 15, of which the last two are kept
 
@@ -115,7 +116,7 @@ def start(*arguments: Any, devices: int = 1, limit: int = 0, **faults: Sequence[
     if limit:
         code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); {code}"
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla.flags(devices),
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "JAX_COMPILATION_CACHE_DIR": _compiled(),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

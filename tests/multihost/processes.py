@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests import tiny_run
+from tests import tiny_run, xla
 
 STEPS = 8  # of a run; a checkpoint every 4
 DEVICES = 8  # of all processes together
@@ -70,7 +70,7 @@ def one(
     code = arguments[0] if str(arguments[0]).startswith("import") else "from jax_it.cli import main; main()"
     arguments = arguments[1:] if code is arguments[0] else arguments
     surroundings = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla.flags(devices),
         "PYTHONPATH": str(Path(__file__).parents[2]),
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(count),

@@ -85,6 +85,8 @@ else:
             os.killpg(ssh.pid, signal.SIGHUP)  # the connection ends
         except ProcessLookupError:
             pass
+        if not state.exists():
+            fail(f"ERROR: {node} was deleted meanwhile", 255)  # so its files may have gone before it was asked
         failed = failed or ssh.returncode
         folder = option("output-directory")
         if folder:
