@@ -1,7 +1,7 @@
 """Decoding with a key-value cache, in few compiled shapes, each prompt in a slot of its own."""
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -98,15 +98,16 @@ class Generator:
             free = [slot for slot, place in enumerate(places) if place is None]
             under_way = len(places) - len(free)
             number = len(waiting[0][0]) if waiting else 0
-            if under_way == arrived:  # nobody began before the others: the slots are filled, if need be by half a group
+            together = under_way == arrived  # nobody began before the others: half a group may fill the slots
+            if together:
                 number = min(number, len(free) // self._each)
             if 0 < number * self._each <= len(free):
+                room = max(NARROWEST, bucket(self._widest(waiting, len(free), together), LONGEST))
                 group, needed = waiting.popleft()
                 if group[number:]:
                     waiting.appendleft((group[number:], needed))
                 group = group[:number]
                 arrived += len(group) * self._each
-                room = max(NARROWEST, bucket(needed, LONGEST))
                 if slots is None:
                     with jax.set_mesh(self._mesh):
                         ready = self._ready(params)
@@ -156,6 +157,15 @@ class Generator:
         """How many prompts of this width come in at a time: of about as many tokens, whatever it is."""
         tokens = max(READ, self._prompts * NARROWEST)
         return sharding.shared_out(max(1, min(self._prompts, tokens // width)), self._mesh)
+
+    def _widest(self, waiting: Iterable[tuple[list[int], int]], free: int, together: bool) -> int:
+        """The width of the last group that comes in before the next step: the slots are widened once for all."""
+        widest = 0
+        for group, width in waiting:
+            if free < (1 if together else len(group)) * self._each:
+                break
+            widest, free = width, free - len(group) * self._each
+        return widest
 
     def _run(self, what: str, number: int, width: int, function: Callable, *arguments: Any) -> Any:
         self.shapes.add((what, number, width))

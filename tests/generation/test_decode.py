@@ -278,3 +278,12 @@ def test_slots_are_all_filled_where_texts_begin_together(tiny, monkeypatch):
     assert {len(text.tokens) for text in generator(tiny.params, prompts)} == {LENGTH}
     assert [what for what, _ in ran].count("advance") == 3
     assert {generator._together(width) for what, width in ran if what == "fill"} == {4, 3}
+
+
+def test_slots_are_as_wide_at_once_as_all_that_come_in_before_a_step_need(tiny, monkeypatch):
+    monkeypatch.setattr(widths, "SMALLEST", 4)
+    monkeypatch.setattr(widths, "COMPILE", 0)
+    monkeypatch.setattr(decode, "NARROWEST", 4)
+    generator = Generator(tiny.model, tiny.mesh, LENGTH, len(tiny.sources))
+    list(generator(tiny.params, tiny.sources))
+    assert {shape for shape in generator.shapes if shape[0] != "fill"} == {("empty", 12, 32), ("advance", 12, 32)}
