@@ -4,6 +4,7 @@ An object store has no append, no lock, and no folder that could be renamed; a f
 and there or not.
 """
 
+import fcntl
 import glob
 import json
 import os
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jax_it.errors import UserError
 
@@ -187,6 +188,24 @@ class Appending:
     def _upload(self) -> None:
         self._file.write_bytes(self._local.read_bytes())
         self._changed, self._uploaded = False, time.monotonic()
+
+
+def lock(stream: TextIO, refusal: str) -> None:
+    """Locks an open file for this process and writes into it who that is.
+
+    Raises UserError where another one holds it: who that is, and the refusal.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {platform.node()}")
+        stream.flush()
+    except BlockingIOError:
+        stream.seek(0)
+        owner = stream.read() or "another process"
+        raise UserError(f"{owner} {refusal}") from None
+    except OSError:  # a file system without locks, or a full one, which the next file will tell
+        pass
 
 
 def lines(file: Any) -> Iterator[str]:

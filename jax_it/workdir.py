@@ -9,17 +9,15 @@ ended.json              where and why training has come to its end
 """
 
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +110,7 @@ class Workdir:
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}; name another --workdir") from error
         with stream:
-            lock(stream, f"trains in {self.path}; wait for it or stop it, or name another --workdir")
+            files.lock(stream, f"trains in {self.path}; wait for it or stop it, or name another --workdir")
             try:
                 yield
             finally:
@@ -369,24 +367,6 @@ def score_in(found: Any, metric: str) -> float | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return -value if metrics.lower_is_better(name) else value
-
-
-def lock(stream: TextIO, refusal: str) -> None:
-    """Locks an open file for this process and writes into it who that is.
-
-    Raises UserError where another one holds it: who that is, and the refusal.
-    """
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {platform.node()}")
-        stream.flush()
-    except BlockingIOError:
-        stream.seek(0)
-        owner = stream.read() or "another process"
-        raise UserError(f"{owner} {refusal}") from None
-    except OSError:  # a file system without locks, or a full one, which the next file will tell
-        pass
 
 
 def _step_of(line: str) -> float:

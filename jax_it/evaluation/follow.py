@@ -20,7 +20,7 @@ from jax_it.evaluation.results import complete, failures
 from jax_it.evaluation.run import OWN, Request, Scorer
 from jax_it.following import Position, position
 from jax_it.stopping import on_sigterm
-from jax_it.workdir import SCORES, Workdir, lock
+from jax_it.workdir import SCORES, Workdir
 
 APPEARS = 600.0  # seconds in which a run's folder should come to be
 POLL = 0.2, 10.0  # seconds between two looks at the folder, at first and at most
@@ -126,7 +126,7 @@ def _alone(place: Workdir, request: Request) -> Iterator[Position | None]:
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}; mend that, or name an --output") from error
         with stream:
-            lock(stream, f"follows the run in {place.path} already; stop it, or name another --output")
+            files.lock(stream, f"follows the run in {place.path} already; stop it, or name another --output")
             yield own
 
 

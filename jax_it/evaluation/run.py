@@ -1,11 +1,13 @@
 """Scoring a run's checkpoints, or any model, in a process of its own."""
 
+import copy
 import dataclasses
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,11 @@ class Request:
         file, _, arg = self.config.partition(":")
         return re.sub(r"[^\w.-]+", "_", Path(file).stem + (f"-{arg}" if arg else ""))
 
+    @cached_property
+    def given(self) -> Mapping[str, Any]:
+        """The settings of the config's file, which runs once."""
+        return settings.read(self.config) if self.config else {}
+
     def folder(self, place: Workdir, step: int) -> Any:
         """Where a step's scores go: eval/STEP/ in the run's folder, eval/STEP/NAME/ or OUTPUT/STEP/."""
         if self.output:
@@ -62,7 +69,7 @@ class Request:
         """A config with what is asked for in the place of its own. Raises UserError that names the field."""
         tree = settings.to_dict(own)
         if self.config:
-            given = settings.read(self.config)
+            given = copy.deepcopy(dict(self.given))
             tree["eval"] = given.get("eval", {})
             tree["data"] |= {"eval": [], "holdout": 0}
             tree["data"] |= {key: value for key, value in given.get("data", {}).items() if key in ("eval", "holdout")}
@@ -142,10 +149,9 @@ def evaluate_model(model: str, request: Request) -> Scored:
     folder = files.locate(request.output)
     check_unused(folder)
     own = settings.Config(model=settings.Model(path=model))
-    if request.config:
-        given = settings.read(request.config).get("data", {})
+    if given := request.given.get("data"):
         tree = settings.to_dict(own)
-        own = settings.resolve(tree | {"data": {**tree["data"], **given}}, training=False)
+        own = settings.resolve(tree | {"data": tree["data"] | given}, training=False)
     config = request.resolve(own, ("eval", "data", "model.chat_template"))
     with on_sigterm("eval", STOPPED) as stopping:
         loaded, params, tokenizer = load(model)

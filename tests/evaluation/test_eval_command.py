@@ -154,6 +154,16 @@ def test_a_model_needs_something_to_be_scored_on(run, tmp_path, capfd):
     assert "has nothing to evaluate on: set config.data.eval, config.data.holdout or config.eval.tasks" in line
 
 
+def test_a_config_file_runs_once(other, tmp_path):
+    ran = tmp_path / "ran"
+    other.write_text(f"open({str(ran)!r}, 'a').write('once ')\n{other.read_text()}")
+    request = Request(str(other), {"eval.limit": "3"})
+    own = settings.Config(model=settings.Model(path="a model"))
+    first, second = request.resolve(own), request.resolve(own)
+    assert first == second and first.eval.limit == 3
+    assert ran.read_text() == "once "
+
+
 def test_no_file_allows_by_itself_that_model_code_is_run(other):
     own = settings.Config(model=settings.Model(path="x"))
     for request, allowed in (
