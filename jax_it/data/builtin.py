@@ -26,6 +26,7 @@ seed, while each of its words is: what is held out are combinations.
 import hashlib
 import random
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 from jax_it.errors import UserError
@@ -220,12 +221,13 @@ def records(split: str, seed: int = 0) -> list[dict[str, str | list[str]]]:
     if split not in SIZES:
         raise UserError(f"builtin:instructions has no split {split!r}; its splits are {' and '.join(SIZES)}")
     columns = [_family_records(family, split, seed) for family in FAMILIES]
-    return [record for row in zip(*columns, strict=True) for record in row]
+    return [dict(record) for row in zip(*columns, strict=True) for record in row]
 
 
-def _family_records(family: str, split: str, seed: int) -> list[dict[str, str | list[str]]]:
+@cache  # a run reads them for its tokenizer and for its examples
+def _family_records(family: str, split: str, seed: int) -> tuple[dict[str, str | list[str]], ...]:
     rng = random.Random(f"wording {family} {split} {seed}")
-    return [
+    return tuple(
         {
             "id": f"{family}-{split}-{number}",
             "task": family,
@@ -233,7 +235,7 @@ def _family_records(family: str, split: str, seed: int) -> list[dict[str, str | 
             "completion": example.completion,
         }
         for number, example in enumerate(examples(family, split, seed))
-    ]
+    )
 
 
 def examples(family: str, split: str, seed: int = 0) -> list[Example]:

@@ -1,6 +1,7 @@
 """How fast a run is, and what share of the hardware's arithmetic it uses."""
 
 import time
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ def step_flops(model: Model, rows: float, shape: Shape) -> float:
     return (2 if model.adapter else 3) * rows * model.config.flops(shape.source, shape.target, shape.blocks)
 
 
+@cache
 def _measured_flops(size: int = 1024, seconds: float = 0.2) -> float:
     """The best of many tries: the processor may have other work."""
     x = jnp.ones((size, size), jnp.float32)

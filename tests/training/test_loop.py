@@ -39,16 +39,24 @@ def logged(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_logs_every_step_and_keeps_its_checkpoints(tmp_path):
-    state = train(make_config(tmp_path), tmp_path / "run")
-    lines = logged(tmp_path / "run")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run's config, folder and last state."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = make_config(folder)
+    return config, folder / "run", train(config, folder / "run")
+
+
+def test_a_run_logs_every_step_and_keeps_its_checkpoints(finished):
+    _, run, state = finished
+    lines = logged(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert all(np.isfinite(line["loss"]) and 0 < line["source_fill"] <= 1 and line["mfu"] > 0 for line in lines)
     assert all(0 < line["goodput"] < 1 and line["host_memory"] > 1e7 for line in lines)
-    assert Workdir(tmp_path / "run").checkpoints().steps() == [3, 6]
+    assert Workdir(run).checkpoints().steps() == [3, 6]
     assert int(state.step) == 6
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
-    shares = json.loads((tmp_path / "run" / "goodput.json").read_text())["seconds"]
+    assert list((run / "tensorboard").iterdir())
+    shares = json.loads((run / "goodput.json").read_text())["seconds"]
     assert shares["compiling"] > 0 and shares["stepping"] > 0 and shares["saving"] > 0 and not shares["lost"]
 
 
@@ -66,13 +74,12 @@ def test_a_run_in_epochs_trains_on_every_example_once_an_epoch(tmp_path):
     assert sum(line["examples"] for line in logged(tmp_path / "run")) == 2 * 60
 
 
-def test_a_finished_run_started_again_does_nothing(tmp_path):
-    config = make_config(tmp_path)
-    first = train(config, tmp_path / "run")
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    second = train(config, tmp_path / "run")
+def test_a_finished_run_started_again_does_nothing(finished):
+    config, run, first = finished
+    before = (run / "metrics.jsonl").read_text()
+    second = train(config, run)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(first.params), jax.device_get(second.params))
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert (run / "metrics.jsonl").read_text() == before
 
 
 def test_evaluation_in_the_loop_scores_the_start_the_interval_and_the_end(tmp_path):
@@ -95,13 +102,20 @@ def test_every_optimizer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tm
     optimizer = {**settings.to_dict(settings.Optimizer(learning_rate=1e-3)), "name": name}
     whole = make_config(tmp_path, train__optimizer=optimizer)
     train(whole, tmp_path / "whole")
-    train(whole, tmp_path / "cut")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")  # as a run killed after its third step leaves it
     train(whole, tmp_path / "cut")
     assert [line["loss"] for line in logged(tmp_path / "cut")] == [line["loss"] for line in logged(tmp_path / "whole")]
 
 
-@pytest.mark.parametrize("lora", [{}, {"rank": 2, "dora": True, "dropout": 0.1}], ids=["all weights", "adapters"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        pytest.param({}, id="all weights"),
+        # tests/test_adapted_run.py resumes a run of adapters in the default tests
+        pytest.param({"rank": 2, "dora": True, "dropout": 0.1}, id="adapters", marks=pytest.mark.slow),
+    ],
+)
 def test_a_causal_run_is_evaluated_and_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path, lora):
     config = make_config(
         tmp_path, model__architecture=LLAMA, model__lora=lora, data__sequence_length=192, eval__every="6 steps",
