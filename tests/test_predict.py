@@ -3,15 +3,18 @@
 import datetime
 import json
 
+import jax
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 import jax_it
+from jax_it import config as settings
 from jax_it.data.templates import Turn
 from jax_it.errors import UserError
 from jax_it.generation import Sampling
-from jax_it.predict import read_prompts
+from jax_it.models import build
+from jax_it.predict import predict, read_prompts
 from tests import tiny_run
 from tests.tiny_run import fails, succeeds, write_rows
 
@@ -192,3 +195,32 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(capfd, tmp_path, mon
     line = fails(capfd, "generate", "--model", "any", "--input", file, *options)
     assert message.format(here=tmp_path) in line
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def gpt2(tokenizer, positions):
+    """A model with as many learned positions, and random weights."""
+    values = {
+        "model_type": "gpt2", "vocab_size": len(tokenizer.backend), "n_embd": 16, "n_layer": 1, "n_head": 2,
+        "n_positions": positions, "eos_token_id": tokenizer.end,
+    }  # fmt: skip
+    model = build(values, "the test", settings.Model(pretrained=False))
+    return model, model.init(jax.random.key(0))
+
+
+def test_a_prompt_may_be_as_long_as_leaves_room_for_its_text_and_no_longer(run):
+    tokenizer = jax_it.load(str(run))[2]
+    short, long = "say red", "say red and say blue"
+    length = len(tokenizer.encode([long])[0])
+    model, params = gpt2(tokenizer, length + 3)
+    assert len(predict(model, params, tokenizer, [short, long], max_new_tokens=3)) == 2
+    message = f"prompt 2 has {length} tokens, and with 4 new ones it is too long for the model's {length + 3} positions"
+    with pytest.raises(UserError, match=message):
+        predict(model, params, tokenizer, [short, long], max_new_tokens=4)
+
+
+def test_an_empty_prompt_is_refused_where_nothing_comes_before_the_text(capfd, run):
+    tokenizer = jax_it.load(str(run))[2]
+    model, params = gpt2(tokenizer, 32)
+    with pytest.raises(UserError, match="prompt 2 is empty, and the tokenizer has no mark to begin with"):
+        predict(model, params, tokenizer, ["say red", ""], max_new_tokens=3)
+    assert succeeds(capfd, "generate", "--model", run, "--prompt", "", "--max-new-tokens", 3).endswith("\n")
