@@ -1,7 +1,7 @@
 """Decoding with a key-value cache, in few compiled shapes, each prompt in a slot of its own."""
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -93,32 +93,25 @@ class Generator:
         places: list[tuple[int, int] | None] = [None] * self._slots  # slot -> (prompt, sample)
         slots: Any = None
         ready: Any = None
-        width = arrived = 0  # how many slots have been filled since the last step
+        width = 0
         while waiting or any(places):
             free = [slot for slot, place in enumerate(places) if place is None]
             under_way = len(places) - len(free)
-            number = len(waiting[0][0]) if waiting else 0
-            together = under_way == arrived  # nobody began before the others: half a group may fill the slots
-            if together:
-                number = min(number, len(free) // self._each)
-            if 0 < number * self._each <= len(free):
-                room = max(NARROWEST, bucket(self._widest(waiting, len(free), together), LONGEST))
-                group, needed = waiting.popleft()
-                if group[number:]:
-                    waiting.appendleft((group[number:], needed))
-                group = group[:number]
-                arrived += len(group) * self._each
+            if coming := self._coming(waiting, len(free), together=not under_way):
+                room = max(NARROWEST, bucket(coming[-1][1], LONGEST))  # widened once for all of them
                 if slots is None:
                     with jax.set_mesh(self._mesh):
                         ready = self._ready(params)
                     slots, width = self._run("empty", len(places), room, self._empty, len(places), room, params), room
                 elif room > width:
                     slots, width = self._run("widen", len(places), room, self._widen, slots, room - width), room
-                texts = [(i, sample) for i in group for sample in range(self._each)]
-                for slot, place in zip(free, texts, strict=False):
-                    places[slot] = place
-                arrivals = self._arrivals([prompts[i] for i in group], texts, free, needed, limits)
-                slots = self._run("fill", len(places), needed, self._fill, params, slots, arrivals)
+                for group, needed in coming:
+                    texts = [(i, sample) for i in group for sample in range(self._each)]
+                    taken, free = free[: len(texts)], free[len(texts) :]
+                    for slot, place in zip(taken, texts, strict=True):
+                        places[slot] = place
+                    arrivals = self._arrivals([prompts[i] for i in group], texts, taken, needed, limits)
+                    slots = self._run("fill", len(places), needed, self._fill, params, slots, arrivals)
                 continue
             fewer = sharding.shared_out(len(places) // SHRINKING, self._mesh)
             shrinks = not waiting and fewer < len(places) == self._slots and self._slots >= 16
@@ -127,7 +120,6 @@ class Generator:
                 places = [places[slot] for slot in kept]
                 slots = self._run("keep", len(places), width, self._keep, slots, np.array(kept, np.int32))
                 continue
-            arrived = 0
             until_done = len(waiting[0][0]) * self._each if waiting else len(places) - (fewer if shrinks else 0)
             steps = LOOK if self._stop else self._length
             idle = np.array([place is None for place in places])
@@ -158,14 +150,23 @@ class Generator:
         tokens = max(READ, self._prompts * NARROWEST)
         return sharding.shared_out(max(1, min(self._prompts, tokens // width)), self._mesh)
 
-    def _widest(self, waiting: Iterable[tuple[list[int], int]], free: int, together: bool) -> int:
-        """The width of the last group that comes in before the next step: the slots are widened once for all."""
-        widest = 0
-        for group, width in waiting:
-            if free < (1 if together else len(group)) * self._each:
+    def _coming(self, waiting: deque[tuple[list[int], int]], free: int, together: bool) -> list[tuple[list[int], int]]:
+        """The groups that come in before the next step, no longer waiting. Where all begin `together`, the slots are
+        filled, if need be by half a group.
+        """
+        coming = []
+        while waiting:
+            group, width = waiting[0]
+            places = free // self._each
+            number = min(len(group), places) if together else len(group)
+            if not 0 < number <= places:
                 break
-            widest, free = width, free - len(group) * self._each
-        return widest
+            waiting.popleft()
+            if group[number:]:
+                waiting.appendleft((group[number:], width))
+            coming.append((group[:number], width))
+            free -= number * self._each
+        return coming
 
     def _run(self, what: str, number: int, width: int, function: Callable, *arguments: Any) -> Any:
         self.shapes.add((what, number, width))
@@ -176,7 +177,7 @@ class Generator:
         self,
         prompts: list[Sequence[int]],
         texts: list[tuple[int, int]],
-        free: list[int],
+        taken: list[int],
         width: int,
         limits: Sequence[int] | None,
     ) -> Arrivals:
@@ -188,7 +189,7 @@ class Generator:
         return Arrivals(
             tokens_PS,
             segments_PS,
-            slots_R=np.array(free[: len(texts)] + [self._slots for _ in spare], np.int32),
+            slots_R=np.array(taken + [self._slots for _ in spare], np.int32),
             prompts_R=np.array([row // self._each for row in range(len(texts))] + spare, np.int32),
             rows_R=np.array([i * self._each + sample for i, sample in texts] + spare, np.int32),
             limits_R=np.array(most + spare, np.int32),
