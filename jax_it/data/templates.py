@@ -4,6 +4,7 @@ A template is a name of `TEMPLATES`, or Jinja text in which `|||` divides the pr
 completion, as in P3 ("{{question}} ||| {{answer}}"); further parts are further references.
 """
 
+import copy
 import itertools
 import random
 import string
@@ -248,17 +249,8 @@ TEMPLATES: dict[str, Callable[[Fields], Example]] = {
 }
 
 
-# Stands for "|||" in a record's own texts, which must not divide them: digits, since no filter changes those.
-_BARS = "62841973505826149370"
-
-
-def _replace(value: Any, old: str, new: str) -> Any:
-    """`value` with a text replaced wherever it holds it."""
-    if isinstance(value, str):
-        return value.replace(old, new)
-    if isinstance(value, dict):
-        return {key: _replace(item, old, new) for key, item in value.items()}
-    return [_replace(item, old, new) for item in value] if isinstance(value, list) else value
+# What "|||" in a template is rendered as: a record's own bars divide nothing.
+_DIVIDES = "|||62841973505826149370"
 
 
 def _refuse_null(value: Any) -> Any:
@@ -289,18 +281,18 @@ def _compile(text: str) -> Callable[[Fields], list[str]]:
     environment.globals["choice"] = environment.filters["choice"] = _choice
     environment.filters["most_frequent"] = _most_frequent
     try:
-        template = environment.from_string(text)
+        template = environment.from_string(text.replace("|||", _DIVIDES))
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"template {_short(text)} is not valid Jinja: {error}") from None
 
     def make(fields: Fields) -> list[str]:
         try:
-            rendered = template.render(_replace(fields, "|||", _BARS))
+            rendered = template.render(copy.deepcopy(fields))  # which a template may change
         except jinja2.UndefinedError as error:
             raise MissingField(str(error).replace("' is undefined", "' is missing")) from None
         except Exception as error:  # a template may run any expression on any data
             raise MissingField(f"{type(error).__name__} ({error}) in the fields") from None
-        return [part.strip().replace(_BARS, "|||") for part in rendered.split("|||")]
+        return [part.strip() for part in rendered.split(_DIVIDES)]
 
     return make
 

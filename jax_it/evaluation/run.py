@@ -1,6 +1,5 @@
 """Scoring a run's checkpoints, or any model, in a process of its own."""
 
-import copy
 import dataclasses
 import re
 import tempfile
@@ -69,7 +68,7 @@ class Request:
         """A config with what is asked for in the place of its own. Raises UserError that names the field."""
         tree = settings.to_dict(own)
         if self.config:
-            given = copy.deepcopy(dict(self.given))
+            given = settings.to_dict(self.given)  # a copy, which the changes are made in
             tree["eval"] = given.get("eval", {})
             tree["data"] |= {"eval": [], "holdout": 0}
             tree["data"] |= {key: value for key, value in given.get("data", {}).items() if key in ("eval", "holdout")}

@@ -148,6 +148,7 @@ def test_texts_are_the_parts_of_jinja_text_and_bars_of_the_record_s_own_divide_n
     assert templates.texts(record, "{{choices | join('|||')}}") == ["a|||b", "c"]
     assert templates.texts(record, "yes ||| no ||| {{n}}") == ["yes", "no", "3"]
     assert templates.texts(record, "{{n}} ||| {{choices | tojson | upper}}") == ["3", '["A|||B", " C "]']
+    assert templates.texts(Record({"a": "x|", "b": "|y"}, WHERE), "{{a}}|||{{b}}") == ["x|", "|y"]
     assert templates.text(record, " {{n}}.\n") == "3."
     with pytest.raises(
         UserError, match=r"line 7: 'm' is missing, which template '\{\{m\}\}' needs; its fields: choices, n"
