@@ -7,7 +7,9 @@ PYTHON ?= $(shell for p in .venv/bin/python python3 python3.13 python3.12 python
 PYTEST_ARGS ?= -n 2
 constraints = constraints/$$($(1)/bin/python -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 
-.PHONY: help setup quickstart test test-slow faults parity lint libtpu plans clean
+SEED ?= 0
+
+.PHONY: help setup quickstart test test-slow faults fuzz parity lint libtpu plans clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -27,6 +29,9 @@ test-slow: setup ## the slow tests
 
 faults: setup ## the long fault suite: runs that are stopped at many moments
 	.venv/bin/python -m pytest -m faults $(PYTEST_ARGS)
+
+fuzz: .venv-parity/stamp ## thousands of hostile inputs, some of them against PyTorch; SEED=7 draws others
+	FUZZ_SEED=$(SEED) .venv-parity/bin/python -m pytest -m fuzz tests/fuzz $(PYTEST_ARGS)
 
 # XLA's code generator is the one that users have: the other tests have an older one, which compiles faster.
 parity: .venv-parity/stamp ## the comparisons with PyTorch, in an environment of their own, .venv-parity
