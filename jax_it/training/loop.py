@@ -90,8 +90,10 @@ def train(config: Config, workdir: str | Path) -> TrainState:
             end, why = (first, over) if (over := patience.over(first)) else (total, "")
             if first < end:
                 place.go_on()
-            throughput = Throughput(peak_flops(mesh.size), phases)
-            progress = Progress(log, Skips(config.train, log, built.train), throughput, phases)
+            throughput = Throughput(peak_flops(mesh.size), phases, position.get("throughput"))
+            progress = Progress(
+                log, Skips(config.train, log, built.train), throughput, phases, position.get("loss", (0.0, 0.0))
+            )
             for number in range(first + 1, end + 1):
                 profile(number, state)
                 phases.enter("waiting", number)
@@ -262,7 +264,7 @@ def _without_params(state: TrainState) -> dict[str, Any]:
 def _save(checkpoints: Any, step: int, state: TrainState, progress: Progress, phases: Phases) -> None:
     progress.settle()  # the log has all steps that a checkpoint has
     phases.enter("saving", step)
-    position = {"step": step, "phases": phases.position()}
+    position = {"phases": phases.position(), **progress.position()}
     checkpoints.save(step, state.params, _without_params(state), position)
 
 

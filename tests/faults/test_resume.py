@@ -121,7 +121,7 @@ def test_sigterm_during_an_evaluation_saves_its_step_and_the_evaluation_is_done_
             return evaluation.Scored({"all": {"loss": 1.0, "n": 1.0}}, [])
 
     def step(state, batch):
-        measured = ("loss", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row")
+        measured = ("loss", "weight", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row")
         return replace(state, step=state.step + 1), dict.fromkeys(measured, 0.0)
 
     scored = []

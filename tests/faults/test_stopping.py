@@ -90,7 +90,8 @@ def test_gradients_that_are_not_finite_end_the_run_past_a_limit_and_name_the_dat
     assert last.startswith("jax-it train: 4 steps in a row were skipped, up to step 23: its gradient is not finite; ")
     lines = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 21, 22, 23]
-    assert all(line["loss"] == line["grad_norm"] == "nan" and 0 < line["grad_norm_mean"] < 100 for line in lines)
+    assert all(line["loss"] is line["grad_norm"] is None and 0 < line["grad_norm_mean"] < 100 for line in lines)
+    assert all(line["reason"] == "its gradient is not finite (loss nan)" for line in lines)
     for line in lines:
         records = [(source["source"], record) for source in line["examples"] for record in source["records"]]
         logged = next(other for other in losses(run) if other["step"] == line["step"])

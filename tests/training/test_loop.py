@@ -51,7 +51,9 @@ def test_a_run_logs_every_step_and_keeps_its_checkpoints(finished):
     _, run, state = finished
     lines = logged(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert all(np.isfinite(line["loss"]) and 0 < line["source_fill"] <= 1 and line["mfu"] > 0 for line in lines)
+    assert all(
+        np.isfinite(line["loss"]) and 0 < line["source_fill"] <= 1 and line["flops_per_second"] > 0 for line in lines
+    )
     assert all(0 < line["goodput"] < 1 and line["host_memory"] > 1e7 for line in lines)
     assert Workdir(run).checkpoints().steps() == [3, 6]
     assert int(state.step) == 6
