@@ -15,11 +15,11 @@ from jax_it.data import chat
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.loader import Part
 from jax_it.data.packing import Shape
-from jax_it.errors import Interrupted, UserError
+from jax_it.errors import UserError
 from jax_it.evaluation.run import check_room
 from jax_it.models import Model, hf
 from jax_it.models.tensors import find_folder, fingerprint
-from jax_it.stopping import Stopping, on_sigterm
+from jax_it.stopping import Stopping, on_signals
 from jax_it.training import weights_and_biases
 from jax_it.training.log import Log
 from jax_it.training.patience import Patience
@@ -36,7 +36,7 @@ from jax_it.workdir import Derived, Workdir, make_format
 # What bias, mask, softmax and dropout cost for one attention score, in matmul FLOPs of the same time: they are
 # bound by memory. Measured on two CPU cores at 512 positions; an H100's ratio of the two is of the same order.
 FLOPS_OF_A_SCORE = 2000
-STOPPED = "stopped by SIGTERM before there was a new step to save; the same command goes on from where the run stood"
+STOPPED = " before there was a new step to save; the same command goes on from where the run stood"
 
 
 def train(config: Config, workdir: str | Path) -> TrainState:
@@ -51,7 +51,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     weights_and_biases.check(config.train.wandb)
     place = Workdir(files.locate(workdir))
     mesh = sharding.make_mesh(config.mesh)
-    with on_sigterm("train", STOPPED) as stopping, hosts.watched(), jax.set_mesh(mesh), place.locked():
+    with on_signals("train", STOPPED) as stopping, hosts.watched(), jax.set_mesh(mesh), place.locked():
         resuming = place.holds_a_run()
         if resuming:
             place.check_same(config)
@@ -121,8 +121,8 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                         _save(checkpoints, number, state, progress, phases)
                 if stop and (scoring or not last):
                     checkpoints.wait()
-                    raise Interrupted(
-                        f"stopped by SIGTERM after step {number}, which is saved; the same command goes on from there"
+                    raise stopping.interrupted(
+                        f" after step {number}, which is saved; the same command goes on from there"
                     )
                 if (saving or scoring) and not last and (why := patience.over(number)):
                     if not saving:
