@@ -17,7 +17,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from jax_it.config import Config
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
-from jax_it.errors import UserError, first_line
+from jax_it.errors import Interrupted, UserError, first_line
 from jax_it.files import Appending, read_text, remedy, to_json, write_atomically
 from jax_it.models import Model, Params, build, hf, peft, with_tied_head
 from jax_it.models.lora import Adapter, Target
@@ -143,12 +143,23 @@ class Workdir:
     def locked(self) -> Iterator[None]:
         """Holds the folder for one training process. Raises UserError where another one trains in it.
 
-        The lock is the operating system's: it ends with the process, however that ends. A folder that
-        has become no run is left as it was found. An object store has no locks.
+        The lock is the operating system's: it ends with the process, however that ends. An object store has no
+        locks. A folder that has become no run is left as it was found: a run that fails before its first step is none.
         """
-        if not hosts.is_first() or files.is_remote(self.path):  # the first host's lock is that of the run
+        if not hosts.is_first():  # the first host's lock is that of the run
             yield
             return
+        with nullcontext() if files.is_remote(self.path) else self._lock():
+            new = not self.holds_a_run()
+            try:
+                yield
+            except Exception as error:
+                if new and not isinstance(error, Interrupted):
+                    self._discard()
+                raise
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
         file = self.path / ".lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -164,6 +175,16 @@ class Workdir:
                     file.unlink(missing_ok=True)
                     with suppress(OSError):  # it holds something else
                         self.path.rmdir()
+
+    def _discard(self) -> None:
+        """Removes a new run that has come to nothing: without a checkpoint, a score, or a step in its log."""
+        if not self.holds_a_run() or self.checkpoints().steps() or self.scored_steps():
+            return
+        for file in (self.metrics, self.skipped):
+            if _is_there(file) and file.read_bytes():
+                return
+        for name in ("config.json", *PARTS):  # config.json first: without it no other process takes this for a run
+            files.remove(self.path / name)
 
     def create(self, config: Config, derived: Derived, model: Model, tokenizer: tokenizers.Tokenizer) -> None:
         """Makes the folder of a new run; config.json comes last and makes it one. All hosts must call it."""
@@ -218,18 +239,6 @@ class Workdir:
     def _remove_begun(self) -> None:
         for part in BEGUN:
             files.remove(self.path / part)
-
-    def discard(self) -> None:
-        """Removes a run that has come to nothing, on the first host: one without a step in its log or a checkpoint."""
-        if not hosts.is_first():
-            return
-        if any(self.checkpoints().steps()) or self.scored_steps():
-            return
-        for file in (self.metrics, self.skipped):
-            if _is_there(file) and file.read_bytes():
-                return
-        for name in ("config.json", *PARTS):  # config.json first: without it no other process takes this for a run
-            files.remove(self.path / name)
 
     def open(self) -> tuple[Config, Derived]:
         """The config of the run in this folder. Raises UserError where there is none."""

@@ -15,7 +15,7 @@ from jax_it import workdir
 from jax_it.config import Mesh
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.packing import Layout, Shape
-from jax_it.errors import UserError
+from jax_it.errors import Interrupted, UserError
 from jax_it.files import write_atomically
 from jax_it.models import build, hf
 from jax_it.models.lora import Adapter, Target
@@ -275,18 +275,36 @@ def test_a_file_in_the_place_of_a_folder_is_named_before_a_run_goes_on(place):
         shutil.rmtree(place.path / "ended.json") if make is Path.mkdir else (place.path / "ended.json").unlink()
 
 
-def test_a_run_that_has_come_to_nothing_is_discarded_and_one_with_a_step_is_not(place):
-    (place.path / "metrics.jsonl").write_text("")
-    (place.path / "notes.txt").write_text("mine")
-    place.discard()
-    assert place.holds_a_run()  # it has checkpoints
-    shutil.rmtree(place.path / "checkpoints")
-    (place.path / "metrics.jsonl").write_text('{"step": 1}\n')
-    place.discard()
-    assert place.holds_a_run()
-    (place.path / "metrics.jsonl").write_text("")
-    place.discard()
-    assert [item.name for item in place.path.iterdir()] == ["notes.txt"]
+@pytest.mark.parametrize(
+    "error, came_to, kept",
+    [
+        (KeyError, "checkpoints/3/x", True),
+        (KeyError, "metrics.jsonl", True),
+        (KeyError, "eval/0/metrics.json", True),
+        (Interrupted, "", True),
+        (KeyError, "", False),
+        (UserError, "", False),
+    ],
+)
+def test_a_new_run_that_fails_before_its_first_step_leaves_nothing(tmp_path, error, came_to, kept):
+    place, config = Workdir(tmp_path), resolve()
+    model, tokenizer = build(config.model.architecture, "the test", config.model), tokenizers.load("bytes")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(error), place.locked():
+        place.create(config, DERIVED, model, tokenizer)
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "metrics.jsonl").touch()
+        if came_to:
+            (tmp_path / came_to).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / came_to).write_text('{"step": 1}\n')
+        raise error("no")
+    assert place.holds_a_run() == kept
+    assert kept or [item.name for item in tmp_path.iterdir()] == ["notes.txt"]
+    if kept:
+        with pytest.raises(KeyError), place.locked():  # it was there before
+            shutil.rmtree(tmp_path / "checkpoints")
+            raise KeyError
+        assert place.holds_a_run()
 
 
 @pytest.mark.parametrize("content", ['{"step": 1e999}', "[]", '{"step": "three"}', "", "\0", '{"step": null}'])
