@@ -4,15 +4,19 @@ An object store has no append, no lock, and no folder that could be renamed; a f
 and there or not.
 """
 
+import errno
 import fcntl
 import glob
+import hashlib
 import json
+import math
 import os
 import platform
 import shutil
+import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +25,7 @@ from typing import Any, TextIO
 from jax_it.errors import UserError
 
 BACKENDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package, and our extra that installs it
+FULL = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 UPLOAD = 30  # seconds between what others see of a growing file in an object store
 
 
@@ -66,7 +71,7 @@ def absolute(path: Any) -> Any:
 
 def write_atomically(file: Any, content: Any) -> None:
     """Writes JSON (or text, as it is): whole or not at all."""
-    text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    text = content if isinstance(content, str) else to_json(content, indent=2) + "\n"
     encoded = text.encode("utf-8", errors="backslashreplace")  # half a surrogate pair, as JSON has it
     if is_remote(file):
         file.write_bytes(encoded)  # which puts the object there when all of it has come
@@ -84,6 +89,52 @@ def write_atomically(file: Any, content: Any) -> None:
         raise
 
 
+def to_json(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON text, as of `json.dumps`, in which numbers that are not finite are null: JSON has none for them."""
+    return json.dumps(_with_nulls(value), indent=indent, ensure_ascii=False, allow_nan=False, default=default)
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _with_nulls(item) for key, item in value.items()}
+    return [_with_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_text(file: Any) -> str:
+    """The text of a file. Raises OSError, also where it is not a regular file (reading a FIFO never ends), and
+    ValueError where it is not UTF-8.
+    """
+    check_regular(file)
+    return file.read_text(encoding="utf-8")
+
+
+def check_regular(file: Any) -> None:
+    """Raises OSError where this is not a regular file."""
+    if is_remote(file):
+        return
+    mode = os.stat(file).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(file))
+
+
+def digests(folder: Any) -> dict[str, str]:
+    """A hash of each file in a folder, by name. Raises OSError."""
+    found = {}
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and not file.name.startswith("."):
+            found[file.name] = hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    return found
+
+
+def remedy(reason: str) -> str:
+    """What to do about an error of the operating system when writing."""
+    return "free space" if reason in FULL else "mend that"
+
+
 def _runs(process: int) -> bool:
     """Whether this machine has such a process."""
     try:
@@ -96,8 +147,12 @@ def _runs(process: int) -> bool:
 
 
 def remove(folder: Any) -> None:
-    """Removes a folder and all in it, as far as that can be done."""
+    """Removes a folder and all in it, or a file, as far as that can be done."""
     if not is_remote(folder):
+        if folder.is_symlink() or not folder.is_dir():
+            with suppress(OSError):
+                folder.unlink()
+            return
         shutil.rmtree(folder, ignore_errors=True)
         return
     with suppress(Exception):  # each library has its own errors

@@ -1,6 +1,5 @@
 """Text for prompts: a list of them, or a file of rows that come back with `prediction` added."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from jax_it.data.formats import Format
 from jax_it.data.templates import Turn, conversation
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
-from jax_it.files import write_atomically
+from jax_it.files import to_json, write_atomically
 from jax_it.generation import GREEDY, Generator, Sampling, StopStrings
 from jax_it.models import Model, Params
 from jax_it.workdir import load, make_format
@@ -108,7 +107,7 @@ def generate_file(
     found = predict(model, params, tokenizer, prompts, max_new_tokens, sampling, batch_size, None, stop, log_probs)
     if output and hosts.is_first():
         lines = (
-            json.dumps({**row, **_fields(texts, log_probs)}, ensure_ascii=False, default=str)  # Parquet has dates
+            to_json({**row, **_fields(texts, log_probs)}, default=str)  # Parquet has dates
             for row, texts in zip(rows, found, strict=True)
         )
         try:

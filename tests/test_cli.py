@@ -133,7 +133,9 @@ def test_a_run_that_stopped_and_goes_on_with_the_same_command_is_75_and_one_line
 def test_an_interrupt_is_130_and_one_line(capsys, raising):
     raising(KeyboardInterrupt())
     assert exit_code(*COMMAND) == 130
-    assert capsys.readouterr().err == "jax-it export: interrupted\n"
+    assert (
+        capsys.readouterr().err == "jax-it export: stopped by Ctrl-C before it was done; nothing half-written is left\n"
+    )
 
 
 def test_python_m_jax_it_is_the_command():
