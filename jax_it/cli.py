@@ -8,6 +8,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jax_it import typed
 from jax_it.errors import Interrupted, UserError
 
 ON_DEVICES = ("train", "eval", "generate", "export")  # on several hosts, the same command on each
@@ -182,7 +183,7 @@ def _positive(text: str) -> int:
 
 def overrides(rest: list[str], takes_config: bool) -> dict[str, str]:
     """{"train.seed": "1"} from ["--config.train.seed=1"], or from the same in two words."""
-    found = {}
+    found: dict[str, str] = {}
     words = iter(rest)
     for word in words:
         name, equals, value = word.partition("=")
@@ -190,7 +191,10 @@ def overrides(rest: list[str], takes_config: bool) -> dict[str, str]:
             raise UserError(f"unknown option {word}; see jax-it COMMAND --help")
         if not equals and (value := next(words, "--")).startswith("--"):
             raise UserError(f"{name} needs a value: {name}=VALUE")
-        found[name.removeprefix("--config.")] = value
+        name = name.removeprefix("--config.")
+        if typed.parts(name) in map(typed.parts, found):
+            raise UserError(f"--config.{typed.shown_name(name)} is given twice; keep one")
+        found[name] = value
     return found
 
 

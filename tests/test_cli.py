@@ -73,6 +73,10 @@ def exit_code(*arguments):
             ("train", "--config", "x", "--workdir", "y", "--config.train.seed", "--config.train.keep=3"),
             "--config.train.seed needs a value: --config.train.seed=VALUE",
         ),
+        (
+            ("preview", "--config", "x", "--config.data.train.0.path=a", "--config.data.train[0].path=b"),
+            "--config.data.train[0].path is given twice; keep one",
+        ),
         (("preview", "--config", "x", "--num", "few"), "--num"),
         (("generate", "--model", "x"), "one of the arguments --prompt --input is required"),
         (("generate", "--model", "x", "--prompt", "y", "--input", "z"), "not allowed with"),
