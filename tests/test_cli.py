@@ -88,8 +88,8 @@ def test_a_command_that_cannot_be_understood_is_answered_in_one_line(capfd, argu
 
 
 def test_a_value_may_look_like_anything_but_an_option():
-    words = ["--config.a=", "--config.mesh.data", "-1", "--config.b=--x", "--config.c", "x=y", "--config.c=z"]
-    assert cli.overrides(words, True) == {"a": "", "mesh.data": "-1", "b": "--x", "c": "z"}
+    words = ["--config.a=", "--config.mesh.data", "-1", "--config.b=--x", "--config.c", "x=y", "--config.d=z"]
+    assert cli.overrides(words, True) == {"a": "", "mesh.data": "-1", "b": "--x", "c": "x=y", "d": "z"}
 
 
 def test_success_is_0(capsys, monkeypatch):

@@ -52,7 +52,7 @@ def get_config(arg=""):
     config.train.log_every = "1 steps"
     config.train.checkpoint_every = "15 steps"
     config.train.optimizer.learning_rate = 3e-2
-    config.train.optimizer.warmup = "2 steps"
+    config.train.optimizer.warmup = "3%"
     config.eval.metrics = ["rougeL", "exact_match"]
     config.eval.batch_size = 4
     if arg == "causal":

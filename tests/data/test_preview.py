@@ -52,12 +52,12 @@ WSD = {"warmup": "4 steps", "decay": "5 steps", "schedule": "wsd"}
         ("train", {"micro_batches": 4}, "micro_batches: a step has 2 rows, which cannot be cut into 4 parts"),
         ("train", {"duration": "1e12 steps"}, "duration: 1000000000000 steps is too long; a run has at most 21474836"),
         ("train", {"duration": "1e17 tokens"}, "duration: 1e+17 tokens ("),
-        ("train", {"duration": "10001 epochs"}, "duration: 10001 epochs; of epochs the most is 10000; give it in steps"),
+        ("train", {"duration": "10001 epochs"}, "duration: 10001 epochs; of epochs the most is 10000; give it in s"),
         (
             "train", {"optimizer": {"warmup": "9 steps"}, "duration": 8},
             "optimizer.warmup: 9 steps is longer than the run of 8 steps; shorten it",
         ),
-        ("train", {"optimizer": {"warmup": "101%"}, "duration": 80}, "optimizer.warmup: 101% (81 steps) is longer than"),
+        ("train", {"optimizer": {"warmup": "101%"}, "duration": 80}, "optimizer.warmup: 101% (81 steps) is longer"),
         (
             "train", {"optimizer": WSD, "duration": 8},
             "optimizer.decay: 5 steps is longer than what the run has after its warmup, 4 steps; shorten it",

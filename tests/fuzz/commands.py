@@ -73,7 +73,10 @@ def _serve(folder: Path) -> None:
     from jax_it import export, plan, predict, preview  # noqa: F401
     from jax_it.evaluation import follow, run  # noqa: F401
 
-    assert jax_it.training
+    # Imported when a tokenizer is loaded; every child would do so again.
+    from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, T5Tokenizer
+
+    assert jax_it.training and all((AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, T5Tokenizer))
     for line in sys.stdin:
         print(json.dumps(_answer(folder, json.loads(line))), flush=True)
 
