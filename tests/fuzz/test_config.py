@@ -9,7 +9,7 @@ import json
 import random
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,24 +56,27 @@ def leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, type]]:
 
 SETTINGS = list(leaves(settings.Config))
 WRONG = (
-    "", " ", "None", "none", "null", "nan", "inf", "-inf", "-", "abc", "[1]", "{}", "[", "[" * 300, "(" * 5000, "{'a': 1}",
-    "[None]", "b'x'", "1j", "...", "1 2", "0x", "½", "٣", "é", "\u2028", "\n", "'", "\\d", "{{x}}", "a\0b", "\udcff", "\ud800",
+    "", " ", "None", "none", "null", "nan", "inf", "-inf", "-", "abc", "[1]", "{}", "[", "[" * 300, "(" * 5000,
+    "{'a': 1}", "[None]", "b'x'", "1j", "...", "1 2", "0x", "½", "٣", "é", "\u2028", "\n", "'", "\\d", "{{x}}",
+    "a\0b", "\udcff", "\ud800",
 )  # fmt: skip
 NUMBERS = (
-    "0", "1", "2", "3", "5", "-1", "-2", "1.5", "0.5", "-0.5", "1e-3", "1e-12", "1e-300", "-1e-300", "1e-400", "1e3", "1e12",
-    "1e300", "1e400", "-1e400", "0.999", "0.9999999999999999", "1.0", "True", "0x10", "1_000", " 5 ", "007", "+3", "9" * 400,
-    "-" + "9" * 400, "9" * 5000, "0." + "3" * 400, str(2**31 - 1), str(2**31), str(2**32), str(2**63), str(-(2**63) - 1),
+    "0", "1", "2", "3", "5", "-1", "-2", "1.5", "0.5", "-0.5", "1e-3", "1e-12", "1e-300", "-1e-300", "1e-400", "1e3",
+    "1e12", "1e300", "1e400", "-1e400", "0.999", "0.9999999999999999", "1.0", "True", "0x10", "1_000", " 5 ", "007",
+    "+3", "9" * 400, "-" + "9" * 400, "9" * 5000, "0." + "3" * 400, str(2**31 - 1), str(2**31), str(2**32),
+    str(2**63), str(-(2**63) - 1),
 )  # fmt: skip
 DURATIONS = (
-    "1 steps", "2 steps", "0.1 steps", "1e-12 steps", "1e-300 epochs", "1 epoch", "1e3 epochs", "1e6 epochs", "1e300 epochs",
-    "-1 steps", "5%", "100%", "101%", "1e9%", "0", "0%", "1e9 tokens", "1e18 tokens", "3 weeks", "nan steps", "inf steps",
-    "steps", "1e 3 steps", "1e12 examples", "9" * 400, "9" * 400 + " steps", "1.2.3 steps", "٣ steps", "5 5", "1e-12%",
+    "1 steps", "2 steps", "0.1 steps", "1e-12 steps", "1e-300 epochs", "1 epoch", "1e3 epochs", "1e6 epochs",
+    "1e300 epochs", "-1 steps", "5%", "100%", "101%", "1e9%", "0", "0%", "1e9 tokens", "1e18 tokens", "3 weeks",
+    "nan steps", "inf steps", "steps", "1e 3 steps", "1e12 examples", "9" * 400, "9" * 400 + " steps", "1.2.3 steps",
+    "٣ steps", "5 5", "1e-12%",
 )  # fmt: skip
 TEXTS = (
-    "x", "bytes", "loss", "auto", "/dev/null", "/dev/zero", "/dev/full", "nowhere.jsonl", "say.jsonl", "tokenizer", "config.py",
-    "*.jsonl", "**", "[", "x" * 256, "x" * 5000, "/".join(["x"] * 3000), "ü", "gs://", "gs://bucket/x", "ftp://a/b", "~nouser/x",
-    "builtin:instructions", "builtin:", "say.jsonl/", "\t", "{{prompt}} ||| {{completion}}", "{{prompt}}", "{{", "{% for %}",
-    "rougeL", "file.py:f", "exact_match",
+    "x", "bytes", "loss", "auto", "/dev/null", "/dev/zero", "/dev/full", "nowhere.jsonl", "say.jsonl", "tokenizer",
+    "config.py", "*.jsonl", "**", "[", "x" * 256, "x" * 5000, "/".join(["x"] * 3000), "ü", "gs://", "gs://bucket/x",
+    "ftp://a/b", "~nouser/x", "builtin:instructions", "builtin:", "say.jsonl/", "\t", "{{prompt}} ||| {{completion}}",
+    "{{prompt}}", "{{", "{% for %}", "rougeL", "file.py:f", "exact_match",
 )  # fmt: skip
 # Sizes up to which a preview of the tiny recipe takes no time and no memory to speak of.
 LARGE = {"source_length", "target_length", "sequence_length", "packed_source_length", "packed_target_length"}
@@ -138,30 +141,36 @@ def overrides(rng: random.Random) -> list[Override]:
 
 PLAIN = (
     "", "{", "\0", "\xff", "import nosuch", "raise SystemExit(0)", "import sys\nsys.exit()", "raise GeneratorExit",
-    "import os\nos.kill(os.getpid(), 0)\nget_config = None", "def get_config(): pass", "def get_config(arg=''): return None",
-    "def get_config(arg=''): yield 1", "async def get_config(arg=''): return {}", "class get_config(dict): pass",
-    "get_config = dict", "get_config = str", "get_config = lambda arg: [1]", "get_config = lambda arg: 5", "x = " + "[" * 3000,
+    "import os\nos.kill(os.getpid(), 0)\nget_config = None", "def get_config(): pass",
+    "def get_config(arg=''): return None", "def get_config(arg=''): yield 1",
+    "async def get_config(arg=''): return {}", "class get_config(dict): pass", "get_config = dict",
+    "get_config = str", "get_config = lambda arg: [1]", "get_config = lambda arg: 5", "x = " + "[" * 3000,
     "x = " + "-" * 100000 + "1", "def get_config(arg=''): return get_config(arg)", "get_config = lambda arg: {1: 2}",
     "get_config = lambda arg: {'model': 5}", "get_config = lambda arg: {'train': {'seed': object()}}",
-    "get_config = lambda arg: type('D', (dict,), {'items': lambda self: 1 / 0})(a=1)", "def get_config(arg=''): raise Exception('a\\nb')",
-    "class E(Exception):\n    def __str__(self): raise ValueError\ndef get_config(arg=''): raise E", "from jax_it import config\nget_config = config.Config",
-    "def get_config(arg=''): raise SystemExit('\\ud800')", "from jax_it.errors import Interrupted\nraise Interrupted('x')",
+    "get_config = lambda arg: type('D', (dict,), {'items': lambda self: 1 / 0})(a=1)",
+    "def get_config(arg=''): raise Exception('a\\nb')",
+    "class E(Exception):\n    def __str__(self): raise ValueError\ndef get_config(arg=''): raise E",
+    "from jax_it import config\nget_config = config.Config", "def get_config(arg=''): raise SystemExit('\\ud800')",
+    "from jax_it.errors import Interrupted\nraise Interrupted('x')",
 )  # fmt: skip
 # After `config = original(arg)`.
 CHANGES = (
     "config.data = config", "config.data.train.append(config.data.train)", "config.data.train[0]['template'] = [[1]]",
-    "config.train.seed = config.train.get_ref('seed')", "config.model.architecture['deep'] = config.model.architecture",
+    "config.train.seed = config.train.get_ref('seed')",
+    "config.model.architecture['deep'] = config.model.architecture",
     "config.data.train = config.data.get_ref('seed')", "config.train.duration = float('nan')", "config.train = None",
     "config.train.batch_size = 10 ** 5000", "config.train.batch_size = True", "config.train.batch_size = 8.0",
-    "config.data.train[0]['path'] = b'x'", "config.data.train[0]['path'] = HERE / 'say.jsonl'", "config.eval.metrics = {'bleu'}",
-    "config.eval.metrics = 'bleu'", "config.eval.metrics = (m for m in ['bleu'])", "config.train.optimizer = 'adamw'",
-    "config.train.optimizer.learning_rate = '1e-3'", "config.train.optimizer.learning_rate = 1e-3 + 0j",
-    "import numpy\nconfig.train.seed = numpy.int64(3)", "import numpy\nconfig.train.clip = numpy.float32(1)",
-    "import numpy\nconfig.train.loss = numpy.array(['a', 'b'])", "config.model.architecture['d_model'] = {16}",
-    "config.model.architecture[5] = 1", "config.model.architecture['d_model'] = float('inf')", "config.model.path = '\\ud800'",
-    "config.lock()\nconfig.nosuch = 1", "config.nosuch = 1", "config['data']['train'] = {}", "config.data.train = [None]",
-    "config.data.train = 'say.jsonl'", "del config.train", "del config.model.architecture", "config.mesh.data = 0",
-    "print('hello')", "config = config.to_dict()", "import json\nconfig = json.loads(config.to_json_best_effort())",
+    "config.data.train[0]['path'] = b'x'", "config.data.train[0]['path'] = HERE / 'say.jsonl'",
+    "config.eval.metrics = {'bleu'}", "config.eval.metrics = 'bleu'", "config.eval.metrics = (m for m in ['bleu'])",
+    "config.train.optimizer = 'adamw'", "config.train.optimizer.learning_rate = '1e-3'",
+    "config.train.optimizer.learning_rate = 1e-3 + 0j", "import numpy\nconfig.train.seed = numpy.int64(3)",
+    "import numpy\nconfig.train.clip = numpy.float32(1)", "import numpy\nconfig.train.loss = numpy.array(['a', 'b'])",
+    "config.model.architecture['d_model'] = {16}", "config.model.architecture[5] = 1",
+    "config.model.architecture['d_model'] = float('inf')", "config.model.path = '\\ud800'",
+    "config.lock()\nconfig.nosuch = 1", "config.nosuch = 1", "config['data']['train'] = {}",
+    "config.data.train = [None]", "config.data.train = 'say.jsonl'", "del config.train",
+    "del config.model.architecture", "config.mesh.data = 0", "print('hello')", "config = config.to_dict()",
+    "import json\nconfig = json.loads(config.to_json_best_effort())",
     "for _ in range(9999): config = {'data': config}", "config.model.architecture['x'] = 'é' * 100000",
 )  # fmt: skip
 
