@@ -204,9 +204,11 @@ def config_file(rng: random.Random, folder: Path) -> Path:
 
 def names_the_fault(line: str, cause: list[Override]) -> bool:
     """Whether a refusal says which of the settings it is about: by its name, the end of that, or its value."""
+    if any(words in line for words in (" has no entry ", " has no field ", " is not a setting")):  # of a changed name
+        return True
     for name, text in cause:
         said = (name, name.rpartition(".")[2], repr(text)[1:20].rstrip("'\""), " ".join(text.split())[:20])
-        if any(part and part in line for part in said) or not name.strip("."):
+        if any(part and part in line for part in said):
             return True
     return False
 
