@@ -296,6 +296,13 @@ def test_a_setting_that_only_the_other_kind_of_model_reads_is_refused_once_the_k
     settings.check_read(settings.resolve(tree(data__target_length=64, data__source_length=64)), "seq2seq")
 
 
+def test_a_run_of_an_older_version_opens_with_numbers_that_are_refused_now():
+    """A best metric and a patience without examples would have no effect: they are put back."""
+    changes = {"train__micro_batches": 9, "train__batch_size": 8, "eval__min_new_tokens": 999, "eval__patience": 3}
+    reopened = settings.reopen(tree(**changes, train__duration="20000 epochs"))
+    assert (reopened.train.micro_batches, reopened.eval.min_new_tokens, reopened.eval.patience) == (9, 999, 0)
+
+
 def test_a_run_of_an_older_version_opens_where_settings_are_missing():
     made = settings.to_dict(settings.resolve(tree()))
     del made["train"]["max_spike"], made["eval"], made["model"]["lora"]["dora"]
@@ -522,9 +529,9 @@ RANK = {"name": "quiz", "data": {"path": "a.jsonl"}, "score": "rank", "options":
         ({"max_new_tokens": 0}, ".max_new_tokens: 0 must be at least 1"),
         ({"length": -1}, ".length: -1 must be at least 0"),
         ({"num_shots": -1}, ".num_shots: -1 must be at least 0"),
-        ({"samples": 4}, ": samples, top_p and seed need a temperature above 0"),
-        ({"top_p": 0.5}, ": samples, top_p and seed need a temperature above 0"),
-        ({"seed": 5}, ": samples, top_p and seed need a temperature above 0"),
+        ({"samples": 4}, ": samples and top_p need a temperature above 0"),
+        ({"top_p": 0.5}, ": samples and top_p need a temperature above 0"),
+        ({"seed": 5}, ".seed has no effect without a temperature above 0; leave it out"),
         ({"temperature": -1}, ".temperature: -1.0 must be 0 or at least 0.0001"),
         ({"temperature": 1, "top_p": 1.5}, ".top_p: 1.5 must be in (0, 1]"),
         ({"answer": "("}, ".answer: '(' is no regular expression: missing )"),

@@ -165,5 +165,5 @@ def reopen(tree: Mapping[str, Any]) -> Config:
     Those that it did not know yet are at their defaults, as are those that it took and that nothing reads.
     """
     config = without_unread(typed.build(Config, tree, "config"))
-    check(config, training=True)
+    check(config, training=True, saved=True)
     return config

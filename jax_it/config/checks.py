@@ -162,6 +162,10 @@ _READ = (
         "with optimizer.schedule={c.train.optimizer.schedule!r}; leave it out, or choose 'linear', 'cosine' or 'wsd'",
     ),
     _Read(
+        "eval", "best patience", lambda c: bool(c.data.eval or c.data.holdout) or _is_of_task(c),
+        "without examples to evaluate on; set data.eval or data.holdout",
+    ),
+    _Read(
         "eval", _GENERATED, lambda c: c.eval.generate,
         "with eval.generate=False; leave it out, or set that to True",
     ),
@@ -244,9 +248,14 @@ def _number(value: float) -> str:
     return f"{value:g}" if isinstance(value, float) and value.is_integer() and abs(value) >= 1e6 else str(value)
 
 
-def check(config: Config, training: bool) -> None:
-    """Refuses values and combinations that cannot work, before anything is read or computed."""
+def check(config: Config, training: bool, saved: bool = False) -> None:
+    """Refuses values and combinations that cannot work, before anything is read or computed.
+
+    Of a `saved` run's config an older version may have taken some that this one refuses where a run is started.
+    """
     _check_numbers(config)
+    if not saved:
+        _check_sense(config, training)
     model, data, train, mesh = config.model, config.data, config.train, config.mesh
     if not model.path and not model.architecture:
         raise UserError(
@@ -282,25 +291,35 @@ def check(config: Config, training: bool) -> None:
             f"config.data.packed_source_length: {data.packed_source_length} must be a multiple of "
             f"data.source_length, {data.source_length}: a row is made of blocks of that length"
         )
-    if train.micro_batches > train.batch_size:
-        raise UserError(
-            f"config.train.micro_batches: {train.micro_batches} is more than train.batch_size, {train.batch_size}"
-        )
     if train.duration.value <= 0 or train.duration.unit == "%":
         raise UserError("config.train.duration must be positive and in steps, epochs, examples or tokens")
-    if train.duration.unit == "epochs" and train.duration.value > EPOCHS:
-        raise UserError(f"config.train.duration: {train.duration}; of epochs the most is {EPOCHS}; give it in steps")
     _check_tasks(config.eval.tasks)
     best = config.eval.best
-    of_task = best in [f"{task.name}/{metric}" for task in config.eval.tasks for metric in measured(task)]
-    if best != "loss" and not of_task and not (best in config.eval.metrics and config.eval.generate):
+    if best != "loss" and not _is_of_task(config) and not (best in config.eval.metrics and config.eval.generate):
         raise UserError(f"config.eval.best: {best!r} is not measured; add it to eval.metrics, with eval.generate on")
-    if config.eval.generate and config.eval.min_new_tokens > (most := config.eval.max_new_tokens or data.target_length):
-        name = "eval.max_new_tokens" if config.eval.max_new_tokens else "data.target_length"
-        raise UserError(f"config.eval.min_new_tokens: {config.eval.min_new_tokens} is more than {name}, {most}")
     sizes = {name: size for name, size in dataclasses.asdict(mesh).items() if name not in ("slices", "across_slices")}
     if sum(size == -1 for size in sizes.values()) > 1 or any(size == 0 for size in sizes.values()):
         raise UserError(f"config.mesh: sizes must be positive, and at most one of them -1; got {sizes}")
+
+
+def _is_of_task(config: Config) -> bool:
+    """Whether the score that ranks checkpoints is one of a task."""
+    return config.eval.best in [f"{task.name}/{metric}" for task in config.eval.tasks for metric in measured(task)]
+
+
+def _check_sense(config: Config, training: bool) -> None:
+    """Refuses numbers that contradict each other, though something could be done with them."""
+    train, scored = config.train, config.eval
+    if training and train.micro_batches > (most := train.batch_size):
+        raise UserError(f"config.train.micro_batches: {train.micro_batches} is more than train.batch_size, {most}")
+    if training and train.duration.unit == "epochs" and train.duration.value > EPOCHS:
+        raise UserError(f"config.train.duration: {train.duration}; of epochs the most is {EPOCHS}; give it in steps")
+    if scored.generate and scored.min_new_tokens > (most := scored.max_new_tokens or config.data.target_length):
+        name = "eval.max_new_tokens" if scored.max_new_tokens else "data.target_length"
+        raise UserError(f"config.eval.min_new_tokens: {scored.min_new_tokens} is more than {name}, {most}")
+    for i, task in enumerate(scored.tasks):
+        if task.seed and not task.temperature:
+            raise UserError(f"config.eval.tasks.{i}.seed has no effect without a temperature above 0; leave it out")
 
 
 def _check_source(source: Source, where: str) -> None:
@@ -345,10 +364,8 @@ def _check_tasks(tasks: tuple[Task, ...]) -> None:
             raise UserError(f"{where}.shots_by has no effect without shots; leave it out")
         if task.preamble and task.preamble_file:
             raise UserError(f"{where}: preamble and preamble_file exclude each other; keep one")
-        if not task.temperature and (task.samples > 1 or task.top_p < 1 or task.seed):
-            raise UserError(
-                f"{where}: samples, top_p and seed need a temperature above 0: nothing is drawn without one"
-            )
+        if not task.temperature and (task.samples > 1 or task.top_p < 1):
+            raise UserError(f"{where}: samples and top_p need a temperature above 0: nothing is drawn without one")
         _check_answer(task.answer, f"{where}.answer")
 
 
