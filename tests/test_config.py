@@ -263,10 +263,7 @@ def test_a_number_that_would_hang_crash_or_do_nothing_is_refused_with_its_limit(
             {"eval": {"generate": False, "num_beams": 4}},
             "eval.num_beams has no effect with eval.generate=False; leave it",
         ),
-        (
-            {"eval": {"generate": False, "metrics": ["bleu"]}},
-            "eval.metrics has no effect with eval.generate=False; leave",
-        ),
+        ({"eval": {"generate": False, "max_new_tokens": 9}}, "eval.max_new_tokens has no effect with eval.generate=Fa"),
     ],
 )
 def test_a_setting_that_nothing_reads_is_refused_but_taken_from_a_saved_run(changes, message):

@@ -202,12 +202,22 @@ def config_file(rng: random.Random, folder: Path) -> Path:
 # The oracle
 
 
+# What a refusal may say in the place of a setting's name.
+CALLED = {"source_length": "truncated", "target_length": "truncated", "sequence_length": "truncated"}
+
+
 def names_the_fault(line: str, cause: list[Override]) -> bool:
     """Whether a refusal says which of the settings it is about: by its name, the end of that, or its value."""
     if any(words in line for words in (" has no entry ", " has no field ", " is not a setting")):  # of a changed name
         return True
     for name, text in cause:
-        said = (name, name.rpartition(".")[2], repr(text)[1:20].rstrip("'\""), " ".join(text.split())[:20])
+        said = (
+            name,
+            name.rpartition(".")[2],
+            repr(text)[1:20].rstrip("'\""),
+            " ".join(text.split())[:20],
+            CALLED.get(name.rpartition(".")[2]),
+        )
         if any(part and part in line for part in said):
             return True
     return False
