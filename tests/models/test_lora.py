@@ -117,6 +117,17 @@ def test_gradients_are_those_of_finite_differences(name, folders):
     assert max(np.abs(slope).max() for slope in jax.tree.leaves(gradient)) > 1
 
 
+def test_doras_first_magnitudes_are_the_weights_own_lengths_and_take_no_product(folders):
+    model, base = load(folders("gpt2"))
+    adapted = hf.with_adapter(model, config.Model(lora=config.Lora(rank=3, dora=True)))
+    init = jax.jit(adapted.init_adapter).lower(jax.random.key(0), base)
+    assert "dot_general" not in init.as_text()  # XLA's CPU compiler gets it wrong for B's constant zeros
+    leaves, weights = flatten(init.compile()(jax.random.key(0), base)), flatten(base)
+    for path, axes in (("layers.mlp.down", 1), ("layers.attention.output", (1, 2))):
+        lengths = np.sqrt(np.square(np.asarray(weights[path], np.float64)).sum(axes))
+        np.testing.assert_allclose(leaves[f"{path}.magnitude"], lengths, rtol=1e-6)
+
+
 def test_doras_product_is_that_of_the_paper_in_float64():
     random = np.random.default_rng(0)
     w, a, b = (random.standard_normal(shape) for shape in ((6, 3, 4), (6, 2), (2, 3, 4)))
