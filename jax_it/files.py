@@ -96,7 +96,7 @@ def _runs(process: int) -> bool:
 
 
 def check_regular(file: Path) -> None:
-    """Raises UserError for a FIFO, a device, a folder or a loop of links, which could not be read or never to an end."""
+    """Raises UserError for a FIFO, a device, a folder or a loop of links: reading it would fail or never end."""
     if not file.is_file() and (file.exists() or file.is_symlink()):
         raise UserError(f"{file} is not a regular file; replace it by one")
 

@@ -333,8 +333,8 @@ def _check_base(wanted: str, name: str, folder: Path) -> None:
     revision = _read_values(folder).get("revision")
     if on_hub(name) and revision not in (None, "", "main"):
         raise UserError(
-            f"{folder / CONFIG}: the adapter is for revision {_short(revision)} of {wanted}; fetch that one into a folder "
-            "and name the folder as the base model"
+            f"{folder / CONFIG}: the adapter is for revision {_short(revision)} of {wanted}; fetch that one into a "
+            "folder and name the folder as the base model"
         )
 
 
