@@ -95,6 +95,29 @@ def _runs(process: int) -> bool:
     return True
 
 
+def check_regular(file: Path) -> None:
+    """Raises UserError for a FIFO, a device, a folder or a loop of links: reading it would fail or never end."""
+    if not file.is_file() and (file.exists() or file.is_symlink()):
+        raise UserError(f"{file} is not a regular file; replace it by one")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A local file's JSON object. Raises FileNotFoundError, and UserError for anything else that is wrong with it."""
+    check_regular(file)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{file} is not valid JSON: {reason}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no JSON object")
+    return values
+
+
 def remove(folder: Any) -> None:
     """Removes a folder and all in it, as far as that can be done."""
     if not is_remote(folder):

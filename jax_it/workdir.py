@@ -335,6 +335,10 @@ def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
     def mesh_for(model: Model) -> jax.sharding.Mesh:
         return sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
 
+    def checked(model: Model, params: Params, tokenizer: tokenizers.Tokenizer) -> Any:
+        check_vocabulary(model, tokenizer)
+        return model, params, tokenizer
+
     def read(config: settings.Model) -> tuple[Model, Params]:
         return hf.load(config, mesh_for(build(*hf.read_values(config), config)))
 
@@ -342,18 +346,28 @@ def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
         config, derived = place.open()
         model = place.model(config, derived)
         params = place.params(model, config, place.choose_step("latest", ""), mesh_for(model))
-        return model, params, place.tokenizer()
+        return checked(model, params, place.tokenizer())
     if peft.is_folder(path):
         base = peft.base_of(path)
         model, params = read(settings.Model(path=base, lora=settings.Lora(path=path)))
         with_tokenizer = path if (place.path / "tokenizer_config.json").is_file() else base
-        return model, params, tokenizers.load(str(find_folder(with_tokenizer)))
+        return checked(model, params, tokenizers.load(str(find_folder(with_tokenizer))))
     model, params = read(settings.Model(path=path))
-    return model, params, tokenizers.load(str(find_folder(path)))
+    return checked(model, params, tokenizers.load(str(find_folder(path))))
+
+
+def check_vocabulary(model: Model, tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuses a tokenizer with ids that the model's embedding has no row for."""
+    if tokenizer.size > model.config.vocabulary:
+        raise UserError(
+            f"the tokenizer has {tokenizer.size} ids and the model's embedding {model.config.vocabulary} rows "
+            "(vocab_size in its config.json): give the model its own tokenizer with config.model.tokenizer"
+        )
 
 
 def make_format(model: Model, tokenizer: tokenizers.Tokenizer) -> Format:
-    """How this model sees examples."""
+    """How this model sees examples. Raises UserError where it is not the model's tokenizer."""
+    check_vocabulary(model, tokenizer)
     if model.kind == "causal":
         return CausalFormat(tokenizer.pad, model.run.prefix_lm)
     return Seq2SeqFormat(model.config.start_token, model.config.pad_token)

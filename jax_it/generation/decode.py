@@ -12,9 +12,10 @@ import numpy as np
 
 from jax_it import sharding
 from jax_it.data.batches import bucket
+from jax_it.errors import UserError
 from jax_it.generation import widths
 from jax_it.generation.beam import Beams
-from jax_it.generation.sampling import GREEDY, OneByOne, Sampling
+from jax_it.generation.sampling import BROKEN, GREEDY, OneByOne, Sampling
 from jax_it.generation.slots import Arrivals, Search, Slots, advance, empty, fill, keep, widen
 from jax_it.models import Model, Params
 
@@ -42,7 +43,8 @@ class Generator:
     come in sorted by length, shortest first, some at a time, whenever as many slots of the batch are done; so short
     texts wait for no long ones, and prompts of like length are padded together. A text ends at one of the model's end
     tokens or of the `ends` given beside them, at its limit, or as soon as `stop(tokens)` says so, which is not asked of
-    beams. With `log_probs` they come with the texts. Raises ValueError where no text would ever end.
+    beams. With `log_probs` they come with the texts. Raises ValueError where no text would ever end, and UserError
+    where the model's logits are not finite.
     """
 
     def __init__(
@@ -207,6 +209,11 @@ class Generator:
             number, over = int(number_B[slot]), bool(done_B[slot])
             for tokens_T, log_probs_T in zip(tokens_BNT[slot], log_probs_BNT[slot], strict=True):
                 tokens = list(takewhile(lambda token: token not in self._ends, tokens_T[:number].tolist()))
+                if BROKEN in tokens:
+                    raise UserError(
+                        f"the model's logits for prompt {place[0] + 1} are not finite, so there is no text: its weights "
+                        "are broken, or too large for the dtype that it is computed in"
+                    )
                 scored = min(len(tokens) + 1, number)  # with an end mark
                 if self._stop and self._stop(tokens):
                     # Cut where it was over, however late that was seen.

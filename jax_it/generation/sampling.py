@@ -58,6 +58,14 @@ def constrain(
     return scores_BV
 
 
+BROKEN = -1  # in place of a token: its logits were not finite
+
+
+def is_finite(logits_BV: jax.Array) -> jax.Array:
+    """Whether all logits of a row are finite, [B]."""
+    return jnp.isfinite(jnp.abs(logits_BV).max(-1))
+
+
 def likeliest(logits_BV: jax.Array) -> jax.Array:
     """What argmax gives along the last axis; on a CPU, which has no fast loop for pairs, in a third of its time."""
     tokens_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, logits_BV.ndim - 1)
@@ -134,7 +142,9 @@ class OneByOne:
         `number_B` tokens are made already, and `limit_B` at most. A text that is done stays as it is.
         """
         allowed_BV = constrain(logits_BV, self.sampling, self.ends, number_B, text.seen_BV)
+        finite_B = is_finite(logits_BV)
         next_B = choose(allowed_BV, self.sampling, text.row_B, number_B).astype(jnp.int32)
+        next_B = jnp.where(finite_B, next_B, BROKEN)
         rows, at_B = jnp.arange(next_B.shape[0]), jnp.where(done_B, self.length, number_B)
         log_probs_BT = text.log_probs_BT
         if self.log_probs:
@@ -146,7 +156,7 @@ class OneByOne:
             text.row_B,
             None if text.seen_BV is None else text.seen_BV.at[rows, next_B].set(True),
         )
-        return longer, next_B, None, is_end(next_B, self.ends) | (number_B + 1 >= limit_B)
+        return longer, next_B, None, is_end(next_B, self.ends) | (number_B + 1 >= limit_B) | ~finite_B
 
     def read(self, text: State) -> tuple[Any, Any]:
         """Tokens and log-probabilities [B, texts, T]."""

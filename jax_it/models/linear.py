@@ -49,7 +49,7 @@ def project(x: jax.Array, param: nnx.Param, spec: str) -> jax.Array:
     # Liu et al. 2024, section 4.3: the norm is a constant to the gradient. As in PEFT, dropout acts on the
     # whole of what the adapter changes.
     inputs, _ = _axes(spec)
-    norm = jax.lax.stop_gradient(column_norm(weight, inputs))
+    norm = jax.lax.stop_gradient(column_norm(sum_of(weight, inputs), inputs))
     share = weight.magnitude / norm
     changed = plain if weight.key is None else _product(dropped, weight.base, spec)
     # The difference from 1 is small: it is taken before the share is rounded.
@@ -73,10 +73,9 @@ def look_up(param: nnx.Param, tokens: jax.Array, dtype: Any) -> jax.Array:
     return dense(jax.tree.map(lambda array: array[tokens], param.get_value()), dtype)
 
 
-def column_norm(weight: Adapted, inputs: int) -> jax.Array:
-    """The length of W + scale * A B along its first `inputs` axes, float32: what DoRA's magnitude starts from."""
-    axes = tuple(range(inputs))
-    return jnp.sqrt(jnp.square(sum_of(weight, inputs)).sum(axes))
+def column_norm(weight: DenseWeight, inputs: int) -> jax.Array:
+    """The length of a weight along its first `inputs` axes, float32: what DoRA's magnitude starts from."""
+    return jnp.sqrt(jnp.square(dense(weight, jnp.float32)).sum(tuple(range(inputs))))
 
 
 def sum_of(weight: Adapted, inputs: int) -> jax.Array:
@@ -90,7 +89,7 @@ def merge(weight: Adapted, inputs: int) -> jax.Array:
     total = sum_of(weight, inputs)
     if weight.magnitude is None:
         return total
-    return total * (weight.magnitude / jnp.sqrt(jnp.square(total).sum(tuple(range(inputs)))))
+    return total * (weight.magnitude / column_norm(total, inputs))
 
 
 def _axes(spec: str) -> tuple[int, int]:

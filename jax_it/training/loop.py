@@ -31,7 +31,7 @@ from jax_it.training.state import TrainState, start
 from jax_it.training.step import Prepared, prepare
 from jax_it.training.throughput import Throughput, peak_flops, step_flops
 from jax_it.training.watchdog import watching
-from jax_it.workdir import Derived, Workdir, make_format
+from jax_it.workdir import Derived, Workdir, check_vocabulary, make_format
 
 # What bias, mask, softmax and dropout cost for one attention score, in matmul FLOPs of the same time: they are
 # bound by memory. Measured on two CPU cores at 512 positions; an H100's ratio of the two is of the same order.
@@ -156,11 +156,7 @@ def check_model(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -
     check_room(model, config)
     if config.train.balance_loss and not model.config.experts:
         raise UserError("config.train.balance_loss is for mixtures of experts, which this model is not; leave it at 0")
-    if tokenizer.size > model.config.vocabulary:
-        raise UserError(
-            f"the tokenizer has {tokenizer.size} ids and the model's embedding {model.config.vocabulary} rows "
-            "(vocab_size in its config.json): give the model its own tokenizer with config.model.tokenizer"
-        )
+    check_vocabulary(model, tokenizer)
     if model.kind == "causal":  # segments mark its padding, and texts end where the tokenizer says
         return
     if tokenizer.end not in model.config.end_tokens:
