@@ -46,9 +46,9 @@ def locate(path: str | Path) -> Any:
 
 
 def matches(pattern: Any) -> list[Any]:
-    """The files that a path with wildcards names, in order. Raises UserError where an object store knows none such."""
+    """What a path with wildcards names but for folders, in order. Raises UserError where a store knows none such."""
     if not is_remote(pattern):
-        return sorted(file for name in glob.glob(str(pattern), recursive=True) if (file := Path(name)).is_file())
+        return sorted(file for name in glob.glob(str(pattern), recursive=True) if not (file := Path(name)).is_dir())
     scheme, _, rest = os.fspath(pattern).partition("://")
     bucket, _, inside = rest.partition("/")
     if "**" in inside:
