@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jax_it import hosts
+from jax_it import files, hosts
 from jax_it.config import Data, Source
 from jax_it.data import sources, templates
 from jax_it.data.batches import Encoded
@@ -118,7 +118,8 @@ def _write(
                     raise
     except OSError as error:
         raise UserError(
-            f"config.data.cache_dir: cannot write {folder}: {error.strerror or error}; free space or name another"
+            f"config.data.cache_dir: cannot write {folder}: {error.strerror or error}; "
+            f"{files.remedy(error.strerror)} or name another"
         ) from error
 
 
