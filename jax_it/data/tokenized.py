@@ -137,7 +137,8 @@ def _write(
                     raise
     except OSError as error:
         raise UserError(
-            f"config.data.cache_dir: cannot write {folder}: {error.strerror or error}; free space or name another"
+            f"config.data.cache_dir: cannot write {folder}: {error.strerror or error}; "
+            f"{files.remedy(error.strerror)} or name another"
         ) from error
 
 
