@@ -100,7 +100,7 @@ def _write_whole(output: Path, write: Callable[[Path], None]) -> None:
     except Exception as error:
         if not (reason := disk_error(error)):
             raise
-        raise UserError(f"cannot write {output}: {reason}; free space and export again") from error
+        raise UserError(f"cannot write {output}: {reason}; {files.remedy(reason)} and export again") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

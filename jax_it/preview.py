@@ -9,6 +9,7 @@ from jax_it.config import Config
 from jax_it.data import chat
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
 from jax_it.data.formats import CausalFormat
+from jax_it.data.tokenized import shown_characters
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.models import build, hf
 from jax_it.training.loop import build_data, check_model, load_tokenizer
@@ -48,6 +49,7 @@ def _data_sets(built: data.Built) -> str:
                 f"target {counts.target_tokens / counts.examples:.1f} (before truncation)",
                 f"    supervised {_share(counts.target_tokens, tokens)} of the tokens",
                 f"    unknown    {_share(counts.unknown_tokens, tokens)} of the tokens",
+                f"    lost       {shown_characters(counts.lost) or 'no character'}",
             ]
     return "\n".join(lines)
 

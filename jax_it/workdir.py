@@ -158,7 +158,8 @@ class Workdir:
                 raise
             for part in ("model", "tokenizer"):
                 files.remove(self.path / part)
-            raise UserError(f"cannot write to {self.path}: {reason}; free space or name another --workdir") from error
+            what = f"{files.remedy(reason)} or name another --workdir"
+            raise UserError(f"cannot write to {self.path}: {reason}; {what}") from error
 
     def open(self) -> tuple[Config, Derived]:
         """The config of the run in this folder. Raises UserError where there is none."""
@@ -252,7 +253,8 @@ class Workdir:
             write_atomically(self.path / "ended.json", {"step": step, "why": why})
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"cannot write to {self.path}: {reason}; free space and run the same command") from error
+            what = f"{files.remedy(reason)} and run the same command"
+            raise UserError(f"cannot write to {self.path}: {reason}; {what}") from error
 
     def go_on(self) -> None:
         """Takes that back where training goes on, on the first host."""
@@ -323,7 +325,8 @@ class Workdir:
                     write_atomically(file, "".join(kept))
                 except OSError as error:
                     reason = error.strerror or error
-                    raise UserError(f"cannot write {file}: {reason}; free space and run the same command") from error
+                    what = f"{files.remedy(reason)} and run the same command"
+                    raise UserError(f"cannot write {file}: {reason}; {what}") from error
         if step == 0:
             files.remove(self.tensorboard)
 

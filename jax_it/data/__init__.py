@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from jax_it.config import Data, Source
-from jax_it.data import evaluation_set, mixture, sources, tokenized
+from jax_it.data import evaluation_set, mixture, tokenized
 from jax_it.data.formats import Format
 from jax_it.data.loader import TrainData
 from jax_it.data.packing import Shape
@@ -34,7 +34,8 @@ def build(
     mixed = mixture.mix(data.train, made, data, held_out)
     sample = mixed.epoch(0).part(0, SAMPLE)
     layout = format.layout(sample.source_length, sample.target_length, data, batch_size, row_cost)
-    return Built(TrainData(mixed, format, layout, data.packing), made, digest(data))
+    digest = ":".join(templates[0].digest for templates in made)
+    return Built(TrainData(mixed, format, layout, data.packing), made, digest)
 
 
 def build_eval(
@@ -58,11 +59,6 @@ def _tokenize(data: Data, tokenizer: Tokenizer, format: Format) -> list[list[Tok
         tokenized.tokenize(source, f"config.data.train.{i}", data, tokenizer, format)
         for i, source in enumerate(data.train)
     ]
-
-
-def digest(data: Data) -> str:
-    """A hash of the training data's bytes."""
-    return ":".join(sources.digest(source, f"config.data.train.{i}") for i, source in enumerate(data.train))
 
 
 def texts(items: tuple[Source, ...]) -> Any:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,31 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self.backend(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def lost(self, characters: Set[str]) -> set[str]:
+        """Those characters that leave no token of their own: T5's tokenizer makes spaces of line breaks.
+
+        Of " ", which a space after another is, two spaces come back.
+        """
+        characters = characters | ({"  "} if " " in characters else set())
+        new = sorted(characters - self._is_lost.keys())
+        # Letters of which one is in the vocabulary, whatever the script: what is unknown could be lost beside it.
+        between = next((x for x in ["a", "e", "0", *new] if self._stays(x)), None) if new else None
+        if between is not None:
+            nothing, space = self.encode([between * 2, f"{between} {between}"])
+            found = self.encode([f"{between}{character}{between}" for character in new])
+            for character, tokens in zip(new, found, strict=True):
+                self._is_lost[character] = character != " " and tokens in (nothing, space)
+        return {character for character in characters if self._is_lost.get(character)}
+
+    def _stays(self, character: str) -> bool:
+        """Whether a character has tokens, and none of them is unknown."""
+        (tokens,) = self.encode([character])
+        return character.isalnum() and bool(tokens) and self.unknown not in tokens
+
+    @cached_property
+    def _is_lost(self) -> dict[str, bool]:
+        return {}
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]] | None:
         """Ids [n] of each text as `encode` gives them, and [n, 2] where each begins and ends in it, in characters.

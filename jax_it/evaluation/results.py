@@ -9,7 +9,7 @@ from typing import Any
 from jax_it import hosts, tensorboard
 from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import ALL, TASK, TRUNCATED, WITHOUT_REFERENCE, Scored
-from jax_it.files import is_remote, write_atomically
+from jax_it.files import is_remote, remedy, write_atomically
 from jax_it.workdir import SCORES
 
 PREDICTIONS = "predictions.jsonl"
@@ -36,7 +36,7 @@ def write(folder: Any, scored: Scored, board: Any = None, step: int = 0) -> None
                 show(board, step, found)
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"cannot write {folder}: {reason}; free space and evaluate again") from error
+            raise UserError(f"cannot write {folder}: {reason}; {remedy(reason)} and evaluate again") from error
 
 
 def _with_intervals(scored: Scored, task: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from jax_it import hosts
 from jax_it.errors import UserError
-from jax_it.files import write_atomically
+from jax_it.files import remedy, write_atomically
 from jax_it.tensorboard import Events
 from jax_it.training.phases import SHARES, Phases
 from jax_it.workdir import Workdir
@@ -112,6 +112,6 @@ class Log:
             yield
         except OSError as error:
             raise UserError(
-                f"cannot write to {self._workdir.path}: {error.strerror}; free space and run the same command, "
-                "which goes on from the last checkpoint"
+                f"cannot write to {self._workdir.path}: {error.strerror}; {remedy(error.strerror)} and run the "
+                "same command, which goes on from the last checkpoint"
             ) from error

@@ -88,8 +88,8 @@ def test_the_digest_is_that_of_all_training_data(tmp_path):
     assert build(settings(tmp_path, seed=5, source_length=20)).digest == before
     data = settings(tmp_path)
     Path(data.train[1].path).write_text(Path(data.train[1].path).read_text().replace("say 0", "say O"))
-    assert chain.digest(data) != before
-    assert chain.digest(Data(**{**vars(data), "train": data.train[::-1]})) != chain.digest(data)
+    assert build(data).digest != before
+    assert build(Data(**{**vars(data), "train": data.train[::-1]})).digest != build(data).digest
 
 
 def test_what_became_of_each_data_set_is_described(tmp_path):

@@ -41,7 +41,7 @@ def test_it_says_what_became_of_each_data_set(text):
     assert "    truncated  1 (16.67%) sources, 1 (16.67%) targets\n" in text
     assert f"    tokens     mean source {38 / 6:.1f}, target {22 / 6:.1f} (before truncation)\n" in text
     assert "    supervised 22 (36.67%) of the tokens\n" in text
-    assert "    unknown    0 (0.00%) of the tokens" in text
+    assert "    unknown    0 (0.00%) of the tokens\n    lost       no character" in text
 
 
 def test_it_says_how_full_the_rows_are_and_how_long_the_run_is(text):
