@@ -60,7 +60,8 @@ def locate(path: str | Path, option: str = "") -> Any:
 def locate_local(path: str | Path, option: str) -> Path:
     """The same where only a local folder or file will do. Raises UserError for one in an object store."""
     if scheme := _scheme(os.fspath(path)):
-        raise UserError(f"{option} {_short(os.fspath(path))}: {scheme}:// is not supported here; give a local path")
+        shown = f"{option} {_short(os.fspath(path))}".strip()
+        raise UserError(f"{shown}: {scheme}:// is not supported here; give a local path")
     local: Path = locate(path, option)
     return local
 

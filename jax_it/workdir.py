@@ -29,7 +29,7 @@ from jax_it.config import Config
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shorten
 from jax_it.files import Appending, write_atomically
 from jax_it.models import Model, Params, build, hf, peft, with_tied_head
 from jax_it.models.lora import Adapter, Target
@@ -280,9 +280,17 @@ class Workdir:
             scores = {step: score for step in steps if (score := self.scores(metric)(step)) is not None}
             if not scores:
                 raise UserError(f"no checkpoint of {self.path} has a score ({metric}); run jax-it eval first")
+            if len(scores) == 1 and len(steps) > 1:
+                others = ", ".join(str(step) for step in steps if step not in scores)
+                raise UserError(
+                    f"only checkpoint {next(iter(scores))} of {self.path} has a score ({metric}), so none is known to be "
+                    f"the best: run jax-it eval for {others} too, with --checkpoint STEP, or name a step"
+                )
             return max(scores, key=lambda step: scores[step])
-        if not which.isdecimal() or int(which) not in steps:
-            raise UserError(f"--checkpoint {which}: {self.path} has {', '.join(map(str, steps))}, latest and best")
+        if which not in map(str, steps):
+            raise UserError(
+                f"--checkpoint {shorten(which)}: {self.path} has {', '.join(map(str, steps))}, latest and best"
+            )
         return int(which)
 
     def params(self, model: Model, config: Config, step: int, mesh: jax.sharding.Mesh) -> Params:

@@ -70,7 +70,7 @@ def test_home_folders_are_expanded_and_loops_of_links_refused(tmp_path: Path, mo
     assert files.locate("runs/a:b") == Path("runs/a:b") and files.locate("c:/x") == Path("c:/x")
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    with pytest.raises(UserError, match="--json .*: Too many levels of symbolic links"):
+    with pytest.raises(UserError, match=r"--json .*: Too many levels of symbolic links"):
         files.locate(tmp_path / "a" / "x", "--json")
 
 

@@ -185,7 +185,7 @@ def test_a_file_that_is_there_is_not_written_over(capfd, run, tmp_path):
         (("--output", "{here}/out.jsonl", "--top-p", "0"), "--top-p must be in (0, 1]"),
         (("--output", "{here}/out.jsonl", "--top-k", "5"), "--top-k, --top-p and --min-p need a --temperature"),
         (("--output", "{here}/out.jsonl", "--num-beams", "2", "--temperature", "1"), "exclude each other"),
-        (("--output", "{here}/out.jsonl", "--num-beams", "0"), "0 is not a positive whole number"),
+        (("--output", "{here}/out.jsonl", "--num-beams", "0"), "0 is not from 1 to"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(capfd, tmp_path, monkeypatch, options, message):

@@ -13,7 +13,7 @@ from typing import Any
 
 import ml_collections
 
-from jax_it import typed
+from jax_it import files, typed
 from jax_it.config.checks import check, measured
 from jax_it.config.settings import (
     Config,
@@ -74,6 +74,9 @@ def override(tree: dict[str, Any], changes: Mapping[str, str]) -> dict[str, Any]
 def read(path: str) -> dict[str, Any]:
     """The settings of a file, "FILE" or "FILE:ARG", as plain values that are not checked yet."""
     file, _, arg = path.partition(":")
+    if arg.startswith("//"):
+        files.locate_local(path, "config file")  # which refuses it
+    file = str(files.locate_local(file, "config file"))
     if not Path(file).is_file():
         raise UserError(f"config file {file} does not exist")
     spec = importlib.util.spec_from_file_location("jax_it_config_file", file)

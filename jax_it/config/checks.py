@@ -125,6 +125,10 @@ def _check_tasks(tasks: tuple[Task, ...]) -> None:
                 raise UserError(f"{where}.{name} has no effect with score={task.score!r}; leave it out")
         if task.num_shots < 0 or task.length < 0 or task.max_new_tokens < 1 or task.samples < 1:
             raise UserError(f"{where}: num_shots and length must be at least 0, max_new_tokens and samples at least 1")
+        if not all(task.stop):
+            raise UserError(f"{where}.stop: an empty text would end every text where it begins; leave it out")
+        if not 0 <= task.seed < 1 << 32:  # JAX draws from the lowest 32 bits alone
+            raise UserError(f"{where}.seed: {task.seed} must be from 0 to {(1 << 32) - 1}")
         if bool(task.num_shots) != bool(task.shots.path):
             raise UserError(f"{where}: shots and num_shots are given together or not at all")
         if task.shots.path:

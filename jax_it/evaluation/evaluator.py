@@ -22,6 +22,7 @@ from jax_it.errors import Interrupted, UserError, first_line
 from jax_it.evaluation.executed import Executed
 from jax_it.evaluation.scorers import (
     TRUNCATED,
+    UNFINISHED,
     Found,
     Generated,
     Perplexity,
@@ -48,7 +49,8 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
 class Scored(NamedTuple):
     metrics: dict[str, dict[str, float]]
     """By task, and "all" of data.eval's examples, where there are any. `n` examples are scored; "all" also counts those
-    left out and the prompts cut. Of eval.tasks by name, and "NAME/GROUP" where there are groups.
+    left out and the prompts cut. Of eval.tasks by name, and "NAME/GROUP" where there are groups. Of generated texts
+    `unfinished` ones reached max_new_tokens before they ended.
     """
     predictions: list[dict[str, Any]]  # id, task, prompt, prediction, references
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = MappingProxyType({})  # by task and metric; 95 %
@@ -152,7 +154,7 @@ class Examples:
         overall = {"loss": loss, "perplexity": perplexity(loss), "n": float(len(self._examples)), **self._left_out}
         if not self._config.eval.generate:
             return Scored({ALL: overall}, [])
-        texts = self._predict(params, go_on)
+        texts, finished = self._predict(params, go_on)
         names = self._config.eval.metrics
         by_task: dict[str, list[int]] = {}
         for i, example in enumerate(self._examples):
@@ -160,7 +162,11 @@ class Examples:
         groups = dict(sorted(by_task.items())) | {ALL: list(range(len(texts)))}
         references = [example.references for example in self._examples]
         found = metrics.measure(names, texts, references, groups)
-        scores = {task: found[task].values | {"n": float(len(chosen))} for task, chosen in groups.items()}
+        scores = {
+            task: found[task].values
+            | {"n": float(len(chosen)), UNFINISHED: float(sum(not finished[i] for i in chosen))}
+            for task, chosen in groups.items()
+        }
         scores[ALL] = overall | scores[ALL]
         predictions = [
             {"id": e.id, "task": e.task, "prompt": e.prompt, "prediction": text, "references": list(e.references)}
@@ -170,15 +176,17 @@ class Examples:
         errors = {task: measured.errors for task, measured in found.items() if measured.errors}
         return Scored(scores, predictions, intervals, errors, metrics.advice(names, references))
 
-    def _predict(self, params: Params, go_on: Callable[[], bool]) -> list[str]:
-        texts = [""] * len(self._examples)
+    def _predict(self, params: Params, go_on: Callable[[], bool]) -> tuple[list[str], list[bool]]:
+        """A text for each example, and whether it ended before its limit."""
+        texts, finished = [""] * len(self._examples), [False] * len(self._examples)
         prompts = [example.prompt_tokens for example in self._examples]
         with tqdm(total=len(texts), desc="generating", unit=" examples", disable=None, leave=False) as bar:
             for text in self._generate(params, prompts):
                 texts[text.prompt] = self._tokenizer.decode(text.tokens)
+                finished[text.prompt] = text.finished
                 bar.update()
                 ask(go_on)
-        return texts
+        return texts, finished
 
 
 def _sampling(settings: Eval, tokenizer: Tokenizer) -> Sampling:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from jax_it import config as settings
-from jax_it import data, files, hosts, sharding
+from jax_it import data, files, hosts, metrics, sharding
 from jax_it.config import Config
 from jax_it.data import chat
 from jax_it.data import tokenizer as tokenizers
@@ -40,6 +40,7 @@ class Request:
     changes: Mapping[str, str] = field(default_factory=dict)  # {"eval.limit": "10"}
     output: str = ""  # a folder; "": in the run's
     run_model_code: bool = False
+    run_metric_code: bool = False  # whether Python that the run's own config names as a metric may run
 
     @property
     def name(self) -> str:
@@ -90,6 +91,7 @@ class Scorer:
         self.place, self.request = place, request
         own, derived = place.open()
         self.config = request.resolve(own)
+        _check_metric_code(place, request, own, self.config)
         _check_place(place, request, own, self.config)
         self.total_steps, self.checkpoints = derived.total_steps, place.checkpoints()
         self._model = place.model(own, derived)
@@ -218,6 +220,22 @@ def make(folder: Any) -> None:
                 tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}; name another place with --output") from error
+
+
+def _check_metric_code(place: Workdir, request: Request, own: Config, config: Config) -> None:
+    """Refuses to run Python that a run's folder names: the folder may be someone else's."""
+    if request.run_metric_code or request.config:  # the metrics are those of the user's own file
+        return
+
+    def code(config: Config) -> list[str]:
+        lists = (config.eval.metrics, *(task.metrics for task in config.eval.tasks))
+        return [name for names in lists for name in names if metrics.is_custom(name)]
+
+    if names := [name for name in code(config) if name in code(own)]:
+        raise UserError(
+            f"the config of the run in {place.path} names code as a metric, {names[0]!r}, and it would run here; "
+            "if you trust it, add --run-metric-code"
+        )
 
 
 def _check_place(place: Workdir, request: Request, own: Config, config: Config) -> None:

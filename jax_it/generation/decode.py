@@ -34,6 +34,7 @@ class Text(NamedTuple):
     sample: int  # which of its texts; of beams, 0 is the best
     tokens: list[int]  # without the end mark
     log_probs: list[float] | None  # of each token, and of the end mark if one ended the text
+    finished: bool  # ended by an end mark or a stop string; False: by its limit
 
 
 class Generator:
@@ -215,12 +216,17 @@ class Generator:
                         "are broken, or too large for the dtype that it is computed in"
                     )
                 scored = min(len(tokens) + 1, number)  # with an end mark
+                finished = len(tokens) < number
                 if self._stop and self._stop(tokens):
                     # Cut where it was over, however late that was seen.
-                    over, scored = True, next(n for n in range(len(tokens) + 1) if self._stop(tokens[:n]))
+                    over, finished, scored = (
+                        True,
+                        True,
+                        next(n for n in range(len(tokens) + 1) if self._stop(tokens[:n])),
+                    )
                     tokens = tokens[:scored]
                 log_probs = log_probs_T[:scored].tolist() if self._log_probs else None
-                texts.append(Text(place[0], place[1] + len(texts), tokens, log_probs))
+                texts.append(Text(place[0], place[1] + len(texts), tokens, log_probs, finished))
             if over:
                 yield slot, texts
 

@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import mmap
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from jax_it import hosts, sharding
+from jax_it import files, hosts, sharding
 from jax_it.errors import UserError, first_line
 from jax_it.files import check_regular, read_json
 from jax_it.models.quantized import KINDS, Quantized, quantize
@@ -33,8 +32,8 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 def find_folder(path: str) -> Path:
     """A local folder, or the local copy of a hub repository, downloaded where it is not there yet."""
-    if os.path.isdir(path):  # False for what cannot be a name, too
-        return Path(path)
+    if (folder := files.locate_local(path, "model")).is_dir():
+        return folder
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"model folder {path} does not exist")
     if path not in _fetched:  # by every host the first time: they wait for each other
