@@ -1,9 +1,11 @@
 """A run's checkpoints, by Orbax: whole or absent, written in the background, restored on any mesh."""
 
 import importlib.metadata
+import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
@@ -43,6 +45,8 @@ class Checkpoints:
     ):
         self.folder = files.absolute(folder)
         writing = keep > 0
+        if not files.is_remote(self.folder) and os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is not a folder; remove it, or restore it from a copy")
         if writing and hosts.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()  # what a killed process had not finished
@@ -76,6 +80,7 @@ class Checkpoints:
     def save(self, step: int, params: Any, training: Any, position: dict[str, Any]) -> None:
         """Starts writing a checkpoint; an error of the one before is raised now."""
         checksums = {"params": int(_checksum(params)), "training": int(_checksum(training))}
+        checksums |= {"position": _checksum_of_json(position), "step": step}
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             training=ocp.args.StandardSave(training),
@@ -130,13 +135,14 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, **abstract: Any) -> dict[str, Any]:
-        """The items of a checkpoint. Raises ValueError where the arrays are not those that were saved.
+        """The items of a checkpoint. Raises ValueError where they are not those that were saved at that step.
 
         It raises on all hosts, or on none. Orbax's manager would wait for a host that could not read its part.
         """
         found: dict[str, Any] = {}
         failure: Exception | None = None
         try:
+            _check_regular(self.folder / str(step))
             for name, arrays in abstract.items():
                 reader = ocp.StandardCheckpointHandler()
                 found[name] = reader.restore(self.folder / str(step) / name, args=ocp.args.StandardRestore(arrays))
@@ -146,8 +152,13 @@ class Checkpoints:
             failure = error
         if not hosts.all_agree(failure is None):
             raise failure or ValueError("another host cannot read its part")
+        position, checksums = found["position"], found["checksums"]
+        if not isinstance(checksums, dict) or checksums.get("position") != _checksum_of_json(position):
+            raise ValueError("its position differs from what was saved")
+        if checksums.get("step") != step:
+            raise ValueError(f"it is that of step {checksums.get('step')}")
         for name in abstract:
-            if int(_checksum(found[name])) != found["checksums"][name]:
+            if int(_checksum(found[name])) != checksums.get(name):
                 raise ValueError(f"its {name} differ from what was saved")
         return found
 
@@ -247,6 +258,18 @@ def _checksum(tree: Any) -> jax.Array:
     return total
 
 
+def _checksum_of_json(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _check_regular(folder: Any) -> None:
+    """Raises OSError where a folder holds something that is neither a file nor a folder: reading it may never end."""
+    if not files.is_remote(folder):
+        for parent, _, names in os.walk(folder):
+            for name in names:
+                files.check_regular(os.path.join(parent, name))
+
+
 def abstract(tree: Any, shardings: Any) -> Any:
     """Shapes, dtypes and placement of a tree, to restore into."""
     return jax.tree.map(
@@ -256,6 +279,12 @@ def abstract(tree: Any, shardings: Any) -> Any:
 
 def _reason(error: BaseException) -> str:
     """The operating system's word for an error, or the error's first line."""
+    text = str(error)
+    if "tree structures do not match" in text:
+        names = re.findall(r"^([^\s:]+):$", text, re.MULTILINE)
+        return f"it has other arrays than this run: {', '.join(names[:3])}{' and more' * (len(names) > 3)} differ"
+    if shapes := re.match(r"Requested shape: (\(.*?\)) is not compatible with the stored shape: (\(.*?\))", text):
+        return f"it has an array of shape {shapes[2]} where this run has {shapes[1]}"
     if (word := disk_error(error)) and not isinstance(error, FileNotFoundError):
         return word
     line = first_line(error)

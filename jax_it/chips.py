@@ -28,13 +28,19 @@ CHIPS = {
     "TPU v5": Chip("v5p", 459e12, 95 * GIB, 2765e9, 100e9, 6, 4, 6.25e9),
     "TPU v6 lite": Chip("v6e", 918e12, 32 * GIB, 1640e9, 100e9, 4, 16, 12.5e9),
     "NVIDIA A100": Chip("A100", 312e12),
-    "NVIDIA H100": Chip("H100", 989e12),
-    "NVIDIA H200": Chip("H200", 989e12),
+    "NVIDIA H100 80GB HBM3": Chip("H100 SXM", 989e12),
+    "NVIDIA H100 PCIe": Chip("H100 PCIe", 756e12),
+    "NVIDIA H100 NVL": Chip("H100 NVL", 835e12),
+    "NVIDIA H200": Chip("H200 SXM", 989e12),
+    "NVIDIA H200 NVL": Chip("H200 NVL", 835e12),
 }
 CHIPS |= {"TPU v5e": CHIPS["TPU v5 lite"], "TPU v5p": CHIPS["TPU v5"], "TPU v6e": CHIPS["TPU v6 lite"]}
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The figures of a device of this kind (`jax.Device.device_kind`); None where they are not known."""
-    names = [name for name in CHIPS if kind.startswith(name)]
+    """The figures of a device of this kind (`jax.Device.device_kind`); None where they are not known.
+
+    They are not known of a part of a GPU ("NVIDIA A100-SXM4-40GB MIG 1g.5gb").
+    """
+    names = [name for name in CHIPS if kind.startswith(name) and " MIG " not in kind]
     return CHIPS[max(names, key=len)] if names else None

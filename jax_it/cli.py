@@ -23,7 +23,10 @@ ON_DEVICES = ("train", "eval", "generate", "export")  # on several hosts, the sa
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Exits with 0: done, 2: the user can mend it, 75: the same command goes on from there, 1: a fault of ours."""
+    """Exits with 0: done, 2: the user can mend it, 1: a fault of ours.
+
+    Or with 75, and 130 after Ctrl-C: stopped with nothing lost, and the same command goes on.
+    """
     # Read by the libraries when they are imported: no advice for other frameworks, no threads after a fork.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -48,9 +51,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         leave(2, str(error))
     except Interrupted as stopped:
         _say(options.command, stopped)
-        leave(75, "has stopped")  # BSD's EX_TEMPFAIL: to be tried again
+        leave(stopped.code, "has stopped")  # 75 is BSD's EX_TEMPFAIL: to be tried again
     except KeyboardInterrupt:
-        _say(options.command, "interrupted before it was done; the same command starts it again")
+        _say(options.command, "stopped by Ctrl-C before it was done; nothing half-written is left")
         leave(130, "was interrupted")
     except BrokenPipeError:
         leave(141, "has stopped")

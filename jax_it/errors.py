@@ -9,7 +9,14 @@ class UserError(Exception):
 
 
 class Interrupted(Exception):
-    """The run has stopped before its end and nothing is lost: the same command goes on with it. Exit code 75."""
+    """The run has stopped before its end and nothing is lost: the same command goes on with it.
+
+    `code` is the exit code: 75, or 130 after Ctrl-C.
+    """
+
+    def __init__(self, text: str, code: int = 75):
+        super().__init__(text)
+        self.code = code
 
 
 def shorten(text: str, length: int = 80) -> str:

@@ -7,7 +7,9 @@ and there or not.
 import errno
 import fcntl
 import glob
+import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -16,7 +18,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,7 +118,7 @@ def write_atomically(file: Any, content: Any) -> None:
 
     What a symbolic link points to is replaced, not the link. A device or a pipe is written to as it is.
     """
-    text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    text = content if isinstance(content, str) else to_json(content, indent=2) + "\n"
     encoded = text.encode("utf-8", errors="backslashreplace")  # half a surrogate pair, as JSON has it
     if is_remote(file):
         file.write_bytes(encoded)  # which puts the object there when all of it has come
@@ -205,6 +207,47 @@ def remedy(reason: object) -> str:
     return "free space" if str(reason) in FULL else "mend that"
 
 
+def to_json(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON text, as of `json.dumps`, in which numbers that are not finite are null: JSON has none for them."""
+    return json.dumps(_with_nulls(value), indent=indent, ensure_ascii=False, allow_nan=False, default=default)
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _with_nulls(item) for key, item in value.items()}
+    return [_with_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_text(file: Any) -> str:
+    """The text of a file. Raises OSError, also where it is not a regular file (reading a FIFO never ends), and
+    ValueError where it is not UTF-8.
+    """
+    check_regular(file)
+    return file.read_text(encoding="utf-8")
+
+
+def check_regular(file: Any) -> None:
+    """Raises OSError where this is not a regular file."""
+    if is_remote(file):
+        return
+    mode = os.stat(file).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(file))
+
+
+def digests(folder: Any) -> dict[str, str]:
+    """A hash of each file in a folder, by name. Raises OSError."""
+    found = {}
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and not file.name.startswith("."):
+            found[file.name] = hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    return found
+
+
 def _runs(process: int) -> bool:
     """Whether this machine has such a process."""
     try:
@@ -216,17 +259,10 @@ def _runs(process: int) -> bool:
     return True
 
 
-def check_regular(file: Path) -> None:
-    """Raises UserError for a FIFO, a device, a folder or a loop of links: reading it would fail or never end."""
-    if not file.is_file() and (file.exists() or file.is_symlink()):
-        raise UserError(f"{file} is not a regular file; replace it by one")
-
-
 def read_json(file: Path) -> dict[str, Any]:
-    """A local file's JSON object. Raises FileNotFoundError, and UserError for anything else that is wrong with it."""
-    check_regular(file)
+    """Reads a JSON object. Raises FileNotFoundError, and UserError for anything else that is wrong with the file."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(read_text(file))
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -240,8 +276,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def remove(folder: Any) -> None:
-    """Removes a folder and all in it, as far as that can be done."""
+    """Removes a folder and all in it, or a file, as far as that can be done."""
     if not is_remote(folder):
+        if folder.is_symlink() or not folder.is_dir():
+            with suppress(OSError):
+                folder.unlink()
+            return
         shutil.rmtree(folder, ignore_errors=True)
         return
     with suppress(Exception):  # each library has its own errors

@@ -1,6 +1,5 @@
 """Text for prompts: a list of them, or a file of rows that come back with `prediction` added."""
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -113,7 +112,7 @@ def generate_file(
     found = predict(model, params, tokenizer, prompts, max_new_tokens, sampling, batch_size, None, stop, log_probs)
     if file is not None and hosts.is_first():
         lines = (
-            json.dumps({**row, **_fields(texts, log_probs)}, ensure_ascii=False, default=str)  # Parquet has dates
+            files.to_json({**row, **_fields(texts, log_probs)}, default=str)  # Parquet has dates
             for row, texts in zip(rows, found, strict=True)
         )
         files.write_output(file, "".join(f"{line}\n" for line in lines), "--output")

@@ -1,10 +1,15 @@
-"""SIGTERM, which announces a pre-emption: what is worth saving is saved, and the command ends with `Interrupted`."""
+"""Signals that stop a command: what is worth saving is saved, and the command ends with `Interrupted`.
+
+SIGTERM announces a pre-emption, SIGHUP the end of a terminal, SIGINT is Ctrl-C. A second Ctrl-C ends the process at
+once. A signal that is ignored when the command starts, as SIGHUP under nohup, stays ignored.
+"""
 
 import ctypes
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -12,10 +17,14 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from jax_it import hosts
 from jax_it.errors import Interrupted
 
 CODE = 75  # the exit code of Interrupted, for a process that cannot come to its end in order
+CODES: dict[int, int] = {signal.SIGTERM: CODE, signal.SIGHUP: CODE, signal.SIGINT: 130}
 PATIENCE = 3.0  # seconds for an end in order, where nothing has to be saved
+# Seconds in which a second SIGINT is the same Ctrl-C: a terminal sends it to a wrapper too, which may pass it on.
+SAME = 0.5
 
 
 class _AtOnce(BaseException):
@@ -29,9 +38,9 @@ class Stopping:
     signal. Where nothing is held the signal ends the command at once, with `message` on standard error.
     """
 
-    def __init__(self, message: str) -> None:
-        self._message = message
-        self._received = False
+    def __init__(self, command: str, message: str) -> None:
+        self._command, self._message = command, message
+        self._received = 0  # the first signal
         self._holding = False
         self._calls = 0
         self._over = threading.Event()
@@ -40,7 +49,16 @@ class Stopping:
         self._calls += 1
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(self._calls)
-        return self._received
+        return bool(self._received)
+
+    def interrupted(self, text: str) -> Interrupted:
+        """The error with which the command ends: "stopped by SIGTERM", and the text, which begins with a space or ;"""
+        names = {0: "a signal to another host", signal.SIGINT: "Ctrl-C"}
+        name = names.get(self._received) or signal.Signals(self._received).name
+        return Interrupted(f"stopped by {name}{text}", CODES.get(self._received, CODE))
+
+    def at_once(self) -> Interrupted:
+        return self.interrupted(self._message)
 
     def hold(self, holding: bool = True) -> None:
         """From now on there is something to bring to an end in order, or no longer."""
@@ -48,8 +66,8 @@ class Stopping:
         if not holding and self._received:
             raise _AtOnce
 
-    def receive(self) -> None:
-        again, self._received = self._received, True
+    def receive(self, number: int) -> None:
+        again, self._received = self._received, self._received or number
         if not self._holding and not again:
             raise _AtOnce
 
@@ -58,48 +76,67 @@ class Stopping:
 
     def follow(self, signals: int) -> None:
         """Ends the process where the main thread does not see the signal: it compiles, say, and is not in Python."""
+        first = 0.0
         with os.fdopen(signals, "rb", buffering=0) as stream:
             while number := stream.read(1):
-                if number[0] != signal.SIGTERM or self._holding or self._over.wait(PATIENCE):
+                if number[0] not in CODES or self._over.is_set():
                     continue
+                now = time.monotonic()
+                if number[0] == signal.SIGINT and first and now > first + SAME:
+                    self._exit(Interrupted("ended at once by a second Ctrl-C; what was saved before stays", 130))
+                first = first or now
                 if not self._holding:
-                    print(f"\n{self._message}", file=sys.stderr, flush=True)
-                    os._exit(CODE)
+                    threading.Thread(target=self._end_soon, args=(number[0],), daemon=True).start()
+
+    def _end_soon(self, number: int) -> None:
+        if not self._over.wait(PATIENCE) and not self._holding:
+            self._received = self._received or number
+            self._exit(self.at_once())
+
+    def _exit(self, error: Interrupted) -> None:
+        print(f"\njax-it {self._command}: {error}", file=sys.stderr, flush=True)
+        with suppress(SystemExit):
+            hosts.leave(error.code, "was stopped")
+        os._exit(error.code)  # the main thread may be where no exception reaches it
 
 
 @contextmanager
-def on_sigterm(command: str, at_once: str) -> Iterator[Stopping]:
-    """Within it SIGTERM stops the command; `at_once` is said where it does so without an end in order.
+def on_signals(command: str, at_once: str) -> Iterator[Stopping]:
+    """Within it a signal stops the command; `at_once` is said where it does so without an end in order.
 
     In another thread than the main one signals are the caller's affair.
     """
-    stopping = Stopping(f"jax-it {command}: {at_once}")
+    stopping = Stopping(command, at_once)
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
     c_library = ctypes.CDLL(None)
     c_library.signal.argtypes, c_library.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    before = signal.getsignal(signal.SIGTERM)
-    # jax.distributed has a handler of its own, which tells the other hosts. Python does not know it.
+    before = {number: signal.getsignal(number) for number in CODES}
+    # jax.distributed has a handler of its own for SIGTERM, which tells the other hosts. Python does not know it.
     theirs = c_library.signal(signal.SIGTERM, int(signal.SIG_DFL))
 
     def receive(number: int, frame: Any) -> None:
-        stopping.receive()
-        if theirs and not callable(before) and jax.process_count() > 1:
-            ctypes.CFUNCTYPE(None, ctypes.c_int)(theirs)(number)
+        if theirs and not callable(before[signal.SIGTERM]) and jax.process_count() > 1:
+            ctypes.CFUNCTYPE(None, ctypes.c_int)(theirs)(signal.SIGTERM)
+        stopping.receive(number)
 
-    signal.signal(signal.SIGTERM, receive)
+    for number, handler in before.items():
+        if handler not in (signal.SIG_IGN, None):
+            signal.signal(number, receive)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # written to when the signal comes, by C
-    threading.Thread(target=stopping.follow, args=(reading,), daemon=True, name="SIGTERM").start()
+    threading.Thread(target=stopping.follow, args=(reading,), daemon=True, name="signals").start()
     try:
         yield stopping
     except _AtOnce:
-        raise Interrupted(at_once) from None
+        raise stopping.at_once() from None
     finally:
         stopping.end()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            if handler is not None:  # set by C, which Python cannot set back
+                signal.signal(number, handler)
         c_library.signal(signal.SIGTERM, theirs)
         with suppress(ValueError):
             signal.set_wakeup_fd(wakeup)

@@ -5,6 +5,7 @@ the packages that write them import PyTorch or TensorFlow where they find them, 
 """
 
 import io
+import math
 import struct
 import time
 from collections.abc import Mapping
@@ -19,7 +20,10 @@ class Events:
         self._write(_text(3, b"brain.Event:2"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        summary = (_text(1, _text(1, tag.encode()) + struct.pack("<Bf", 0x15, value)) for tag, value in values.items())
+        summary = (
+            _text(1, _text(1, tag.encode()) + struct.pack("<Bf", 0x15, _float32(value)))
+            for tag, value in values.items()
+        )
         self._write(b"\x10" + _varint(step) + _text(5, b"".join(summary)))
 
     def restart(self, step: int) -> None:
@@ -43,6 +47,15 @@ def point(step: int, values: Mapping[str, float]) -> bytes:
     file = io.BytesIO()
     Events(file).scalars(step, values)
     return file.getvalue()
+
+
+def _float32(value: float) -> float:
+    """A number that fits into 32 bits: infinite where it is too large for them."""
+    try:
+        struct.pack("<f", value)
+    except OverflowError:
+        return math.copysign(math.inf, value)
+    return value
 
 
 def _text(field: int, content: bytes) -> bytes:

@@ -1,6 +1,6 @@
 """A run's folder: which files it has, and how a run is opened, compared and read back.
 
-config.json             the resolved config, what was derived from it, and the versions that ran
+config.json             the resolved config, what was derived from it, the versions that ran, and hashes of the next two
 model/config.json       the model's configuration;  tokenizer/  its tokenizer
 checkpoints/STEP/       see `checkpoint`
 metrics.jsonl           a line for each logged step;  tensorboard/  the same
@@ -9,12 +9,15 @@ ended.json              where and why training has come to its end
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +32,20 @@ from jax_it.config import Config
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
-from jax_it.errors import UserError, shorten
-from jax_it.files import Appending, write_atomically
+from jax_it.errors import Interrupted, UserError, first_line, shorten
+from jax_it.files import Appending, read_text, remedy, to_json, write_atomically
 from jax_it.models import Model, Params, build, hf, peft, with_tied_head
 from jax_it.models.lora import Adapter, Target
 from jax_it.models.tensors import find_folder, fingerprint
 from jax_it.models.weights import flatten
 
+CREATING = ".creating"  # while the folder is being made: what a start that is killed leaves can then be told from a run
+# The parts of a run, and whether they are folders.
+PARTS = {
+    "model": True, "tokenizer": True, "checkpoints": True, "eval": True, "tensorboard": True, "profile": True,
+    "metrics.jsonl": False, "skipped.jsonl": False, "goodput.json": False, "ended.json": False, "wandb.json": False,
+}  # fmt: skip
+BEGUN = ("model", "tokenizer")  # the parts that are written before config.json
 SCORES = "metrics.json"  # of a step's evaluation, whose presence says that it is scored
 
 # What a resumed run may change: where and how it is computed, watched and kept, but not what it computes.
@@ -91,18 +101,65 @@ class Workdir:
         return (self.eval(step) / SCORES).is_file()
 
     def holds_a_run(self) -> bool:
-        return (self.path / "config.json").is_file()
+        return _is_there(self.path / "config.json")
+
+    def is_recognized(self) -> bool:
+        """Whether this is the folder of a run, of which parts may be lost, and not of a model."""
+        if _is_there(self.path / "model" / "config.json") or _is_there(self.path / "checkpoints"):
+            return True
+        try:
+            return "derived" in json.loads(read_text(self.path / "config.json"))
+        except (OSError, ValueError, TypeError, RecursionError):
+            return False
+
+    def check_new(self) -> None:
+        """Refuses to start a run in a folder that has parts of another one. All hosts must call it."""
+        if parts := self._parts():
+            raise UserError(
+                f"{self.path} has {_listed(parts)} of a run and no config.json; restore that from a copy, "
+                "or name another --workdir"
+            )
+
+    def _parts(self) -> list[str]:
+        """The parts of a run that are here, but for those that a start which was killed has left half-made."""
+        begun = BEGUN if _is_there(self.path / CREATING) else ()
+        try:
+            names = {item.name for item in self.path.iterdir()}
+        except OSError:
+            names = set()
+        return [name for name in PARTS if name in names and name not in begun]
+
+    def check_parts(self) -> None:
+        """Refuses a run's folder in which a file stands in the place of a folder, or the other way round."""
+        if files.is_remote(self.path):
+            return
+        for name, folder in PARTS.items():
+            part = self.path / name
+            if _is_there(part) and not (part.is_dir() if folder else part.is_file()):
+                expected = "folder" if folder else "regular file"
+                raise UserError(f"{part} is not a {expected}; remove it, or restore it from a copy")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the folder for one training process. Raises UserError where another one trains in it.
 
-        The lock is the operating system's: it ends with the process, however that ends. A folder that
-        has become no run is left as it was found. An object store has no locks.
+        The lock is the operating system's: it ends with the process, however that ends. An object store has no
+        locks. A folder that has become no run is left as it was found: a run that fails before its first step is none.
         """
-        if not hosts.is_first() or files.is_remote(self.path):  # the first host's lock is that of the run
+        if not hosts.is_first():  # the first host's lock is that of the run
             yield
             return
+        with nullcontext() if files.is_remote(self.path) else self._lock():
+            new = not self.holds_a_run()
+            try:
+                yield
+            except Exception as error:
+                if new and not isinstance(error, Interrupted):
+                    self._discard()
+                raise
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
         file = self.path / ".lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -118,6 +175,16 @@ class Workdir:
                     file.unlink(missing_ok=True)
                     with suppress(OSError):  # it holds something else
                         self.path.rmdir()
+
+    def _discard(self) -> None:
+        """Removes a new run that has come to nothing: without a checkpoint, a score, or a step in its log."""
+        if not self.holds_a_run() or self.checkpoints().steps() or self.scored_steps():
+            return
+        for file in (self.metrics, self.skipped):
+            if _is_there(file) and file.read_bytes():
+                return
+        for name in ("config.json", *PARTS):  # config.json first: without it no other process takes this for a run
+            files.remove(self.path / name)
 
     def create(self, config: Config, derived: Derived, model: Model, tokenizer: tokenizers.Tokenizer) -> None:
         """Makes the folder of a new run; config.json comes last and makes it one. All hosts must call it."""
@@ -141,8 +208,12 @@ class Workdir:
         came_from: Path | None,
     ) -> None:
         try:
+            if not files.is_remote(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / CREATING, "")
+            self._remove_begun()
             with files.written_locally(self.path / "model") as folder:
-                write_atomically(folder / "config.json", dict(model.values))
+                write_atomically(folder / "config.json", json.dumps(dict(model.values), indent=2) + "\n")
                 hf.save_generation_settings(came_from, folder, model)
             with files.written_locally(self.path / "tokenizer") as folder:
                 tokenizer.save(folder)
@@ -151,21 +222,29 @@ class Workdir:
                 "config": settings.to_dict(config),
                 "derived": dataclasses.asdict(derived),
                 "versions": {"python": platform.python_version(), **versions},
+                "files": {part: files.digests(self.path / part) for part in BEGUN},
             }
-            write_atomically(self.path / "config.json", saved)
-        except Exception as error:
-            if not (reason := disk_error(error)):
+            write_atomically(self.path / "config.json", saved | {"checksum": _checksum(json.loads(to_json(saved)))})
+            (self.path / CREATING).unlink(missing_ok=True)
+        except BaseException as error:
+            self._remove_begun()
+            with suppress(Exception):
+                (self.path / CREATING).unlink(missing_ok=True)
+            if not isinstance(error, Exception) or not (reason := disk_error(error)):
                 raise
-            for part in ("model", "tokenizer"):
-                files.remove(self.path / part)
-            what = f"{files.remedy(reason)} or name another --workdir"
-            raise UserError(f"cannot write to {self.path}: {reason}; {what}") from error
+            raise UserError(
+                f"cannot write to {self.path}: {reason}; {remedy(reason)} or name another --workdir"
+            ) from error
+
+    def _remove_begun(self) -> None:
+        for part in BEGUN:
+            files.remove(self.path / part)
 
     def open(self) -> tuple[Config, Derived]:
         """The config of the run in this folder. Raises UserError where there is none."""
+        saved = self._read()
         file = self.path / "config.json"
         try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
             derived = saved["derived"]
             layout = derived.pop("layout")
             layout = Layout(Shape(*layout.pop("shape")), **layout)
@@ -174,15 +253,52 @@ class Workdir:
                 adapter["targets"] = tuple(Target(*target) for target in adapter["targets"])
                 adapter = Adapter(**adapter)
             return settings.resolve(saved["config"]), Derived(layout=layout, adapter=adapter, **derived)
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"{self.path} holds no run (no config.json); start one with jax-it train") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(
-                f"{file} is not that of a run, or damaged ({reason}); restore it, or name another --workdir"
-            ) from None
+            raise _damaged(file, f"{type(error).__name__}: {error}") from None
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
+
+    def _read(self) -> dict[str, Any]:
+        """What config.json holds, which is an object."""
+        file = self.path / "config.json"
+        try:
+            saved = json.loads(read_text(file))
+        except (FileNotFoundError, NotADirectoryError):
+            if parts := self._parts():
+                raise UserError(
+                    f"{self.path} has {_listed(parts)} of a run and no config.json; restore that from a copy"
+                ) from None
+            raise UserError(f"{self.path} holds no run (no config.json); start one with jax-it train") from None
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}; restore it, or name another --workdir") from None
+        except (ValueError, RecursionError) as error:
+            raise _damaged(file, f"{type(error).__name__}: {first_line(error)}") from None
+        if not isinstance(saved, dict):
+            raise _damaged(file, "it is no object")
+        checksum = saved.pop("checksum", None)
+        if checksum is not None and checksum != _checksum(saved):
+            raise UserError(
+                f"{file} has been changed since the run was started; restore it, or remove its line with the checksum "
+                "if the change is meant"
+            )
+        return saved
+
+    def _check_files(self, part: str) -> None:
+        """Refuses files of model/ or tokenizer/ that are not those which the run was started with."""
+        try:
+            expected = dict(self._read().get("files", {}).get(part, {}))
+            for name in expected:
+                files.check_regular(self.path / part / name)
+            found = files.digests(self.path / part)
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}); restore it from a copy") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise _damaged(self.path / "config.json", f"{type(error).__name__}: {error}") from None
+        for name, digest in expected.items():
+            if found.get(name) != digest:
+                raise UserError(
+                    f"{self.path / part / name} is not the file that the run was started with; restore it from a copy"
+                )
 
     def check_same(self, config: Config) -> None:
         """Refuses to go on with another config than the one that the run was started with."""
@@ -196,14 +312,16 @@ class Workdir:
                 )
 
     def tokenizer(self) -> tokenizers.Tokenizer:
+        self._check_files("tokenizer")
         with files.read_locally(self.path / "tokenizer") as folder:
             return tokenizers.load(str(folder))
 
     def model(self, config: Config, derived: Derived) -> Model:
         """The run's model, without weights."""
+        self._check_files("model")
         file = self.path / "model" / "config.json"
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(read_text(file))
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read ({error}); restore it") from None
         model = with_tied_head(build(values, str(file), config.model), derived.tied)
@@ -226,7 +344,7 @@ class Workdir:
         """The steps that have a folder of scores, in order, which may not be whole yet."""
         try:
             return sorted(int(folder.name) for folder in (self.path / "eval").iterdir() if folder.name.isdecimal())
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError:
             return []
 
     def scores(self, metric: str) -> Callable[[int], float | None]:
@@ -241,7 +359,7 @@ class Workdir:
     def measured(self, step: int, metric: str) -> float | None:
         """The same, NaN where that was measured."""
         try:
-            return score_in(json.loads((self.eval(step) / SCORES).read_text(encoding="utf-8")), metric)
+            return score_in(json.loads(read_text(self.eval(step) / SCORES)), metric)
         except (OSError, ValueError):
             return None
 
@@ -252,9 +370,10 @@ class Workdir:
         try:
             write_atomically(self.path / "ended.json", {"step": step, "why": why})
         except OSError as error:
-            reason = error.strerror or error
-            what = f"{files.remedy(reason)} and run the same command"
-            raise UserError(f"cannot write to {self.path}: {reason}; {what}") from error
+            reason = str(error.strerror or error)
+            raise UserError(
+                f"cannot write to {self.path}: {reason}; {remedy(reason)} and run the same command"
+            ) from error
 
     def go_on(self) -> None:
         """Takes that back where training goes on, on the first host."""
@@ -265,8 +384,8 @@ class Workdir:
     def ended(self) -> int | None:
         """The step at which training has come to its end; None where it has not."""
         try:
-            return int(json.loads((self.path / "ended.json").read_text(encoding="utf-8"))["step"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return int(json.loads(read_text(self.path / "ended.json"))["step"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
 
     def choose_step(self, which: str, metric: str) -> int:
@@ -283,8 +402,8 @@ class Workdir:
             if len(scores) == 1 and len(steps) > 1:
                 others = ", ".join(str(step) for step in steps if step not in scores)
                 raise UserError(
-                    f"only checkpoint {next(iter(scores))} of {self.path} has a score ({metric}), so none is known to be "
-                    f"the best: run jax-it eval for {others} too, with --checkpoint STEP, or name a step"
+                    f"only checkpoint {next(iter(scores))} of {self.path} has a score ({metric}), so none is known to "
+                    f"be the best: run jax-it eval for {others} too, with --checkpoint STEP, or name a step"
                 )
             return max(scores, key=lambda step: scores[step])
         if which not in map(str, steps):
@@ -322,19 +441,26 @@ class Workdir:
     def rewind_metrics(self, step: int) -> None:
         """Drops logged steps after `step`, which a resumed run will take again, and what a kill cut off.
 
-        On the first host, and before any has written more.
+        On the first host, and before any has written more. Says so where a line amid the others cannot be read, or
+        where steps were logged and no checkpoint is left of them.
         """
         if not hosts.is_first():
             return
         for file in (self.metrics, self.skipped):
-            if file.is_file():
-                kept = [line for line in files.lines(file) if _step_of(line) <= step]
-                try:
-                    write_atomically(file, "".join(kept))
-                except OSError as error:
-                    reason = error.strerror or error
-                    what = f"{files.remedy(reason)} and run the same command"
-                    raise UserError(f"cannot write {file}: {reason}; {what}") from error
+            if not _is_there(file):
+                continue
+            try:
+                files.check_regular(file)
+                lines = list(files.lines(file))
+                steps = [_step_of(line) for line in lines]
+                write_atomically(file, "".join(line for line, at in zip(lines, steps, strict=True) if at <= step))
+            except OSError as error:
+                reason = str(error.strerror or error)
+                raise UserError(f"cannot write {file}: {reason}; {remedy(reason)} and run the same command") from error
+            if damaged := steps[:-1].count(math.inf):
+                print(f"{damaged} lines of {file} cannot be read; they are removed", file=sys.stderr)
+            if step == 0 and file == self.metrics and any(math.isfinite(at) for at in steps):
+                print(f"{self.path} has logged steps and no checkpoint; the run starts over", file=sys.stderr)
         if step == 0:
             files.remove(self.tensorboard)
 
@@ -353,7 +479,7 @@ def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
     def read(config: settings.Model) -> tuple[Model, Params]:
         return hf.load(config, mesh_for(build(*hf.read_values(config), config)))
 
-    if (place.path / "model" / "config.json").is_file():  # a run, and not a model
+    if place.is_recognized():
         config, derived = place.open()
         model = place.model(config, derived)
         params = place.params(model, config, place.choose_step("latest", ""), mesh_for(model))
@@ -388,8 +514,9 @@ def score_in(found: Any, metric: str) -> float | None:
     """The score by `metric` in what a metrics.json holds, larger is better; None where there is none."""
     try:
         task, _, name = ("all", "", metric) if metric in found.get("all", {}) else metric.rpartition("/")
-        value = float(found[task][name])
-    except (ValueError, KeyError, TypeError, AttributeError):
+        value = found[task][name]
+        value = math.nan if value is None else float(value + 0)  # a text is no score
+    except (KeyError, TypeError, AttributeError, OverflowError):
         return None
     return -value if metrics.lower_is_better(name) else value
 
@@ -397,9 +524,28 @@ def score_in(found: Any, metric: str) -> float | None:
 def _step_of(line: str) -> float:
     """The step of a line of metrics.jsonl; infinity where it is not whole."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"] if line.endswith("\n") else None
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
+    return step if type(step) is int else math.inf
+
+
+def _is_there(path: Any) -> bool:
+    """Whether there is anything of this name, a link to nowhere too."""
+    return path.exists() if files.is_remote(path) else os.path.lexists(path)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
+
+
+def _damaged(file: Any, reason: str) -> UserError:
+    return UserError(f"{file} is not that of a run, or damaged ({reason}); restore it, or name another --workdir")
+
+
+def _checksum(saved: Any) -> str:
+    """A hash of what config.json holds, by which a change is noticed."""
+    return hashlib.blake2b(json.dumps(saved, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _as_mapping(value: Any) -> Any:

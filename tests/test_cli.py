@@ -161,8 +161,8 @@ def test_a_run_that_stopped_and_goes_on_with_the_same_command_is_75_and_one_line
 def test_an_interrupt_is_130_and_one_line(capsys, raising):
     raising(KeyboardInterrupt())
     assert exit_code(*COMMAND) == 130
-    assert capsys.readouterr().err == (
-        "jax-it export: interrupted before it was done; the same command starts it again\n"
+    assert (
+        capsys.readouterr().err == "jax-it export: stopped by Ctrl-C before it was done; nothing half-written is left\n"
     )
 
 

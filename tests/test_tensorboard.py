@@ -1,5 +1,6 @@
 """What is written is what TensorBoard's format says, by a reader of its own."""
 
+import math
 import struct
 
 from jax_it import tensorboard
@@ -45,3 +46,11 @@ def test_the_file_of_a_step_has_its_scalars():
     assert event[2] == 300
     values = [dict(fields(value)) for number, value in fields(event[5]) if number == 1]
     assert [(value[1], value[2]) for value in values] == [(b"eval/all/loss", 1.5), (b"eval/sums/rougeL", 33.25)]
+
+
+def test_a_number_too_large_for_32_bits_is_shown_as_infinite():
+    values = {"perplexity": 1e39, "least": -1e39, "most": 3.4e38, "infinite": math.inf, "none": math.nan}
+    _, event = records(tensorboard.point(1, values))
+    found = [dict(fields(value))[2] for number, value in fields(dict(fields(event))[5]) if number == 1]
+    assert found[0] == math.inf == found[3] and found[1] == -math.inf
+    assert 3.3e38 < found[2] < math.inf and math.isnan(found[4])

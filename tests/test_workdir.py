@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,15 +11,17 @@ import numpy as np
 import pytest
 
 from jax_it import config as settings
+from jax_it import workdir
 from jax_it.config import Mesh
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.packing import Layout, Shape
-from jax_it.errors import UserError
+from jax_it.errors import Interrupted, UserError
+from jax_it.files import write_atomically
 from jax_it.models import build, hf
 from jax_it.models.lora import Adapter, Target
 from jax_it.models.tensors import SINGLE, fingerprint
 from jax_it.sharding import make_mesh
-from jax_it.workdir import Derived, Workdir, load
+from jax_it.workdir import PARTS, Derived, Workdir, load
 from tests import tiny_run
 from tests.parity import cases
 
@@ -181,16 +185,151 @@ def test_a_damaged_config_is_named(place, content):
 
 def test_a_config_with_a_setting_of_another_version_is_named(place):
     saved = json.loads((place.path / "config.json").read_text())
+    del saved["checksum"]  # the change is meant
     saved["config"]["train"]["momentum"] = 0.9
     (place.path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(UserError, match=r"run/config.json: config.train.momentum is not a setting"):
         place.open()
 
 
-def test_a_lost_model_config_is_named(place):
-    (place.path / "model" / "config.json").unlink()
-    with pytest.raises(UserError, match=r"model/config.json cannot be read"):
-        place.model(*place.open())
+def test_a_config_that_was_changed_is_refused_unless_the_change_is_meant(place):
+    file = place.path / "config.json"
+    text = file.read_text().replace('"total_steps": 100', '"total_steps": 101')
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"run/config.json has been changed .*restore it, or remove its line with the"):
+        place.open()
+    file.write_text(json.dumps({key: value for key, value in json.loads(text).items() if key != "checksum"}))
+    assert place.open()[1].total_steps == 101
+
+
+def loop(path):
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("make, reason", [(Path.mkdir, "Is a directory"), (loop, "symbolic"), (os.mkfifo, "Not a reg")])
+def test_what_stands_in_the_place_of_a_config_is_named(place, make, reason):
+    (place.path / "config.json").unlink()
+    make(place.path / "config.json")
+    assert place.holds_a_run()
+    with pytest.raises(UserError, match=rf"run/config.json cannot be read: .*{reason}.*; restore it"):
+        place.open()
+
+
+@pytest.mark.parametrize("part", ["model/config.json", "tokenizer/tokenizer_config.json"])
+def test_a_part_that_was_lost_or_changed_is_named(place, part):
+    config, derived = place.open()
+    file = place.path / part
+    content = file.read_text()
+    read = {"model": lambda: place.model(config, derived), "tokenizer": place.tokenizer}[file.parent.name]
+    file.write_text(content.replace(" ", "  ", 1))
+    with pytest.raises(UserError, match=rf"{part} is not the file that the run was started with; restore it"):
+        read()
+    file.unlink()
+    with pytest.raises(UserError, match=rf"{part} cannot be read"):
+        read()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match=rf"{part} cannot be read \(Not a regular file\)"):
+        read()
+    file.unlink()
+    file.write_text(content)
+    read()
+
+
+@pytest.mark.parametrize("left", [*PARTS])
+def test_a_folder_with_a_part_of_a_run_and_no_config_is_refused(place, left):
+    for item in place.path.iterdir():
+        item.unlink() if item.is_file() else shutil.rmtree(item)
+    (place.path / left).mkdir() if PARTS[left] else (place.path / left).touch()
+    for refusing in (place.check_new, place.open):
+        with pytest.raises(UserError, match=rf"run has {left} of a run and no config.json; restore that from a copy"):
+            refusing()
+
+
+def test_what_a_start_that_was_killed_has_left_is_no_run_and_is_made_again(tmp_path, monkeypatch):
+    place, config = Workdir(tmp_path / "run"), resolve()
+    model, tokenizer = build(config.model.architecture, "the test", config.model), tokenizers.load("bytes")
+
+    def killed(file, content):
+        if file.name == "config.json" and file.parent == place.path:
+            shutil.copytree(place.path, tmp_path / "left")
+            raise KeyboardInterrupt
+        write_atomically(file, content)
+
+    monkeypatch.setattr(workdir, "write_atomically", killed)
+    with pytest.raises(KeyboardInterrupt):
+        place.create(config, DERIVED, model, tokenizer)
+    assert not list(place.path.iterdir())
+    monkeypatch.undo()
+    left = Workdir(tmp_path / "left")
+    (left.path / "tokenizer" / "chat_template.jinja").write_text("of another tokenizer")
+    assert not left.holds_a_run()
+    left.check_new()
+    left.create(config, DERIVED, model, tokenizer)
+    assert left.open() == (config, DERIVED) and left.tokenizer().chat_template is None
+    assert sorted(item.name for item in left.path.iterdir()) == ["config.json", "model", "tokenizer"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_named_before_a_run_goes_on(place):
+    place.check_parts()
+    (place.path / "eval").touch()
+    with pytest.raises(UserError, match=r"run/eval is not a folder; remove it"):
+        place.check_parts()
+    (place.path / "eval").unlink()
+    for make in (Path.mkdir, os.mkfifo, loop):
+        make(place.path / "ended.json")
+        with pytest.raises(UserError, match=r"run/ended.json is not a regular file; remove it"):
+            place.check_parts()
+        assert place.ended() is None
+        shutil.rmtree(place.path / "ended.json") if make is Path.mkdir else (place.path / "ended.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "error, came_to, kept",
+    [
+        (KeyError, "checkpoints/3/x", True),
+        (KeyError, "metrics.jsonl", True),
+        (KeyError, "eval/0/metrics.json", True),
+        (Interrupted, "", True),
+        (KeyError, "", False),
+        (UserError, "", False),
+    ],
+)
+def test_a_new_run_that_fails_before_its_first_step_leaves_nothing(tmp_path, error, came_to, kept):
+    place, config = Workdir(tmp_path), resolve()
+    model, tokenizer = build(config.model.architecture, "the test", config.model), tokenizers.load("bytes")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(error), place.locked():
+        place.create(config, DERIVED, model, tokenizer)
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "metrics.jsonl").touch()
+        if came_to:
+            (tmp_path / came_to).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / came_to).write_text('{"step": 1}\n')
+        raise error("no")
+    assert place.holds_a_run() == kept
+    assert kept or [item.name for item in tmp_path.iterdir()] == ["notes.txt"]
+    if kept:
+        with pytest.raises(KeyError), place.locked():  # it was there before
+            shutil.rmtree(tmp_path / "checkpoints")
+            raise KeyError
+        assert place.holds_a_run()
+
+
+@pytest.mark.parametrize("content", ['{"step": 1e999}', "[]", '{"step": "three"}', "", "\0", '{"step": null}'])
+def test_a_damaged_end_is_none(place, content):
+    (place.path / "ended.json").write_text(content)
+    assert place.ended() is None
+
+
+def test_lines_of_the_log_that_cannot_be_read_are_removed_with_a_word(place, capfd):
+    lines = [f'{{"step": {step}}}\n' for step in range(1, 6)]
+    for bad in ("\0\1\n", '{"step": "2"}\n', '{"step": NaN}\n', "[" * 100_000 + "\n"):
+        place.metrics.write_text("".join([lines[0], bad, *lines[2:]]))
+        place.rewind_metrics(4)
+        assert place.metrics.read_text() == "".join([lines[0], *lines[2:4]])
+        assert f"1 lines of {place.metrics} cannot be read; they are removed" in capfd.readouterr().err
+    place.rewind_metrics(0)
+    assert "has logged steps and no checkpoint; the run starts over" in capfd.readouterr().err
 
 
 def test_a_folder_is_locked_once_and_free_again_after(place):

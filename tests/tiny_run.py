@@ -138,7 +138,7 @@ def _compiled() -> str:
 
 def losses(run: Path) -> list[dict[str, float]]:
     """What metrics.jsonl says of each step, but for what the clock has measured."""
-    timed = {"tokens_per_second", "examples_per_second", "seconds_per_step", "mfu", "data_share"} | {
+    timed = {"tokens_per_second", "examples_per_second", "seconds_per_step", "flops_per_second", "data_share"} | {
         "goodput",
         "host_memory",
     }

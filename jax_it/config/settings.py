@@ -147,7 +147,7 @@ class Optimizer:
     warmup: Duration = Duration(5, "%")  # linear, from 0
     decay: Duration = Duration(10, "%")  # for "wsd": the final linear decay
     final_rate: float = 0.0  # a share of the peak, where linear, cosine and wsd end
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # a step takes learning rate * weight_decay of each matrix away, in every optimizer
     beta1: float = 0.9  # also the momentum of sgd
     beta2: float = 0.999
     epsilon: float = 1e-8

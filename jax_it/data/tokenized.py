@@ -225,7 +225,7 @@ def _check_limits(item: Tokenized, data: Data) -> None:
 def shown_characters(counted: Mapping[str, int], most: int = 5) -> str:
     """Characters and how often each occurs, the most frequent ones first."""
     ranked = sorted(counted.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{ascii(character)} {number} times" for character, number in ranked[:most]]
+    shown = [f"{character!a} {number} times" for character, number in ranked[:most]]
     return ", ".join([*shown, *([f"{len(ranked) - most} others"] if len(ranked) > most else [])])
 
 

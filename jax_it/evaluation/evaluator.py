@@ -124,13 +124,26 @@ class Evaluator:
                 scored = scored._replace(errors={**scored.errors, task.name: {TASK: _reason(error)}})
         return scored
 
+    def read_tasks(self, ready: bool = True) -> None:
+        """Reads the examples of all tasks now and looks at their metrics. Raises UserError where one cannot be read.
+
+        Where they are not to be `ready`, nothing is kept of them.
+        """
+        for number, task in enumerate(self._setting.config.eval.tasks):
+            if ready:
+                self._scorer(number, task)
+            else:
+                metrics.check(task.metrics)
+                self._read(number, task)
+
+    def _read(self, number: int, task: Task) -> list[tasks.TaskExample]:
+        _, tokenizer, format, config, _ = self._setting
+        return tasks.read(task, f"config.eval.tasks.{number}", config.data, tokenizer, format, config.eval.limit)
+
     def _scorer(self, number: int, task: Task) -> Scorer:
         """The task's scorer, with the examples that it read when it was first asked for."""
         if task.name not in self._scorers:
-            _, tokenizer, format, config, _ = self._setting
-            where = f"config.eval.tasks.{number}"
-            examples = tasks.read(task, where, config.data, tokenizer, format, config.eval.limit)
-            self._scorers[task.name] = SCORERS[task.score](task, examples, self._setting)
+            self._scorers[task.name] = SCORERS[task.score](task, self._read(number, task), self._setting)
         return self._scorers[task.name]
 
 

@@ -19,13 +19,13 @@ from jax_it.evaluation.evaluator import Scored
 from jax_it.evaluation.results import complete, failures
 from jax_it.evaluation.run import OWN, Request, Scorer
 from jax_it.following import Position, position
-from jax_it.stopping import on_sigterm
+from jax_it.stopping import on_signals
 from jax_it.workdir import SCORES, Workdir
 
 APPEARS = 600.0  # seconds in which a run's folder should come to be
 POLL = 0.2, 10.0  # seconds between two looks at the folder, at first and at most
 TRIES = 3  # readings of a checkpoint: one that is being deleted may look damaged for a moment
-STOPPED = "stopped by SIGTERM; the same command goes on with the checkpoint that has no scores yet"
+STOPPED = "; the same command goes on with the checkpoint that has no scores yet"
 
 Report = Callable[[int, Scored], None]
 
@@ -42,7 +42,7 @@ def follow(
     hosts.start()
     place = Workdir(files.locate(workdir))
     failed: dict[int, str] = {}
-    with on_sigterm("eval", STOPPED) as stopping:
+    with on_signals("eval", STOPPED) as stopping:
         if hosts.from_first(lambda: _wait_for(place, timeout or APPEARS)) != "there":
             raise UserError(
                 f"{place.path} holds no run after {timeout or APPEARS:.0f} s; start one with jax-it train, or mend "

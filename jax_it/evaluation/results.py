@@ -1,6 +1,7 @@
 """What an evaluation found: as files of the run's folder, for TensorBoard, and as text for people."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -9,7 +10,7 @@ from typing import Any
 from jax_it import hosts, tensorboard
 from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import ALL, TASK, TRUNCATED, UNFINISHED, WITHOUT_REFERENCE, Scored
-from jax_it.files import is_remote, remedy, write_atomically
+from jax_it.files import is_remote, read_text, remedy, to_json, write_atomically
 from jax_it.workdir import SCORES
 
 PREDICTIONS = "predictions.jsonl"
@@ -27,7 +28,7 @@ def write(folder: Any, scored: Scored, board: Any = None, step: int = 0) -> None
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps(row, ensure_ascii=False) for row in scored.predictions]
+            lines = [to_json(row) for row in scored.predictions]
             write_atomically(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
             tasks = dict.fromkeys([*scored.metrics, *scored.errors])
             found = {task: _with_intervals(scored, task) for task in tasks}
@@ -51,14 +52,30 @@ def _with_intervals(scored: Scored, task: str) -> dict[str, Any]:
 
 
 def read(folder: Any) -> dict[str, dict[str, Any]] | None:
-    """What metrics.json in a folder holds; None where there is none. Raises ValueError where it is damaged."""
+    """What metrics.json in a folder holds; None where there is none. A null is a NaN.
+
+    Raises OSError where it cannot be read, and ValueError where it is damaged.
+    """
     try:
-        found = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+        found = json.loads(read_text(folder / SCORES), parse_int=_number)
     except (FileNotFoundError, NotADirectoryError):
         return None
     if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
         raise ValueError("it is no object of objects")
-    return found
+    return {task: {name: _read(value) for name, value in values.items()} for task, values in found.items()}
+
+
+def _number(digits: str) -> int:
+    if len(digits) > 300:  # no float
+        raise ValueError("a number has too many digits")
+    return int(digits)
+
+
+def _read(value: Any) -> Any:
+    """A score, or the bounds of its interval, of which those that are not finite were written as null."""
+    if isinstance(value, list):
+        return [_read(item) for item in value]
+    return math.nan if value is None else value
 
 
 def failures(scored: Scored) -> dict[str, str]:

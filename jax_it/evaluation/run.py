@@ -18,18 +18,18 @@ from jax_it.config import Config
 from jax_it.data import chat
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.packing import Layout
-from jax_it.errors import Interrupted, UserError
+from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import TASK, Evaluator, Scored, Stopped
 from jax_it.evaluation.results import PREDICTIONS, write
 from jax_it.models import Model, Params
-from jax_it.stopping import Stopping, on_sigterm
+from jax_it.stopping import Stopping, on_signals
 from jax_it.workdir import SCORES, Workdir, load, make_format
 
 TOKENS = 16384  # in a batch of rows that the loss is taken on, of a model whose training has chosen no layout
 
 # Of the settings of an evaluation, those that do not change its scores.
 NOT_OF_SCORES = ("every", "at_start", "best", "patience", "batch_size", "run_model_code")
-STOPPED = "stopped by SIGTERM before all was scored; the same command goes on"
+STOPPED = " before all was scored; the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _holding(stopping: Stopping) -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: not stopping()
     except Stopped:
-        raise Interrupted(STOPPED) from None
+        raise stopping.at_once() from None
     stopping.hold(False)
 
 
@@ -132,7 +132,7 @@ def evaluate(workdir: str | Path, checkpoint: str = "latest", request: Request =
     """
     hosts.start()
     place = Workdir(files.locate(workdir))
-    with on_sigterm("eval", STOPPED) as stopping:
+    with on_signals("eval", STOPPED) as stopping:
         step = place.choose_step(checkpoint, request.resolve(place.open()[0]).eval.best)
         if request.output:
             check_unused(request.folder(place, step))
@@ -154,7 +154,7 @@ def evaluate_model(model: str, request: Request) -> Scored:
         tree = settings.to_dict(own)
         own = settings.resolve(tree | {"data": tree["data"] | given}, training=False)
     config = request.resolve(own, ("eval", "data", "model.chat_template"))
-    with on_sigterm("eval", STOPPED) as stopping:
+    with on_signals("eval", STOPPED) as stopping:
         loaded, params, tokenizer = load(model)
         if config.model.chat_template:
             tokenizer = chat.with_chat_template(tokenizer, config.model.chat_template)

@@ -61,7 +61,8 @@ def fingerprint(folder: Path) -> str:
     """A hash of the names, sizes, headers and samples of a folder's weights: enough to notice other ones."""
     parts = hashlib.blake2b(digest_size=16)
     for file in sorted(folder.glob("*.safetensors")):
-        check_regular(file)
+        if not file.is_file():
+            raise UserError(f"{file} is not a regular file; restore it")
         size = file.stat().st_size
         parts.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
@@ -85,8 +86,8 @@ class Tensors:
         self._places: dict[str, _Place] = {}
         self._last: _Place | None = None
         for file in self._find_files():
-            check_regular(folder / file)
             try:
+                check_regular(folder / file)
                 with safetensors.safe_open(folder / file, framework="numpy"):
                     pass  # it is whole, and its header is right
                 found = _map(folder / file)
@@ -113,7 +114,7 @@ class Tensors:
             if not isinstance(files, dict) or not files:
                 raise UserError(f"{index} is damaged: it has no weight_map; fetch it again")
             for file in files.values():
-                # Another folder's file could be anything. A link in this folder may lead anywhere: hub caches have them.
+                # Another folder's file could be anything. A link in this folder leads anywhere: hub caches have them.
                 if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\0" in file:
                     raise UserError(f"{index}: weight_map names {file!r}, which is not a file of its folder")
             return sorted(set(files.values()))

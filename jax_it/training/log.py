@@ -1,6 +1,5 @@
 """The run's log: a line of metrics.jsonl and a TensorBoard point for each logged step, and a progress line."""
 
-import json
 import platform
 import sys
 import time
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 from jax_it import hosts
 from jax_it.errors import UserError
-from jax_it.files import remedy, write_atomically
+from jax_it.files import remedy, to_json, write_atomically
 from jax_it.tensorboard import Events
 from jax_it.training.phases import SHARES, Phases
 from jax_it.workdir import Workdir
@@ -65,7 +64,7 @@ class Log:
         if not self._first:
             return
         with self._writing():
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(to_json({"step": step, **values}) + "\n")
             self._file.flush()
             self._board.scalars(step, values)
             if time.monotonic() > self._flushed + FLUSH:
@@ -76,8 +75,9 @@ class Log:
         shown = {
             "loss": f"{values['loss']:.4f}",
             "tokens/s": f"{values['tokens_per_second']:.0f}",
-            "mfu": f"{values['mfu']:.1%}",
         }
+        if "mfu" in values:
+            shown["mfu"] = f"{values['mfu']:.1%}"
         if self._bar.disable:
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)
@@ -88,7 +88,7 @@ class Log:
         """A line of skipped.jsonl."""
         if self._first:
             with self._writing(), closing(self._workdir.appending("skipped.jsonl")) as file:
-                file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+                file.write(to_json({"step": step, **values}) + "\n")
 
     def shares(self, phases: Phases) -> None:
         """Writes down what the run's time was spent on."""

@@ -1,6 +1,7 @@
 """A training run, read from top to bottom: mesh → data → shapes → shardings → restore → step → loop."""
 
 import dataclasses
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,11 @@ from jax_it.data import chat
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.loader import Part
 from jax_it.data.packing import Shape
-from jax_it.errors import Interrupted, UserError
+from jax_it.errors import UserError
 from jax_it.evaluation.run import check_room
 from jax_it.models import Model, hf
 from jax_it.models.tensors import find_folder, fingerprint
-from jax_it.stopping import Stopping, on_sigterm
+from jax_it.stopping import Stopping, on_signals
 from jax_it.training import weights_and_biases
 from jax_it.training.log import Log
 from jax_it.training.patience import Patience
@@ -36,7 +37,7 @@ from jax_it.workdir import Derived, Workdir, check_vocabulary, make_format
 # What bias, mask, softmax and dropout cost for one attention score, in matmul FLOPs of the same time: they are
 # bound by memory. Measured on two CPU cores at 512 positions; an H100's ratio of the two is of the same order.
 FLOPS_OF_A_SCORE = 2000
-STOPPED = "stopped by SIGTERM before there was a new step to save; the same command goes on from where the run stood"
+STOPPED = " before there was a new step to save; the same command goes on from where the run stood"
 
 
 def train(config: Config, workdir: str | Path) -> TrainState:
@@ -51,24 +52,31 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     weights_and_biases.check(config.train.wandb)
     place = Workdir(files.locate(workdir))
     mesh = sharding.make_mesh(config.mesh)
-    with on_sigterm("train", STOPPED) as stopping, hosts.watched(), jax.set_mesh(mesh), place.locked():
+    with on_signals("train", STOPPED) as stopping, hosts.watched(), jax.set_mesh(mesh), place.locked():
         resuming = place.holds_a_run()
         if resuming:
+            place.check_parts()
             place.check_same(config)
+        else:
+            place.check_new()
         tokenizer = place.tokenizer() if resuming else load_tokenizer(config)
         model, trained, frozen = _load_model(config, place, mesh, resuming)
         check_model(config, model, tokenizer)
         check_mesh(config, model, mesh)
         built = build_data(config, model, tokenizer)
-        derived = _derive(config, place, model, built, tokenizer, resuming)
+        derived = _derive(config, place, model, built, resuming)
         total, intervals = derived.total_steps, _intervals(config, built, derived.total_steps)
 
         prepared = prepare(model, config, mesh, frozen, total, intervals["warmup"], intervals["decay"])
+        evaluator = _make_evaluator(config, model, tokenizer, derived, mesh)
+        check_disk(place, prepared)
+        if not resuming:
+            place.create(config, derived, model, tokenizer)
         checkpoints = place.writing_checkpoints(config)
         state, position = _restore_or_start(checkpoints, trained, frozen, prepared)
         del trained, frozen
         phases = since_first_start(place, began, position)
-        evaluate = _make_evaluator(config, place, model, tokenizer, derived, mesh, phases, stopping)
+        evaluate = _evaluation_of(place, model, evaluator, phases, stopping)
 
         first = int(state.step)
         place.rewind_metrics(first)
@@ -90,8 +98,10 @@ def train(config: Config, workdir: str | Path) -> TrainState:
             end, why = (first, over) if (over := patience.over(first)) else (total, "")
             if first < end:
                 place.go_on()
-            throughput = Throughput(peak_flops(mesh.size), phases)
-            progress = Progress(log, Skips(config.train, log, built.train), throughput, phases)
+            throughput = Throughput(peak_flops(mesh.size), phases, position.get("throughput"))
+            progress = Progress(
+                log, Skips(config.train, log, built.train), throughput, phases, position.get("loss", (0.0, 0.0))
+            )
             for number in range(first + 1, end + 1):
                 profile(number, state)
                 phases.enter("waiting", number)
@@ -119,8 +129,8 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                         _save(checkpoints, number, state, progress, phases)
                 if stop and (scoring or not last):
                     checkpoints.wait()
-                    raise Interrupted(
-                        f"stopped by SIGTERM after step {number}, which is saved; the same command goes on from there"
+                    raise stopping.interrupted(
+                        f" after step {number}, which is saved; the same command goes on from there"
                     )
                 if (saving or scoring) and not last and (why := patience.over(number)):
                     if not saving:
@@ -199,13 +209,11 @@ def _load_model(config: Config, place: Workdir, mesh: jax.sharding.Mesh, resumin
     return model, *model.split(params)
 
 
-def _derive(
-    config: Config, place: Workdir, model: Model, built: data.Built, tokenizer: tokenizers.Tokenizer, resuming: bool
-) -> Derived:
+def _derive(config: Config, place: Workdir, model: Model, built: data.Built, resuming: bool) -> Derived:
     """What the run worked out at its start: read back where it is resumed, and refused if the data has changed."""
     if not resuming:
         steps = built.train.steps(config.train.duration)
-        derived = Derived(
+        return Derived(
             layout=built.train.layout,
             packed=built.train.packed,
             total_steps=steps,
@@ -214,8 +222,6 @@ def _derive(
             adapter=model.adapter,
             base_digest=fingerprint(find_folder(config.model.path)) if model.adapter and config.model.path else "",
         )
-        place.create(config, derived, model, tokenizer)
-        return derived
     derived = place.open()[1]
     if derived.data_digest != built.digest:
         raise UserError(
@@ -258,7 +264,7 @@ def _without_params(state: TrainState) -> dict[str, Any]:
 def _save(checkpoints: Any, step: int, state: TrainState, progress: Progress, phases: Phases) -> None:
     progress.settle()  # the log has all steps that a checkpoint has
     phases.enter("saving", step)
-    position = {"step": step, "phases": phases.position()}
+    position = {"phases": phases.position(), **progress.position()}
     checkpoints.save(step, state.params, _without_params(state), position)
 
 
@@ -278,22 +284,42 @@ def _restore_or_start(
 
 
 def _make_evaluator(
-    config: Config,
-    place: Workdir,
-    model: Model,
-    tokenizer: tokenizers.Tokenizer,
-    derived: Derived,
-    mesh: jax.sharding.Mesh,
-    phases: Phases,
-    stopping: Stopping,
-) -> Any:
-    """`evaluate(step, state) -> text` for evaluation within the loop; "" where it was stopped between two batches."""
-    if not (config.eval.every.value or config.eval.at_start):
-        return None
+    config: Config, model: Model, tokenizer: tokenizers.Tokenizer, derived: Derived, mesh: jax.sharding.Mesh
+) -> evaluation.Evaluator | None:
+    """The evaluator for evaluation within the loop; None where it is not asked for.
+
+    All that the config names to evaluate on is read in either case: what `jax-it eval` would not find after the
+    training is refused before it.
+    """
+    within = bool(config.eval.every.value or config.eval.at_start)
     examples = data.build_eval(config.data, tokenizer, make_format(model, tokenizer), config.eval.limit)
-    if examples is None and not config.eval.tasks:
+    if within and examples is None and not config.eval.tasks:
         raise UserError("config.eval.every needs examples: set config.data.eval, config.data.holdout or eval.tasks")
     evaluator = evaluation.Evaluator(model, tokenizer, examples, config, derived.layout, mesh)
+    evaluator.read_tasks(ready=within)
+    return evaluator if within else None
+
+
+def check_disk(place: Workdir, prepared: Prepared) -> None:
+    """Refuses a disk on which not even one checkpoint has room."""
+    if not hosts.is_first() or files.is_remote(place.path):
+        return
+    saved = [prepared.shapes.params, prepared.shapes.optimizer]
+    need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved))
+    free = shutil.disk_usage(place.path).free
+    if free < need:
+        raise UserError(
+            f"{place.path} has {free / 1e9:.1f} GB free and a checkpoint takes up to {need / 1e9:.1f} GB; free space "
+            "or name another --workdir"
+        )
+
+
+def _evaluation_of(
+    place: Workdir, model: Model, evaluator: evaluation.Evaluator | None, phases: Phases, stopping: Stopping
+) -> Any:
+    """`evaluate(step, state) -> text` for evaluation within the loop; "" where it was stopped between two batches."""
+    if evaluator is None:
+        return None
     board = place.tensorboard / "eval"
     evaluation.complete(board, {step: place.eval(step) for step in place.scored_steps()})
 

@@ -29,50 +29,46 @@ def make_schedule(config: Optimizer, total_steps: int, warmup: int, decay: int) 
 
 
 def make_optimizer(config: Optimizer, schedule: optax.Schedule, letters: Any) -> optax.GradientTransformation:
-    """The optimizer; weight decay is decoupled and spares norms and relative-position biases.
+    """The optimizer. Each step takes learning rate * weight decay of a weight away, whichever optimizer it is.
 
-    `letters` is the params' tree of axis letters ("L D N H").
+    Weight decay is thus decoupled from gradients and momentum (Loshchilov & Hutter 2019). It spares norms and
+    relative-position biases. `letters` is the params' tree of axis letters ("L D N H").
     """
-    decays = jax.tree.map(_decays, letters)
     c = config
-    made: dict[str, Callable[[], optax.GradientTransformation]] = {
-        "adamw": lambda: optax.adamw(schedule, c.beta1, c.beta2, c.epsilon, weight_decay=c.weight_decay, mask=decays),
-        "lion": lambda: optax.lion(schedule, c.beta1, c.beta2, weight_decay=c.weight_decay, mask=decays),
-        "sgd": lambda: optax.chain(
-            optax.add_decayed_weights(c.weight_decay, decays), optax.sgd(schedule, c.beta1 or None)
-        ),
-        "adafactor": lambda: _adafactor(c, schedule, letters),
+    directions: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "adamw": lambda: optax.scale_by_adam(c.beta1, c.beta2, c.epsilon),
+        "lion": lambda: optax.scale_by_lion(c.beta1, c.beta2),
+        "sgd": lambda: optax.trace(c.beta1) if c.beta1 else optax.identity(),
+        "adafactor": lambda: _adafactor(letters),
     }
-    return made[config.name]()
+    decay = optax.add_decayed_weights(c.weight_decay, jax.tree.map(_decays, letters))
+    return optax.chain(directions[c.name](), decay, optax.scale_by_learning_rate(schedule))
 
 
 def _decays(letters: str) -> bool:
     return not is_vector(letters) and "E" not in letters.split()
 
 
-def _adafactor(config: Optimizer, schedule: optax.Schedule, letters: Any) -> optax.GradientTransformation:
-    """Adafactor (Shazeer & Stern 2018) on each layer's matrices.
+def _adafactor(letters: Any) -> optax.GradientTransformation:
+    """Adafactor's direction (Shazeer & Stern 2018) on each layer's matrices, before the learning rate.
 
     Our arrays stack layers and split heads. Factoring, clipping and scaling by the weights' size are
     meant for a layer's matrix [D, N * H], so each array is taken apart into such before, and put back after.
     """
-
-    def transform(names: str) -> optax.GradientTransformation:
-        decay = config.weight_decay if _decays(names) and config.weight_decay else None
-        return optax.adafactor(schedule, weight_decay_rate=decay)
+    of_matrix = optax.chain(optax.adafactor(), optax.scale(-1))  # without a rate it is chained with scale(-1)
 
     def over_layers(names: str, f: Callable) -> Callable:
         return jax.vmap(f) if names.startswith("L ") else f
 
     def init(params: Any) -> Any:
         return jax.tree.map(
-            lambda names, p: over_layers(names, transform(names).init)(_as_matrices(names, p)), letters, params
+            lambda names, p: over_layers(names, of_matrix.init)(_as_matrices(names, p)), letters, params
         )
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def one(names: str, gradient: jax.Array, state: Any, param: jax.Array) -> tuple[jax.Array, Any]:
             matrices = (_as_matrices(names, gradient), state, _as_matrices(names, param))
-            update, state = over_layers(names, transform(names).update)(*matrices)
+            update, state = over_layers(names, of_matrix.update)(*matrices)
             return update.reshape(param.shape), state
 
         pairs = jax.tree.map(one, letters, gradients, state, params)

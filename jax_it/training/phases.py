@@ -1,11 +1,13 @@
 """What a run's wall time is spent on, since its first start and over all restarts."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal, get_args
 
+from jax_it.files import read_text
 from jax_it.workdir import Workdir
 
 SHARES = "goodput.json"  # in the run's folder: what position() was at the last start or end
@@ -27,8 +29,8 @@ class Phases:
         self.changes = 0  # by which the watchdog sees that the run is alive
         self.step = 0
         if position:
-            self.seconds |= position["seconds"]
-            self.seconds["lost"] += max(began - position["at"], 0.0)
+            self.seconds |= {phase: max(float(position["seconds"][phase]), 0.0) for phase in self.seconds}
+            self.seconds["lost"] += max(began - float(position["at"]), 0.0)
         self._since = time.perf_counter() - max(time.time() - began, 0.0)
 
     def enter(self, phase: Phase, step: int = 0) -> None:
@@ -64,9 +66,10 @@ def since_first_start(place: Workdir, began: float, position: Mapping[str, Any])
     with suppress(KeyError, TypeError, ValueError):
         return Phases(began, position["phases"])
     try:
-        return Phases(began, json.loads((place.path / SHARES).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):  # it is the first start
+        found = Phases(began, json.loads(read_text(place.path / SHARES)))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):  # it is the first start
         return Phases(began)
+    return found if math.isfinite(sum(found.seconds.values())) else Phases(began)
 
 
 def _duration(seconds: float) -> str:

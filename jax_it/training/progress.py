@@ -1,5 +1,6 @@
 """What is seen of each step: read once the next one is under way, so that the device never waits for it."""
 
+import math
 import resource
 import sys
 from collections.abc import Mapping
@@ -14,11 +15,23 @@ from jax_it.training.throughput import Throughput
 
 
 class Progress:
-    """Logs steps and looks whether they were skipped, one step behind the loop until `settle`."""
+    """Logs steps and looks whether they were skipped, one step behind the loop until `settle`.
 
-    def __init__(self, log: Log, skips: Skips, throughput: Throughput, phases: Phases):
+    The logged loss is the mean over the target tokens of all steps since the last one that was logged, without those
+    that were skipped. `sums` are those of the checkpoint's position which the run goes on from.
+    """
+
+    def __init__(
+        self, log: Log, skips: Skips, throughput: Throughput, phases: Phases, sums: tuple[float, float] = (0.0, 0.0)
+    ):
         self._log, self._skips, self._throughput, self._phases = log, skips, throughput, phases
         self._last: tuple[int, Mapping[str, jax.Array], bool] | None = None
+        # Sums since the last logged step, in float64: of the loss over target tokens, and of their weights.
+        self._loss, self._weight = sums
+
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the steps that are not logged yet, so that a resumed run logs the same of them."""
+        return {"loss": [self._loss, self._weight], "throughput": self._throughput.position()}
 
     def add(self, step: int, measured: Mapping[str, jax.Array], logged: bool) -> None:
         """The metrics of a step, which may not have been computed yet, and whether it is to be logged."""
@@ -31,13 +44,18 @@ class Progress:
             return
         step, measured, logged = self._last
         self._last = None
+        values = {name: float(value) for name, value in jax.device_get(measured).items()}
+        loss, weight, in_a_row = (values.pop(name) for name in ("loss", "weight", "skipped_in_a_row"))
+        if not in_a_row:
+            self._loss += loss * weight
+            self._weight += weight
         if logged:
-            values = {name: float(value) for name, value in measured.items()}
-            del values["skipped_in_a_row"]
-            values |= self._throughput.report() | {"skipped": int(values["skipped"])}
-            self._log.write(step, values | {"goodput": self._phases.goodput()} | memory())
-        if int(measured["skipped_in_a_row"]):
-            self._skips.look(step, {name: float(value) for name, value in measured.items()})
+            mean = self._loss / self._weight if self._weight else math.nan
+            self._loss = self._weight = 0.0
+            rates = self._throughput.report() | {"skipped": int(values["skipped"])}
+            self._log.write(step, {"loss": mean} | values | rates | {"goodput": self._phases.goodput()} | memory())
+        if in_a_row:
+            self._skips.look(step, values | {"loss": loss, "skipped_in_a_row": in_a_row})
 
 
 def memory() -> dict[str, float]:

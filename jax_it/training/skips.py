@@ -31,7 +31,7 @@ class Skips:
             reason = "its gradient is not finite"
         text, loss = _text(examples), measured["loss"]
         values = {"loss": loss, "grad_norm": norm, "grad_norm_mean": measured["grad_norm_mean"]}
-        self._log.skipped(step, {name: _number(value) for name, value in values.items()} | {"examples": examples})
+        self._log.skipped(step, values | {"reason": f"{reason} (loss {loss:.4g})", "examples": examples})
         self._log.warn(f"step {step} is skipped: {reason} (loss {loss:.4g}); it has {text}")
         if in_a_row > self._config.max_skipped:
             raise UserError(
@@ -39,11 +39,6 @@ class Skips:
                 f"that of the others in skipped.jsonl, lower config.train.optimizer.learning_rate, or raise "
                 "config.train.max_skipped or max_spike"
             )
-
-
-def _number(value: float) -> float | str:
-    """JSON has no number for what is not finite."""
-    return value if math.isfinite(value) else str(value)
 
 
 def _text(examples: list[dict]) -> str:

@@ -109,9 +109,11 @@ def make_train_step(
         )
         metrics = {
             "loss": total / jnp.maximum(weight, 1),
+            "weight": weight,  # that the loss is a mean over
             "grad_norm": norm,
             "grad_norm_mean": usual,
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            # The optimizer counts the steps that it takes, and its memory of a skipped one is thrown away.
+            "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
             "skipped": new.skipped,
             "skipped_in_a_row": new.skipped_in_a_row,
         }

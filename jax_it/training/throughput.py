@@ -1,10 +1,9 @@
 """How fast a run is, and what share of the hardware's arithmetic it uses."""
 
-import time
-from functools import cache
+from collections.abc import Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jax_it.chips import chip_of
 from jax_it.data.loader import Sizes
@@ -12,14 +11,13 @@ from jax_it.data.packing import Shape
 from jax_it.models import Model
 from jax_it.training.phases import Phases
 
-TRAINING = ("compiling", "stepping", "waiting", "saving")  # the phases that rates are over
+TRAINING = ("stepping", "waiting", "saving")  # the phases that rates are over
 
 
-def peak_flops(devices: int) -> float:
-    """FLOP/s of all devices: the published peak, or what a large float32 matmul reaches on a CPU."""
+def peak_flops(devices: int) -> float | None:
+    """FLOP/s of all devices by their published peak; None of a kind that has none in `chips`, as a CPU."""
     chip = chip_of(jax.devices()[0].device_kind)
-    # Fake CPU devices share the one processor, which the matmul measures.
-    return chip.flops * devices if chip else _measured_flops()
+    return chip.flops * devices if chip else None
 
 
 def step_flops(model: Model, rows: float, shape: Shape) -> float:
@@ -27,30 +25,24 @@ def step_flops(model: Model, rows: float, shape: Shape) -> float:
     return (2 if model.adapter else 3) * rows * model.config.flops(shape.source, shape.target, shape.blocks)
 
 
-@cache
-def _measured_flops(size: int = 1024, seconds: float = 0.2) -> float:
-    """The best of many tries: the processor may have other work."""
-    x = jnp.ones((size, size), jnp.float32)
-    multiply = jax.jit(lambda x: x @ x)
-    multiply(x).block_until_ready()
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        begin = time.perf_counter()
-        multiply(x).block_until_ready()
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
-
-
 class Throughput:
     """Rates since the last `report`; `flops` are the model's, forward and backward, without recomputation.
 
-    Time that is no training, as that of an evaluation, is left out.
+    Time that is no training, as that of a compilation or an evaluation, is left out. `position` is that of the
+    checkpoint which the run goes on from: the first report then counts the steps before it too.
     """
 
-    def __init__(self, peak: float, phases: Phases):
+    def __init__(self, peak: float | None, phases: Phases, position: Mapping[str, Any] | None = None):
         self._peak, self._phases = peak, phases
         self._shapes: set[Shape] = set()
         self._restart()
+        if position:
+            self._begin, self._totals = tuple(position["begin"]), dict(position["totals"])
+            self._steps, self._flops = position["steps"], position["flops"]
+
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the steps that are not reported yet."""
+        return {"begin": list(self._begin), "steps": self._steps, "flops": self._flops, "totals": self._totals}
 
     def _restart(self) -> None:
         self._begin = self._spent()
@@ -69,9 +61,9 @@ class Throughput:
     def add(self, sizes: Sizes, shape: Shape, flops: float) -> None:
         self._shapes.add(shape)
         self._steps += 1
-        self._flops += flops
+        self._flops += float(flops)
         for name in sizes._fields:
-            self._totals[name] = self._totals.get(name, 0) + getattr(sizes, name)
+            self._totals[name] = self._totals.get(name, 0) + int(getattr(sizes, name))
 
     def report(self) -> dict[str, float]:
         """tokens_per_second counts tokens, never padding; data_share is the time that steps waited for data."""
@@ -83,10 +75,12 @@ class Throughput:
             "tokens_per_second": (totals["source_tokens"] + totals["target_tokens"]) / seconds,
             "examples_per_second": totals["examples"] / seconds,
             "seconds_per_step": seconds / self._steps,
-            "mfu": self._flops / seconds / self._peak,
+            "flops_per_second": self._flops / seconds,
             "data_share": waited / seconds,
             "target_fill": totals["target_tokens"] / totals["target_positions"],
         }
+        if self._peak:
+            rates["mfu"] = rates["flops_per_second"] / self._peak
         if totals["source_positions"]:
             rates["source_fill"] = totals["source_tokens"] / totals["source_positions"]
         self._restart()

@@ -1,11 +1,14 @@
 """What an evaluation found, as files and as text."""
 
 import json
+import math
 
 import pytest
 
 from jax_it.errors import UserError
-from jax_it.evaluation import Scored, examples_text, table, write
+from jax_it.evaluation import Scored, complete, examples_text, table, write
+from jax_it.evaluation.results import read
+from jax_it.workdir import Workdir
 
 
 def row(task, number, prompt="add 1", prediction="it is 2"):
@@ -53,6 +56,37 @@ def test_what_is_written_is_read_back_as_it_was(tmp_path):
     assert [json.loads(line) for line in lines] == SCORED.predictions
     assert "à" in lines[1]
     assert sorted(file.name for file in (tmp_path / "eval" / "3").iterdir()) == ["metrics.json", "predictions.jsonl"]
+
+
+def test_scores_that_are_not_finite_or_huge_are_json_and_come_back(tmp_path):
+    place = Workdir(tmp_path)
+    found = {"all": {"loss": math.nan, "perplexity": math.inf, "own.py:huge": 1e300, "n": 1.0}}
+    scored = Scored(found, [row("sums", 1) | {"log_probs": [-math.inf, -1.0]}], {"all": {"loss": (math.nan, 2.0)}})
+    write(place.eval(3), scored, tmp_path / "board", 3)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    for file in ("metrics.json", "predictions.jsonl"):
+        json.loads((place.eval(3) / file).read_text(), parse_constant=refuse)
+    again = read(place.eval(3))["all"]
+    assert math.isnan(again["loss"]) and math.isnan(again["perplexity"]) and again["own.py:huge"] == 1e300
+    assert math.isnan(again["loss_ci"][0]) and again["loss_ci"][1] == 2.0
+    assert place.scores("loss")(3) is None and math.isnan(place.measured(3, "loss"))
+    complete(tmp_path / "board again", {3: place.eval(3)})
+    assert len(list((tmp_path / "board again").iterdir())) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"all": 1}', '{"all": {"loss": 1' + 400 * "0" + "}}", "\0\0", "{"])
+def test_damaged_scores_are_no_scores(tmp_path, content):
+    place = Workdir(tmp_path)
+    place.eval(3).mkdir(parents=True)
+    (place.eval(3) / "metrics.json").write_text(content)
+    with pytest.raises(ValueError, match=r".+"):
+        read(place.eval(3))
+    complete(tmp_path / "board", {3: place.eval(3)})
+    assert place.scores("loss")(3) is None and place.measured(3, "loss") is None
+    assert not (tmp_path / "board").exists()
 
 
 def test_half_a_surrogate_pair_does_not_lose_the_predictions(tmp_path):

@@ -98,7 +98,7 @@ def send(name: str, phase: str, number: int, delay: float) -> None:
 
     @contextmanager
     def started(*texts: str) -> Iterator[stopping.Stopping]:
-        with stopping.on_sigterm(*texts) as stop:
+        with stopping.on_signals(*texts) as stop:
             threading.Thread(target=fire, args=(0,), daemon=True).start()
             yield stop
 
@@ -112,7 +112,7 @@ def send(name: str, phase: str, number: int, delay: float) -> None:
 
     phases.Phases.enter = watched  # type: ignore[method-assign]
     if phase == "starting":
-        loop.on_sigterm = started  # type: ignore[assignment]
+        loop.on_signals = started  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -123,6 +123,38 @@ def test_a_folder_of_a_checkpoint_can_be_lost_as_well(saved, tmp_path):
     assert restored(folder) == 1
 
 
+def test_a_checkpoint_is_taken_for_that_of_its_own_step_alone(saved, tmp_path):
+    folder = copy(saved, tmp_path / "renamed")
+    (folder / "2").rename(folder / "3")
+    with pytest.raises(UserError, match=r"checkpoints?/?.*3 cannot be read: it is that of step 2; name another"):
+        Checkpoints(folder).restore_params(3, shapes(state(2)[0]))
+    assert restored(folder) == 1
+    folder = copy(saved, tmp_path / "changed")
+    position = folder / "2" / "position" / "metadata"
+    position.write_text(position.read_text().replace("2", "1"))
+    with pytest.raises(UserError, match="its position differs from what was saved"):
+        Checkpoints(folder).restore_params(2, shapes(state(2)[0]))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink(path, path)])
+def test_what_is_no_file_in_a_checkpoint_is_damage_and_hangs_nothing(saved, tmp_path, make):
+    for name in ("params/_METADATA", "training/manifest.ocdbt", "position/metadata", "checksums/metadata"):
+        folder = copy(saved, tmp_path / name.split("/")[0])
+        (folder / "2" / name).unlink()
+        make(folder / "2" / name)
+        assert restored(folder) == 1
+
+
+def test_a_checkpoint_with_other_arrays_is_named_with_those_that_differ(saved, capfd):
+    params = state(2)[0]
+    other = {"large": params["large"], "small": {"vector": params["small"]["vector"], "ones": jnp.ones(5)}}
+    with pytest.raises(UserError, match=r"it has other arrays than this run: small.ones, small.zeros differ; name"):
+        Checkpoints(saved).restore_params(2, shapes(other))
+    other = params | {"large": jnp.ones((64, 31))}
+    with pytest.raises(UserError, match=r"it has an array of shape \(64, 32\) where this run has \(64, 31\); name"):
+        Checkpoints(saved).restore_params(2, shapes(other))
+
+
 def test_a_damaged_checkpoint_is_not_given_out_for_evaluation_or_export(saved, tmp_path):
     folder = copy(saved, tmp_path / "checkpoints")
     shutil.rmtree(folder / "2" / "params" / "d")

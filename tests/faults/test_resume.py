@@ -31,7 +31,7 @@ def stop(process, how=signal.SIGKILL):
     """Its output. Where it is told to stop, it must end with the code that says that the same command goes on."""
     process.send_signal(how)
     output = process.communicate()[0]
-    assert process.returncode == (75 if how == signal.SIGTERM else -how), output
+    assert process.returncode == {signal.SIGTERM: 75, signal.SIGHUP: 75, signal.SIGINT: 130}.get(how, -how), output
     return output
 
 
@@ -72,13 +72,14 @@ def test_a_run_that_is_stopped_again_and_again_is_the_run_that_was_not(config, f
     assert "before there was a new step to save; the same command goes on" in stop(process, signal.SIGTERM)
     assert losses(run) == []
 
-    process = start("train", "--config", config, "--workdir", run)
-    while not process.stdout.readline().startswith("step 3/"):
-        assert process.poll() is None
-    output = stop(process, signal.SIGTERM)
-    saved = len(losses(run))
-    assert f"stopped by SIGTERM after step {saved}, which is saved; the same command goes on from there" in output
-    assert Workdir(run).checkpoints().steps()[-1] == saved < STEPS
+    for step, how, name in ((3, signal.SIGTERM, "SIGTERM"), (19, signal.SIGINT, "Ctrl-C")):
+        process = start("train", "--config", config, "--workdir", run)
+        while not process.stdout.readline().startswith(f"step {step}/"):
+            assert process.poll() is None
+        output = stop(process, how)
+        saved = len(losses(run))
+        assert f"stopped by {name} after step {saved}, which is saved; the same command goes on from there" in output
+        assert Workdir(run).checkpoints().steps()[-1] == saved < STEPS
 
     process = start("train", "--config", config, "--workdir", run)
     wait_for(process, run, "checkpoints/*tmp*")  # a checkpoint is being written
@@ -121,7 +122,7 @@ def test_sigterm_during_an_evaluation_saves_its_step_and_the_evaluation_is_done_
             return evaluation.Scored({"all": {"loss": 1.0, "n": 1.0}}, [])
 
     def step(state, batch):
-        measured = ("loss", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row")
+        measured = ("loss", "weight", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row")
         return replace(state, step=state.step + 1), dict.fromkeys(measured, 0.0)
 
     scored = []

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,10 +15,54 @@ import pytest
 from jax_it import config as settings
 from jax_it import training
 from jax_it.errors import Interrupted
-from jax_it.stopping import on_sigterm
+from jax_it.stopping import on_signals
 from jax_it.workdir import Workdir
 from tests.faults.test_resume import assert_same_run, finish, stop
 from tests.tiny_run import STEPS, copy, losses, start
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 75), ("SIGHUP", 75), ("SIGINT", 130)])
+def test_a_signal_while_nothing_is_held_ends_the_command_at_once_with_its_own_code(name, code):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+    with pytest.raises(Interrupted, match="before the end") as stopped, on_signals("train", " before the end"):
+        signal.raise_signal(getattr(signal, name))
+        time.sleep(5)
+    assert stopped.value.code == code and ("Ctrl-C" if name == "SIGINT" else name) in str(stopped.value)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)] == before
+
+
+def test_a_signal_that_was_ignored_before_stays_ignored_as_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with on_signals("train", "") as stopping:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stopping() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+HELD = """
+import os, signal, sys, time
+from jax_it.stopping import on_signals
+with on_signals("train", " before the end") as stopping:
+    stopping.hold()
+    for _ in range(2):  # one Ctrl-C, which a wrapper has passed on as well
+        os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.7)
+    assert stopping()
+    print("saving", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    hash = __import__("hashlib").pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # Python sees no signal in it
+"""
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once():
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stdout == "saving\n", done.stderr
+    assert done.stderr == "\njax-it train: ended at once by a second Ctrl-C; what was saved before stays\n"
+    assert time.monotonic() < begin + 30
 
 
 @pytest.mark.parametrize("place", ["load_tokenizer", "_load_model", "build_data", "_derive", "prepare", "Log"])
@@ -43,7 +89,7 @@ def test_sigterm_is_the_callers_affair_in_another_thread():
     found = []
 
     def run():
-        with on_sigterm("train", "stopped") as stopping:
+        with on_signals("train", "stopped") as stopping:
             found.extend([signal.getsignal(signal.SIGTERM), stopping()])
 
     before = signal.getsignal(signal.SIGTERM)
@@ -90,7 +136,8 @@ def test_gradients_that_are_not_finite_end_the_run_past_a_limit_and_name_the_dat
     assert last.startswith("jax-it train: 4 steps in a row were skipped, up to step 23: its gradient is not finite; ")
     lines = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 21, 22, 23]
-    assert all(line["loss"] == line["grad_norm"] == "nan" and 0 < line["grad_norm_mean"] < 100 for line in lines)
+    assert all(line["loss"] is line["grad_norm"] is None and 0 < line["grad_norm_mean"] < 100 for line in lines)
+    assert all(line["reason"] == "its gradient is not finite (loss nan)" for line in lines)
     for line in lines:
         records = [(source["source"], record) for source in line["examples"] for record in source["records"]]
         logged = next(other for other in losses(run) if other["step"] == line["step"])

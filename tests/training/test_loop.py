@@ -9,7 +9,8 @@ import pytest
 
 from jax_it import config as settings
 from jax_it.config import resolve
-from jax_it.training import train
+from jax_it.errors import UserError
+from jax_it.training import loop, step, train
 from jax_it.workdir import Workdir
 
 TINY = {"model_type": "t5", "vocab_size": 120, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
@@ -51,7 +52,9 @@ def test_a_run_logs_every_step_and_keeps_its_checkpoints(finished):
     _, run, state = finished
     lines = logged(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert all(np.isfinite(line["loss"]) and 0 < line["source_fill"] <= 1 and line["mfu"] > 0 for line in lines)
+    assert all(
+        np.isfinite(line["loss"]) and 0 < line["source_fill"] <= 1 and line["flops_per_second"] > 0 for line in lines
+    )
     assert all(0 < line["goodput"] < 1 and line["host_memory"] > 1e7 for line in lines)
     assert Workdir(run).checkpoints().steps() == [3, 6]
     assert int(state.step) == 6
@@ -134,3 +137,54 @@ def test_a_causal_run_is_evaluated_and_goes_on_from_its_checkpoint_as_if_it_had_
     assert bool(state.frozen) == bool(lora)
     scores = json.loads((tmp_path / "whole" / "eval" / "6" / "metrics.json").read_text())["all"]
     assert scores["n"] == 10 and np.isfinite(scores["loss"])
+
+
+def missing(tmp_path):
+    return [{"path": str(tmp_path / "nowhere.jsonl"), "template": ["auto"]}]
+
+
+def empty(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    return [{"path": str(tmp_path / "empty.jsonl")}]
+
+
+def task(tmp_path):
+    return [{"name": "own", "data": missing(tmp_path)[0], "metrics": ["exact_match"]}]
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (lambda folder: {"data__eval": missing(folder)}, "config.data.eval.0.*nowhere.jsonl"),
+        (lambda folder: {"data__eval": empty(folder)}, "config.data.eval.0.*empty.jsonl"),
+        (lambda folder: {"eval__tasks": task(folder)}, "config.eval.tasks.0.*nowhere.jsonl"),
+        (lambda folder: {"eval__every": "2 steps", "eval__tasks": task(folder)}, "config.eval.tasks.0.*nowhere.jsonl"),
+        (lambda folder: {"eval__metrics": ["rougeL", "my_metrics.py:brevity"]}, "my_metrics.py"),
+    ],
+    ids=["missing", "empty", "task", "task within", "metric"],
+)
+def test_what_an_evaluation_would_lack_is_named_before_the_first_step(tmp_path, monkeypatch, changes, named):
+    """Also where there is no evaluation within the run."""
+    monkeypatch.setattr(loop, "_restore_or_start", None)  # where the first weights would be made
+    with pytest.raises(UserError, match=named):
+        train(make_config(tmp_path, **changes(tmp_path)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 10_000))
+    with pytest.raises(UserError, match=r"run has 0.0 GB free and a checkpoint takes up to 0.0 GB; free space or name"):
+        train(make_config(tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_new_run_whose_first_step_fails_leaves_nothing(tmp_path, monkeypatch):
+    """As one that does not fit into the memory."""
+
+    def failing(*arguments):
+        return lambda state, batch: 1 // 0
+
+    monkeypatch.setattr(step, "make_train_step", failing)
+    with pytest.raises(ZeroDivisionError):
+        train(make_config(tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -79,6 +79,23 @@ def test_adamw_is_its_formula_and_decays_matrices_alone():
         np.testing.assert_allclose(found[name], p, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
+def test_weight_decay_is_decoupled_and_scaled_by_the_learning_rate_in_every_optimizer(name):
+    """Without a gradient a matrix shrinks by the factor 1 - rate * decay a step, and what is no matrix stays."""
+    config = Optimizer(name=name, learning_rate=0.01, weight_decay=0.1)
+    rates = [0.01, 0.0, 0.002]
+    optimizer = make_optimizer(config, lambda step: jnp.asarray(rates)[step], LETTERS)
+    start = params = random_tree(0)
+    state = optimizer.init(params)
+    for _ in rates:
+        update, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = jax.tree.map(jnp.add, params, update)
+    shrunk = (1 - 0.01 * 0.1) * (1 - 0.002 * 0.1)
+    for name, before in start.items():
+        expected = shrunk if name in ("query", "head") else 1.0
+        np.testing.assert_allclose(params[name], expected * np.asarray(before, np.float64), rtol=1e-6)
+
+
 def test_lion_is_its_formula():
     found = updates(Optimizer(name="lion", learning_rate=0.01, weight_decay=0.1, beta1=0.9, beta2=0.99))
     p, m = np.asarray(random_tree(0)["head"], np.float64), 0.0
@@ -88,16 +105,19 @@ def test_lion_is_its_formula():
     np.testing.assert_allclose(found["head"], p, atol=2e-6)
 
 
-def test_sgd_has_momentum():
-    found = updates(Optimizer(name="sgd", learning_rate=0.01, beta1=0.9))
-    p, m = np.asarray(random_tree(0)["norm"], np.float64), 0.0
-    for step in range(1, 4):
-        m = 0.9 * m + np.asarray(random_tree(step)["norm"], np.float64)
-        p = p - 0.01 * m
-    np.testing.assert_allclose(found["norm"], p, atol=2e-6)
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_sgd_has_momentum_of_gradients_alone(momentum):
+    found = updates(Optimizer(name="sgd", learning_rate=0.01, weight_decay=0.1, beta1=momentum))
+    for name, start in random_tree(0).items():
+        p, m = np.asarray(start, np.float64), 0.0
+        for step in range(1, 4):
+            m = momentum * m + np.asarray(random_tree(step)[name], np.float64)
+            decay = 0.1 if name in ("query", "head") else 0.0
+            p = p - 0.01 * (m + decay * p)
+        np.testing.assert_allclose(found[name], p, atol=2e-6)
 
 
-def adafactor_reference(params, gradients, rate):
+def adafactor_reference(params, gradients, rate, weight_decay):
     """Adafactor for one matrix or vector, from section 9 of the paper, with optax's constants; float64."""
     p = params.astype(np.float64)
     row = column = full = 0.0
@@ -113,7 +133,7 @@ def adafactor_reference(params, gradients, rate):
             full = decay * full + (1 - decay) * square
             update = g / np.sqrt(full)
         update /= max(1.0, np.sqrt((update**2).mean()))
-        p = p - rate * update * max(np.sqrt((p**2).mean()), 1e-3)
+        p = p - rate * (update * max(np.sqrt((p**2).mean()), 1e-3) + weight_decay * p)
     return p
 
 
@@ -127,7 +147,8 @@ def test_adafactor_sees_each_layer_as_a_matrix_of_its_own():
         for name, shape in shapes.items()
     }
     start, gradients = tree(), [tree() for _ in range(3)]
-    optimizer = make_optimizer(Optimizer(name="adafactor"), lambda step: jnp.float32(0.01), letters)
+    config = Optimizer(name="adafactor", weight_decay=0.1)
+    optimizer = make_optimizer(config, lambda step: jnp.float32(0.01), letters)
     params = jax.tree.map(jnp.asarray, start)
     state = optimizer.init(params)
     for gradient in gradients:
@@ -136,9 +157,9 @@ def test_adafactor_sees_each_layer_as_a_matrix_of_its_own():
     matrices = {"query": (128, 128), "output": (128, 130), "norm": (128,)}
     for name, shape in matrices.items():
         for layer in range(2):
-            expected = adafactor_reference(
-                start[name][layer].reshape(shape), [g[name][layer].reshape(shape) for g in gradients], 0.01
-            )
+            own = [g[name][layer].reshape(shape) for g in gradients]
+            decay = 0.0 if name == "norm" else 0.1
+            expected = adafactor_reference(start[name][layer].reshape(shape), own, 0.01, decay)
             found = np.asarray(params[name][layer]).reshape(shape)
             np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5 * scales[layer])
 
