@@ -101,10 +101,10 @@ def _forward(
         for_hidden = jnp.moveaxis(chunks, 0, 2).reshape(arrays[0].shape[0], -1, arrays[0].shape[2])[:, :length]
         return total, for_hidden, *head_gradient
 
-    head_dtype = head_VD.dtype
+    head_dtype = jnp.promote_types(head_VD.dtype, hidden_BTD.dtype)  # of float32 states and a bfloat16 head: float32
     letters = ("", "B T D", "V D")[: 3 if head_trained else 2]
     total, *gradients = _on_own_positions(value_and_gradients, letters, head_VD, hidden_BTD, targets_BT, weights_BT)
-    return total, gradients
+    return total, [g.astype(x.dtype) for g, x in zip(gradients, (hidden_BTD, head_VD), strict=False)]
 
 
 def _backward(

@@ -7,10 +7,33 @@ import math
 import re
 import types
 import typing
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from jax_it.errors import UserError
+
+MOST_DEPTH = 50  # of lists and mappings within each other, in a value
+
+
+def parts(name: str) -> list[str]:
+    """The parts of a dotted name: "data.train[0].path" and "data.train.0.path" are the same."""
+    return re.sub(r"\[(\d+)\]", r".\1", name).split(".")
+
+
+def shown(value: Any) -> str:
+    """A value in a message: on one line, and not at length."""
+    try:
+        text = repr(value)
+    except Exception as error:  # whose repr fails, or a whole number of more digits than Python writes
+        return f"a value of type {type(value).__name__} ({error})"
+    text = " ".join(text.split())
+    return text if len(text) <= 120 else f"{text[:80]} … {text[-20:]}"
+
+
+def shown_name(name: Any) -> str:
+    """A setting's name, or what was given for one, in a message."""
+    return name if isinstance(name, str) and name.isprintable() and len(name) <= 60 else shown(name)
 
 
 def override(tree: dict[str, Any], name: str, text: str, raw: tuple[str, ...]) -> None:
@@ -18,36 +41,39 @@ def override(tree: dict[str, Any], name: str, text: str, raw: tuple[str, ...]) -
 
     Texts stay texts, which `build` reads as the types ask; those below `raw`, which has no types, are read now.
     """
-    *parents, last = re.sub(r"\[(\d+)\]", r".\1", name).split(".")
+    *parents, last = parts(name)
     node: Any = tree
     where = "config"
     for key in parents:
         node = _entry(node, key, where)
-        where += f".{key}"
+        where += f".{shown_name(key)}"
     if isinstance(node, list):
         _entry(node, last, where)
         node[int(last)] = text
     elif isinstance(node, dict):
         node[last] = _literal(text) if tuple(parents[: len(raw)]) == raw else text  # `build` refuses unknown names
     else:
-        raise UserError(f"{where} has no field {last!r}: it is a single value")
+        raise UserError(f"{where} has no field {shown(last)}: it is a single value")
 
 
 def _entry(node: Any, key: str, where: str) -> Any:
     if not isinstance(node, (dict, list)):
-        raise UserError(f"{where} has no field {key!r}: it is a single value")
-    try:
-        return node[int(key)] if isinstance(node, list) else node[key]
-    except (KeyError, ValueError, IndexError):
-        names = [str(i) for i in range(len(node))] if isinstance(node, list) else list(node)
-        raise UserError(f"{where} has no entry {key!r}{_suggest(key, names)}") from None
+        raise UserError(f"{where} has no field {shown(key)}: it is a single value")
+    if isinstance(node, dict) and key in node:
+        return node[key]
+    if isinstance(node, list) and key.isascii() and key.isdigit() and len(key) < 10 and int(key) < len(node):
+        return node[int(key)]
+    names = [str(i) for i in range(len(node))] if isinstance(node, list) else list(map(str, node))
+    raise UserError(f"{where} has no entry {shown(key)}{_suggest(key, names)}")
 
 
 def _suggest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1) if len(name) <= 60 else []
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; it has: {', '.join(known)}" if known else "; it is empty"
+    if not known:
+        return "; it is empty"
+    return f"; it has: {', '.join(map(shown_name, known[:40]))}{', …' if len(known) > 40 else ''}"
 
 
 def build(kind: Any, value: Any, where: str) -> Any:
@@ -56,13 +82,17 @@ def build(kind: Any, value: Any, where: str) -> Any:
     A type with a `parse(text, where)` reads its own text. Raises UserError that names the field.
     """
     if hasattr(kind, "parse"):
-        return value if isinstance(value, kind) else kind.parse(str(value), where)
+        if isinstance(value, kind):
+            return value
+        if not isinstance(value, (str, int, float)):
+            raise UserError(f"{where}: expected a {kind.__name__.lower()} as a text or a number, got {shown(value)}")
+        return kind.parse(value if isinstance(value, str) else shown(value), where)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(typing.cast(type, kind), value, where)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        if value not in args:
-            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+        if not isinstance(value, str) or value not in args:
+            raise UserError(f"{where}: {shown(value)} is not one of {', '.join(map(repr, args))}")
         return value
     if origin is types.UnionType:
         if value is None or (isinstance(value, str) and value.lower() == "none"):
@@ -74,27 +104,68 @@ def build(kind: Any, value: Any, where: str) -> Any:
             # One text is a list of one; a Jinja template too may begin with a bracket.
             value = listed if isinstance(listed, (list, tuple)) else [value] if args[0] is str else value
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where}: expected a list, got {value!r}")
+            raise UserError(f"{where}: expected a list, got {shown(value)}")
         return tuple(build(args[0], item, f"{where}.{i}") for i, item in enumerate(value))
     if origin is Mapping:
         value = _literal(value) if isinstance(value, str) else value
         if not isinstance(value, Mapping):
-            raise UserError(f"{where}: expected a mapping, got {value!r}")
-        return dict(value)
+            raise UserError(f"{where}: expected a mapping, got {shown(value)}")
+        return _json_value(value, where, 0)
     return _build_scalar(kind, value, where)
+
+
+_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 
 def _build_scalar(kind: type, value: Any, where: str) -> Any:
     if kind is not str and isinstance(value, str):
         value = _literal(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = _float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise UserError(f"{where}: expected {kind.__name__}, got {value!r}")
+        raise UserError(f"{where}: expected {_NAMES[kind]}, got {shown(value)}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}: {value} is not a finite number")
+    if isinstance(value, str):
+        _check_text(value, where)
+    return value
+
+
+def _float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _check_text(text: str, where: str) -> None:
+    """Refuses what no file, name or tokenizer takes: NUL, and half a surrogate pair, as a byte that is no UTF-8."""
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{where}: {shown(text)} has a character that is no text (NUL, or bytes that are no UTF-8)")
+
+
+def _json_value(value: Any, where: str, depth: int) -> Any:
+    """A value without a declared type, which must be what JSON holds."""
+    if depth > MOST_DEPTH:
+        raise UserError(f"{where} is nested more than {MOST_DEPTH} levels deep")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise UserError(f"{where}: expected texts as names, got {shown(key)}")
+            _check_text(key, where)
+        return {key: _json_value(item, f"{where}.{shown_name(key)}", depth + 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item, f"{where}.{i}", depth + 1) for i, item in enumerate(value)]
+    if isinstance(value, str):
+        _check_text(value, where)
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{where}: {shown(value)} is more than 64 bits hold")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {value} is not a finite number")
+    elif value is not None and not isinstance(value, (bool, int, float)):
+        raise UserError(f"{where}: {shown(value)} is of type {type(value).__name__}, which JSON does not hold")
     return value
 
 
@@ -103,8 +174,9 @@ def _literal(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):  # a TypeError for a list as a key
+        with warnings.catch_warnings(action="ignore"):  # Python's, of "\\d" in a text
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # of a list as a key; of deep nesting
         return text
 
 
@@ -112,9 +184,9 @@ def _build_dataclass(kind: type, value: Any, where: str) -> Any:
     if isinstance(value, kind):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(kind)}
     if not isinstance(value, Mapping):
-        raise UserError(f"{where}: expected a section with fields, got {value!r}")
+        raise UserError(f"{where}: expected a section with fields, got {shown(value)}")
     hints = typing.get_type_hints(kind)
     for key in value:
         if key not in hints:
-            raise UserError(f"{where}.{key} is not a setting{_suggest(str(key), list(hints))}")
+            raise UserError(f"{where}.{shown_name(key)} is not a setting{_suggest(str(key), list(hints))}")
     return kind(**{key: build(hints[key], item, f"{where}.{key}") for key, item in value.items()})

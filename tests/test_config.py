@@ -2,6 +2,7 @@ import ast
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
 import types
@@ -130,7 +131,7 @@ def test_whole_numbers_stand_for_floats_and_whole_floats_for_ints():
 
 def test_dataclasses_are_checked_like_dicts():
     made = tree(data__train=[settings.Source(path="a.jsonl", weight=typing.cast(Any, "much"))])
-    with pytest.raises(UserError, match=r"config\.data\.train\.0\.weight: expected float, got 'much'"):
+    with pytest.raises(UserError, match=r"config\.data\.train\.0\.weight: expected a number, got 'much'"):
         settings.resolve(made)
     with pytest.raises(UserError, match=r"config\.data: expected a section with fields"):
         settings.resolve({"data": settings.Model()})
@@ -153,6 +154,152 @@ def test_an_unknown_key_is_refused_with_a_suggestion(changes, message):
 
 def test_a_choice_that_does_not_exist_is_refused_with_those_that_do():
     assert refusal(train__loss="l2") == "config.train.loss: 'l2' is not one of 'cross_entropy', 'squared_error'"
+
+
+@pytest.mark.parametrize("name", [name for name, hint in LEAVES.items() if hint in (int, float, float | None)])
+def test_every_number_has_a_range_and_what_lies_outside_is_refused_with_its_limit(name):
+    data = settings.Data((settings.Source(),), (settings.Source(),))
+    full = settings.to_dict(Config(data=data, eval=settings.Eval(tasks=(settings.Task(),))))
+    for value in (-(10**40), 10**400, 10**5000, 1e300, "9" * 400, "9" * 5000):
+        changed = json.loads(json.dumps(full))
+        *parents, last = name.split("__")
+        node = changed
+        for key in parents:
+            node = node[int(key) if key.isdigit() else key]
+        node[last] = value
+        where = re.escape(f"config.{name.replace('__', '.')}: ")
+        with pytest.raises(UserError, match=f"^{where}.*(must be|expected|not a finite)") as caught:
+            settings.resolve(changed)
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train__batch_size": 10**12}, "train.batch_size: 1000000000000 must be at most 1048576"),
+        ({"train__seed": 2**32}, "train.seed: 4294967296 must be at most 4294967295"),
+        ({"train__seed": 10**400}, "train.seed: a number of 401 digits must be at most 4294967295"),
+        ({"data__seed": 2**63}, "data.seed: 9223372036854775808 must be at most 9223372036854775807"),
+        ({"model__dropout": 0.9999}, "model.dropout: 0.9999 must be 0 or in [0.0001, 0.99]"),
+        ({"model__dropout": 1e-9}, "model.dropout: 1e-09 must be 0 or in [0.0001, 0.99]"),
+        ({"model__lora": {"rank": 4, "dropout": 2}}, "model.lora.dropout: 2.0 must be 0 or in [0.0001, 0.99]"),
+        ({"model__lora": {"rank": 4, "alpha": 0}}, "model.lora.alpha: 0.0 must be more than 0"),
+        ({"model__lora": {"rank": 4, "alpha": -3}}, "model.lora.alpha: -3.0 must be more than 0"),
+        ({"model__lora": {"rank": -4}}, "model.lora.rank: -4 must be at least 0"),
+        (
+            {"train__optimizer__learning_rate": 1e-300},
+            "train.optimizer.learning_rate: 1e-300 must be 0 or at least 1.2",
+        ),
+        ({"train__optimizer__learning_rate": 1e39}, "train.optimizer.learning_rate: 1e+39 must be at most 3e+38"),
+        ({"train__optimizer__epsilon": 0}, "train.optimizer.epsilon: 0.0 must be more than 0"),
+        ({"train__hang_after": 1e-9}, "train.hang_after: 1e-09 must be 0 or at least 1"),
+        (
+            {"train__micro_batches": 9, "train__batch_size": 8},
+            "train.micro_batches: 9 is more than train.batch_size, 8",
+        ),
+        ({"eval__min_new_tokens": 200}, "eval.min_new_tokens: 200 is more than data.target_length, 128"),
+        (
+            {"eval__min_new_tokens": 9, "eval__max_new_tokens": 8},
+            "eval.min_new_tokens: 9 is more than eval.max_new_tok",
+        ),
+        (
+            {"train__duration": "1e300 epochs"},
+            "train.duration: '1e300 epochs' is more than any run has; the most is 1e+18",
+        ),
+    ],
+)
+def test_a_number_that_would_hang_crash_or_do_nothing_is_refused_with_its_limit(changes, message):
+    assert refusal(**changes).startswith(f"config.{message}")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"train__optimizer": {"name": "adafactor", "beta1": 0.5}},
+            "train.optimizer.beta1 has no effect with optimizer",
+        ),
+        (
+            {"train__optimizer": {"name": "adafactor", "beta2": 0.5}},
+            "train.optimizer.beta2 has no effect with optimizer",
+        ),
+        (
+            {"train__optimizer": {"name": "sgd", "beta2": 0.5}},
+            "train.optimizer.beta2 has no effect with optimizer.name='s",
+        ),
+        (
+            {"train__optimizer": {"name": "lion", "epsilon": 1e-6}},
+            "train.optimizer.epsilon has no effect with optimizer.",
+        ),
+        (
+            {"train__optimizer__decay": "20%"},
+            "train.optimizer.decay has no effect with optimizer.schedule='linear'; le",
+        ),
+        (
+            {"train__optimizer": {"schedule": "rsqrt", "final_rate": 0.1}},
+            "train.optimizer.final_rate has no effect with",
+        ),
+        (
+            {"train": {"loss": "squared_error", "label_smoothing": 0.1}},
+            "train.label_smoothing has no effect with train.lo",
+        ),
+        (
+            {"train": {"loss": "squared_error", "z_loss": 1e-4}},
+            "train.z_loss has no effect with train.loss='squared_erro",
+        ),
+        (
+            {"train__squared_error_scale": 2},
+            "train.squared_error_scale has no effect with train.loss='cross_entropy'; le",
+        ),
+        (
+            {"train__profile_steps": 9},
+            "train.profile_steps has no effect without a profile; say when it begins with trai",
+        ),
+        (
+            {"data": {"packing": False, "packed_target_length": 128, "packed_source_length": 512}},
+            "data.packed_source_len",
+        ),
+        (
+            {"eval": {"generate": False, "num_beams": 4}},
+            "eval.num_beams has no effect with eval.generate=False; leave it",
+        ),
+        (
+            {"eval": {"generate": False, "metrics": ["bleu"]}},
+            "eval.metrics has no effect with eval.generate=False; leave",
+        ),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused_but_taken_from_a_saved_run(changes, message):
+    if "data" in changes:
+        changes = {"data": changes["data"] | {"train": [{"path": "train.jsonl"}]}}
+    assert refusal(**changes).startswith(f"config.{message}")
+    reopened = settings.reopen(tree(**changes))
+    assert settings.without_unread(reopened) == reopened == settings.resolve(settings.to_dict(reopened))
+
+
+def test_a_setting_that_only_the_other_kind_of_model_reads_is_refused_once_the_kind_is_known():
+    def refused(kind: settings.Kind, **changes: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            settings.check_read(settings.resolve(tree(**changes)), kind)
+        return str(caught.value)
+
+    assert refused("seq2seq", data__sequence_length=64).startswith(
+        "config.data.sequence_length has no effect on an enc"
+    )
+    assert refused("seq2seq", data__learn="last").startswith("config.data.learn has no effect on an encoder-decoder")
+    assert refused("causal", data__source_length=64).startswith(
+        "config.data.source_length has no effect on a causal mo"
+    )
+    for effect in ({"eval__generate": False}, {"eval__max_new_tokens": 9}):
+        assert refused("causal", data__target_length=64, **effect).startswith("config.data.target_length has no effect")
+    settings.check_read(settings.resolve(tree(data__target_length=64, data__sequence_length=64)), "causal")
+    settings.check_read(settings.resolve(tree(data__target_length=64, data__source_length=64)), "seq2seq")
+
+
+def test_a_run_of_an_older_version_opens_where_settings_are_missing():
+    made = settings.to_dict(settings.resolve(tree()))
+    del made["train"]["max_spike"], made["eval"], made["model"]["lora"]["dora"]
+    assert settings.reopen(made) == settings.resolve(tree())
 
 
 # Overrides
@@ -203,7 +350,7 @@ def test_an_override_is_read_as_its_field_s_type_asks(file, name, text, read, va
     [
         ("train.sede", "7", "config.train.sede is not a setting; did you mean 'seed'?"),
         ("trian.seed", "7", "config has no entry 'trian'; did you mean 'train'?"),
-        ("train.seed", "x", "config.train.seed: expected int, got 'x'"),
+        ("train.seed", "x", "config.train.seed: expected a whole number, got 'x'"),
         ("train.seed.deep", "7", "config.train.seed has no field 'deep': it is a single value"),
         ("train.batch_size.deep.er", "7", "config.train.batch_size has no field 'deep': it is a single value"),
         ("model.path.deep.er", "7", "config.model.path has no field 'deep': it is a single value"),
@@ -214,12 +361,32 @@ def test_an_override_is_read_as_its_field_s_type_asks(file, name, text, read, va
         ("data.train.0", "c.jsonl", "config.data.train.0: expected a section with fields, got 'c.jsonl'"),
         ("model.architecture", "{[]: 1}", "config.model.architecture: expected a mapping, got '{[]: 1}'"),
         ("", "x", "config. is not a setting"),
+        ("train..seed", "7", "config.train has no entry ''"),
+        ("train.seed ", "7", "config.train.seed  is not a setting; did you mean 'seed'?"),
+        ("data.train.-1.path", "x", "config.data.train has no entry '-1'"),
+        ("data.train." + "9" * 5000 + ".path", "x", "config.data.train has no entry '9"),
+        ("train.seed", "[" * 100_000, "config.train.seed: expected a whole number, got '[[["),
+        ("train.seed", "-" * 100_000 + "1", "config.train.seed: expected a whole number, got '---"),
+        ("data.train", "[" * 60 + "]" * 60, "config.data.train.0: expected a section with fields, got [[["),
+        ("model.architecture.deep", "[" * 60 + "]" * 60, "config.model.architecture.deep.0.0.0"),
+        ("model.architecture", "{1: 2}", "config.model.architecture: expected texts as names, got 1"),
+        ("model.architecture.d_model", "1e999", "config.model.architecture.d_model: inf is not a finite number"),
+        ("model.architecture.d_model", "9" * 400, "config.model.architecture.d_model: 999"),
+        ("model.architecture.d_model", "b'x'", "config.model.architecture.d_model: b'x' is of type bytes, which JSON"),
+        ("model.path", "a\0b", "config.model.path: 'a\\x00b' has a character that is no text"),
+        ("data.train.0.path", "\udcff.jsonl", "config.data.train.0.path: '\\udcff.jsonl' has a character that is no"),
+        ("data.train.0.template", "x\ud800 ||| y", "config.data.train.0.template.0: 'x\\ud800 ||| y' has a character"),
+        ("model.architecture.\ud800", "1", "config.model.architecture: '\\ud800' has a character that is no text"),
+        ("eval.generate", "yes", "config.eval.generate: expected True or False, got 'yes'"),
+        ("train.loss", "None", "config.train.loss: 'None' is not one of 'cross_entropy', 'squared_error'"),
+        ("train.duration", "[1]", "config.train.duration: '[1]' is not a duration"),
+        ("train.duration", "9" * 5000, "config.train.duration: '999"),
     ],
 )
 def test_an_override_that_does_not_fit_is_refused_with_the_name_of_the_field(file, name, text, message):
     with pytest.raises(UserError) as caught:
         settings.load(str(file), {name: text})
-    assert str(caught.value).startswith(message)
+    assert str(caught.value).startswith(message) and len(str(caught.value)) < 1000
 
 
 # Durations
@@ -231,6 +398,7 @@ RATES = Rates(epoch_steps=12.5, step_examples=8, step_tokens=1000)
     "text, steps",
     [
         ("200 steps", 200), ("1 step", 1), ("200", 200), (" 200  steps ", 200), ("200steps", 200), ("0.5 steps", 1),
+        ("1e-12 steps", 1), ("1e-300 tokens", 1), ("1e-12%", 1),
         ("2 epochs", 25), ("1 epoch", 13), ("0.5 epochs", 7), ("1e-1 epochs", 2),
         ("16 examples", 2), ("17 examples", 3), ("1 example", 1), ("1e2 examples", 13), ("1e+2 examples", 13),
         ("5000 tokens", 5), ("5001 tokens", 6),
@@ -278,11 +446,11 @@ def test_a_duration_is_saved_as_it_was_written(text):
         ({"model__tokenizer": "train"}, "config.model.tokenizer_size goes with config.model.tokenizer='train'"),
         ({"model__tokenizer_size": 100}, "config.model.tokenizer_size goes with config.model.tokenizer='train'"),
         ({"model__tokenizer": "train", "model__tokenizer_size": -1}, "config.model.tokenizer_size: -1 must be at"),
-        ({"model__dropout": 1.0}, "config.model.dropout: 1.0 must be in [0, 1)"),
+        ({"model__dropout": 1.0}, "config.model.dropout: 1.0 must be 0 or in [0.0001, 0.99]"),
         ({"data__train": []}, "config.data.train is empty"),
         ({"data__train__0__path": ""}, "config.data.train.0.path is empty"),
         ({"data__train__0__template": []}, "config.data.train.0.template is empty"),
-        ({"data__train__0__limit": -1}, "config.data.train.0: weight and limit must not be negative"),
+        ({"data__train__0__limit": -1}, "config.data.train.0.limit: -1 must be at least 0"),
         ({"data__eval": [{"path": ""}]}, "config.data.eval.0.path is empty"),
         ({"data__eval": [{"path": "x"}], "data__holdout": 5}, "config.data.holdout and config.data.eval exclude"),
         ({"data__holdout": -1}, "config.data.holdout: -1 must be at least 0"),
@@ -303,14 +471,14 @@ def test_a_duration_is_saved_as_it_was_written(text):
         ({"train__duration": "5%"}, "config.train.duration must be positive and in steps, epochs, examples or tokens"),
         ({"train__batch_size": 0}, "config.train.batch_size: 0 must be at least 1"),
         ({"train__label_smoothing": 1.0}, "config.train.label_smoothing: 1.0 must be in [0, 1)"),
-        ({"train__optimizer__beta2": 1.0}, "config.train.optimizer.beta2: 1.0 must be in [0, 1)"),
+        ({"train__optimizer__beta2": 1.0}, "config.train.optimizer.beta2: 1.0 must be in [0, 0.999999]"),
         ({"train__optimizer__final_rate": -0.1}, "config.train.optimizer.final_rate: -0.1 must be in [0, 1]"),
         ({"train__keep": 0}, "config.train.keep: 0 must be at least 1"),
         ({"eval__best": "rougel"}, "config.eval.best: 'rougel' is not measured; add it to eval.metrics"),
         ({"eval__best": "rougeL", "eval__generate": False}, "config.eval.best: 'rougeL' is not measured"),
         ({"eval__num_beams": 0}, "config.eval.num_beams: 0 must be at least 1"),
         ({"eval__length_penalty": 2.0}, "config.eval.length_penalty has no effect without beams; set eval.num_beams"),
-        ({"eval__repetition_penalty": 0.0}, "config.eval.repetition_penalty: 0.0 must be positive; 1 is none"),
+        ({"eval__repetition_penalty": 0.0}, "config.eval.repetition_penalty: 0.0 must be at least 0.001"),
         ({"mesh__fsdp": -1}, "config.mesh: sizes must be positive, and at most one of them -1"),
         ({"mesh__tensor": 0}, "config.mesh: sizes must be positive"),
         ({"mesh__slices": -1}, "config.mesh.slices: -1 must be at least 0"),
@@ -332,7 +500,7 @@ RANK = {"name": "quiz", "data": {"path": "a.jsonl"}, "score": "rank", "options":
         ({"name": "all"}, ".name: 'all' does not do"),
         ({"data": {}}, ".data.path is empty"),
         ({"data": {"path": "a", "template": []}}, ".data.template is empty"),
-        ({"data": {"path": "a", "limit_each": -1}}, ".data: weight and limit must not be negative"),
+        ({"data": {"path": "a", "limit_each": -1}}, ".data.limit_each: -1 must be at least 0"),
         ({"metrics": []}, ".metrics is empty; name what score='generate' measures"),
         ({"options": "a ||| b"}, ".options has no effect with score='generate'"),
         ({"normalize": "tokens"}, ".normalize has no effect with score='generate'"),
@@ -350,12 +518,15 @@ RANK = {"name": "quiz", "data": {"path": "a.jsonl"}, "score": "rank", "options":
         ({"shots_by": "subject"}, ".shots_by has no effect without shots"),
         ({"truncate": "shots"}, ".truncate='shots' needs shots"),
         ({"preamble": "a", "preamble_file": "b"}, ": preamble and preamble_file exclude each other"),
-        ({"samples": 0}, ": num_shots and length must be at least 0, max_new_tokens and samples at least 1"),
-        ({"max_new_tokens": 0}, ": num_shots and length must be at least 0"),
-        ({"length": -1}, ": num_shots and length must be at least 0"),
-        ({"samples": 4}, ": samples and top_p need a temperature above 0"),
-        ({"top_p": 0.5}, ": samples and top_p need a temperature above 0"),
-        ({"temperature": -1}, ": temperature must be at least 0, and top_p in (0, 1]"),
+        ({"samples": 0}, ".samples: 0 must be at least 1"),
+        ({"max_new_tokens": 0}, ".max_new_tokens: 0 must be at least 1"),
+        ({"length": -1}, ".length: -1 must be at least 0"),
+        ({"num_shots": -1}, ".num_shots: -1 must be at least 0"),
+        ({"samples": 4}, ": samples, top_p and seed need a temperature above 0"),
+        ({"top_p": 0.5}, ": samples, top_p and seed need a temperature above 0"),
+        ({"seed": 5}, ": samples, top_p and seed need a temperature above 0"),
+        ({"temperature": -1}, ".temperature: -1.0 must be 0 or at least 0.0001"),
+        ({"temperature": 1, "top_p": 1.5}, ".top_p: 1.5 must be in (0, 1]"),
         ({"answer": "("}, ".answer: '(' is no regular expression: missing )"),
         ({"answer": "(a)(b)"}, ".answer: '(a)(b)' has 2 groups; keep the one that is the answer"),
         ({"shot": 1}, ".shot is not a setting; did you mean 'shots'?"),
@@ -389,7 +560,7 @@ def test_a_config_comes_back_from_json_as_it_was():
         data__train=[{"path": "a", "template": ["auto", "{{a}} ||| {{b}}"], "weight": 2.5}, {"path": "b"}],
         data__mixing="weights",
         train__duration="1234567 examples",
-        train__optimizer={"warmup": "1001 steps", "decay": "12.5%", "learning_rate": 1 / 3},
+        train__optimizer={"warmup": "1001 steps", "decay": "12.5%", "schedule": "wsd", "learning_rate": 1 / 3},
         eval__every="0 epochs",
         eval__metrics=["bleu"],
     )
@@ -434,13 +605,54 @@ def test_a_config_file_s_argument_follows_a_colon(file):
         ),
         (
             "from jax_it import config\ndef get_config(arg):\n c = config.default()\n c.train.seed = 'x'\n return c",
-            "config.train.seed: expected int, got 'x'",
+            "config.train.seed: expected a whole number, got 'x'",
+        ),
+        ("import sys\nsys.exit(0)", "config file {file} does not run: SystemExit: 0"),
+        ("import sys\ndef get_config(arg): sys.exit()", "{file}: get_config('') failed: SystemExit:"),
+        ("def get_config(arg): raise GeneratorExit", "{file}: get_config('') failed: GeneratorExit:"),
+        ("def get_config(arg): yield {{}}", "{file}: get_config('') returned a value of type generator, not a config"),
+        ("def get_config(arg): return [1]", "{file}: get_config('') returned a value of type list, not a config"),
+        ("get_config = 5", "{file}: get_config('') failed: TypeError: 'int' object is not callable"),
+        ("x = '\xff'", "config file {file} does not run: SyntaxError: (unicode error) 'utf-8' codec can't decode byte"),
+        ("x = '\0'", "config file {file} does not run: "),
+        ("x = " + "[" * 100_000, "config file {file} does not run: SyntaxError: too many nested parentheses"),
+        ("def get_config(arg):\n c = {{}}\n c['data'] = c\n return c", "config.data contains itself, which no"),
+        (
+            "def get_config(arg):\n c = [1]\n c.append(c)\n return {{'model': {{'architecture': {{'a': c}}}}}}",
+            "config.model.architecture.a.1 contains itself, which no setting can",
+        ),
+        (
+            "from jax_it import config\ndef get_config(arg):\n c = config.default()\n c.data.train = [c]\n return c",
+            "config.data.train.0 contains itself, which no setting can",
+        ),
+        (
+            "from jax_it import config\ndef get_config(arg):\n c = config.default()\n"
+            " c.train.seed = c.data.get_ref('seed')\n c.data.seed = c.train.get_ref('seed')\n return c",
+            "{file}: get_config('') failed: MutabilityError: Found cycle in reference graph.",
+        ),
+        (
+            "def get_config(arg):\n c = []\n for _ in range(10 ** 5): c = [c]\n return {{'data': {{'train': c}}}}",
+            "config.data.train.0.0.0",
+        ),
+        ("def get_config(arg): return {{'train': {{'seed': 10 ** 5000}}}}", "config.train.seed: a number of thou"),
+        (
+            "class Odd:\n def __repr__(self): raise ValueError('no')\n"
+            "def get_config(arg): return {{'train': {{'seed': Odd()}}}}",
+            "config.train.seed: expected a whole number, got a value of type Odd (no)",
+        ),
+        (
+            "import numpy as np\ndef get_config(arg): return {{'train': {{'loss': np.array(['a', 'b'])}}}}",
+            "config.train.loss: array(['a', 'b'], dtype='<U1') is not one of",
+        ),
+        (
+            "def get_config(arg): return {{'model': {{'path': 'a', 'architecture': {{'x': {{1}}}}}}}}",
+            "config.model.architecture.x: {{1}} is of type set, which JSON does not hold",
         ),
     ],
 )  # fmt: skip
 def test_a_config_file_that_does_not_work_is_one_clear_line(tmp_path, content, message):
     file = tmp_path / "broken.py"
-    file.write_text(content)
+    file.write_bytes(content.replace("{{", "{").replace("}}", "}").encode("latin-1"))
     with pytest.raises(UserError) as caught:
         settings.load(str(file))
     assert str(caught.value).startswith(message.format(file=file)) and "\n" not in str(caught.value)
@@ -449,9 +661,30 @@ def test_a_config_file_that_does_not_work_is_one_clear_line(tmp_path, content, m
 def test_a_config_file_that_is_absent_or_no_python_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config file .*/absent\.py does not exist"):
         settings.load(f"{tmp_path}/absent.py:arg")
+    os.mkfifo(tmp_path / "fifo.py")
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "loop.py").symlink_to(tmp_path / "loop.py")
+    for name, message in {
+        "fifo.py": "is no file but a device or pipe", "folder.py": "is no file but a folder",
+        "loop.py": "cannot be read: Too many levels of symbolic links",
+        "x" * 300 + ".py": "cannot be read: File name too long", "a\0.py": "cannot be read: ",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=f"^config file .* {message}"):
+            settings.load(f"{tmp_path}/{name}")
+    with pytest.raises(UserError, match=r"^config file /dev/null is no file but a device or pipe"):
+        settings.load("/dev/null")
     (tmp_path / "config.yaml").write_text("a: 1")
     with pytest.raises(UserError, match=r"config file .*/config\.yaml is not Python; its name must end in \.py"):
         settings.load(f"{tmp_path}/config.yaml")
+
+
+def test_a_config_file_is_read_again_whenever_it_is_loaded(file):
+    text, saved = file.read_text(), file.stat()
+    for name in ("one/model", "two/model"):  # of one length, and with one time: bytecode would be taken for the same
+        file.write_text(text.replace("some/model", name))
+        os.utime(file, (saved.st_atime, saved.st_mtime))
+        assert settings.load(str(file)).model.path == name
+    assert not (file.parent / "__pycache__").exists()
 
 
 def test_a_file_may_set_durations_as_numbers_and_sections_as_plain_dicts(tmp_path):

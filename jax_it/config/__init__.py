@@ -6,15 +6,17 @@ is a `UserError` that names the field.
 """
 
 import dataclasses
-import importlib.util
-from collections.abc import Mapping
+import os
+import stat
+import types
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from jax_it import files, typed
-from jax_it.config.checks import check, measured
+from jax_it.config.checks import Kind, check, check_read, measured, without_unread
 from jax_it.config.settings import (
     Config,
     Data,
@@ -33,8 +35,9 @@ from jax_it.config.settings import (
 from jax_it.errors import UserError
 
 __all__ = [
-    "Config", "Data", "Duration", "Eval", "Lora", "Mesh", "Model", "Optimizer",
-    "Rates", "Source", "Task", "Train", "Unit", "default", "load", "measured", "override", "read", "resolve", "to_dict",
+    "Config", "Data", "Duration", "Eval", "Kind", "Lora", "Mesh", "Model", "Optimizer", "Rates", "Source", "Task",
+    "Train", "Unit", "check_read", "default", "load", "measured", "override", "read", "reopen", "resolve", "to_dict",
+    "without_unread",
 ]  # fmt: skip
 
 
@@ -44,19 +47,29 @@ def default() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(to_dict(Config()), type_safe=False)
 
 
-def to_dict(value: Any) -> Any:
-    """A config, or a `ConfigDict`, as plain dicts, lists, texts and numbers: what JSON holds."""
+def to_dict(value: Any, where: str = "config", outer: tuple[int, ...] = ()) -> Any:
+    """A config, or a `ConfigDict`, as plain dicts, lists, texts and numbers: what JSON holds.
+
+    Raises UserError for what contains itself, or is nested too deeply to be read back; `outer` are the ids of what
+    the value stands in.
+    """
     if isinstance(value, Duration):
         return str(value)
-    if dataclasses.is_dataclass(value):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, ml_collections.ConfigDict):
-        value = value.to_dict()  # which leaves those in lists as they are
-    if isinstance(value, Mapping):
-        return {key: to_dict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_dict(item) for item in value]
-    return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items: Iterable[tuple[Any, Any]] = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    elif isinstance(value, (Mapping, ml_collections.ConfigDict)):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return value
+    if id(value) in outer:
+        raise UserError(f"{where} contains itself, which no setting can")
+    if len(outer) > typed.MOST_DEPTH:
+        raise UserError(f"{where} is nested more than {typed.MOST_DEPTH} levels deep")
+    outer = (*outer, id(value))
+    made = {key: to_dict(item, f"{where}.{typed.shown_name(key)}", outer) for key, item in items}
+    return list(made.values()) if isinstance(value, (list, tuple)) else made
 
 
 def load(path: str, overrides: Mapping[str, str] | None = None) -> Config:
@@ -77,38 +90,65 @@ def read(path: str) -> dict[str, Any]:
     if arg.startswith("//"):
         files.locate_local(path, "config file")  # which refuses it
     file = str(files.locate_local(file, "config file"))
-    if not Path(file).is_file():
-        raise UserError(f"config file {file} does not exist")
-    spec = importlib.util.spec_from_file_location("jax_it_config_file", file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"config file {file} is not Python; its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
+    get_config = _get_config(file)
     try:
-        spec.loader.exec_module(module)
-    except UserError:
+        # What it returns may be of any type, whose methods raise anything.
+        config = get_config(arg)
+        tree = to_dict(config)
+        if not isinstance(tree, dict):
+            raise UserError(
+                f"{file}: get_config({arg!r}) returned {_what(config)}, not a config; end it with 'return config'"
+            )
+        return tree
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        raise UserError(f"config file {file} does not run: {type(error).__name__}: {_one_line(error)}") from error
+    except BaseException as error:  # SystemExit among them: a config does not end the command
+        raise UserError(f"{file}: get_config({arg!r}) failed: {_reason(error)}") from error
+
+
+def _get_config(file: str) -> Any:
+    """The function get_config of a file, which is run."""
+    try:
+        kind = os.stat(file).st_mode
+    except (OSError, ValueError) as error:  # ValueError: of NUL in the name
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        reason = "does not exist" if missing else f"cannot be read: {getattr(error, 'strerror', error)}"
+        name = file if file.isprintable() and len(file) <= 300 else typed.shown(file)
+        raise UserError(f"config file {name} {reason}") from None
+    if not stat.S_ISREG(kind):
+        raise UserError(f"config file {file} is no file but a {'folder' if stat.S_ISDIR(kind) else 'device or pipe'}")
+    if not file.endswith(".py"):
+        raise UserError(f"config file {file} is not Python; its name must end in .py")
+    module = types.ModuleType("jax_it_config_file")
+    module.__file__ = file
+    try:
+        # Not by the import system, which may take bytecode that it cached within the second before a change.
+        exec(compile(Path(file).read_bytes(), file, "exec"), module.__dict__)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise UserError(f"config file {file} does not run: {_reason(error)}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {file} has no get_config(arg='')")
-    try:
-        config = module.get_config(arg)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{file}: get_config({arg!r}) failed: {type(error).__name__}: {_one_line(error)}") from error
-    tree = to_dict(config)
-    if not isinstance(tree, dict):
-        raise UserError(f"{file}: get_config({arg!r}) returned {config!r}, not a config; end it with 'return config'")
-    return tree
+    return module.get_config
 
 
-def _one_line(error: Exception) -> str:
+def _what(value: Any) -> str:
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def _reason(error: BaseException) -> str:
+    """An error's type and text, on one line."""
+    kind = type(error).__name__
     # ml_collections wraps a KeyError, whose own text is in quotes, and suggests a name on a second line.
     while len(error.args) == 1 and isinstance(error.args[0], Exception):
         error = error.args[0]
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split())
+    try:
+        text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    except Exception:
+        text = ""
+    text = " ".join(text.split())
+    return f"{kind}: {text if len(text) <= 500 else text[:500] + ' …'}"
 
 
 def resolve(tree: Mapping[str, Any], training: bool = True) -> Config:
@@ -118,4 +158,15 @@ def resolve(tree: Mapping[str, Any], training: bool = True) -> Config:
     """
     config = typed.build(Config, tree, "config")
     check(config, training)
+    check_read(config, within="" if training else "eval.")
+    return config
+
+
+def reopen(tree: Mapping[str, Any]) -> Config:
+    """The settings that a run was saved with, perhaps by an older version.
+
+    Those that it did not know yet are at their defaults, as are those that it took and that nothing reads.
+    """
+    config = without_unread(typed.build(Config, tree, "config"))
+    check(config, training=True)
     return config

@@ -3,38 +3,249 @@
 import dataclasses
 import operator
 import re
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
-from jax_it.config.settings import Config, Data, Lora, Model, Source, Task
+from jax_it.config.settings import Config, Data, Duration, Eval, Lora, Mesh, Model, Optimizer, Source, Task, Train
 from jax_it.errors import UserError
 
-_AT_LEAST: dict[str, float] = {
-    "model.tokenizer_size": 0, "model.lora.rank": 0, "model.lora.alpha": 0,
-    "data.source_length": 2, "data.target_length": 2, "data.sequence_length": 2,
-    "data.holdout": 0, "data.mixing_cap": 0, "data.packed_source_length": 0, "data.packed_target_length": 0,
-    "train.batch_size": 1, "train.micro_batches": 1,
-    "train.loss_chunk": 1, "train.clip": 0, "train.z_loss": 0, "train.balance_loss": 0,
-    "train.keep": 1, "train.keep_best": 0, "train.keep_unscored": 0,
-    "train.max_skipped": 0, "train.max_spike": 0, "train.hang_after": 0,
-    "train.profile_steps": 1,
-    "train.optimizer.learning_rate": 0, "train.optimizer.weight_decay": 0, "train.optimizer.epsilon": 0,
-    "mesh.slices": 0, "eval.batch_size": 1, "eval.max_new_tokens": 0, "eval.limit": 0,
-    "eval.patience": 0, "eval.min_new_tokens": 0, "eval.num_beams": 1,
+Kind = Literal["causal", "seq2seq"]  # of model
+
+INT32 = 2**31 - 1
+LENGTH = 2**20  # tokens
+FLOAT32 = 3e38
+TINY = 1.2e-38  # the least that float32 holds
+
+
+class _Range(NamedTuple):
+    """From `least` to `most`; `above` and `below`: without the end itself; `or_zero`: 0 too, which means none."""
+
+    least: float = 0
+    most: float = INT32
+    above: bool = False
+    below: bool = False
+    or_zero: bool = False
+
+    def why_not(self, value: float) -> str:
+        """What a value must be that is not in the range; "" for one that is."""
+        low = value < self.least or (self.above and value == self.least)
+        high = value > self.most or (self.below and value == self.most)
+        if not (low or high) or (self.or_zero and value == 0):
+            return f"must be 0 or at least {TINY}" if 0 < abs(value) < TINY else ""
+        zero = "0 or " if self.or_zero else ""
+        if self.most <= 1:
+            return f"must be {zero}in {'[('[self.above]}{self.least:g}, {self.most:g}{'])'[self.below]}"
+        if low:
+            return f"must be {zero}{'more than' if self.above else 'at least'} {_number(self.least)}"
+        return f"must be {'less than' if self.below else 'at most'} {_number(self.most)}"
+
+
+_COUNT = _Range()
+_ONE_OR_MORE = _Range(1)
+_AMOUNT = _Range(0, FLOAT32)
+_POSITIVE = _Range(0, FLOAT32, above=True)
+_TOKENS = _Range(0, LENGTH)
+_SHARE = _Range(0, 1)
+_BELOW_ONE = _Range(0, 1, below=True)
+_MEMORY = _Range(0, 0.999999)  # of a mean; what is nearer to 1 is 1 in float32
+_DROPOUT = _Range(1e-4, 0.99, or_zero=True)
+_SEED = _Range(-(2**31), 2**32 - 1)  # JAX's generator takes 32 bits, and others modulo that
+
+# Of every number among the settings: `check` reads this table, and a test looks for one that it lacks.
+RANGES: dict[type, dict[str, _Range]] = {
+    Lora: {"rank": _Range(0, 2**16), "alpha": _POSITIVE, "dropout": _DROPOUT},
+    Model: {"tokenizer_size": _Range(0, 2**22), "dropout": _DROPOUT},
+    Source: {"weight": _AMOUNT, "limit": _COUNT, "limit_each": _COUNT},
+    Data: {
+        **dict.fromkeys(("source_length", "target_length", "sequence_length"), _Range(2, LENGTH)),
+        **dict.fromkeys(("packed_source_length", "packed_target_length"), _TOKENS),
+        **dict.fromkeys(("max_dropped", "max_truncated", "max_unknown"), _SHARE),
+        "holdout": _COUNT, "mixing_cap": _COUNT, "mixing_temperature": _POSITIVE, "seed": _Range(-(2**63), 2**63 - 1),
+    },
+    Optimizer: {
+        "learning_rate": _AMOUNT, "final_rate": _SHARE, "weight_decay": _AMOUNT, "beta1": _MEMORY,
+        "beta2": _MEMORY, "epsilon": _POSITIVE,
+    },
+    Train: {
+        "batch_size": _Range(1, 2**20), "micro_batches": _Range(1, 2**16), "label_smoothing": _BELOW_ONE,
+        **dict.fromkeys(("z_loss", "balance_loss", "clip", "max_spike"), _AMOUNT),
+        "loss_chunk": _ONE_OR_MORE, "squared_error_scale": _POSITIVE, "squared_error_target": _POSITIVE,
+        "max_skipped": _COUNT, "hang_after": _Range(1, 1e8, or_zero=True), "profile_steps": _ONE_OR_MORE,
+        "keep": _ONE_OR_MORE, "keep_best": _COUNT, "keep_unscored": _COUNT, "seed": _SEED,
+    },
+    Mesh: {
+        **dict.fromkeys(("data", "fsdp", "expert", "context", "tensor"), _Range(-1, 2**20)), "slices": _Range(0, 2**20),
+    },
+    Task: {
+        "num_shots": _COUNT, "length": _TOKENS, "max_new_tokens": _Range(1, LENGTH), "samples": _Range(1, 2**16),
+        "temperature": _Range(1e-4, 1000, or_zero=True), "top_p": _Range(0, 1, above=True), "seed": _SEED,
+    },
+    Eval: {
+        "patience": _COUNT, "batch_size": _Range(1, 2**20), "max_new_tokens": _TOKENS, "min_new_tokens": _TOKENS,
+        "num_beams": _Range(1, 1024), "length_penalty": _Range(-10, 10), "repetition_penalty": _Range(1e-3, 1e3),
+        "limit": _COUNT,
+    },
 }  # fmt: skip
-_SHARES = ("data.max_dropped", "data.max_truncated", "data.max_unknown", "train.optimizer.final_rate")
-_BELOW_ONE = ("model.lora.dropout", "train.label_smoothing", "train.optimizer.beta1", "train.optimizer.beta2")
+
+
+class _Read(NamedTuple):
+    """Settings that only some choices of other ones have an effect of."""
+
+    section: str
+    names: str
+    by: Callable[[Config], bool]  # whether they have one
+    otherwise: str  # why not, and what to do; {c} is the config
+
+    def unread(self, config: Config) -> Iterator[str]:
+        """Those that are set, and that nothing reads."""
+        if not self.by(config):
+            section = operator.attrgetter(self.section)(config)
+            default = type(section)()
+            yield from (
+                f"{self.section}.{name}"
+                for name in self.names.split()
+                if getattr(section, name) != getattr(default, name)
+            )
+
+
+_GENERATED = (
+    "metrics max_new_tokens min_new_tokens num_beams length_penalty early_stopping repetition_penalty first_token"
+)
+_FRESH = "alpha targets rank_stabilized dora dropout"
+
+# A setting that other ones make meaningless is refused, so that nobody believes that it was followed.
+_READ = (
+    _Read("model.lora", f"rank {_FRESH}", lambda c: not c.model.lora.path, "with lora.path, whose folder says it"),
+    _Read(
+        "model.lora", _FRESH, lambda c: bool(c.model.lora.rank or c.model.lora.path),
+        "without adapters; set model.lora.rank",
+    ),
+    _Read(
+        "data", "packed_source_length packed_target_length", lambda c: c.data.packing,
+        "with data.packing=False; leave it out, or set that to True",
+    ),
+    _Read(
+        "data", "mixing_cap mixing_temperature", lambda c: c.data.mixing == "size",
+        "with data.mixing={c.data.mixing!r}; set that to 'size'",
+    ),
+    _Read(
+        "train", "label_smoothing z_loss", lambda c: c.train.loss == "cross_entropy",
+        "with train.loss={c.train.loss!r}; leave it out, or set that to 'cross_entropy'",
+    ),
+    _Read(
+        "train", "squared_error_scale squared_error_target", lambda c: c.train.loss == "squared_error",
+        "with train.loss={c.train.loss!r}; leave it out, or set that to 'squared_error'",
+    ),
+    _Read(
+        "train", "profile_steps", lambda c: bool(c.train.profile.value),
+        "without a profile; say when it begins with train.profile",
+    ),
+    _Read(
+        "train.optimizer", "beta1", lambda c: c.train.optimizer.name != "adafactor",
+        "with optimizer.name={c.train.optimizer.name!r}; leave it out",
+    ),
+    _Read(
+        "train.optimizer", "beta2", lambda c: c.train.optimizer.name in ("adamw", "lion"),
+        "with optimizer.name={c.train.optimizer.name!r}; leave it out, or choose 'adamw' or 'lion'",
+    ),
+    _Read(
+        "train.optimizer", "epsilon", lambda c: c.train.optimizer.name == "adamw",
+        "with optimizer.name={c.train.optimizer.name!r}; leave it out, or choose 'adamw'",
+    ),
+    _Read(
+        "train.optimizer", "decay", lambda c: c.train.optimizer.schedule == "wsd",
+        "with optimizer.schedule={c.train.optimizer.schedule!r}; leave it out, or set that to 'wsd'",
+    ),
+    _Read(
+        "train.optimizer", "final_rate", lambda c: c.train.optimizer.schedule in ("linear", "cosine", "wsd"),
+        "with optimizer.schedule={c.train.optimizer.schedule!r}; leave it out, or choose 'linear', 'cosine' or 'wsd'",
+    ),
+    _Read(
+        "eval", _GENERATED, lambda c: c.eval.generate,
+        "with eval.generate=False; leave it out, or set that to True",
+    ),
+    _Read(
+        "eval", "length_penalty early_stopping", lambda c: c.eval.num_beams > 1,
+        "without beams; set eval.num_beams",
+    ),
+)  # fmt: skip
+
+# The same, of a model whose kind is known.
+_READ_BY_KIND: dict[Kind, tuple[_Read, ...]] = {
+    "causal": (
+        _Read(
+            "data", "source_length packed_source_length packed_target_length", lambda c: False,
+            "on a causal model, whose rows hold data.sequence_length tokens; leave it out",
+        ),
+        _Read(
+            "data", "target_length", lambda c: c.eval.generate and not c.eval.max_new_tokens,
+            "on a causal model, but for the length of generated texts, which eval.max_new_tokens says; leave it out",
+        ),
+    ),
+    "seq2seq": (
+        _Read(
+            "data", "sequence_length", lambda c: False,
+            "on an encoder-decoder; set data.source_length and data.target_length",
+        ),
+        _Read("data", "learn", lambda c: False, "on an encoder-decoder, which learns the last answer; leave it out"),
+    ),
+}  # fmt: skip
+
+
+def check_read(config: Config, kind: Kind | None = None, within: str = "") -> None:
+    """Refuses settings that nothing reads; with a model's `kind`, those that only the other kind reads.
+
+    Of all settings, or of those of one section.
+    """
+    for read in _READ if kind is None else _READ_BY_KIND[kind]:
+        for name in read.unread(config):
+            if name.startswith(within):
+                raise UserError(f"config.{name} has no effect {read.otherwise.format(c=config)}")
+
+
+def without_unread(config: Config, kind: Kind | None = None) -> Config:
+    """The config with settings that nothing reads at their defaults, as of runs that were saved with such."""
+    for read in (*_READ, *(_READ_BY_KIND[kind] if kind else ())):
+        for name in read.unread(config):
+            config = _at_default(config, name.split("."))
+    return config
+
+
+def _at_default(section: Any, names: list[str]) -> Any:
+    first, *rest = names
+    value = _at_default(getattr(section, first), rest) if rest else getattr(type(section)(), first)
+    return dataclasses.replace(section, **{first: value})
+
+
+def sections(value: Any, where: str = "config") -> Iterator[tuple[str, Any]]:
+    """Every dataclass in a config with its name, but for durations."""
+    if isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from sections(item, f"{where}.{i}")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, Duration):
+        yield where, value
+        for field in dataclasses.fields(value):
+            yield from sections(getattr(value, field.name), f"{where}.{field.name}")
+
+
+def _check_numbers(config: Config) -> None:
+    for where, section in sections(config):
+        for name, allowed in RANGES.get(type(section), {}).items():
+            value = getattr(section, name)
+            if value is not None and (why := allowed.why_not(value)):
+                raise UserError(f"{where}.{name}: {_number(value)} {why}")
+
+
+def _number(value: float) -> str:
+    """A number in a message, at no great length."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"a number of {len(str(abs(value))) if abs(value) < 10**4000 else 'thousands of'} digits"
+    return f"{value:g}" if isinstance(value, float) and value.is_integer() and abs(value) >= 1e6 else str(value)
 
 
 def check(config: Config, training: bool) -> None:
     """Refuses values and combinations that cannot work, before anything is read or computed."""
-    for name, least in _AT_LEAST.items():
-        if (value := operator.attrgetter(name)(config)) < least:
-            raise UserError(f"config.{name}: {value} must be at least {least:g}")
-    for name in _SHARES:
-        if not 0 <= (value := operator.attrgetter(name)(config)) <= 1:
-            raise UserError(f"config.{name}: {value} must be in [0, 1]")
-    for name in _BELOW_ONE:
-        if not 0 <= (value := operator.attrgetter(name)(config)) < 1:
-            raise UserError(f"config.{name}: {value} must be in [0, 1)")
+    _check_numbers(config)
     model, data, train, mesh = config.model, config.data, config.train, config.mesh
     if not model.path and not model.architecture:
         raise UserError(
@@ -46,8 +257,6 @@ def check(config: Config, training: bool) -> None:
         raise UserError("config.model.tokenizer is empty and there is no config.model.path to take it from")
     if (model.tokenizer == "train") != bool(model.tokenizer_size):
         raise UserError("config.model.tokenizer_size goes with config.model.tokenizer='train', and only with it")
-    if model.dropout is not None and not 0 <= model.dropout < 1:
-        raise UserError(f"config.model.dropout: {model.dropout} must be in [0, 1)")
     _check_adapters(model)
     if model.prefix_lm and data.learn != "last":
         raise UserError("config.model.prefix_lm needs data.learn='last': no answer may be learnt that the prompt shows")
@@ -72,6 +281,10 @@ def check(config: Config, training: bool) -> None:
             f"config.data.packed_source_length: {data.packed_source_length} must be a multiple of "
             f"data.source_length, {data.source_length}: a row is made of blocks of that length"
         )
+    if train.micro_batches > train.batch_size:
+        raise UserError(
+            f"config.train.micro_batches: {train.micro_batches} is more than train.batch_size, {train.batch_size}"
+        )
     if train.duration.value <= 0 or train.duration.unit == "%":
         raise UserError("config.train.duration must be positive and in steps, epochs, examples or tokens")
     _check_tasks(config.eval.tasks)
@@ -79,13 +292,11 @@ def check(config: Config, training: bool) -> None:
     of_task = best in [f"{task.name}/{metric}" for task in config.eval.tasks for metric in measured(task)]
     if best != "loss" and not of_task and not (best in config.eval.metrics and config.eval.generate):
         raise UserError(f"config.eval.best: {best!r} is not measured; add it to eval.metrics, with eval.generate on")
-    if config.eval.repetition_penalty <= 0:
-        raise UserError(f"config.eval.repetition_penalty: {config.eval.repetition_penalty} must be positive; 1 is none")
-    for name, default in (("length_penalty", 1), ("early_stopping", False)):
-        if config.eval.num_beams == 1 and getattr(config.eval, name) != default:
-            raise UserError(f"config.eval.{name} has no effect without beams; set eval.num_beams")
+    if config.eval.generate and config.eval.min_new_tokens > (most := config.eval.max_new_tokens or data.target_length):
+        name = "eval.max_new_tokens" if config.eval.max_new_tokens else "data.target_length"
+        raise UserError(f"config.eval.min_new_tokens: {config.eval.min_new_tokens} is more than {name}, {most}")
     sizes = {name: size for name, size in dataclasses.asdict(mesh).items() if name not in ("slices", "across_slices")}
-    if sum(size == -1 for size in sizes.values()) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+    if sum(size == -1 for size in sizes.values()) > 1 or any(size == 0 for size in sizes.values()):
         raise UserError(f"config.mesh: sizes must be positive, and at most one of them -1; got {sizes}")
 
 
@@ -94,8 +305,6 @@ def _check_source(source: Source, where: str) -> None:
         raise UserError(f"{where}.path is empty; give a file, a glob or a data set's name")
     if not source.template:
         raise UserError(f"{where}.template is empty; name a template or leave it out")
-    if source.weight < 0 or source.limit < 0 or source.limit_each < 0:
-        raise UserError(f"{where}: weight and limit must not be negative")
 
 
 def measured(task: Task) -> tuple[str, ...]:
@@ -123,12 +332,8 @@ def _check_tasks(tasks: tuple[Task, ...]) -> None:
         for name, kinds in _ONLY_OF.items():
             if task.score not in kinds and getattr(task, name) != getattr(Task(), name):
                 raise UserError(f"{where}.{name} has no effect with score={task.score!r}; leave it out")
-        if task.num_shots < 0 or task.length < 0 or task.max_new_tokens < 1 or task.samples < 1:
-            raise UserError(f"{where}: num_shots and length must be at least 0, max_new_tokens and samples at least 1")
         if not all(task.stop):
             raise UserError(f"{where}.stop: an empty text would end every text where it begins; leave it out")
-        if not 0 <= task.seed < 1 << 32:  # JAX draws from the lowest 32 bits alone
-            raise UserError(f"{where}.seed: {task.seed} must be from 0 to {(1 << 32) - 1}")
         if bool(task.num_shots) != bool(task.shots.path):
             raise UserError(f"{where}: shots and num_shots are given together or not at all")
         if task.shots.path:
@@ -139,10 +344,10 @@ def _check_tasks(tasks: tuple[Task, ...]) -> None:
             raise UserError(f"{where}.shots_by has no effect without shots; leave it out")
         if task.preamble and task.preamble_file:
             raise UserError(f"{where}: preamble and preamble_file exclude each other; keep one")
-        if task.temperature < 0 or not 0 < task.top_p <= 1:
-            raise UserError(f"{where}: temperature must be at least 0, and top_p in (0, 1]")
-        if not task.temperature and (task.samples > 1 or task.top_p < 1):
-            raise UserError(f"{where}: samples and top_p need a temperature above 0: nothing is drawn without one")
+        if not task.temperature and (task.samples > 1 or task.top_p < 1 or task.seed):
+            raise UserError(
+                f"{where}: samples, top_p and seed need a temperature above 0: nothing is drawn without one"
+            )
         _check_answer(task.answer, f"{where}.answer")
 
 
@@ -162,35 +367,21 @@ def _check_answer(pattern: str, where: str) -> None:
 
 
 def _check_adapters(model: Model) -> None:
-    """Refuses settings of adapters and frozen weights that nothing would read."""
+    """Refuses adapters without targets, and frozen weights without adapters."""
     adapted = bool(model.lora.rank or model.lora.path)
-    for name, default in dataclasses.asdict(Lora()).items():
-        if name == "path" or getattr(model.lora, name) == default:
-            continue
-        if model.lora.path:
-            raise UserError(f"config.model.lora.{name} has no effect with lora.path, whose folder says it")
-        if not model.lora.rank:
-            raise UserError(f"config.model.lora.{name} has no effect without adapters; set model.lora.rank")
     if model.quantize != "none" and not adapted:
         raise UserError(
             "config.model.quantize is for frozen weights, and without adapters all are trained; set model.lora.rank"
         )
     if adapted and not model.lora.path and not model.lora.targets:
         raise UserError("config.model.lora.targets is empty; name modules, or leave it out for all linear layers")
-    if adapted and not model.lora.path and not model.lora.alpha:
-        raise UserError("config.model.lora.alpha: 0 would multiply all that adapters add by nothing")
 
 
 def _check_mixing(data: Data) -> None:
-    """Refuses settings of the mixture that `data.mixing` does not read."""
+    """Refuses weights that `data.mixing` does not read, and a mixture of nothing."""
     weighted = [i for i, source in enumerate(data.train) if source.weight != 1]
     if data.mixing != "weights" and weighted:
         where = f"config.data.train.{weighted[0]}.weight"
         raise UserError(f"{where} has no effect with data.mixing={data.mixing!r}; set that to 'weights'")
     if data.mixing == "weights" and not any(source.weight > 0 for source in data.train):
         raise UserError("config.data.mixing='weights' needs a source with a positive weight")
-    if data.mixing_temperature <= 0:
-        raise UserError(f"config.data.mixing_temperature: {data.mixing_temperature} must be positive")
-    for name, default in (("mixing_cap", 0), ("mixing_temperature", 1)):
-        if data.mixing != "size" and getattr(data, name) != default:
-            raise UserError(f"config.data.{name} has no effect with data.mixing={data.mixing!r}; set that to 'size'")

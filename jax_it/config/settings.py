@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jax_it.errors import UserError
+from jax_it.typed import shown
 
 Unit = Literal["steps", "epochs", "examples", "tokens", "%"]
+MOST = 1e18  # of a duration, in whatever unit
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,11 @@ class Duration:
             value = math.nan
         if match is None or not math.isfinite(value):
             raise UserError(
-                f"{where}: {text!r} is not a duration; write for example '200 steps', '3 epochs', "
+                f"{where}: {shown(text)} is not a duration; write for example '200 steps', '3 epochs', "
                 "'1e6 examples', '1e9 tokens' or '5%'"
             )
+        if value > MOST:
+            raise UserError(f"{where}: {shown(text)} is more than any run has; the most is {MOST:g}")
         unit = match[2] or "steps"
         if not value:
             return cls(0, "steps")
@@ -47,7 +51,12 @@ class Duration:
         return f"{number}{'' if self.unit == '%' else ' '}{self.unit}" if self.value else ""
 
     def steps(self, rates: "Rates", total_steps: int = 0) -> int:
-        """The duration in optimizer steps, rounded up; 0 means never. `total_steps` is needed for per cent alone."""
+        """The duration in optimizer steps, rounded up to 1 at least; 0 means never.
+
+        `total_steps` is needed for per cent alone.
+        """
+        if not self.value:
+            return 0
         per_unit = {
             "steps": 1.0,
             "epochs": rates.epoch_steps,
@@ -55,7 +64,7 @@ class Duration:
             "tokens": 1 / rates.step_tokens,
             "%": total_steps / 100,
         }
-        return math.ceil(self.value * per_unit[self.unit] - 1e-9)
+        return max(math.ceil(self.value * per_unit[self.unit] - 1e-9), 1)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def make_train_step(
         spike = (state.norms.count >= HISTORY) & (norm > config.max_spike * usual) & (norm > config.clip)
         good = jnp.isfinite(norm) & ~(spike & (config.max_spike > 0))
         params, memory, norms = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old),
+            lambda new, old: jnp.where(good, new, old).astype(old.dtype),  # a float32 update of bfloat16 memory
             (optax.apply_updates(state.params, updates), memory, state.norms.add(norm)),
             (state.params, state.optimizer, state.norms),
         )
