@@ -211,8 +211,8 @@ class Generator:
                 tokens = list(takewhile(lambda token: token not in self._ends, tokens_T[:number].tolist()))
                 if BROKEN in tokens:
                     raise UserError(
-                        f"the model's logits for prompt {place[0] + 1} are not finite, so there is no text: its weights "
-                        "are broken, or too large for the dtype that it is computed in"
+                        f"the model's logits for prompt {place[0] + 1} are not finite, so there is no text: its "
+                        "weights are broken, or too large for the dtype that it is computed in"
                     )
                 scored = min(len(tokens) + 1, number)  # with an end mark
                 if self._stop and self._stop(tokens):
