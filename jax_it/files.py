@@ -272,6 +272,11 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} is not valid JSON: {reason}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} holds no JSON object")
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise UserError(f"{file} holds {half!r}, which is half a character: no Unicode text") from None
     return values
 
 

@@ -212,18 +212,15 @@ class Generator:
                 tokens = list(takewhile(lambda token: token not in self._ends, tokens_T[:number].tolist()))
                 if BROKEN in tokens:
                     raise UserError(
-                        f"the model's logits for prompt {place[0] + 1} are not finite, so there is no text: "
-                        "its weights are broken, or too large for the dtype that it is computed in"
+                        f"the model's logits for prompt {place[0] + 1} are not finite, so there is no text: its "
+                        "weights are broken, or too large for the dtype that it is computed in"
                     )
                 scored = min(len(tokens) + 1, number)  # with an end mark
                 finished = len(tokens) < number
                 if self._stop and self._stop(tokens):
                     # Cut where it was over, however late that was seen.
-                    over, finished, scored = (
-                        True,
-                        True,
-                        next(n for n in range(len(tokens) + 1) if self._stop(tokens[:n])),
-                    )
+                    over = finished = True
+                    scored = next(n for n in range(len(tokens) + 1) if self._stop(tokens[:n]))
                     tokens = tokens[:scored]
                 log_probs = log_probs_T[:scored].tolist() if self._log_probs else None
                 texts.append(Text(place[0], place[1] + len(texts), tokens, log_probs, finished))

@@ -114,7 +114,7 @@ class Tensors:
             if not isinstance(files, dict) or not files:
                 raise UserError(f"{index} is damaged: it has no weight_map; fetch it again")
             for file in files.values():
-                # Another folder's file could be anything. A link in this folder leads anywhere: hub caches have them.
+                # Another folder's file could be anything. Links may lead out of this one: hub caches have them.
                 if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\0" in file:
                     raise UserError(f"{index}: weight_map names {file!r}, which is not a file of its folder")
             return sorted(set(files.values()))
