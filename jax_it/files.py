@@ -186,8 +186,11 @@ def locate_output(path: str | Path, option: str) -> Any:
     folder = Path(os.path.realpath(file)).parent
     if file.is_dir() or not folder.is_dir():
         raise UserError(f"{option}: cannot write {file}: it must be a file in a folder that exists")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{option}: cannot write {file}: {folder} cannot be written to; name another file")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"{option}: cannot write {file}: {reason}; {remedy(reason)} or name another file") from None
     return file
 
 

@@ -283,8 +283,8 @@ class Workdir:
             if len(scores) == 1 and len(steps) > 1:
                 others = ", ".join(str(step) for step in steps if step not in scores)
                 raise UserError(
-                    f"only checkpoint {next(iter(scores))} of {self.path} has a score ({metric}), so none is known to be "
-                    f"the best: run jax-it eval for {others} too, with --checkpoint STEP, or name a step"
+                    f"only checkpoint {next(iter(scores))} of {self.path} has a score ({metric}), so none is known to "
+                    f"be the best: run jax-it eval for {others} too, with --checkpoint STEP, or name a step"
                 )
             return max(scores, key=lambda step: scores[step])
         if which not in map(str, steps):
