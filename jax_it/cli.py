@@ -146,7 +146,8 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     config: dict[str, Any] = {
-        "required": True, "metavar": "FILE[:ARG]", "help": "a config file; --config.a.b=VALUE changes a setting"
+        "type": _filled, "required": True, "metavar": "FILE[:ARG]",
+        "help": "a config file; --config.a.b=VALUE changes a setting",
     }  # fmt: skip
     checkpoint: dict[str, Any] = {
         "default": "latest",
@@ -278,6 +279,12 @@ def _text(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:  # bytes that are no UTF-8 arrive as halves of surrogate pairs
         raise argparse.ArgumentTypeError(f"{shorten(text)!r} is not UTF-8") from None
+    return text
+
+
+def _filled(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
     return text
 
 

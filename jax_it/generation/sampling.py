@@ -32,10 +32,13 @@ class Sampling(NamedTuple):
 
 
 GREEDY = Sampling()
+LONGEST = 1 << 20  # tokens of a text, for which memory is taken before it begins
 
 
 def check(sampling: Sampling, max_new_tokens: int, vocabulary: int) -> None:
     """Refuses numbers with which float32 would give infinite scores, and so any text. Raises UserError."""
+    if max_new_tokens > LONGEST:
+        raise UserError(f"max_new_tokens {max_new_tokens}: a text has {LONGEST} tokens at most")
     if sampling.temperature and not 1e-6 <= sampling.temperature <= 1e30:
         raise UserError(f"temperature {sampling.temperature:g}: it must be 0 (greedy), or from 1e-6 to 1e30")
     if not 1e-6 <= sampling.repetition_penalty <= 1e30:
