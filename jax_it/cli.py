@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if isinstance(error, OSError) and (reason := _lost_output("\n")):
             _say(options.command, f"cannot write to standard output: {reason}")
             leave(2, reason)
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
             what = first_line(error)[:300]
             _say(options.command, f"not enough memory ({what}); take smaller batches, shorter texts or more devices")
             leave(2, "has not enough memory")
@@ -129,6 +129,8 @@ def silence_libraries() -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, without the usage before it."""
+        if message.endswith("expected one argument"):
+            message += " (write --OPTION=VALUE where it begins with '-')"
         _say(self.prog.removeprefix("jax-it").strip(), f"{message}; see {self.prog} --help")
         leave(2)
 
@@ -147,7 +149,8 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     config: dict[str, Any] = {
-        "required": True, "metavar": "FILE[:ARG]", "help": "a config file; --config.a.b=VALUE changes a setting"
+        "type": _filled, "required": True, "metavar": "FILE[:ARG]",
+        "help": "a config file; --config.a.b=VALUE changes a setting",
     }  # fmt: skip
     checkpoint: dict[str, Any] = {
         "default": "latest",
@@ -279,6 +282,12 @@ def _text(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:  # bytes that are no UTF-8 arrive as halves of surrogate pairs
         raise argparse.ArgumentTypeError(f"{shorten(text)!r} is not UTF-8") from None
+    return text
+
+
+def _filled(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
     return text
 
 
@@ -417,6 +426,7 @@ def _generate(options: argparse.Namespace, changes: dict[str, str]) -> None:
 def _sampling(options: argparse.Namespace) -> Any:
     """How tokens are chosen. Raises UserError for options that exclude each other or that nothing would read."""
     from jax_it.generation import Sampling
+    from jax_it.generation.sampling import check
 
     beams, draws = options.num_beams > 1, options.temperature > 0
     if not options.temperature >= 0 or options.top_k < 0 or not 0 < options.top_p <= 1:  # nan is neither
@@ -435,11 +445,13 @@ def _sampling(options: argparse.Namespace) -> Any:
         raise UserError("--num-samples needs a --temperature above 0, or as many --num-beams at least")
     if options.log_probs and not options.output:
         raise UserError("--log-probs needs --output, the file that they are written to")
-    return Sampling(
+    sampling = Sampling(
         options.temperature, options.top_k, options.top_p, options.seed, options.num_beams, options.length_penalty,
         {"no": False, "yes": True}.get(options.early_stopping, "never"), options.min_p, options.repetition_penalty,
         options.min_new_tokens, num_samples=options.num_samples,
     )  # fmt: skip
+    check(sampling, options.max_new_tokens, vocabulary=options.num_beams)  # the model's is known when it is loaded
+    return sampling
 
 
 def _export(options: argparse.Namespace, changes: dict[str, str]) -> None:

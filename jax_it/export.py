@@ -93,7 +93,7 @@ def _write_whole(output: Path, write: Callable[[Path], None]) -> None:
     output = Path(os.path.realpath(output))  # a link is not replaced
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        part = Path(tempfile.mkdtemp(prefix=f".{output.name[:60]}-", dir=output.parent))
     except OSError as error:
         raise UserError(f"cannot write to {output.parent}: {error.strerror}") from error
     try:
@@ -111,6 +111,8 @@ def _write_whole(output: Path, write: Callable[[Path], None]) -> None:
 def _check_free(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already; name another folder, or remove it")
+    if reason := files.unwritable(output.parent):
+        raise UserError(f"cannot write to {output.parent}: {reason}; name another folder")
 
 
 def _share(folder: Path) -> None:

@@ -28,6 +28,7 @@ from jax_it.errors import UserError
 
 BACKENDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package, and our extra that installs it
 FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))  # of a disk without space
+NAME = 255  # bytes of a file's name
 UPLOAD = 30  # seconds between what others see of a growing file in an object store
 
 
@@ -81,11 +82,17 @@ def _local(text: str, shown: str) -> Path:
         user = text.partition("/")[0]
         raise UserError(f"{shown}: {user} is nobody's home folder; write ./{_short(text)} for a file of that name")
     try:
+        text.encode()
+    except UnicodeEncodeError:  # the libraries that read and write files take no other names
+        raise UserError(f"{shown}: this name is not UTF-8; give another path") from None
+    if max(len(os.fsencode(part)) for part in (*Path(home).parts, ".")) > NAME:
+        raise UserError(f"{shown}: {os.strerror(errno.ENAMETOOLONG)}; give another path")
+    try:
         os.stat(home)
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise UserError(f"{shown}: {error.strerror}; give another path") from None
-    except ValueError as error:  # a null byte, or half a surrogate pair
+    except ValueError as error:  # a null byte
         raise UserError(f"{shown}: no file can have this name ({error})") from None
     return Path(home)
 
@@ -188,18 +195,38 @@ def locate_output(path: str | Path, option: str) -> Any:
     folder = Path(os.path.realpath(file)).parent
     if file.is_dir() or not folder.is_dir():
         raise UserError(f"{option}: cannot write {file}: it must be a file in a folder that exists")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{option}: cannot write {file}: {folder} cannot be written to; name another file")
+    if reason := unwritable(folder):
+        raise UserError(f"{option}: cannot write {file}: {reason}; {remedy(reason)} or name another file")
     return file
 
 
+def unwritable(folder: Any) -> str:
+    """Why a local folder cannot be written to, or made, "" if it can; it is not made."""
+    if is_remote(folder):
+        return ""
+    there = Path(os.path.realpath(folder))
+    while not os.path.lexists(there):
+        there = there.parent
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
 def write_output(file: Any, content: Any, option: str) -> None:
-    """Writes what `locate_output` has returned. Raises UserError where that fails."""
+    """Writes what `locate_output` has returned, and says so where it takes the place of another file.
+
+    Raises UserError where that fails.
+    """
+    replaced = not is_stream(file) and file.is_file()
     try:
         write_atomically(file, content)
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"{option}: cannot write {file}: {reason}; {remedy(reason)} or name another file") from error
+    if replaced:
+        print(f"{option}: {file} was there and has been replaced", file=sys.stderr)
 
 
 def remedy(reason: object) -> str:

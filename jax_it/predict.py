@@ -64,10 +64,6 @@ def predict(
     if not prompts:
         return []
     mesh = mesh or sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
-    if sampling.num_beams > (vocabulary := model.config.vocabulary):
-        raise UserError(
-            f"--num-beams {sampling.num_beams}: the model has {vocabulary} tokens to begin with; take fewer"
-        )
     encoded = _encode(make_format(model, tokenizer), tokenizer, prompts)
     _check_room(model, encoded, max_new_tokens)
     stopping = StopStrings(stop, tokenizer.decode) if stop else None

@@ -54,7 +54,7 @@ def test_a_name_without_a_bucket_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         ("az://bucket", "--workdir az://bucket: unknown scheme az://; give a local folder, gs:// or s3://"),
         ("file:///tmp", "--workdir file:///tmp: unknown scheme file://; give a local folder, gs:// or s3://"),
         ("a\0b", "--workdir a\0b: no file can have this name (embedded null byte)"),
-        ("\ud800", "--workdir \ud800: no file can have this name ("),
+        ("\ud800", "--workdir \ud800: this name is not UTF-8; give another path"),
         ("é" * 128, f"--workdir {'é' * 128}: File name too long; give another path"),
     ],
 )
@@ -112,7 +112,9 @@ def test_a_device_or_a_pipe_is_written_to_as_it_is(tmp_path: Path, capfd: pytest
         files.write_atomically(Path("/dev/full"), "x")
 
 
-def test_an_output_is_refused_before_the_work_and_its_failure_afterwards_is_one_line(tmp_path: Path) -> None:
+def test_an_output_is_refused_before_the_work_and_its_failure_afterwards_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("", "nowhere/x"):
         with pytest.raises(UserError, match=r"--json: cannot write .*: it must be a file in a folder that exists"):
             files.locate_output(tmp_path / name, "--json")
@@ -120,6 +122,9 @@ def test_an_output_is_refused_before_the_work_and_its_failure_afterwards_is_one_
     long = files.locate_output(tmp_path / ("x" * 255), "--json")
     files.write_output(long, [1], "--json")
     assert json.loads(long.read_text()) == [1] and list(tmp_path.iterdir()) == [long]
+    assert capsys.readouterr().err == ""
+    files.write_output(long, [2], "--json")
+    assert capsys.readouterr().err == f"--json: {long} was there and has been replaced\n"
     with pytest.raises(UserError, match="--json: cannot write /dev/full: No space left on device; free space or name"):
         files.write_output(Path("/dev/full"), "x", "--json")
     with pytest.raises(UserError, match="Is a directory; mend that or name another file"):

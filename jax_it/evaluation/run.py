@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -105,7 +104,7 @@ class Scorer:
     def __call__(self, step: int, stopping: Stopping) -> Scored:
         """Scores a checkpoint and writes what it finds. Raises Unreadable, and Interrupted where it is told to stop."""
         folder = self.request.folder(self.place, step)
-        make(folder)
+        check_writable(folder)
         with jax.set_mesh(self._mesh):
             trained = self.place.trained(self._model, self.config, step, self._mesh, self.checkpoints)
             with _holding(stopping) as go_on:
@@ -201,25 +200,19 @@ def check_room(model: Model, config: Config) -> None:
 
 
 def check_unused(folder: Any) -> None:
-    """Refuses a folder that holds scores, before anything is computed, and makes it."""
+    """Refuses a folder that holds scores or cannot be written to, before anything is computed."""
     with hosts.first_then_others():
         for name in (SCORES, PREDICTIONS) if hosts.is_first() else ():
             if (folder / name).exists():
                 raise UserError(f"{folder / name} exists already; move it away, or name another --output")
-    make(folder)
+    check_writable(folder)
 
 
-def make(folder: Any) -> None:
-    """Makes a folder for scores. Raises UserError where it cannot be written to."""
+def check_writable(folder: Any) -> None:
+    """Refuses a folder for scores that cannot be made or written to; it is made when there are some."""
     with hosts.first_then_others():
-        if not hosts.is_first():
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not files.is_remote(folder):
-                tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}; name another place with --output") from error
+        if hosts.is_first() and (reason := files.unwritable(folder)):
+            raise UserError(f"cannot write to {folder}: {reason}; name another place with --output")
 
 
 def _check_metric_code(place: Workdir, request: Request, own: Config, config: Config) -> None:

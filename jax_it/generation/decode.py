@@ -15,7 +15,7 @@ from jax_it.data.batches import bucket
 from jax_it.errors import UserError
 from jax_it.generation import widths
 from jax_it.generation.beam import Beams
-from jax_it.generation.sampling import BROKEN, GREEDY, OneByOne, Sampling
+from jax_it.generation.sampling import BROKEN, GREEDY, OneByOne, Sampling, check
 from jax_it.generation.slots import Arrivals, Search, Slots, advance, empty, fill, keep, widen
 from jax_it.models import Model, Params
 
@@ -45,7 +45,7 @@ class Generator:
     texts wait for no long ones, and prompts of like length are padded together. A text ends at one of the model's end
     tokens or of the `ends` given beside them, at its limit, or as soon as `stop(tokens)` says so, which is not asked of
     beams. With `log_probs` they come with the texts. Raises ValueError where no text would ever end, and UserError
-    where the model's logits are not finite.
+    where the model's logits are not finite, or as `sampling.check` does.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Generator:
         stop: Callable[[Sequence[int]], bool] | None = None,
         log_probs: bool = False,
     ):
+        check(sampling, max_new_tokens, model.config.vocabulary)
         self._mesh, self._length = mesh, max_new_tokens
         self._ends = tuple(dict.fromkeys([*model.config.end_tokens, *ends]))
         if not self._ends:

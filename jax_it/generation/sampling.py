@@ -1,10 +1,13 @@
 """How the next token is chosen from logits, and texts that are made of one token after another."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jax_it.errors import UserError
 
 
 class Sampling(NamedTuple):
@@ -29,6 +32,24 @@ class Sampling(NamedTuple):
 
 
 GREEDY = Sampling()
+LONGEST = 1 << 20  # tokens of a text, for which memory is taken before it begins
+
+
+def check(sampling: Sampling, max_new_tokens: int, vocabulary: int) -> None:
+    """Refuses numbers with which float32 would give infinite scores, and so any text. Raises UserError."""
+    if max_new_tokens > LONGEST:
+        raise UserError(f"max_new_tokens {max_new_tokens}: a text has {LONGEST} tokens at most")
+    if sampling.temperature and not 1e-6 <= sampling.temperature <= 1e30:
+        raise UserError(f"temperature {sampling.temperature:g}: it must be 0 (greedy), or from 1e-6 to 1e30")
+    if not 1e-6 <= sampling.repetition_penalty <= 1e30:
+        raise UserError(f"repetition_penalty {sampling.repetition_penalty:g}: it must be from 1e-6 to 1e30")
+    if not abs(sampling.length_penalty) * math.log10(max_new_tokens + 1) <= 30:
+        raise UserError(
+            f"length_penalty {sampling.length_penalty:g}: {max_new_tokens} tokens to this power are beyond 1e30; take "
+            "one nearer to 0"
+        )
+    if sampling.num_beams > vocabulary:
+        raise UserError(f"num_beams {sampling.num_beams}: the model has {vocabulary} tokens to begin with; take fewer")
 
 
 def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
