@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
-from jax_it import files
+from jax_it import files, typed
 from jax_it.errors import Interrupted, UserError, first_line, shorten
 
 MAX_SEED = (1 << 32) - 1  # JAX draws from the lowest 32 bits: a larger seed would repeat a smaller one
@@ -309,7 +309,7 @@ def _path(text: str, locate: Callable[[str, str], Any] = files.locate) -> str:
 
 def overrides(rest: list[str], takes_config: bool) -> dict[str, str]:
     """{"train.seed": "1"} from ["--config.train.seed=1"], or from the same in two words."""
-    found = {}
+    found: dict[str, str] = {}
     words = iter(rest)
     for word in words:
         name, equals, value = word.partition("=")
@@ -317,7 +317,10 @@ def overrides(rest: list[str], takes_config: bool) -> dict[str, str]:
             raise UserError(f"unknown option {shorten(word)}; see jax-it COMMAND --help")
         if not equals and (value := next(words, "--")).startswith("--"):
             raise UserError(f"{name} needs a value: {name}=VALUE")
-        found[name.removeprefix("--config.")] = value
+        name = name.removeprefix("--config.")
+        if typed.parts(name) in map(typed.parts, found):
+            raise UserError(f"--config.{typed.shown_name(name)} is given twice; keep one")
+        found[name] = value
     return found
 
 

@@ -4,7 +4,8 @@ from itertools import islice
 
 import numpy as np
 
-from jax_it import data
+from jax_it import config as settings
+from jax_it import data, metrics, sharding
 from jax_it.config import Config
 from jax_it.data import chat
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
@@ -12,15 +13,31 @@ from jax_it.data.formats import CausalFormat
 from jax_it.data.tokenized import shown_characters
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.models import build, hf
-from jax_it.training.loop import build_data, check_model, load_tokenizer
+from jax_it.training.loop import (
+    build_data,
+    check_mesh,
+    check_model,
+    check_steps,
+    load_tokenizer,
+    make_evaluator,
+)
 
 
 def preview(config: Config, number: int) -> str:
-    """The report that `jax-it preview` prints, with `number` examples of the first batch."""
+    """The report that `jax-it preview` prints, with `number` examples of the first batch.
+
+    Raises UserError for all that training would refuse before its first step, but for its mesh and its weights.
+    """
+    metrics.check(config.eval.metrics)
     tokenizer = load_tokenizer(config)
-    model = build(*hf.read_values(config.model), config.model)
+    model = hf.with_adapter(build(*hf.read_values(config.model), config.model), config.model)
     check_model(config, model, tokenizer)
-    return report(config, build_data(config, model, tokenizer), tokenizer, number)
+    # The run's mesh may be that of another machine.
+    check_mesh(config, model, {axis: max(getattr(config.mesh, axis), 1) for axis in sharding.AXES})
+    built = build_data(config, model, tokenizer)
+    check_steps(config, built)
+    make_evaluator(config, model, tokenizer, built.train.layout, sharding.make_mesh(settings.Mesh()))
+    return report(config, built, tokenizer, number)
 
 
 def report(config: Config, built: data.Built, tokenizer: Tokenizer, number: int) -> str:

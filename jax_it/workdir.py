@@ -35,6 +35,7 @@ from jax_it.data.packing import Layout, Shape
 from jax_it.errors import Interrupted, UserError, first_line, shorten
 from jax_it.files import Appending, read_text, remedy, to_json, write_atomically
 from jax_it.models import Model, Params, build, hf, peft, with_tied_head
+from jax_it.models.families import FAMILIES
 from jax_it.models.lora import Adapter, Target
 from jax_it.models.tensors import find_folder, fingerprint
 from jax_it.models.weights import flatten
@@ -252,7 +253,7 @@ class Workdir:
             if adapter:
                 adapter["targets"] = tuple(Target(*target) for target in adapter["targets"])
                 adapter = Adapter(**adapter)
-            return settings.resolve(saved["config"]), Derived(layout=layout, adapter=adapter, **derived)
+            return settings.reopen(saved["config"]), Derived(layout=layout, adapter=adapter, **derived)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(file, f"{type(error).__name__}: {error}") from None
         except UserError as error:
@@ -301,8 +302,12 @@ class Workdir:
                 )
 
     def check_same(self, config: Config) -> None:
-        """Refuses to go on with another config than the one that the run was started with."""
-        old, new = (flatten(_as_mapping(settings.to_dict(c))) for c in (self.open()[0], config))
+        """Refuses to go on with another config than the one that the run was started with.
+
+        Settings that nothing reads may differ: an older version took them.
+        """
+        read = (settings.without_unread(c, self._kind()) for c in (self.open()[0], config))
+        old, new = (flatten(_as_mapping(settings.to_dict(c))) for c in read)
         for name in sorted(old.keys() | new.keys()):
             free = any(name == part or name.startswith(f"{part}.") for part in FREE)
             if not free and old.get(name) != new.get(name):
@@ -310,6 +315,13 @@ class Workdir:
                     f"{self.path} holds a run with config.{name}={old.get(name)!r}, not {new.get(name)!r}; "
                     "go on with its config, or name another --workdir"
                 )
+
+    def _kind(self) -> settings.Kind | None:
+        """The kind of the run's model; None where that cannot be read."""
+        try:
+            return FAMILIES[json.loads(read_text(self.path / "model" / "config.json"))["model_type"]].kind
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         self._check_files("tokenizer")

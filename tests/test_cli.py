@@ -74,6 +74,10 @@ def exit_code(*arguments):
             ("train", "--config", "x", "--workdir", "y", "--config.train.seed", "--config.train.keep=3"),
             "--config.train.seed needs a value: --config.train.seed=VALUE",
         ),
+        (
+            ("preview", "--config", "x", "--config.data.train.0.path=a", "--config.data.train[0].path=b"),
+            "--config.data.train[0].path is given twice; keep one",
+        ),
         (("preview", "--config", "x", "--num", "few"), "--num"),
         (("generate", "--model", "x"), "one of the arguments --prompt --input is required"),
         (("generate", "--model", "x", "--prompt", "y", "--input", "z"), "not allowed with"),
@@ -100,8 +104,8 @@ def test_a_command_that_cannot_be_understood_is_answered_in_one_line(capfd, argu
 
 
 def test_a_value_may_look_like_anything_but_an_option():
-    words = ["--config.a=", "--config.mesh.data", "-1", "--config.b=--x", "--config.c", "x=y", "--config.c=z"]
-    assert cli.overrides(words, True) == {"a": "", "mesh.data": "-1", "b": "--x", "c": "z"}
+    words = ["--config.a=", "--config.mesh.data", "-1", "--config.b=--x", "--config.c", "x=y", "--config.d=z"]
+    assert cli.overrides(words, True) == {"a": "", "mesh.data": "-1", "b": "--x", "c": "x=y", "d": "z"}
 
 
 def test_escapes_in_stop_strings_are_read():

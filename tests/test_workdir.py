@@ -91,6 +91,21 @@ def test_what_says_which_weights_are_trained_is_read_back(place):
     assert place.model(config, derived).adapter == derived.adapter and place.model(config, DERIVED).adapter is None
 
 
+def test_a_run_of_a_version_that_took_settings_without_effect_opens_and_goes_on_without_them(tmp_path):
+    now = resolve()
+    optimizer = dataclasses.replace(now.train.optimizer, decay=settings.Duration(5, "steps"))
+    then = dataclasses.replace(
+        now,
+        train=dataclasses.replace(now.train, squared_error_scale=2.0, optimizer=optimizer),
+        data=dataclasses.replace(now.data, sequence_length=64),  # of an encoder-decoder
+        eval=dataclasses.replace(now.eval, length_penalty=2.0),
+    )
+    place = Workdir(tmp_path / "old")
+    place.create(then, DERIVED, build(now.model.architecture, "the test", now.model), tokenizers.load("bytes"))
+    assert place.open()[0] == dataclasses.replace(now, data=then.data)
+    place.check_same(now)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

@@ -52,7 +52,7 @@ def get_config(arg=""):
     config.train.log_every = "1 steps"
     config.train.checkpoint_every = "15 steps"
     config.train.optimizer.learning_rate = 3e-2
-    config.train.optimizer.warmup = "2 steps"
+    config.train.optimizer.warmup = "3%"
     config.eval.metrics = ["rougeL", "exact_match"]
     config.eval.batch_size = 4
     if arg == "causal":
@@ -60,6 +60,7 @@ def get_config(arg=""):
             "model_type": "llama", "vocab_size": 120, "hidden_size": 16, "head_dim": 8, "intermediate_size": 16,
             "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
         }
+        config.data.source_length = defaults.default().data.source_length
         config.data.sequence_length = 48
     return config
 '''

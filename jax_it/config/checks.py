@@ -13,6 +13,7 @@ Kind = Literal["causal", "seq2seq"]  # of model
 
 INT32 = 2**31 - 1
 LENGTH = 2**20  # tokens
+EPOCHS = 10_000  # all of which are planned before the first step
 FLOAT32 = 3e38
 TINY = 1.2e-38  # the least that float32 holds
 
@@ -287,6 +288,8 @@ def check(config: Config, training: bool) -> None:
         )
     if train.duration.value <= 0 or train.duration.unit == "%":
         raise UserError("config.train.duration must be positive and in steps, epochs, examples or tokens")
+    if train.duration.unit == "epochs" and train.duration.value > EPOCHS:
+        raise UserError(f"config.train.duration: {train.duration}; of epochs the most is {EPOCHS}; give it in steps")
     _check_tasks(config.eval.tasks)
     best = config.eval.best
     of_task = best in [f"{task.name}/{metric}" for task in config.eval.tasks for metric in measured(task)]

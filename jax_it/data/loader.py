@@ -148,10 +148,12 @@ class TrainData:
         return Placed(example.source, example.target, member.block, example.learnt)
 
     def _row_after(self, epochs: float) -> int:
-        """The row at which so many epochs end."""
+        """The row at which so many epochs end, the first at least."""
         whole = int(epochs)
         before = self._rows_until(whole)
-        return before + round((epochs - whole) * (self._rows_until(whole + 1) - before)) if epochs > whole else before
+        if epochs > whole:
+            before += round((epochs - whole) * (self._rows_until(whole + 1) - before))
+        return max(before, 1)
 
     def _rows_until(self, epochs: int) -> int:
         """How many rows the first `epochs` epochs have."""

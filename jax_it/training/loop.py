@@ -3,19 +3,20 @@
 import dataclasses
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
 from jax_it import data, evaluation, files, hosts, metrics, sharding
 from jax_it.checkpoint import abstract
-from jax_it.config import Config
+from jax_it.config import Config, Duration, check_read
 from jax_it.data import chat
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.loader import Part
-from jax_it.data.packing import Shape
+from jax_it.data.packing import Layout, Shape
 from jax_it.errors import UserError
 from jax_it.evaluation.run import check_room
 from jax_it.models import Model, hf
@@ -37,6 +38,8 @@ from jax_it.workdir import Derived, Workdir, check_vocabulary, make_format
 # What bias, mask, softmax and dropout cost for one attention score, in matmul FLOPs of the same time: they are
 # bound by memory. Measured on two CPU cores at 512 positions; an H100's ratio of the two is of the same order.
 FLOPS_OF_A_SCORE = 2000
+MOST_STEPS = 2**31 - 1  # which the state counts in 32 bits
+MOST_EPOCHS_A_STEP = 100
 STOPPED = " before there was a new step to save; the same command goes on from where the run stood"
 
 
@@ -62,13 +65,15 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         tokenizer = place.tokenizer() if resuming else load_tokenizer(config)
         model, trained, frozen = _load_model(config, place, mesh, resuming)
         check_model(config, model, tokenizer)
-        check_mesh(config, model, mesh)
+        check_mesh(config, model, mesh.shape)
         built = build_data(config, model, tokenizer)
+        if not resuming:
+            check_steps(config, built)
         derived = _derive(config, place, model, built, resuming)
         total, intervals = derived.total_steps, _intervals(config, built, derived.total_steps)
 
         prepared = prepare(model, config, mesh, frozen, total, intervals["warmup"], intervals["decay"])
-        evaluator = _make_evaluator(config, model, tokenizer, derived, mesh)
+        evaluator = make_evaluator(config, model, tokenizer, derived.layout, mesh)
         check_disk(place, prepared)
         if not resuming:
             place.create(config, derived, model, tokenizer)
@@ -83,7 +88,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         parts = sharding.batch_parts(mesh) * config.train.micro_batches
         part = Part(sharding.local_parts(mesh), sharding.batch_parts(mesh), parts)
         batches = built.train.read(first, config.train.duration, part)
-        evaluations = _evaluations(config, intervals["eval"], total)
+        evaluated = _evaluations(config, intervals["eval"], total)
         with (
             Log(place, first, total, weights_and_biases.start(place, config)) as log,
             Profile(place.path / "profile", intervals["profile"], config.train.profile_steps) as profile,
@@ -92,7 +97,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         ):
             log.warn(_summary(model, derived, first))
             log.shares(phases)
-            if first in evaluations and not place.is_scored(first):  # the start, or what a stop has left out
+            if evaluated(first) and not place.is_scored(first):  # the start, or what a stop has left out
                 log.say(evaluate(first, state))
             patience = Patience(place, config.eval)
             end, why = (first, over) if (over := patience.over(first)) else (total, "")
@@ -117,7 +122,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                 throughput.add(drawn.sizes, drawn.shape, step_flops(model, rows, drawn.shape))
                 last, stop = number == total, stopping()
                 progress.add(number, measured, last or _due(number, intervals["log"]))
-                saving, scoring = last or stop or _due(number, intervals["checkpoint"]), number in evaluations
+                saving, scoring = last or stop or _due(number, intervals["checkpoint"]), evaluated(number)
                 if saving:
                     _save(checkpoints, number, state, progress, phases)
                 if scoring and not stop:
@@ -160,6 +165,7 @@ def load_tokenizer(config: Config) -> tokenizers.Tokenizer:
 
 def check_model(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -> None:
     """Refuses settings that the model cannot follow, and a tokenizer that is not its own."""
+    check_read(config, model.kind)
     positions, length = model.config.positions, config.data.sequence_length
     if positions and length > positions:
         raise UserError(f"config.data.sequence_length: {length} is more than the model's {positions} positions")
@@ -178,9 +184,9 @@ def check_model(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -
         )
 
 
-def check_mesh(config: Config, model: Model, mesh: jax.sharding.Mesh) -> None:
-    """Refuses a mesh of which the model cannot use an axis."""
-    context, expert = mesh.shape["context"], mesh.shape["expert"]
+def check_mesh(config: Config, model: Model, sizes: Mapping[str, int]) -> None:
+    """Refuses a mesh, of these sizes, of which the model cannot use an axis."""
+    context, expert = sizes["context"], sizes["expert"]
     field = "sequence_length" if model.kind == "causal" else "source_length"
     if (length := getattr(config.data, field)) % context:
         raise UserError(f"config.mesh.context: {context} devices cannot share the {length} positions of data.{field}")
@@ -188,6 +194,39 @@ def check_mesh(config: Config, model: Model, mesh: jax.sharding.Mesh) -> None:
         raise UserError(f"config.mesh.expert: {expert}, but this model has no experts; use fsdp")
     if model.config.experts and model.config.experts.number % expert:
         raise UserError(f"config.mesh.expert: {expert} devices cannot share {model.config.experts.number} experts")
+
+
+def check_steps(config: Config, built: data.Built) -> None:
+    """Refuses a step or a run that is too long for its data, or durations that do not fit into the run."""
+    train, found = config.train, built.train
+    examples = found.mixture.epoch_examples
+    if train.batch_size > MOST_EPOCHS_A_STEP * examples:
+        raise UserError(
+            f"config.train.batch_size: {train.batch_size} is more than {MOST_EPOCHS_A_STEP} times the {examples} "
+            "training examples; lower it"
+        )
+    if train.micro_batches > found.layout.rows:
+        raise UserError(
+            f"config.train.micro_batches: a step has {found.layout.rows} rows, which cannot be cut into "
+            f"{train.micro_batches} parts; lower it, or raise train.batch_size"
+        )
+
+    def refuse(name: str, duration: Duration, steps: int, why: str) -> NoReturn:
+        raise UserError(f"config.train.{name}: {duration}{f' ({steps} steps)' * (duration.unit != 'steps')} {why}")
+
+    total = found.steps(train.duration)
+    if total > MOST_STEPS:
+        refuse("duration", train.duration, total, f"is too long; a run has at most {MOST_STEPS} steps")
+    steps, optimizer = _intervals(config, built, total), train.optimizer
+    rest = total - steps["warmup"]
+    if rest < 0:
+        why = f"is longer than the run of {total} steps; shorten it"
+        refuse("optimizer.warmup", optimizer.warmup, steps["warmup"], why)
+    if optimizer.schedule == "wsd" and steps["decay"] > rest:
+        why = f"is longer than what the run has after its warmup, {rest} steps; shorten it"
+        refuse("optimizer.decay", optimizer.decay, steps["decay"], why)
+    if steps["profile"] >= total:
+        refuse("profile", train.profile, steps["profile"], f"is not before the end of the run of {total} steps")
 
 
 def build_data(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -> data.Built:
@@ -250,10 +289,15 @@ def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def _evaluations(config: Config, interval: int, total: int) -> set[int]:
-    """The steps after which the model is evaluated."""
-    start = {0} if config.eval.at_start else set()
-    return start | ({*range(interval, total, interval), total} if interval else set())
+def _evaluations(config: Config, interval: int, total: int) -> Callable[[int], bool]:
+    """Whether the model is evaluated after a step."""
+
+    def evaluated(step: int) -> bool:
+        if step == 0:
+            return config.eval.at_start
+        return _due(step, interval) or (step == total and interval > 0)
+
+    return evaluated
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:
@@ -283,8 +327,8 @@ def _restore_or_start(
     return TrainState(params=params, frozen=frozen, **rest), position
 
 
-def _make_evaluator(
-    config: Config, model: Model, tokenizer: tokenizers.Tokenizer, derived: Derived, mesh: jax.sharding.Mesh
+def make_evaluator(
+    config: Config, model: Model, tokenizer: tokenizers.Tokenizer, layout: Layout, mesh: jax.sharding.Mesh
 ) -> evaluation.Evaluator | None:
     """The evaluator for evaluation within the loop; None where it is not asked for.
 
@@ -295,7 +339,7 @@ def _make_evaluator(
     examples = data.build_eval(config.data, tokenizer, make_format(model, tokenizer), config.eval.limit)
     if within and examples is None and not config.eval.tasks:
         raise UserError("config.eval.every needs examples: set config.data.eval, config.data.holdout or eval.tasks")
-    evaluator = evaluation.Evaluator(model, tokenizer, examples, config, derived.layout, mesh)
+    evaluator = evaluation.Evaluator(model, tokenizer, examples, config, layout, mesh)
     evaluator.read_tasks(ready=within)
     return evaluator if within else None
 

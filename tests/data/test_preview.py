@@ -9,6 +9,7 @@ from jax_it import data as chain
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.formats import CausalFormat
 from jax_it.data.tokenizer import Tokenizer
+from jax_it.errors import UserError
 from jax_it.preview import preview, report
 from tests.data.chat_tokenizers import KINDS, checkpoint, made
 from tests.data.letters import pairs, write
@@ -19,15 +20,69 @@ ARCHITECTURE = {
 }  # fmt: skip
 
 
-def shown(folder: Path, number: int = 3, tokenizer: str = "bytes", batch_size: int = 4, **given: Any) -> str:
+def shown(
+    folder: Path,
+    number: int = 3,
+    tokenizer: str = "bytes",
+    batch_size: int = 4,
+    sections: dict[str, dict[str, Any]] | None = None,
+    **given: Any,
+) -> str:
     records = pairs("abc>x", "de>", "abcdefghijklmnopqrstuvw>yz", "f>0123456789", "gh>uv", "i>j")
     data = {
         "train": [{"path": write(folder / "quiz.jsonl", records)}], "source_length": 16, "target_length": 8,
         "cache_dir": str(folder / "cache"), "max_dropped": 0.5, "max_unknown": 1.0, **given,
     }  # fmt: skip
-    model = {"pretrained": False, "architecture": ARCHITECTURE, "tokenizer": tokenizer}
-    train = {"batch_size": batch_size, "duration": "2 epochs"}
-    return preview(settings.resolve({"model": model, "data": data, "train": train}), number)
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"pretrained": False, "architecture": ARCHITECTURE, "tokenizer": tokenizer}, "data": data,
+        "train": {"batch_size": batch_size, "duration": "2 epochs"},
+    }  # fmt: skip
+    for name, changes in (sections or {}).items():
+        tree[name] = tree.get(name, {}) | changes
+    return preview(settings.resolve(tree), number)
+
+
+WSD = {"warmup": "4 steps", "decay": "5 steps", "schedule": "wsd"}
+
+
+@pytest.mark.parametrize(
+    "section, changes, message",
+    [
+        ("train", {"batch_size": 501}, "batch_size: 501 is more than 100 times the 5 training examples; lower it"),
+        ("train", {"micro_batches": 4}, "micro_batches: a step has 2 rows, which cannot be cut into 4 parts"),
+        ("train", {"duration": "1e12 steps"}, "duration: 1000000000000 steps is too long; a run has at most 21474836"),
+        ("train", {"duration": "1e17 tokens"}, "duration: 1e+17 tokens ("),
+        ("train", {"duration": "10001 epochs"}, "duration: 10001 epochs; of epochs the most is 10000; give it in s"),
+        (
+            "train", {"optimizer": {"warmup": "9 steps"}, "duration": 8},
+            "optimizer.warmup: 9 steps is longer than the run of 8 steps; shorten it",
+        ),
+        ("train", {"optimizer": {"warmup": "101%"}, "duration": 80}, "optimizer.warmup: 101% (81 steps) is longer"),
+        (
+            "train", {"optimizer": WSD, "duration": 8},
+            "optimizer.decay: 5 steps is longer than what the run has after its warmup, 4 steps; shorten it",
+        ),
+        (
+            "train", {"profile": "8 steps", "duration": 8},
+            "profile: 8 steps is not before the end of the run of 8 steps",
+        ),
+        ("data", {"sequence_length": 64}, "sequence_length has no effect on an encoder-decoder"),
+        ("mesh", {"context": 3}, "context: 3 devices cannot share the 16 positions of data.source_length"),
+        ("mesh", {"expert": 2}, "expert: 2, but this model has no experts; use fsdp"),
+        ("model", {"lora": {"rank": 2, "targets": ["no"]}}, "lora.targets: 'no' matches no weight"),
+        ("data", {"eval": [{"path": "nowhere.jsonl"}]}, "eval.0"),
+    ],
+)  # fmt: skip
+def test_it_refuses_what_training_would_refuse_before_its_first_step(tmp_path, section, changes, message):
+    with pytest.raises(UserError) as caught:
+        shown(tmp_path, sections={section: changes})
+    assert str(caught.value).startswith(f"config.{section}.{message}")
+
+
+def test_the_shortest_durations_are_one_step(tmp_path):
+    for duration in ("1e-12 steps", "1e-12 epochs", "1e-12 tokens"):
+        train = {"duration": duration, "optimizer": {"warmup": "1e-12 steps"}}
+        assert "has 1 steps" in shown(tmp_path, sections={"train": train})
 
 
 @pytest.fixture(scope="module")

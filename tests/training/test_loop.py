@@ -121,7 +121,8 @@ def test_every_optimizer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tm
 )
 def test_a_causal_run_is_evaluated_and_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path, lora):
     config = make_config(
-        tmp_path, model__architecture=LLAMA, model__lora=lora, data__sequence_length=192, eval__every="6 steps",
+        tmp_path, model__architecture=LLAMA, model__lora=lora, data__sequence_length=192, data__source_length=512,
+        eval__every="6 steps",
         eval__max_new_tokens=4, eval__metrics=["rougeL"],
     )  # fmt: skip
     state = train(config, tmp_path / "whole")

@@ -1,15 +1,17 @@
 """What a single training step does."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_it import sharding
-from jax_it.config import Mesh, Optimizer, Train
+from jax_it.config import Config, Mesh, Model, Optimizer, Train
 from jax_it.training.optimizer import make_optimizer, make_schedule
 from jax_it.training.state import start, state_shardings
-from jax_it.training.step import HISTORY, make_train_step
+from jax_it.training.step import HISTORY, make_train_step, prepare
 
 # One step of AdamW on the tiny model of conftest.py. If a change of the model, the loss, the optimizer or
 # the batch is meant to change numbers, put the new ones here and say why in the commit; otherwise find out.
@@ -50,6 +52,22 @@ def test_a_non_finite_gradient_changes_nothing_and_is_counted(tiny):
     jax.tree.map(np.testing.assert_array_equal, state.params, tiny.params)
     assert (int(state.skipped), int(state.skipped_in_a_row), int(state.step)) == (2, 2, 2)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.optimizer))
+
+
+@pytest.mark.parametrize("name, micro_batches", [("adamw", 1), ("adafactor", 2), ("lion", 1), ("sgd", 1)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_keeps_the_types_of_bfloat16_weights_and_memory(tiny, name, micro_batches, dtype):
+    """Else a checkpoint could not be restored into the state that a restart makes."""
+    model = dataclasses.replace(tiny.model, run=tiny.model.run._replace(dtype=jnp.dtype(dtype)))
+    config = Config(
+        model=Model(param_dtype="bfloat16"), train=Train(micro_batches=micro_batches, optimizer=Optimizer(name=name))
+    )
+    mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        prepared = prepare(model, config, mesh, {}, total_steps=10, warmup=1, decay=1)
+        after, _ = jax.eval_shape(prepared.step, prepared.shapes, tiny.padded)
+    found, expected = (jax.tree.map(lambda leaf: str(leaf.dtype), state) for state in (after, prepared.shapes))
+    assert found == expected and {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("bfloat16")}
 
 
 def test_a_batch_without_weights_moves_nothing_by_its_loss(tiny):
