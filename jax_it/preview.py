@@ -11,12 +11,16 @@ from jax_it.data.batches import CausalBatch, Seq2SeqBatch
 from jax_it.data.formats import CausalFormat
 from jax_it.data.tokenized import shown_characters
 from jax_it.data.tokenizer import Tokenizer
+from jax_it.errors import UserError
 from jax_it.models import build, hf
 from jax_it.training.loop import build_data, check_model, load_tokenizer
 
 
 def preview(config: Config, number: int) -> str:
     """The report that `jax-it preview` prints, with `number` examples of the first batch."""
+    if number < 0:
+        raise UserError(f"--num {number} must be at least 0")
+    config, _ = data.pin(config)
     tokenizer = load_tokenizer(config)
     model = build(*hf.read_values(config.model), config.model)
     check_model(config, model, tokenizer)
@@ -28,7 +32,9 @@ def report(config: Config, built: data.Built, tokenizer: Tokenizer, number: int)
     parts = [_data_sets(built), _rows(config, built)]
     if tokenizer.chat_template is not None and isinstance(built.train.format, CausalFormat):
         parts.append(_generation(tokenizer))
-    return "\n\n".join([*parts, _examples(built, tokenizer, number)])
+    if number:
+        parts.append(_examples(built, tokenizer, number))
+    return "\n\n".join(parts)
 
 
 def _data_sets(built: data.Built) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,6 +74,16 @@ def read(
     return together
 
 
+def _printable(record: sources.Record, name: str) -> Any:
+    """A field that names the example in files and tables."""
+    value = record.fields.get(name)
+    try:
+        str(value).encode()
+    except (UnicodeEncodeError, RecursionError, ValueError):  # half a surrogate pair; nesting; thousands of digits
+        raise UserError(f"{record.where}: the field {name!r} cannot be written as text; mend or remove it") from None
+    return value
+
+
 def _read_one(
     source: Source,
     where: str,
@@ -88,8 +98,11 @@ def _read_one(
     places: list[str] = []
     skipped = taken = 0
     name = sources.name_of(source)
+    most = min([n for n in (limit, None if wanted is None else len(wanted)) if n], default=0)
     for number, record in enumerate(sources.read(source, where)):
-        if (wanted is not None and number not in wanted) or (limit and taken == limit):
+        if most and taken == most:  # the rest need not be read
+            break
+        if wanted is not None and number not in wanted:
             continue
         taken += 1
         example = templates.render(record, source.template[number % len(source.template)])
@@ -97,7 +110,7 @@ def _read_one(
         if not references:
             skipped += 1
             continue
-        id, task = record.fields.get("id"), record.fields.get("task")
+        id, task = (_printable(record, name) for name in ("id", "task"))
         chosen.append(
             EvalExample(
                 id=f"{name}/{number}" if id is None else str(id),

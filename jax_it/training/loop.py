@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,15 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         resuming = place.holds_a_run()
         if resuming:
             place.check_same(config)
+        asked = config
+        config, commits = data.pin(config, place.open()[1].commits if resuming else None)
         tokenizer = place.tokenizer() if resuming else load_tokenizer(config)
         model, trained, frozen = _load_model(config, place, mesh, resuming)
         check_model(config, model, tokenizer)
         check_mesh(config, model, mesh)
         built = build_data(config, model, tokenizer)
-        derived = _derive(config, place, model, built, tokenizer, resuming)
+        needed = evaluation.read(config, tokenizer, make_format(model, tokenizer))
+        derived = _derive(asked, place, model, built, tokenizer, resuming, commits)
         total, intervals = derived.total_steps, _intervals(config, built, derived.total_steps)
 
         prepared = prepare(model, config, mesh, frozen, total, intervals["warmup"], intervals["decay"])
@@ -68,7 +72,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         state, position = _restore_or_start(checkpoints, trained, frozen, prepared)
         del trained, frozen
         phases = since_first_start(place, began, position)
-        evaluate = _make_evaluator(config, place, model, tokenizer, derived, mesh, phases, stopping)
+        evaluate = _make_evaluator(config, place, model, tokenizer, needed, derived, mesh, phases, stopping)
 
         first = int(state.step)
         place.rewind_metrics(first)
@@ -204,8 +208,9 @@ def _load_model(config: Config, place: Workdir, mesh: jax.sharding.Mesh, resumin
 
 
 def _derive(
-    config: Config, place: Workdir, model: Model, built: data.Built, tokenizer: tokenizers.Tokenizer, resuming: bool
-) -> Derived:
+    config: Config, place: Workdir, model: Model, built: data.Built, tokenizer: tokenizers.Tokenizer, resuming: bool,
+    commits: Mapping[str, str],
+) -> Derived:  # fmt: skip
     """What the run worked out at its start: read back where it is resumed, and refused if the data has changed."""
     if not resuming:
         steps = built.train.steps(config.train.duration)
@@ -215,6 +220,7 @@ def _derive(
             total_steps=steps,
             data_digest=built.digest,
             tied=model.config.tied,
+            commits=commits,
             adapter=model.adapter,
             base_digest=fingerprint(find_folder(config.model.path)) if model.adapter and config.model.path else "",
         )
@@ -286,6 +292,7 @@ def _make_evaluator(
     place: Workdir,
     model: Model,
     tokenizer: tokenizers.Tokenizer,
+    needed: evaluation.Needed,
     derived: Derived,
     mesh: jax.sharding.Mesh,
     phases: Phases,
@@ -294,10 +301,7 @@ def _make_evaluator(
     """`evaluate(step, state) -> text` for evaluation within the loop; "" where it was stopped between two batches."""
     if not (config.eval.every.value or config.eval.at_start):
         return None
-    examples = data.build_eval(config.data, tokenizer, make_format(model, tokenizer), config.eval.limit)
-    if examples is None and not config.eval.tasks:
-        raise UserError("config.eval.every needs examples: set config.data.eval, config.data.holdout or eval.tasks")
-    evaluator = evaluation.Evaluator(model, tokenizer, examples, config, derived.layout, mesh)
+    evaluator = evaluation.Evaluator(model, tokenizer, needed.examples, config, derived.layout, mesh, needed.tasks)
     board = place.tensorboard / "eval"
     evaluation.complete(board, {step: place.eval(step) for step in place.scored_steps()})
 
