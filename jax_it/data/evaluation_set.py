@@ -1,6 +1,7 @@
 """Examples to evaluate on: tokens for the model, texts for the metrics."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -96,15 +97,11 @@ def _read_one(
     chosen: list[EvalExample] = []
     rendered: list[Example] = []
     places: list[str] = []
-    skipped = taken = 0
+    skipped = 0
     name = sources.name_of(source)
     most = min([n for n in (limit, None if wanted is None else len(wanted)) if n], default=0)
-    for number, record in enumerate(sources.read(source, where)):
-        if most and taken == most:  # the rest need not be read
-            break
-        if wanted is not None and number not in wanted:
-            continue
-        taken += 1
+    every = ((i, record) for i, record in enumerate(sources.read(source, where)) if wanted is None or i in wanted)
+    for number, record in itertools.islice(every, most or None):  # the rest is not read
         example = templates.render(record, source.template[number % len(source.template)])
         references = tuple(reference for reference in example.references if reference.strip())
         if not references:
