@@ -16,9 +16,9 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class Derived:
     tied: bool
     adapter: Adapter | None = None  # what is trained, if not all weights
     base_digest: str = ""  # of the frozen weights' files
+    commits: Mapping[str, str] = field(default_factory=dict)  # of the hub data sets' revisions; see data.pin
 
 
 @dataclass(frozen=True)

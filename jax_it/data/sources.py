@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -106,8 +107,8 @@ def _kind(source: Source, where: str) -> str:
         return source.format
     if source.path.startswith("builtin:"):
         return "builtin"
-    path = files.locate(source.path).expanduser()
-    if not _exists(path) and not files.matches(path):
+    path = files.locate(source.path, f"{where}.path")
+    if not path.exists() and not files.matches(path):
         if _suffix(path) in _SUFFIXES or source.path.startswith((".", "/", "~")) or files.is_remote(path):
             raise UserError(f"{where}: data file {source.path} does not exist")
         if path.suffix:
@@ -144,19 +145,11 @@ def _suffix(file: Path) -> str:
     return Path(file.stem).suffix if file.suffix in (".gz", ".zst") else file.suffix
 
 
-def _exists(path: Any) -> bool:
-    """Whether there is such a file or folder, also where its name is too long to be one."""
-    try:
-        return bool(path.exists())
-    except (OSError, ValueError):
-        return False
-
-
 def _files(source: Source, where: str) -> list[Path]:
-    path = files.locate(source.path).expanduser()
+    path = files.locate(source.path, f"{where}.path")
     if source.listed:
         return _listed(path, source.listed, where)
-    if not _exists(path):
+    if not path.exists():
         found = files.matches(path)
     elif path.is_dir():
         kinds = set(_SUFFIXES.values()) if source.format == "auto" else {source.format}
@@ -176,27 +169,36 @@ def _files(source: Source, where: str) -> list[Path]:
     return found
 
 
+def read_text(name: str, where: str) -> str:
+    """A text file's content. Raises UserError that begins with `where`."""
+    file = files.locate(name, where)
+    try:
+        if file.exists() and not file.is_file():
+            raise OSError(f"it is {_what(file)}")
+        text: str = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: {name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return text
+
+
 def _what(file: Path) -> str:
     """What stands in a data file's place."""
     if file.is_dir():
         return "a folder"
     if file.is_fifo():
         return "a pipe"
-    return "a device or socket" if _exists(file) else "a broken link"
+    return "a device or socket" if file.exists() else "a broken link"
 
 
 def _listed(folder: Path, names: str, where: str) -> list[Path]:
     """The files of a folder that a text file names, a line each, without their ending."""
-    try:
-        lines = files.locate(names).expanduser().read_text(encoding="utf-8").split()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}.listed: {names} cannot be read: {error}") from None
+    lines = read_text(names, f"{where}.listed").split()
     if not lines:
         raise UserError(f"{where}.listed: {names} names no file; give each a line")
     found = []
     for line in lines:
         there = [folder / f"{line}{suffix}{packed}" for suffix in _SUFFIXES for packed in ("", ".gz", ".zst")]
-        file = next((file for file in there if _exists(file) and file.is_file()), None)
+        file = next((file for file in there if os.path.isfile(file)), None)
         if file is None:
             raise UserError(f"{where}.listed: {names} names {line!r}, and {folder} has no such data file")
         found.append(file)

@@ -305,8 +305,8 @@ def _compile(text: str) -> Callable[[Fields], list[str]]:
     environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_refuse_null)
     if name := random_name(text):
         raise UserError(
-            f"template {_short(text)} uses {name!r}, which gives other data each time; use 'choice', which "
-            "is drawn by the options themselves"
+            f"template {_short(text)} uses {name!r}, which gives other data each time; take 'choice', "
+            "which draws by the options themselves"
         )
     del environment.filters["random"], environment.globals["lipsum"]
     environment.globals["choice"] = environment.filters["choice"] = _choice

@@ -96,14 +96,11 @@ def tokenize(source: Source, where: str, data: Data, tokenizer: Tokenizer, forma
 
 def _cache(data: Data) -> Path:
     """The folder of all caches, which must be local: they are memory-mapped."""
-    if not data.cache_dir or files.is_remote(data.cache_dir):
-        raise UserError(f"config.data.cache_dir: {data.cache_dir!r} is not a local folder; name one")
-    folder = Path(files.locate(data.cache_dir)).expanduser()
+    folder = files.locate_local(data.cache_dir, "config.data.cache_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # no name may hold a zero byte
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"config.data.cache_dir: cannot make {folder}: {reason}; name another folder") from error
+    except OSError as error:
+        raise UserError(f"config.data.cache_dir: cannot make {folder}: {error.strerror}; name another") from error
     return folder
 
 

@@ -92,6 +92,7 @@ class Scorer:
         self.config = request.resolve(own)
         _check_metric_code(place, request, own, self.config)
         _check_place(place, request, own, self.config)
+        self.config, _ = data.pin(self.config, derived.commits)
         self.total_steps, self.checkpoints = derived.total_steps, place.checkpoints()
         self._model = place.model(own, derived)
         self._mesh = sharding.make_mesh(sharding.whole_or_split(self._model.parameter_count))

@@ -137,7 +137,13 @@ def test_it_shows_texts_and_tokens_with_what_is_supervised_in_brackets(tmp_path)
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_it_shows_so_many_examples_as_are_asked_for(tmp_path, number):
-    assert shown(tmp_path, number=number).count("source text") == number
+    text = shown(tmp_path, number=number)
+    assert text.count("source text") == number and ("First examples" in text) == (number > 0)
+
+
+def test_less_than_no_example_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--num -1 must be at least 0"):
+        shown(tmp_path, number=-1)
 
 
 def test_dropped_examples_and_padded_rows_are_shown(tmp_path):

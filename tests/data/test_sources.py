@@ -372,7 +372,7 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(write, tmp_path
         (folder, folder / "b.jsonl", "a pipe"),
         (f"{folder}/*.jsonl", folder / "b.jsonl", "a pipe"),
         (f"{tmp_path}/gone.*", tmp_path / "gone.jsonl", "a broken link"),
-        (tmp_path / "loop.jsonl", tmp_path / "loop.jsonl", "a broken link"),
+        (f"{tmp_path}/loop.*", tmp_path / "loop.jsonl", "a broken link"),
         (tmp_path / "e", tmp_path / "e/f.jsonl", "a folder"),
     ):
         reason = f"config.data.train.0: {file} is {what}, not a regular file, which can be read again"
@@ -380,10 +380,13 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(write, tmp_path
     assert "/dev/zero is a device or socket" in refusal("/dev/zero", format="json")
 
 
-def test_a_name_that_no_file_can_have_does_not_exist(tmp_path):
+def test_a_name_that_no_file_can_have_is_refused(write, tmp_path):
     for name in ("x" * 300, "a\0b", "\ud800"):
-        assert refusal(f"{tmp_path}/{name}.jsonl").endswith(".jsonl does not exist")
-        assert "no data file matches" in refusal(f"{tmp_path}/{name}.jsonl", format="json")
+        assert refusal(f"{tmp_path}/{name}.jsonl").startswith("config.data.train.0.path ")
+        assert refusal(f"{tmp_path}/{name}.jsonl", format="json").startswith("config.data.train.0.path ")
+        listed = write("names.txt", name.encode(errors="surrogatepass"))
+        assert refusal(tmp_path, listed=str(listed)).startswith("config.data.train.0.listed: ")
+    assert refusal(tmp_path, listed=str(write("names.txt", b"\n"))).endswith("names no file; give each a line")
 
 
 @pytest.mark.parametrize("suffix, pack", [("gz", gzip.compress), ("zst", zst)])
