@@ -21,6 +21,7 @@ from jax_it.models.layers import apart
 from jax_it.models.linear import dense
 from jax_it.models.lora import Adapter
 from jax_it.models.quantized import Quantized
+from jax_it.models.settings import shown
 from jax_it.models.weights import Weight, flatten, is_vector, unflatten
 
 Params = dict[str, Any]  # nested dicts of arrays
@@ -219,8 +220,8 @@ class Model:
 def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
     """The model of a config.json's values. Raises UserError for one that is not implemented."""
     kind = values.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(f"{where}: model_type {kind!r} is not supported; jax_it has {', '.join(FAMILIES)}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(f"{where}: model_type {shown(kind)} is not supported; jax_it has {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     if model.prefix_lm and family.kind != "causal":
         raise UserError(f"config.model.prefix_lm: {kind} is an encoder-decoder, which reads both ways anyway")
@@ -229,7 +230,12 @@ def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
     dropout = config.dropout if model.dropout is None else model.dropout
     on_tpu = jax.default_backend() == "tpu"
     fused = model.attention == "auto" and on_tpu
-    run = Run(dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, fused, unrolled=not on_tpu)
+    # All positions of a text may have to be computed again, which goes through stacked layers.
+    again = family.kind == "causal" and config.computed_again and bool(config.original_length)
+    if again and model.prefix_lm:
+        raise UserError(f"config.model.prefix_lm: the longrope of {where} is computed for causal attention alone")
+    unrolled = not (on_tpu or again)
+    run = Run(dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, fused, unrolled=unrolled)
     return Model(values, family, config, run)
 
 

@@ -22,6 +22,7 @@ from jax_it.errors import UserError
 from jax_it.models import Model, Params, build, peft, with_tied_head
 from jax_it.models.lora import make_adapter
 from jax_it.models.quantized import KINDS, block_size, quantize
+from jax_it.models.settings import read_json
 from jax_it.models.tensors import DTYPES, Tensors, find_folder, read_weight, write_files, write_weights
 from jax_it.models.weights import flatten, is_vector, tensor_shapes, unflatten
 
@@ -33,14 +34,7 @@ def read_values(model: ModelConfig) -> tuple[dict[str, Any], str]:
     if model.path:
         file = find_folder(model.path) / "config.json"
         where = str(file)
-        try:
-            values = json.loads(file.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{file} is missing: {model.path} is not a model in Transformers format") from None
-        except ValueError as error:
-            raise UserError(f"{file} is not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{file} holds no JSON object: {model.path} is not a model in Transformers format")
+        values = read_json(file, f"{model.path} is not a model in Transformers format")
     return {**values, **model.architecture}, where
 
 
