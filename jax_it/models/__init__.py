@@ -59,9 +59,15 @@ class Model:
         return nnx.to_pure_dict(nnx.state(self.family.module(self.config, rngs=nnx.Rngs(params=key))))
 
     @cached_property
+    def _abstract(self) -> tuple[Any, Any]:
+        """The module's graph, and its weights as ShapeDtypeStructs; nothing is computed."""
+        make = self.family.module
+        return nnx.split(nnx.eval_shape(lambda: make(self.config, rngs=nnx.Rngs(params=jax.random.key(0)))))
+
+    @cached_property
     def shapes(self) -> Params:
-        """The base model's weights as ShapeDtypeStructs; nothing is computed."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        """The base model's weights as ShapeDtypeStructs."""
+        return nnx.to_pure_dict(self._abstract[1])
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
@@ -212,9 +218,7 @@ class Model:
         else:
             base = jax.tree.map(cast, self.letters, jax.lax.stop_gradient(frozen))
             weights = self.adapter.attach(base, trained, None if key is None else jax.random.fold_in(key, 0))
-        make = self.family.module
-        graph, _ = nnx.split(nnx.eval_shape(lambda: make(self.config, rngs=nnx.Rngs(params=jax.random.key(0)))))
-        return nnx.merge(graph, weights)
+        return nnx.merge(self._abstract[0], weights)
 
 
 def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
@@ -246,4 +250,6 @@ def default_dtype() -> Any:
 
 def with_tied_head(model: Model, tied: bool) -> Model:
     """The same model whose head is, or is not, its embedding: what the checkpoint's weights say."""
+    if model.config.tied == tied:
+        return model
     return dataclasses.replace(model, config=dataclasses.replace(model.config, tied=tied))

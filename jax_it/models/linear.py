@@ -121,8 +121,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     size, dropped = _rounded(rate)
     words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] * size // 32)), jnp.uint32)
     parts = words if size == 32 else jax.lax.bitcast_convert_type(words, {8: jnp.uint8, 16: jnp.uint16}[size])
-    parts = parts.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
-    return jnp.where(parts >= dropped, x * jnp.asarray(2**size / (2**size - dropped), x.dtype), 0)
+    kept = parts.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]] >= jnp.asarray(dropped, parts.dtype)
+    return jnp.where(kept, x * jnp.asarray(2**size / (2**size - dropped), x.dtype), 0)
 
 
 def _rounded(rate: float) -> tuple[int, int]:

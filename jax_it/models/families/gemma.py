@@ -59,7 +59,7 @@ def _read_newer(settings: Settings, act: str = "hidden_activation") -> dict[str,
 def read_gemma2(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
     common = _read_newer(settings)
-    window = llama.read_window(settings, 4096)
+    window = _read_window(settings)
     config = Config(
         **common,
         score_cap=_cap(settings, "attn_logit_softcapping", 50.0),
@@ -67,10 +67,16 @@ def read_gemma2(values: Mapping[str, Any], where: str) -> Config:
         ropes=(rope.read(settings, common["head_size"]),),
         windows=llama.read_windows(settings, common["layers"], window, ("sliding_attention", "full_attention")),
     )
-    if window:
-        settings.expect(sliding_window_size=window)
+    settings.expect(sliding_window_size=window)
     settings.finish()
     return config
+
+
+def _read_window(settings: Settings) -> int:
+    """`sliding_window`, without which Transformers computes no layer, whatever its kind."""
+    if settings.is_null("sliding_window"):
+        raise settings.bad("sliding_window", "it must be there")
+    return llama.read_window(settings, 4096)
 
 
 def _cap(settings: Settings, key: str, default: float | None) -> float:
@@ -85,7 +91,7 @@ def read_gemma3_text(values: Mapping[str, Any], where: str) -> Config:
     common = _read_newer(settings)
     pattern = settings.size("sliding_window_pattern", 6)
     windows = llama.read_windows(
-        settings, common["layers"], llama.read_window(settings, 4096),
+        settings, common["layers"], _read_window(settings),
         ("sliding_attention",) * (pattern - 1) + ("full_attention",),
     )  # fmt: skip
     config = Config(
