@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_it.errors import UserError
-from jax_it.models.settings import Settings, is_int, shown
+from jax_it.models.settings import LARGEST, Settings, is_int, shown
 
 Frequencies = tuple[float, ...]  # radians a position, of each pair of entries that is rotated
 
+ORIGINAL = "original_max_position_embeddings"
 # rope_type -> the keys that it reads, beside rope_theta and partial_rotary_factor
 KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -98,8 +99,11 @@ def read(
     values["partial_rotary_factor"] = settings.positive(share_key, 1.0 if share is None else share)
     scaling, parameters = settings.get("rope_scaling", dict, {}), settings.get("rope_parameters", dict, {})
     values |= scaling or parameters
-    if settings.has("original_max_position_embeddings") or original:
-        values["original_max_position_embeddings"] = settings.size("original_max_position_embeddings", original or 1)
+    if settings.has(ORIGINAL) or original:
+        original = settings.size(ORIGINAL, original or 1)
+        kind = _kind(values)
+        if isinstance(kind, str) and ORIGINAL in KEYS.get(kind, ()):
+            values[ORIGINAL] = original
     field = "rope_scaling" if scaling else "rope_parameters"
     if share is None and values["partial_rotary_factor"] != 1:
         raise UserError(
@@ -113,56 +117,43 @@ def make(
     settings: Settings, field: str, values: Mapping[str, Any], head_size: int, kinds: tuple[str, ...] = tuple(KEYS)
 ) -> Rope:
     """The rope of the values of one `rope_parameters` mapping, which stands in `field`."""
-
-    def bad(key: str, why: str) -> UserError:
-        return UserError(f"{settings.where}: {key} of {field} is {shown(values.get(key))}; {why}")
-
-    kind = values.get("rope_type", values.get("type", "default"))
+    kind = _kind(values)
     if kind not in kinds:
         raise UserError(f"{settings.where}: rope_type {shown(kind)} of {field} is not one of {', '.join(kinds)}")
     # A default rope may carry what another type would read, as Transformers saves it.
     known = _ANY.union(*KEYS.values()) if kind == "default" else _ANY.union(KEYS[kind])
     if unknown := sorted(values.keys() - known):
         raise UserError(
-            f"{settings.where}: {', '.join(map(repr, unknown))} of {field}, a {kind} rope, is not known to jax_it; "
-            "remove it"
+            f"{settings.where}: {field}, a {kind} rope, has {shown(unknown)}, not known to jax_it; remove it"
         )
-    length = settings.get("max_position_embeddings", int, 0)
     values = dict(values)
-    if "original_max_position_embeddings" in KEYS[kind]:
-        values.setdefault("original_max_position_embeddings", length or None)
-        if kind != "llama3" and values.get("factor") is None and ("factor" in values or kind == "longrope"):
-            original = values["original_max_position_embeddings"]
-            if length and is_int(original) and original > 0:
-                values["factor"] = length / original
+    length = settings.get("max_position_embeddings", int, 0)
+    if ORIGINAL in KEYS[kind] and length > 0:
+        original = values.setdefault(ORIGINAL, length)
+        open_factor = kind == "longrope" or (kind == "yarn" and "factor" in values)
+        if open_factor and values.get("factor") is None and _wrong(ORIGINAL, original) is None:
+            values["factor"] = length / original
     for key in ("rope_theta", "partial_rotary_factor", *KEYS[kind]):
         value = values.get(key)
         if value is None and key in _OPTIONAL:
             continue
-        if value is None and key == "original_max_position_embeddings":
-            raise UserError(
-                f"{settings.where}: {field} has no {key}, which its {kind} rope needs; write it there, or "
-                "max_position_embeddings beside it"
-            )
         if value is None:
-            raise UserError(f"{settings.where}: {field} has no {key}, which its {kind} rope needs")
-        if key == "truncate":
-            if not isinstance(value, bool):
-                raise bad(key, "it must be of type bool")
-        elif key == "original_max_position_embeddings" and not is_int(value):
-            raise bad(key, "it must be of type int")
-        elif not all(map(_is_positive, value if key in ("short_factor", "long_factor") and value else [value])):
-            raise bad(key, f"it must be {'a list of numbers' if key.endswith('g_factor') else 'a number'} above 0")
+            beside = ", nor is max_position_embeddings beside it" if key == ORIGINAL else ""
+            raise UserError(f"{settings.where}: {field}, a {kind} rope, has no {key}{beside}")
+        if must := _wrong(key, value):
+            raise UserError(f"{settings.where}: {key} of {field} is {shown(value)}; it must be {must}")
     size = int(head_size * values["partial_rotary_factor"])
     if size % 2 or not 0 < size <= head_size:
         raise UserError(
-            f"{settings.where}: {size} of a head's {head_size} dimensions would rotate, by head_dim, or the hidden "
-            f"size and the number of heads, and the partial_rotary_factor of {field}; it must be an even number, "
-            f"from 2 to {head_size}"
+            f"{settings.where}: {size} of a head's {head_size} dimensions would rotate (head_dim, or hidden_size / "
+            f"num_attention_heads, times partial_rotary_factor); it must be an even number, from 2 to {head_size}"
         )
     for key in ("short_factor", "long_factor"):
-        if key in KEYS[kind] and (not isinstance(values[key], list) or len(values[key]) != size // 2):
-            raise bad(key, f"it must be a list of {size // 2} numbers, one for each pair of a head's dimensions")
+        if key in KEYS[kind] and len(values[key]) != size // 2:
+            raise UserError(
+                f"{settings.where}: {key} of {field} has {len(values[key])} numbers; it must have {size // 2}, one for "
+                "each pair of a head's dimensions"
+            )
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     with np.errstate(all="ignore"):
         powers = np.float32(values["rope_theta"]) ** exponents
@@ -173,6 +164,21 @@ def make(
     if rope is None or not np.isfinite([*rope.frequencies, *rope.long_frequencies, rope.scale]).all():
         raise UserError(f"{settings.where}: the values of {field}, a {kind} rope, give no finite frequencies")
     return rope
+
+
+def _kind(values: Mapping[str, Any]) -> Any:
+    return values.get("rope_type", values.get("type", "default"))
+
+
+def _wrong(key: str, value: Any) -> str | None:
+    """What a value must be, if it is not that."""
+    if key == "truncate":
+        return None if isinstance(value, bool) else "true or false"
+    if key == ORIGINAL:
+        return None if is_int(value) and 0 < value <= LARGEST else f"an integer from 1 to {LARGEST}"
+    if key in ("short_factor", "long_factor"):
+        return None if isinstance(value, list) and all(map(_is_positive, value)) else "a list of numbers above 0"
+    return None if _is_positive(value) else "a number above 0"
 
 
 def _is_positive(value: Any) -> bool:

@@ -7,6 +7,7 @@ norms of queries and keys, and five layers with a window and a rope of their own
 from collections.abc import Mapping
 from typing import Any
 
+from jax_it.errors import UserError
 from jax_it.models import rope
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
@@ -120,10 +121,14 @@ def _read_ropes(settings: Settings, head_size: int) -> tuple[rope.Rope, rope.Rop
     settings.expect(partial_rotary_factor=1.0)
 
     def make(kind: str, scaling: Mapping[str, Any]) -> rope.Rope:
+        field = "rope_scaling" if scaling else f"{kind} of rope_parameters"
         values = {"rope_theta": theta[kind], "partial_rotary_factor": 1.0, **(nested.get(kind) or {}), **scaling}
         if values["partial_rotary_factor"] != 1 or "truncate" in values:
-            raise settings.bad("rope_parameters", "partial_rotary_factor and truncate have no effect in this family")
-        return rope.make(settings, f"{kind} of rope_parameters" if not scaling else "rope_scaling", values, head_size)
+            raise UserError(
+                f"{settings.where}: partial_rotary_factor and truncate of {field} have no effect in this family; "
+                "remove them"
+            )
+        return rope.make(settings, field, values, head_size)
 
     return make(full, scaling), make(sliding, {})
 
