@@ -287,9 +287,12 @@ def _runs(process: int) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises FileNotFoundError, and UserError for anything else that is wrong with the file."""
+    """Reads a JSON object. Raises FileNotFoundError, and UserError for anything else that is wrong with the file.
+
+    A key that occurs twice is an error, where Python would take the last one, and so are NaN and Infinity.
+    """
     try:
-        values = json.loads(read_text(file))
+        values = json.loads(read_text(file), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -303,8 +306,20 @@ def read_json(file: Path) -> dict[str, Any]:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
-        raise UserError(f"{file} holds {half!r}, which is half a character: no Unicode text") from None
+        raise UserError(f"{file} holds {half!r}, half of a surrogate pair, which is not Unicode text") from None
     return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:100]!r} occurs twice; remove one")
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def remove(folder: Any) -> None:
