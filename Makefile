@@ -33,9 +33,9 @@ faults: setup ## the long fault suite: runs that are stopped at many moments
 fuzz: .venv-parity/stamp ## thousands of hostile inputs, some of them against PyTorch; SEED=7 draws others
 	FUZZ_SEED=$(SEED) .venv-parity/bin/python -m pytest -m fuzz tests/fuzz $(PYTEST_ARGS)
 
-# XLA's code generator is the one that users have: the other tests have an older one, which compiles faster.
+# With the code generator that users have; the other tests use an older one, which compiles faster.
 parity: .venv-parity/stamp ## the comparisons with PyTorch, in an environment of their own, .venv-parity
-	XLA_FLAGS=--xla_cpu_use_fusion_emitters=true .venv-parity/bin/python -m pytest -m parity $(PYTEST_ARGS)
+	JAX_IT_TEST_CODE_GENERATOR=default .venv-parity/bin/python -m pytest -m parity $(PYTEST_ARGS)
 
 lint: setup ## style and types
 	.venv/bin/ruff check .

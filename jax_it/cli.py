@@ -1,16 +1,24 @@
 """The command line: `jax-it COMMAND`. It parses, calls one function, and says what went wrong in one line."""
 
 import argparse
+import errno
+import io
 import logging
+import math
 import os
+import re
 import sys
 import traceback
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any, NoReturn
 
-from jax_it import typed
-from jax_it.errors import Interrupted, UserError
+from jax_it import files, typed
+from jax_it.errors import Interrupted, UserError, first_line, shorten
 
+MAX_SEED = (1 << 32) - 1  # JAX draws from the lowest 32 bits: a larger seed would repeat a smaller one
+LINE = 1500  # characters of a message at most
 ON_DEVICES = ("train", "eval", "generate", "export")  # on several hosts, the same command on each
 
 
@@ -22,6 +30,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     # Read by the libraries when they are imported: no advice for other frameworks, no threads after a fork.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    _open_streams()
     options, rest = _parser().parse_known_args(arguments)
     if not options.debug:
         silence_libraries()
@@ -38,32 +47,76 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except UserError as error:
         if options.debug:
             traceback.print_exc()
-        print(f"jax-it {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(options.command, error)
         leave(2, str(error))
     except Interrupted as stopped:
-        print(f"jax-it {options.command}: {' '.join(str(stopped).split())}", file=sys.stderr)
+        _say(options.command, stopped)
         leave(stopped.code, "has stopped")  # 75 is BSD's EX_TEMPFAIL: to be tried again
     except KeyboardInterrupt:
-        print(
-            f"jax-it {options.command}: stopped by Ctrl-C before it was done; nothing half-written is left",
-            file=sys.stderr,
-        )
+        _say(options.command, "stopped by Ctrl-C before it was done; nothing half-written is left")
         leave(130, "was interrupted")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: be quiet at exit too
         leave(141, "has stopped")
-    except Exception:
-        traceback.print_exc()
-        print(f"jax-it {options.command}: this is a fault of jax_it; please report the lines above", file=sys.stderr)
+    except Exception as error:
+        if isinstance(error, OSError) and (reason := _lost_output("\n")):
+            _say(options.command, f"cannot write to standard output: {reason}")
+            leave(2, reason)
+        if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
+            what = first_line(error)[:300]
+            _say(options.command, f"not enough memory ({what}); take smaller batches, shorter texts or more devices")
+            leave(2, "has not enough memory")
+        with suppress(OSError):
+            traceback.print_exc()
+        _say(options.command, "this is a fault of jax_it; please report the lines above")
         leave(1, "it reports a fault")
     leave(0)
 
 
 def leave(code: int, message: str = "") -> NoReturn:
     """Ends the process and, where it is one of several, the others; one that has not joined them yet just ends."""
+    if (reason := _lost_output()) and code == 0:
+        if reason == os.strerror(errno.EPIPE):  # nobody reads on: be quiet about it
+            code, message = 141, "has stopped"
+        else:
+            code, message = 2, f"cannot write to standard output: {reason}"
+            _say("", message)
     if hosts := sys.modules.get("jax_it.hosts"):
         hosts.leave(code, message)
     sys.exit(code)
+
+
+def _say(command: str, what: object) -> None:
+    """One line on standard error, as far as that can be written to."""
+    try:
+        print(f"{f'jax-it {command}'.rstrip()}: {shorten(str(what), LINE)}", file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # or Python tries again at its exit
+
+
+def _lost_output(probe: str = "") -> str:
+    """Why what was printed, or `probe`, cannot be written to standard output, "" if it can; it is thrown away then."""
+    try:
+        sys.stdout.write(probe)
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return error.strerror or str(error)
+    return ""
+
+
+def _open_streams() -> None:
+    """Replaces standard streams that are closed, whose numbers other files would get, and allows any text in them."""
+    for number, name in ((0, "stdin"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+    if sys.stdout is None:
+        _say("", "standard output is closed; send it to a file or to /dev/null")
+        sys.exit(2)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what its encoding has not, as standard error has it
 
 
 def silence_libraries() -> None:
@@ -76,7 +129,13 @@ def silence_libraries() -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, without the usage before it."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        if message.endswith("expected one argument"):
+            message += " (write --OPTION=VALUE where it begins with '-')"
+        _say(self.prog.removeprefix("jax-it").strip(), f"{message}; see {self.prog} --help")
+        leave(2)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        leave(status)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,7 +149,8 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     config: dict[str, Any] = {
-        "required": True, "metavar": "FILE[:ARG]", "help": "a config file; --config.a.b=VALUE changes a setting"
+        "type": _filled, "required": True, "metavar": "FILE[:ARG]",
+        "help": "a config file; --config.a.b=VALUE changes a setting",
     }  # fmt: skip
     checkpoint: dict[str, Any] = {
         "default": "latest",
@@ -100,36 +160,50 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add("train", _train, "Train a model, or go on with the run that the folder holds.")
     train.add_argument("--config", **config)
-    train.add_argument("--workdir", required=True, help="the run's folder")
+    train.add_argument("--workdir", type=_path, required=True, help="the run's folder")
 
     evaluate = add("eval", _evaluate, "Score a run's checkpoints, or any model: loss, metrics over text, benchmarks.")
     scored = evaluate.add_mutually_exclusive_group(required=True)
-    scored.add_argument("--workdir", help="a run's folder")
-    scored.add_argument("--model", metavar="DIR|NAME", help="a Transformers or PEFT folder or a hub name")
+    scored.add_argument("--workdir", type=_path, help="a run's folder")
+    scored.add_argument("--model", type=_path, metavar="DIR|NAME", help="a Transformers or PEFT folder or a hub name")
     which = evaluate.add_mutually_exclusive_group()
     which.add_argument("--checkpoint", **checkpoint)
     which.add_argument("--follow", action="store_true", help="score each checkpoint, as they come, until the run ends")
     which.add_argument("--summary", action="store_true", help="show the scores of all steps in one table")
     evaluate.add_argument("--config", **config | {"required": False, "help": "whose eval and data.eval are used"})
-    evaluate.add_argument("--output", metavar="DIR", default="", help="a folder for the scores (default: the run's)")
-    evaluate.add_argument("--timeout", type=_positive, default=0, metavar="S", help="--follow: give up after S seconds")
-    evaluate.add_argument("--json", metavar="FILE", help="--summary: write it as JSON too")
-    evaluate.add_argument("--csv", metavar="FILE", help="--summary: write it as CSV too")
+    evaluate.add_argument("--output", type=_path, metavar="DIR", help="a folder for the scores (default: the run's)")
+    evaluate.add_argument("--timeout", type=_positive, metavar="S", help="--follow: give up after S seconds")
+    evaluate.add_argument("--json", type=_path, metavar="FILE", help="--summary: write it as JSON too")
+    evaluate.add_argument("--csv", type=_path, metavar="FILE", help="--summary: write it as CSV too")
+    evaluate.add_argument(
+        "--run-metric-code", action="store_true", help="run the Python that the run's own config names as a metric"
+    )
     evaluate.add_argument(
         "--run-model-code", action="store_true", help="let tasks run the programs that the model writes, under limits"
     )
 
     generate = add("generate", _generate, "Generate text for one prompt or a file of them.")
-    generate.add_argument("--model", required=True, help="a Transformers folder, a hub name or a run's folder")
+    generate.add_argument(
+        "--model", type=_path, required=True, help="a Transformers folder, a hub name or a run's folder"
+    )
     source = generate.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="one prompt; its text is printed")
-    source.add_argument("--input", metavar="FILE", help="rows with 'prompt' or 'messages' (JSON lines, CSV, Parquet)")
-    generate.add_argument("--output", metavar="FILE.jsonl", help="where the rows go, with 'prediction' added")
+    source.add_argument("--prompt", type=_text, help="one prompt; its text is printed")
+    source.add_argument(
+        "--input", type=_path, metavar="FILE", help="rows with 'prompt' or 'messages' (JSON lines, CSV, Parquet)"
+    )
+    generate.add_argument(
+        "--output", type=_path, metavar="FILE.jsonl", help="where the rows go, with 'prediction' added"
+    )
     _add_sampling(generate)
 
     export = add("export", _export, "Write a checkpoint as a folder in Transformers format, or its adapters in PEFT's.")
-    export.add_argument("--workdir", required=True, help="the run's folder")
-    export.add_argument("--output", required=True, help="a folder that does not exist yet")
+    export.add_argument("--workdir", type=_path, required=True, help="the run's folder")
+    export.add_argument(
+        "--output",
+        type=partial(_path, locate=files.locate_local),
+        required=True,
+        help="a folder that does not exist yet",
+    )
     export.add_argument("--checkpoint", **checkpoint)
     export.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="", help="(default: the model's)"
@@ -139,15 +213,15 @@ def _parser() -> argparse.ArgumentParser:
 
     preview = add("preview", _preview, "Show what the model will see, and what becomes of each data set.")
     preview.add_argument("--config", **config)
-    preview.add_argument("--num", type=int, default=3, metavar="N", help="examples to show (default: 3)")
+    preview.add_argument("--num", type=_whole(0), default=3, metavar="N", help="examples to show (default: 3)")
 
     plan = add("plan", _plan, "Compile the training step for chips that are not there: memory, traffic, time.")
     plan.add_argument("--config", **config)
     plan.add_argument("--topology", required=True, help="v5e:8x8, v5p:4x4x4, v6e:16x16, or cpu:8 for fake devices")
     plan.add_argument("--slices", type=_positive, default=1, metavar="N", help="so many of these (default: 1)")
     plan.add_argument("--rows", type=_positive, metavar="N", help="of a step (default: train.batch_size full ones)")
-    plan.add_argument("--json", metavar="FILE", help="write the plan as JSON too")
-    plan.add_argument("--hlo", metavar="FILE", help="write the compiled program's text too")
+    plan.add_argument("--json", type=_path, metavar="FILE", help="write the plan as JSON too")
+    plan.add_argument("--hlo", type=_path, metavar="FILE", help="write the compiled program's text too")
     return parser
 
 
@@ -155,30 +229,82 @@ def _add_sampling(generate: argparse.ArgumentParser) -> None:
     def add(name: str, type: Any, default: Any, metavar: str, help: str) -> None:
         generate.add_argument(name, type=type, default=default, metavar=metavar, help=help)
 
-    add("--max-new-tokens", _positive, 128, "N", "(default: 128)")
-    add("--min-new-tokens", int, 0, "N", "no end mark before (default: 0)")
+    add("--max-new-tokens", _whole(1, 1 << 20), 128, "N", "(default: 128)")
+    add("--min-new-tokens", _whole(0), 0, "N", "no end mark before (default: 0)")
     add("--num-beams", _positive, 1, "N", "beam search; 1: greedy (default)")
-    add("--length-penalty", float, 1.0, "X", "of beams; more favours longer texts (default: 1)")
+    add("--length-penalty", _number, 1.0, "X", "of beams; more favours longer texts (default: 1)")
     generate.add_argument(
         "--early-stopping", choices=["no", "yes", "never"], default="no", help="of beams, as in Transformers"
     )
-    add("--temperature", float, 0.0, "T", "0: greedy (default)")
-    add("--top-k", int, 0, "K", "draw from the K likeliest; 0: all (default)")
-    add("--top-p", float, 1.0, "P", "draw from this much probability (default: 1)")
-    add("--min-p", float, 0.0, "P", "and from what has this share of the likeliest one's (default: 0)")
-    add("--repetition-penalty", float, 1.0, "X", "above 1: tokens that were there become less likely (default: 1)")
+    add("--temperature", _number, 0.0, "T", "0: greedy (default)")
+    add("--top-k", _whole(0), 0, "K", "draw from the K likeliest; 0: all (default)")
+    add("--top-p", _number, 1.0, "P", "draw from this much probability (default: 1)")
+    add("--min-p", _number, 0.0, "P", "and from what has this share of the likeliest one's (default: 0)")
+    add("--repetition-penalty", _number, 1.0, "X", "above 1: tokens that were there become less likely (default: 1)")
     add("--num-samples", _positive, 1, "N", "texts of each prompt: draws, or the best beams (default: 1)")
-    add("--seed", int, 0, "S", "(default: 0)")
-    add("--first-token", str, "", "PIECE", "that every text begins with, such as a language's mark")
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; may be repeated")
+    add("--seed", _whole(0, MAX_SEED), 0, "S", "(default: 0)")
+    add("--first-token", _text, "", "PIECE", "that every text begins with, such as a language's mark")
+    generate.add_argument(
+        "--stop", type=_stop, action="append", default=[], metavar="TEXT",
+        help=r"ends a text; may be repeated; \n, \t, \r and \\ are read as in Python",
+    )  # fmt: skip
     generate.add_argument("--log-probs", action="store_true", help="write each token's log-probability too")
     add("--batch-size", _positive, 32, "N", "texts at a time (default: 32)")
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
+def _whole(least: int, most: int = (1 << 31) - 1) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        digits = text.removeprefix("-")
+        if not (digits.isascii() and digits.isdigit()):
+            raise argparse.ArgumentTypeError(f"{shorten(text)!r} is not a whole number")
+        if len(digits) > 20 or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{shorten(text)} is not from {least} to {most}")
+        return int(text)
+
+    return read
+
+
+_positive = _whole(1)
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r} is not a number") from None
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is not a finite number")
+    return number
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8 arrive as halves of surrogate pairs
+        raise argparse.ArgumentTypeError(f"{shorten(text)!r} is not UTF-8") from None
+    return text
+
+
+def _filled(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
+
+
+def _stop(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text would end every text where it begins")
+    escapes = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
+    return re.sub(r"\\[ntr\\]", lambda found: escapes[found[0]], _text(text))
+
+
+def _path(text: str, locate: Callable[[str, str], Any] = files.locate) -> str:
+    """Refuses what can be no path, before anything is imported or read."""
+    try:
+        locate(text, "")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def overrides(rest: list[str], takes_config: bool) -> dict[str, str]:
@@ -188,7 +314,7 @@ def overrides(rest: list[str], takes_config: bool) -> dict[str, str]:
     for word in words:
         name, equals, value = word.partition("=")
         if not name.startswith("--config.") or not takes_config:
-            raise UserError(f"unknown option {word}; see jax-it COMMAND --help")
+            raise UserError(f"unknown option {shorten(word)}; see jax-it COMMAND --help")
         if not equals and (value := next(words, "--")).startswith("--"):
             raise UserError(f"{name} needs a value: {name}=VALUE")
         name = name.removeprefix("--config.")
@@ -208,9 +334,11 @@ def _train(options: argparse.Namespace, changes: dict[str, str]) -> None:
 def _evaluate(options: argparse.Namespace, changes: dict[str, str]) -> None:
     from jax_it.evaluation.run import Request, evaluate, evaluate_model
 
-    request = Request(options.config or "", changes, options.output, options.run_model_code)
+    request = Request(
+        options.config or "", changes, options.output or "", options.run_model_code, options.run_metric_code
+    )
     for name, goes_with in (("timeout", "follow"), ("json", "summary"), ("csv", "summary")):
-        if getattr(options, name) and not getattr(options, goes_with):
+        if getattr(options, name) is not None and not getattr(options, goes_with):
             raise UserError(f"--{name} goes with --{goes_with}")
     if options.model:
         if options.follow or options.summary or options.checkpoint != "latest":
@@ -222,7 +350,10 @@ def _evaluate(options: argparse.Namespace, changes: dict[str, str]) -> None:
         from jax_it.evaluation.follow import follow
 
         failed = follow(
-            options.workdir, request, options.timeout, lambda step, scored: _show(f"step {step}\n", scored, whole=False)
+            options.workdir,
+            request,
+            options.timeout or 0,
+            lambda step, scored: _show(f"step {step}\n", scored, whole=False),
         )
         if failed:
             steps = ", ".join(map(str, failed))
@@ -249,13 +380,27 @@ def _summarize(options: argparse.Namespace, request: Any) -> None:
     from jax_it import hosts
     from jax_it.evaluation import summary
 
+    outputs = _outputs({"--json": options.json, "--csv": options.csv})
     found = summary.summarize(options.workdir, request)
     if hosts.is_first():
-        if options.json:
-            summary.write_json(options.json, found)
-        if options.csv:
-            summary.write_csv(options.csv, found)
+        for option, content in (("--json", summary.to_json), ("--csv", summary.to_csv)):
+            if option in outputs:
+                files.write_output(outputs[option], content(found), option)
         print(summary.text(found))
+
+
+def _outputs(options: dict[str, str | None]) -> dict[str, Any]:
+    """The files that options name, by option. Raises UserError where one cannot be written, or two are the same."""
+    found: dict[str, Any] = {}
+    for option, path in options.items():
+        if path is None:
+            continue
+        file = files.locate_output(path, option)
+        for other, taken in found.items():
+            if not files.is_stream(file) and os.path.realpath(file) == os.path.realpath(taken):
+                raise UserError(f"{other} and {option} both name {path}; give each a file of its own")
+        found[option] = file
+    return found
 
 
 def _generate(options: argparse.Namespace, changes: dict[str, str]) -> None:
@@ -265,11 +410,17 @@ def _generate(options: argparse.Namespace, changes: dict[str, str]) -> None:
     if options.input and not options.output:
         raise UserError("--input needs --output, the file that the rows are written to")
     sampling = _sampling(options)
-    rows, prompts = read_prompts(options.input) if options.input else ([{"prompt": options.prompt}], [options.prompt])
+    rows, prompts = [{"prompt": options.prompt}], [options.prompt]
+    if options.input:
+        rows, prompts = read_prompts(options.input)
     found = generate_file(
         options.model, rows, prompts, options.output, options.max_new_tokens, sampling, options.batch_size,
         options.stop, options.log_probs, options.first_token,
     )  # fmt: skip
+    texts = [text for several in found for text in several]
+    if hosts.is_first() and (cut := sum(not text.finished for text in texts)):
+        of = f"--max-new-tokens {options.max_new_tokens} before they ended"
+        print(f"jax-it generate: {cut} of {len(texts)} texts reached {of}", file=sys.stderr)
     if options.prompt is not None and hosts.is_first():
         for text in found[0]:
             print(text.text)
@@ -278,6 +429,7 @@ def _generate(options: argparse.Namespace, changes: dict[str, str]) -> None:
 def _sampling(options: argparse.Namespace) -> Any:
     """How tokens are chosen. Raises UserError for options that exclude each other or that nothing would read."""
     from jax_it.generation import Sampling
+    from jax_it.generation.sampling import check
 
     beams, draws = options.num_beams > 1, options.temperature > 0
     if not options.temperature >= 0 or options.top_k < 0 or not 0 < options.top_p <= 1:  # nan is neither
@@ -296,11 +448,13 @@ def _sampling(options: argparse.Namespace) -> Any:
         raise UserError("--num-samples needs a --temperature above 0, or as many --num-beams at least")
     if options.log_probs and not options.output:
         raise UserError("--log-probs needs --output, the file that they are written to")
-    return Sampling(
+    sampling = Sampling(
         options.temperature, options.top_k, options.top_p, options.seed, options.num_beams, options.length_penalty,
         {"no": False, "yes": True}.get(options.early_stopping, "never"), options.min_p, options.repetition_penalty,
         options.min_new_tokens, num_samples=options.num_samples,
     )  # fmt: skip
+    check(sampling, options.max_new_tokens, vocabulary=options.num_beams)  # the model's is known when it is loaded
+    return sampling
 
 
 def _export(options: argparse.Namespace, changes: dict[str, str]) -> None:
@@ -321,10 +475,11 @@ def _preview(options: argparse.Namespace, changes: dict[str, str]) -> None:
 
 def _plan(options: argparse.Namespace, changes: dict[str, str]) -> None:
     from jax_it import config, plan
-    from jax_it.files import write_atomically
 
+    outputs = _outputs({"--json": options.json, "--hlo": options.hlo})
     settings = config.load(options.config, changes)
-    found = plan.plan(settings, plan.find(options.topology, options.slices), options.rows or 0, options.hlo)
-    if options.json:
-        write_atomically(Path(options.json), plan.to_json(found))
+    topology = plan.find(options.topology, options.slices)
+    found = plan.plan(settings, topology, options.rows or 0, outputs.get("--hlo"))
+    if "--json" in outputs:
+        files.write_output(outputs["--json"], plan.to_json(found), "--json")
     print(plan.text(found))

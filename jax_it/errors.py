@@ -19,6 +19,12 @@ class Interrupted(Exception):
         self.code = code
 
 
+def shorten(text: str, length: int = 80) -> str:
+    """A text in one line of so many characters at most."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[1 - length // 2 :]}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that has any, or the error's type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,6 +1,7 @@
 """A run's weights as a folder in Transformers or PEFT format, read back and compared before it is called done."""
 
 import dataclasses
+import os
 import shutil
 import stat
 import tempfile
@@ -28,8 +29,9 @@ def export(
 
     Adapters are merged into the model's weights or, with `adapter_only`, written alone in PEFT's format.
     """
+    output = files.locate_local(output, "--output")
     if hosts.is_first():
-        _check_free(Path(output))
+        _check_free(output)
     place = Workdir(files.locate(workdir))
     config, derived = place.open()
     # The weights beneath adapters are read as they are written; quantised ones as what they stand for.
@@ -59,7 +61,7 @@ def save(
         hf.save_generation_settings(extras, folder, model, chat.ends(tokenizer))
         _compare(folder, tensors.SINGLE, lambda dtype: hf.tensors_of(model, params, dtype))
 
-    _write_whole(Path(output), write)
+    _write_whole(files.locate_local(output, "output"), write)
 
 
 def save_adapter(
@@ -75,7 +77,7 @@ def save_adapter(
         tokenizer.save(folder)
         _compare(folder, peft.WEIGHTS, lambda dtype: peft.tensors_of(model, params, dtype))
 
-    _write_whole(Path(output), write)
+    _write_whole(files.locate_local(output, "output"), write)
 
 
 def _write_whole(output: Path, write: Callable[[Path], None]) -> None:
@@ -88,9 +90,10 @@ def _write_whole(output: Path, write: Callable[[Path], None]) -> None:
             write(Path(name))
         return
     _check_free(output)
+    output = Path(os.path.realpath(output))  # a link is not replaced
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+        part = Path(tempfile.mkdtemp(prefix=f".{output.name[:60]}-", dir=output.parent))
     except OSError as error:
         raise UserError(f"cannot write to {output.parent}: {error.strerror}") from error
     try:
@@ -100,7 +103,7 @@ def _write_whole(output: Path, write: Callable[[Path], None]) -> None:
     except Exception as error:
         if not (reason := disk_error(error)):
             raise
-        raise UserError(f"cannot write {output}: {reason}; free space and export again") from error
+        raise UserError(f"cannot write {output}: {reason}; {files.remedy(reason)} and export again") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -108,6 +111,8 @@ def _write_whole(output: Path, write: Callable[[Path], None]) -> None:
 def _check_free(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already; name another folder, or remove it")
+    if reason := files.unwritable(output.parent):
+        raise UserError(f"cannot write to {output.parent}: {reason}; name another folder")
 
 
 def _share(folder: Path) -> None:

@@ -12,48 +12,99 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from jax_it.errors import UserError
 
 BACKENDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package, and our extra that installs it
-FULL = {os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))  # of a disk without space
+NAME = 255  # bytes of a file's name
 UPLOAD = 30  # seconds between what others see of a growing file in an object store
 
 
-def locate(path: str | Path) -> Any:
+def locate(path: str | Path, option: str = "") -> Any:
     """A folder or file: a pathlib.Path, or an epath.Path where the name begins with gs:// or s3://.
 
-    Raises UserError for an unknown scheme, and for one whose library is not installed.
+    `~` and `~USER` are home folders. `option` is what names the path, for messages. Raises UserError for a name that
+    can be no file's, for an unknown scheme, and for one whose library is not installed.
     """
     text = os.fspath(path)
-    scheme, separator, rest = text.partition("://")
-    if not separator:
-        return Path(text)
+    if not text:
+        raise UserError(f"{option or 'a path'} is empty; name a folder or a file")
+    shown = f"{option} {_short(text)}".strip()
+    scheme = _scheme(text)
+    if not scheme:
+        return _local(text, shown)
+    rest = text.partition(":")[2]
     if scheme not in BACKENDS:
-        raise UserError(f"{text}: unknown scheme {scheme}://; give a local folder, gs:// or s3://")
+        raise UserError(f"{shown}: unknown scheme {scheme}://; give a local folder, gs:// or s3://")
+    if not rest.startswith("//"):
+        raise UserError(f"{shown}: write {scheme}://{rest.lstrip('/')} for the object store")
     package, extra = BACKENDS[scheme]
     if not find_spec(package):
-        raise UserError(f"{text} needs {package}: pip install 'jax-it[{extra}]'")
+        raise UserError(f"{shown} needs {package}: pip install 'jax-it[{extra}]'")
     if not rest.strip("/"):
-        raise UserError(f"{text} names no bucket; give {scheme}://BUCKET/FOLDER")
+        raise UserError(f"{shown} names no bucket; give {scheme}://BUCKET/FOLDER")
     from etils import epath
 
     return epath.Path(text)
 
 
+def locate_local(path: str | Path, option: str) -> Path:
+    """The same where only a local folder or file will do. Raises UserError for one in an object store."""
+    if scheme := _scheme(os.fspath(path)):
+        shown = f"{option} {_short(os.fspath(path))}".strip()
+        raise UserError(f"{shown}: {scheme}:// is not supported here; give a local path")
+    local: Path = locate(path, option)
+    return local
+
+
+def _scheme(text: str) -> str:
+    """ "gs" of gs://BUCKET, and of gs:/BUCKET, which is what pathlib makes of it."""
+    scheme, separator, rest = text.partition(":")
+    found = separator and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme)
+    return scheme if found and (rest.startswith("//") or (scheme in BACKENDS and rest.startswith("/"))) else ""
+
+
+def _local(text: str, shown: str) -> Path:
+    home = os.path.expanduser(text)
+    if home.startswith("~"):
+        user = text.partition("/")[0]
+        raise UserError(f"{shown}: {user} is nobody's home folder; write ./{_short(text)} for a file of that name")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the libraries that read and write files take no other names
+        raise UserError(f"{shown}: this name is not UTF-8; give another path") from None
+    if max(len(os.fsencode(part)) for part in (*Path(home).parts, ".")) > NAME:
+        raise UserError(f"{shown}: {os.strerror(errno.ENAMETOOLONG)}; give another path")
+    try:
+        os.stat(home)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise UserError(f"{shown}: {error.strerror}; give another path") from None
+    except ValueError as error:  # a null byte
+        raise UserError(f"{shown}: no file can have this name ({error})") from None
+    return Path(home)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:100]}…{text[-99:]}"
+
+
 def matches(pattern: Any) -> list[Any]:
-    """The files that a path with wildcards names, in order. Raises UserError where an object store knows none such."""
+    """What a path with wildcards names but for folders, in order. Raises UserError where a store knows none such."""
     if not is_remote(pattern):
-        return sorted(file for name in glob.glob(str(pattern), recursive=True) if (file := Path(name)).is_file())
+        return sorted(file for name in glob.glob(str(pattern), recursive=True) if not (file := Path(name)).is_dir())
     scheme, _, rest = os.fspath(pattern).partition("://")
     bucket, _, inside = rest.partition("/")
     if "**" in inside:
@@ -70,23 +121,117 @@ def absolute(path: Any) -> Any:
 
 
 def write_atomically(file: Any, content: Any) -> None:
-    """Writes JSON (or text, as it is): whole or not at all."""
+    """Writes JSON (or text, as it is): whole or not at all.
+
+    What a symbolic link points to is replaced, not the link. A device or a pipe is written to as it is.
+    """
     text = content if isinstance(content, str) else to_json(content, indent=2) + "\n"
     encoded = text.encode("utf-8", errors="backslashreplace")  # half a surrogate pair, as JSON has it
     if is_remote(file):
         file.write_bytes(encoded)  # which puts the object there when all of it has come
         return
-    here = f".{file.name}.{platform.node()}"
+    if is_stream(file):
+        with _open_stream(file) as stream:
+            stream.write(encoded)
+        return
+    file = Path(os.path.realpath(file))
+    # So much of the name that the longest one still fits into 255 bytes.
+    here = f".{os.fsdecode(os.fsencode(file.name)[:120])}.{platform.node()[:64]}"
     part = file.with_name(f"{here}.{os.getpid()}.part")  # two processes may write the same file
     try:
         for other in file.parent.glob(f"{glob.escape(here)}.*.part"):
-            if not _runs(int(other.name.split(".")[-2])):  # it was killed while it wrote
+            process = other.name.split(".")[-2]
+            if process.isdecimal() and not _runs(int(process)):  # it was killed while it wrote
                 other.unlink(missing_ok=True)
         part.write_bytes(encoded)
+        if file.exists():
+            shutil.copymode(file, part)
         part.replace(file)
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def is_stream(file: Any) -> bool:
+    """Whether it is there and neither a regular file nor a folder: a device or a pipe, such as /dev/stdout."""
+    if is_remote(file):
+        return False
+    if _descriptor(file) is not None:
+        return True
+    try:
+        mode = os.stat(file).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _descriptor(file: Any) -> int | None:
+    """The number of the open file that /dev/stdout and its like stand for, which may be a regular one."""
+    names = {"/dev/stdout": "1", "/dev/stderr": "2"}
+    text = names.get(os.fspath(file)) or (re.match(r"/(?:dev|proc/self)/fd/(\d+)$", os.fspath(file)) or ["", ""])[1]
+    return int(text) if text and len(text) < 10 else None
+
+
+def _open_stream(file: Any) -> BinaryIO:
+    """Raises OSError for a pipe that nobody reads, which would be waited for."""
+    descriptor = _descriptor(file)
+    if descriptor is None:
+        opened = os.open(file, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        os.set_blocking(opened, True)
+    else:
+        sys.stdout.flush()  # what was printed before comes before
+        opened = os.dup(descriptor)
+    return os.fdopen(opened, "wb")
+
+
+def locate_output(path: str | Path, option: str) -> Any:
+    """The file that an option names to be written, before the work whose result it gets.
+
+    Raises UserError where it could not be written.
+    """
+    file = locate(path, option)
+    if is_remote(file) or is_stream(file):
+        return file
+    folder = Path(os.path.realpath(file)).parent
+    if file.is_dir() or not folder.is_dir():
+        raise UserError(f"{option}: cannot write {file}: it must be a file in a folder that exists")
+    if reason := unwritable(folder):
+        raise UserError(f"{option}: cannot write {file}: {reason}; {remedy(reason)} or name another file")
+    return file
+
+
+def unwritable(folder: Any) -> str:
+    """Why a local folder cannot be written to, or made, "" if it can; it is not made."""
+    if is_remote(folder):
+        return ""
+    there = Path(os.path.realpath(folder))
+    while not os.path.lexists(there):
+        there = there.parent
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def write_output(file: Any, content: Any, option: str) -> None:
+    """Writes what `locate_output` has returned, and says so where it takes the place of another file.
+
+    Raises UserError where that fails.
+    """
+    replaced = not is_stream(file) and file.is_file()
+    try:
+        write_atomically(file, content)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"{option}: cannot write {file}: {reason}; {remedy(reason)} or name another file") from error
+    if replaced:
+        print(f"{option}: {file} was there and has been replaced", file=sys.stderr)
+
+
+def remedy(reason: object) -> str:
+    """What to do about a file that could not be written, for what the operating system said of it."""
+    return "free space" if str(reason) in FULL else "mend that"
 
 
 def to_json(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
@@ -130,11 +275,6 @@ def digests(folder: Any) -> dict[str, str]:
     return found
 
 
-def remedy(reason: str) -> str:
-    """What to do about an error of the operating system when writing."""
-    return "free space" if reason in FULL else "mend that"
-
-
 def _runs(process: int) -> bool:
     """Whether this machine has such a process."""
     try:
@@ -144,6 +284,42 @@ def _runs(process: int) -> bool:
     except PermissionError:  # another user's
         pass
     return True
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises FileNotFoundError, and UserError for anything else that is wrong with the file.
+
+    A key that occurs twice is an error, where Python would take the last one, and so are NaN and Infinity.
+    """
+    try:
+        values = json.loads(read_text(file), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{file} is not valid JSON: {reason}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} holds no JSON object")
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise UserError(f"{file} holds {half!r}, half of a surrogate pair, which is not Unicode text") from None
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:100]!r} occurs twice; remove one")
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def remove(folder: Any) -> None:

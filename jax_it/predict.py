@@ -1,20 +1,19 @@
 """Text for prompts: a list of them, or a file of rows that come back with `prediction` added."""
 
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from tqdm import tqdm
 
-from jax_it import hosts, sharding
+from jax_it import files, hosts, sharding
 from jax_it.config import Source
 from jax_it.data import chat, sources
 from jax_it.data.formats import Format
 from jax_it.data.templates import Turn, conversation
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
-from jax_it.files import to_json, write_atomically
 from jax_it.generation import GREEDY, Generator, Sampling, StopStrings
 from jax_it.models import Model, Params
 from jax_it.workdir import load, make_format
@@ -24,6 +23,7 @@ Prompt = str | Sequence[Turn]
 
 class Prediction(NamedTuple):
     text: str
+    finished: bool  # False: it has reached `max_new_tokens` and might go on
     log_probs: list[float] | None  # of each token in nats, by the model, and of the end mark if one ended the text
 
 
@@ -74,7 +74,9 @@ def predict(
     with tqdm(total=len(prompts), desc="generating", unit=" prompts", disable=None, leave=False) as bar:
         for text in generator(params, encoded):
             whole = tokenizer.decode(text.tokens)
-            found[text.prompt][text.sample] = Prediction(stopping.cut(whole) if stopping else whole, text.log_probs)
+            found[text.prompt][text.sample] = Prediction(
+                stopping.cut(whole) if stopping else whole, text.finished, text.log_probs
+            )
             bar.update(1 / sampling.num_samples)
     return [[texts[sample] for sample in sorted(texts)] for texts in found]
 
@@ -97,23 +99,19 @@ def generate_file(
     piece of the tokenizer's, such as "de_DE", that every text begins with. Raises UserError for an output that is there
     already.
     """
-    if output and (Path(output).is_dir() or not Path(output).parent.is_dir()):
-        raise UserError(f"cannot write {output}: it must be a file in a folder that exists")
-    if output and Path(output).exists():
+    file = None if output is None else files.locate_output(output, "--output")
+    if file is not None and file.exists() and not files.is_stream(file):
         raise UserError(f"{output} is there already; name another --output, or remove it")
     model, params, tokenizer = load(model_path)
     if first_token:
         sampling = sampling._replace(first_token=tokenizer.id_of(first_token, "--first-token"))
     found = predict(model, params, tokenizer, prompts, max_new_tokens, sampling, batch_size, None, stop, log_probs)
-    if output and hosts.is_first():
+    if file is not None and hosts.is_first():
         lines = (
-            to_json({**row, **_fields(texts, log_probs)}, default=str)  # Parquet has dates
+            files.to_json({**row, **_fields(texts, log_probs)}, default=str)  # Parquet has dates
             for row, texts in zip(rows, found, strict=True)
         )
-        try:
-            write_atomically(Path(output), "".join(f"{line}\n" for line in lines))
-        except OSError as error:
-            raise UserError(f"cannot write {output}: {error.strerror}") from error
+        files.write_output(file, "".join(f"{line}\n" for line in lines), "--output")
     return found
 
 
@@ -129,6 +127,10 @@ def _fields(texts: list[Prediction], log_probs: bool) -> dict[str, Any]:
 
 def _encode(format: Format, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
     encoded: list[list[int]] = [[]] * len(prompts)
+    for i, prompt in enumerate(prompts):
+        for text in (prompt,) if isinstance(prompt, str) else (turn.text for turn in prompt):
+            if re.search("[\ud800-\udfff]", text):
+                raise UserError(f"prompt {i + 1} has half a surrogate pair, which is no character; mend its text")
     texts = {i: prompt for i, prompt in enumerate(prompts) if isinstance(prompt, str)}
     talks = {i: prompt for i, prompt in enumerate(prompts) if not isinstance(prompt, str)}
     for i, tokens in zip(texts, format.text_prompts(list(texts.values()), tokenizer), strict=True):

@@ -10,7 +10,9 @@ from jax_it.config import Config
 from jax_it.data import chat
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
 from jax_it.data.formats import CausalFormat
+from jax_it.data.tokenized import shown_characters
 from jax_it.data.tokenizer import Tokenizer
+from jax_it.errors import UserError
 from jax_it.models import build, hf
 from jax_it.training.loop import (
     build_data,
@@ -27,7 +29,10 @@ def preview(config: Config, number: int) -> str:
 
     Raises UserError for all that training would refuse before its first step, but for its mesh and its weights.
     """
+    if number < 0:
+        raise UserError(f"--num {number} must be at least 0")
     metrics.check(config.eval.metrics)
+    config, _ = data.pin(config)
     tokenizer = load_tokenizer(config)
     model = hf.with_adapter(build(*hf.read_values(config.model), config.model), config.model)
     check_model(config, model, tokenizer)
@@ -44,7 +49,9 @@ def report(config: Config, built: data.Built, tokenizer: Tokenizer, number: int)
     parts = [_data_sets(built), _rows(config, built)]
     if tokenizer.chat_template is not None and isinstance(built.train.format, CausalFormat):
         parts.append(_generation(tokenizer))
-    return "\n\n".join([*parts, _examples(built, tokenizer, number)])
+    if number:
+        parts.append(_examples(built, tokenizer, number))
+    return "\n\n".join(parts)
 
 
 def _data_sets(built: data.Built) -> str:
@@ -65,6 +72,7 @@ def _data_sets(built: data.Built) -> str:
                 f"target {counts.target_tokens / counts.examples:.1f} (before truncation)",
                 f"    supervised {_share(counts.target_tokens, tokens)} of the tokens",
                 f"    unknown    {_share(counts.unknown_tokens, tokens)} of the tokens",
+                f"    lost       {shown_characters(counts.lost) or 'no character'}",
             ]
     return "\n".join(lines)
 

@@ -16,9 +16,9 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from jax_it.config import Config
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
-from jax_it.errors import Interrupted, UserError, first_line
+from jax_it.errors import Interrupted, UserError, first_line, shorten
 from jax_it.files import Appending, read_text, remedy, to_json, write_atomically
 from jax_it.models import Model, Params, build, hf, peft, with_tied_head
 from jax_it.models.families import FAMILIES
@@ -68,6 +68,7 @@ class Derived:
     tied: bool
     adapter: Adapter | None = None  # what is trained, if not all weights
     base_digest: str = ""  # of the frozen weights' files
+    commits: Mapping[str, str] = field(default_factory=dict)  # of the hub data sets' revisions; see data.pin
 
 
 @dataclass(frozen=True)
@@ -411,9 +412,17 @@ class Workdir:
             scores = {step: score for step in steps if (score := self.scores(metric)(step)) is not None}
             if not scores:
                 raise UserError(f"no checkpoint of {self.path} has a score ({metric}); run jax-it eval first")
+            if len(scores) == 1 and len(steps) > 1:
+                others = ", ".join(str(step) for step in steps if step not in scores)
+                raise UserError(
+                    f"only checkpoint {next(iter(scores))} of {self.path} has a score ({metric}), so none is known to "
+                    f"be the best: run jax-it eval for {others} too, with --checkpoint STEP, or name a step"
+                )
             return max(scores, key=lambda step: scores[step])
         if which not in map(str, steps):
-            raise UserError(f"--checkpoint {which}: {self.path} has {', '.join(map(str, steps))}, latest and best")
+            raise UserError(
+                f"--checkpoint {shorten(which)}: {self.path} has {', '.join(map(str, steps))}, latest and best"
+            )
         return int(which)
 
     def params(self, model: Model, config: Config, step: int, mesh: jax.sharding.Mesh) -> Params:
@@ -476,6 +485,10 @@ def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
     def mesh_for(model: Model) -> jax.sharding.Mesh:
         return sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
 
+    def checked(model: Model, params: Params, tokenizer: tokenizers.Tokenizer) -> Any:
+        check_vocabulary(model, tokenizer)
+        return model, params, tokenizer
+
     def read(config: settings.Model) -> tuple[Model, Params]:
         return hf.load(config, mesh_for(build(*hf.read_values(config), config)))
 
@@ -483,18 +496,28 @@ def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
         config, derived = place.open()
         model = place.model(config, derived)
         params = place.params(model, config, place.choose_step("latest", ""), mesh_for(model))
-        return model, params, place.tokenizer()
+        return checked(model, params, place.tokenizer())
     if peft.is_folder(path):
         base = peft.base_of(path)
         model, params = read(settings.Model(path=base, lora=settings.Lora(path=path)))
         with_tokenizer = path if (place.path / "tokenizer_config.json").is_file() else base
-        return model, params, tokenizers.load(str(find_folder(with_tokenizer)))
+        return checked(model, params, tokenizers.load(str(find_folder(with_tokenizer))))
     model, params = read(settings.Model(path=path))
-    return model, params, tokenizers.load(str(find_folder(path)))
+    return checked(model, params, tokenizers.load(str(find_folder(path))))
+
+
+def check_vocabulary(model: Model, tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuses a tokenizer with ids that the model's embedding has no row for."""
+    if tokenizer.size > model.config.vocabulary:
+        raise UserError(
+            f"the tokenizer has {tokenizer.size} ids and the model's embedding {model.config.vocabulary} rows "
+            "(vocab_size in its config.json): give the model its own tokenizer with config.model.tokenizer"
+        )
 
 
 def make_format(model: Model, tokenizer: tokenizers.Tokenizer) -> Format:
-    """How this model sees examples."""
+    """How this model sees examples. Raises UserError where it is not the model's tokenizer."""
+    check_vocabulary(model, tokenizer)
     if model.kind == "causal":
         return CausalFormat(tokenizer.pad, model.run.prefix_lm)
     return Seq2SeqFormat(model.config.start_token, model.config.pad_token)

@@ -41,6 +41,7 @@ def raising(monkeypatch):
     return raising
 
 
+GENERATE = ("generate", "--model", "x", "--prompt", "y")
 COMMAND = ("export", "--workdir", "run", "--output", "out")
 
 
@@ -81,6 +82,21 @@ def exit_code(*arguments):
         (("generate", "--model", "x"), "one of the arguments --prompt --input is required"),
         (("generate", "--model", "x", "--prompt", "y", "--input", "z"), "not allowed with"),
         (("export", "--workdir", "x", "--output", "y", "--dtype", "int8"), "'int8' (choose from"),
+        (("train", "--config", "x", "--workdir", ""), "train: argument --workdir: a path is empty; name a folder"),
+        (("train", "--config", "x", "--workdir", "~nouser/x"), "argument --workdir: ~nouser/x: ~nouser is nobody's"),
+        (("plan", "--config", "x", "--topology", "y", "--json", ""), "argument --json: a path is empty"),
+        (("plan", "--config", "x", "--topology", "y", "--rows", "²"), "argument --rows: '²' is not a whole number"),
+        (("preview", "--config", "x", "--num", "-5"), "argument --num: -5 is not from 0 to 2147483647"),
+        (("preview", "--config", "x", "--num", "9" * 5000), "9 is not from 0 to"),
+        ((*GENERATE, "--seed", "4294967296"), "argument --seed: 4294967296 is not from 0 to 4294967295"),
+        ((*GENERATE, "--max-new-tokens", "1" + "0" * 400), "0 is not from 1 to 1048576"),
+        ((*GENERATE, "--temperature", "nan"), "argument --temperature: nan is not a finite number"),
+        ((*GENERATE, "--length-penalty", "1e400"), "argument --length-penalty: 1e400 is not a finite number"),
+        ((*GENERATE, "--top-p", "half"), "argument --top-p: 'half' is not a number"),
+        ((*GENERATE, "--stop", ""), "argument --stop: an empty text would end every text where it begins"),
+        ((*GENERATE, "--stop", "\udcff"), "argument --stop: '\\udcff' is not UTF-8"),
+        (("generate", "--model", "x", "--prompt", "a\udcff"), "argument --prompt: 'a\\udcff' is not UTF-8"),
+        (("export", "--workdir", "x", "--output", "gs://bucket/x"), "--output: gs://bucket/x: gs:// is not supported"),
     ],
 )
 def test_a_command_that_cannot_be_understood_is_answered_in_one_line(capfd, arguments, message):
@@ -90,6 +106,18 @@ def test_a_command_that_cannot_be_understood_is_answered_in_one_line(capfd, argu
 def test_a_value_may_look_like_anything_but_an_option():
     words = ["--config.a=", "--config.mesh.data", "-1", "--config.b=--x", "--config.c", "x=y", "--config.d=z"]
     assert cli.overrides(words, True) == {"a": "", "mesh.data": "-1", "b": "--x", "c": "x=y", "d": "z"}
+
+
+def test_escapes_in_stop_strings_are_read():
+    read = [cli._stop(text) for text in (r"\n\n", r"a\tb\r", r"\\n", "\n", r"\begin", "\\")]
+    assert read == ["\n\n", "a\tb\r", r"\n", "\n", r"\begin", "\\"]
+
+
+def test_two_outputs_may_not_be_one_file(capfd, tmp_path):
+    command = ("eval", "--workdir", tmp_path, "--summary", "--csv", tmp_path / "x", "--json", tmp_path / "." / "x")
+    assert f"--json and --csv both name {tmp_path}/x; give each" in fails(capfd, *command)
+    command = ("plan", "--config", "x", "--topology", "cpu:1", "--hlo", tmp_path / "nowhere" / "x")
+    assert f"--hlo: cannot write {tmp_path}/nowhere/x: it must be a file in a folder" in fails(capfd, *command)
 
 
 def test_success_is_0(capsys, monkeypatch):
@@ -148,6 +176,39 @@ def test_python_m_jax_it_is_the_command():
     code, out, err = python("-m", "jax_it", "eval", "--workdir", "nowhere")
     assert code == 2 and out == ""
     assert err == "jax-it eval: nowhere holds no run (no config.json); start one with jax-it train\n"
+
+
+def test_output_that_cannot_be_written_is_2_and_one_line(tmp_path):
+    """A full disk, a closed stream; at once or only at the end."""
+    code = "import jax_it.export; jax_it.export.export = lambda *a: print('x' * int(a[0])) or 7"
+    code += "; from jax_it.cli import main; main()"
+    for redirection, arguments, reason in (
+        (">/dev/full", "export --workdir 1 --output out", "cannot write to standard output: No space left on device"),
+        (">/dev/full", "export --workdir 99999 --output out", "cannot write to standard output: No space left on"),
+        (">&-", "export --workdir 1 --output out", "standard output is closed; send it to a file or to /dev/null"),
+        (">/dev/full", "--help", "cannot write to standard output: No space left on device"),
+    ):
+        script = f'exec "{sys.executable}" -c "{code}" {arguments} {redirection}'
+        done = subprocess.run(["sh", "-c", script], cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 2, (redirection, arguments, done)
+        assert done.stderr.startswith("jax-it") and reason in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    for redirection in ("2>&-", "2>/dev/full"):
+        script = f'exec "{sys.executable}" -c "{code}" export --workdir x --output out {redirection}'
+        assert subprocess.run(["sh", "-c", script], cwd=HERE, capture_output=True).stdout == b""
+
+
+def test_text_that_the_terminal_cannot_show_is_escaped(capfd, monkeypatch):
+    monkeypatch.setattr("jax_it.export.export", lambda *a: print("ü \udcff"))
+    monkeypatch.setattr(sys, "stdout", os.fdopen(1, "w", encoding="ascii", closefd=False))
+    assert exit_code(*COMMAND) == 0
+    assert capfd.readouterr().out.startswith("\\xfc \\udcff\n")
+
+
+def test_too_little_memory_is_2_and_one_line(capfd, raising):
+    raising(MemoryError())
+    assert "export: not enough memory (MemoryError); take smaller batches" in fails(capfd, *COMMAND)
+    raising(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"))
+    assert "not enough memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)" in fails(capfd, *COMMAND)
 
 
 def test_a_reader_that_goes_away_is_no_fault(tmp_path):

@@ -1,6 +1,7 @@
 """Files of local folders and of object stores: whole or not at all, and growing ones as far as they can."""
 
 import json
+import os
 import platform
 import re
 import signal
@@ -38,6 +39,96 @@ def test_a_name_without_a_bucket_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(files, "find_spec", lambda package: object())
     with pytest.raises(UserError, match="names no bucket"):
         files.locate("gs://")
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("", "--workdir is empty; name a folder or a file"),
+        ("~nouser", "--workdir ~nouser: ~nouser is nobody's home folder; write ./~nouser for a file of that name"),
+        (
+            "~nouser/x",
+            "--workdir ~nouser/x: ~nouser is nobody's home folder; write ./~nouser/x for a file of that name",
+        ),
+        ("gs:/bucket/run", "--workdir gs:/bucket/run: write gs://bucket/run for the object store"),
+        ("az://bucket", "--workdir az://bucket: unknown scheme az://; give a local folder, gs:// or s3://"),
+        ("file:///tmp", "--workdir file:///tmp: unknown scheme file://; give a local folder, gs:// or s3://"),
+        ("a\0b", "--workdir a\0b: no file can have this name (embedded null byte)"),
+        ("\ud800", "--workdir \ud800: this name is not UTF-8; give another path"),
+        ("é" * 128, f"--workdir {'é' * 128}: File name too long; give another path"),
+    ],
+)
+def test_a_path_that_can_be_none_is_refused_by_the_option_that_names_it(name: str, wanted: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(wanted)}"):
+        files.locate(name, "--workdir")
+
+
+def test_home_folders_are_expanded_and_loops_of_links_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert files.locate("~") == tmp_path and files.locate("~/run") == tmp_path / "run"
+    assert files.locate("a~b") == Path("a~b") and files.locate("./~") == Path("~")
+    assert files.locate("runs/a:b") == Path("runs/a:b") and files.locate("c:/x") == Path("c:/x")
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(UserError, match=r"--json .*: Too many levels of symbolic links"):
+        files.locate(tmp_path / "a" / "x", "--json")
+
+
+def test_an_object_store_is_refused_where_a_local_path_is_needed() -> None:
+    for name in ("gs://bucket/x", "s3:/bucket/x", "az://x"):
+        with pytest.raises(UserError, match=f"^--output {name}: {name[:2]}:// is not supported here; give a local"):
+            files.locate_local(name, "--output")
+    assert files.locate_local("x", "--output") == Path("x")
+
+
+def test_a_link_stays_and_the_file_that_it_points_to_is_replaced_with_its_permissions(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    target, link = tmp_path / "inner" / "target", tmp_path / "link"
+    link.symlink_to("inner/target")
+    for text in ("new", "again"):
+        files.write_atomically(link, text)
+        assert link.is_symlink() and target.read_text() == text
+        target.chmod(0o640)
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_device_or_a_pipe_is_written_to_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    null, link = tmp_path / "null", tmp_path / "link"
+    link.symlink_to("/dev/null")
+    files.write_atomically(link, "nothing")
+    assert link.is_symlink() and link.is_char_device()
+    print("before")
+    files.write_atomically(Path("/dev/stdout"), "here\n")  # which is a regular file, under pytest
+    print("after")
+    assert capfd.readouterr().out == "before\nhere\nafter\n"
+    os.mkfifo(null)
+    with pytest.raises(OSError, match="No such device or address"):  # nobody reads it
+        files.write_atomically(null, "x")
+    reading = os.open(null, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_atomically(null, "piped")
+    assert os.read(reading, 99) == b"piped" and files.is_stream(null)
+    os.close(reading)
+    with pytest.raises(OSError, match="No space left on device"):
+        files.write_atomically(Path("/dev/full"), "x")
+
+
+def test_an_output_is_refused_before_the_work_and_its_failure_afterwards_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("", "nowhere/x"):
+        with pytest.raises(UserError, match=r"--json: cannot write .*: it must be a file in a folder that exists"):
+            files.locate_output(tmp_path / name, "--json")
+    assert files.locate_output("/dev/null", "--json") == Path("/dev/null")
+    long = files.locate_output(tmp_path / ("x" * 255), "--json")
+    files.write_output(long, [1], "--json")
+    assert json.loads(long.read_text()) == [1] and list(tmp_path.iterdir()) == [long]
+    assert capsys.readouterr().err == ""
+    files.write_output(long, [2], "--json")
+    assert capsys.readouterr().err == f"--json: {long} was there and has been replaced\n"
+    with pytest.raises(UserError, match="--json: cannot write /dev/full: No space left on device; free space or name"):
+        files.write_output(Path("/dev/full"), "x", "--json")
+    with pytest.raises(UserError, match="Is a directory; mend that or name another file"):
+        files.write_output(tmp_path, "x", "--json")
 
 
 class Memory:

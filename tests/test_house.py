@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "jax_it"
 # Of each module and package of jax_it. "__init__" is the API of the package itself.
 FLOORS = {
     "errors": -3,  # the ground, which all else stands on
-    "typed": -2, "hosts": -2, "files": -2, "stopping": -2, "tensorboard": -2,
-    "config": -1, "following": -1,
+    "typed": -2, "hosts": -2, "files": -2, "tensorboard": -2,
+    "config": -1, "following": -1, "stopping": -1,
     "sharding": 0, "chips": 0,
     "data": 1, "losses": 1, "metrics": 1,
     "models": 2,

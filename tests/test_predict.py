@@ -10,6 +10,7 @@ import pytest
 
 import jax_it
 from jax_it import config as settings
+from jax_it.cli import main
 from jax_it.data.templates import Turn
 from jax_it.errors import UserError
 from jax_it.generation import Sampling
@@ -117,6 +118,28 @@ def test_a_seed_gives_the_same_draws_again_and_another_seed_others(generate, tmp
     assert first == again != other
 
 
+def test_texts_that_reach_their_limit_are_counted(capfd, run, tmp_path):
+    file = write_rows(tmp_path / "in.jsonl", [{"prompt": "say red 3"}, {"prompt": "say teal 5"}])
+    options = ("--min-new-tokens", 3, "--max-new-tokens", 3, "--output", "/dev/stdout")
+    with pytest.raises(SystemExit) as exit:
+        main([str(word) for word in ("generate", "--model", run, "--input", file, *options)])
+    out, err = capfd.readouterr()
+    assert exit.value.code == 0 and [json.loads(line)["prompt"] for line in out.splitlines()] == [
+        "say red 3",
+        "say teal 5",
+    ]
+    assert err == "jax-it generate: 2 of 2 texts reached --max-new-tokens 3 before they ended\n"
+
+
+def test_half_a_surrogate_pair_is_refused_in_a_prompt_and_kept_elsewhere(generate, capfd, run, tmp_path):
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"prompt": "say red", "other": "\\ud800 ü"}\n')
+    assert generate(file)[0]["other"] == "\ud800 ü"
+    file.write_text('{"prompt": "say \\ud800"}\n')
+    line = fails(capfd, "generate", "--model", run, "--input", file, "--output", tmp_path / "other.jsonl")
+    assert "prompt 1 has half a surrogate pair" in line and not (tmp_path / "other.jsonl").exists()
+
+
 def test_no_prompts_make_no_texts(run):
     assert jax_it.generate(*jax_it.load(str(run)), [], sampling=Sampling(num_beams=2)) == []
 
@@ -185,7 +208,11 @@ def test_a_file_that_is_there_is_not_written_over(capfd, run, tmp_path):
         (("--output", "{here}/out.jsonl", "--top-p", "0"), "--top-p must be in (0, 1]"),
         (("--output", "{here}/out.jsonl", "--top-k", "5"), "--top-k, --top-p and --min-p need a --temperature"),
         (("--output", "{here}/out.jsonl", "--num-beams", "2", "--temperature", "1"), "exclude each other"),
-        (("--output", "{here}/out.jsonl", "--num-beams", "0"), "0 is not a positive whole number"),
+        (("--output", "{here}/out.jsonl", "--temperature", "1e-40"), "temperature 1e-40: it must be 0 (greedy), or"),
+        (("--output", "{here}/out.jsonl", "--repetition-penalty", "1e-300"), "repetition_penalty 1e-300: it must be"),
+        (("--output", "{here}/out.jsonl", "--num-beams", "2", "--length-penalty", "15"), "128 tokens to this power"),
+        (("--output", "/proc/out.jsonl"), "cannot write /proc/out.jsonl: No such file or directory; mend that or name"),
+        (("--output", "{here}/out.jsonl", "--num-beams", "0"), "0 is not from 1 to"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(capfd, tmp_path, monkeypatch, options, message):

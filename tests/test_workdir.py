@@ -167,7 +167,7 @@ def test_the_latest_the_best_or_a_numbered_checkpoint_is_chosen(place):
     assert place.choose_step("3", "loss") == 3
 
 
-@pytest.mark.parametrize("which", ["7", "-3", "newest", "", "3.0", "³"])
+@pytest.mark.parametrize("which", ["7", "-3", "newest", "", "3.0", "³", "3" * 5000])
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(place, which):
     with pytest.raises(UserError, match=r"has 3, 5, 10, latest and best"):
         place.choose_step(which, "loss")
@@ -181,6 +181,14 @@ def test_without_a_score_there_is_no_best_checkpoint(place):
         assert place.scores("loss")(5) is None
         with pytest.raises(UserError, match=r"no checkpoint of .* has a score \(loss\); run jax-it eval first"):
             place.choose_step("best", "loss")
+
+
+def test_the_only_checkpoint_that_has_a_score_is_not_taken_for_the_best(place):
+    write_metrics(place, 10, loss=1.0)
+    with pytest.raises(
+        UserError, match=r"only checkpoint 10 of .* has a score \(loss\), so none is known to be the best"
+    ):
+        place.choose_step("best", "loss")
 
 
 @pytest.mark.parametrize("content", ["", "{", "null", "[1]", "{}", '{"config": {}, "derived": {"layout": {}}}'])

@@ -15,7 +15,7 @@ from typing import Any
 
 import ml_collections
 
-from jax_it import typed
+from jax_it import files, typed
 from jax_it.config.checks import Kind, check, check_read, measured, without_unread
 from jax_it.config.settings import (
     Config,
@@ -87,6 +87,9 @@ def override(tree: dict[str, Any], changes: Mapping[str, str]) -> dict[str, Any]
 def read(path: str) -> dict[str, Any]:
     """The settings of a file, "FILE" or "FILE:ARG", as plain values that are not checked yet."""
     file, _, arg = path.partition(":")
+    if arg.startswith("//"):
+        files.locate_local(path, "config file")  # which refuses it
+    file = str(files.locate_local(file, "config file"))
     get_config = _get_config(file)
     try:
         # What it returns may be of any type, whose methods raise anything.

@@ -352,6 +352,8 @@ def _check_tasks(tasks: tuple[Task, ...]) -> None:
         for name, kinds in _ONLY_OF.items():
             if task.score not in kinds and getattr(task, name) != getattr(Task(), name):
                 raise UserError(f"{where}.{name} has no effect with score={task.score!r}; leave it out")
+        if not all(task.stop):
+            raise UserError(f"{where}.stop: an empty text would end every text where it begins; leave it out")
         if bool(task.num_shots) != bool(task.shots.path):
             raise UserError(f"{where}: shots and num_shots are given together or not at all")
         if task.shots.path:

@@ -116,6 +116,7 @@ class Source:
     format: Literal["auto", "json", "csv", "parquet", "datasets", "builtin"] = "auto"
     subset: str = ""  # the hub data set's configuration
     split: str = "train"  # of hub and built-in data sets
+    revision: str = ""  # of hub data sets: a branch, tag or commit; "": the newest, which a run goes on reading
     template: tuple[str, ...] = ("auto",)  # names of data/templates.py, or Jinja text "prompt ||| completion"
     weight: float = 1.0  # for mixing="weights"
     limit: int = 0  # examples, from the start; 0: all

@@ -1,10 +1,12 @@
 """From files to batches. `build` shows the whole chain on one screen."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jax_it.config import Data, Source
+from jax_it import hosts
+from jax_it.config import Config, Data, Source
 from jax_it.data import evaluation_set, mixture, sources, tokenized
 from jax_it.data.formats import Format
 from jax_it.data.loader import TrainData
@@ -22,6 +24,39 @@ class Built:
     digest: str  # of all training data; a resumed run must find the same
 
 
+def pin(config: Config, commits: Mapping[str, str] | None = None) -> tuple[Config, Mapping[str, str]]:
+    """The config with the commits of its hub data sets as their revisions; and these commits, by "NAME@REVISION".
+
+    They are what the revisions stand for now, or `commits`, where a run has them from its start.
+    """
+    if commits is None:
+        commits = json.loads(hosts.from_first(lambda: json.dumps(_commits(config))))
+    known: Mapping[str, str] = commits
+
+    def pinned(source: Source) -> Source:
+        return replace(source, revision=known.get(_asked(source), source.revision))
+
+    data, tasks = config.data, config.eval.tasks
+    data = replace(data, train=tuple(map(pinned, data.train)), eval=tuple(map(pinned, data.eval)))
+    tasks = tuple(replace(task, data=pinned(task.data), shots=pinned(task.shots)) for task in tasks)
+    return replace(config, data=data, eval=replace(config.eval, tasks=tasks)), known
+
+
+def _commits(config: Config) -> dict[str, str]:
+    """What the revisions of the config's hub data sets stand for now."""
+    every = [(source, f"config.data.train.{i}") for i, source in enumerate(config.data.train)]
+    every += [(source, f"config.data.eval.{i}") for i, source in enumerate(config.data.eval)]
+    for i, task in enumerate(config.eval.tasks):
+        every.append((task.data, f"config.eval.tasks.{i}.data"))
+        if task.shots.path:
+            every.append((task.shots, f"config.eval.tasks.{i}.shots"))
+    return {_asked(source): commit for source, where in every if (commit := sources.commit(source, where))}
+
+
+def _asked(source: Source) -> str:
+    return f"{source.path}@{source.revision}"
+
+
 def build(
     data: Data, tokenizer: Tokenizer, format: Format, batch_size: int, row_cost: Callable[[Shape], float]
 ) -> Built:
@@ -34,7 +69,8 @@ def build(
     mixed = mixture.mix(data.train, made, data, held_out)
     sample = mixed.epoch(0).part(0, SAMPLE)
     layout = format.layout(sample.source_length, sample.target_length, data, batch_size, row_cost)
-    return Built(TrainData(mixed, format, layout, data.packing), made, digest(data))
+    digest = ":".join(templates[0].digest for templates in made)
+    return Built(TrainData(mixed, format, layout, data.packing), made, digest)
 
 
 def build_eval(
@@ -58,11 +94,6 @@ def _tokenize(data: Data, tokenizer: Tokenizer, format: Format) -> list[list[Tok
         tokenized.tokenize(source, f"config.data.train.{i}", data, tokenizer, format)
         for i, source in enumerate(data.train)
     ]
-
-
-def digest(data: Data) -> str:
-    """A hash of the training data's bytes."""
-    return ":".join(sources.digest(source, f"config.data.train.{i}") for i, source in enumerate(data.train))
 
 
 def texts(items: tuple[Source, ...]) -> Any:

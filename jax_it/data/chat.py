@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_it.data.templates import Turn
+from jax_it.data.templates import Turn, random_name
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 
@@ -141,6 +141,10 @@ def prompt_text(turns: Sequence[Turn], tokenizer: Tokenizer, where: str) -> str:
 
 def _apply(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, generation: bool = False) -> str:
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    if name := random_name(tokenizer.chat_template or ""):
+        raise UserError(
+            f"{_of(tokenizer)} uses {name!r}, which gives other data each time; set another config.model.chat_template"
+        )
     template = _dated(tokenizer.chat_template or "")
     try:
         text = tokenizer.backend.apply_chat_template(

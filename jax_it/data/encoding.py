@@ -1,7 +1,8 @@
 """From rendered examples to token ids, cut to their lengths as the config says, and counted."""
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,10 +31,17 @@ class Counts:
     source_tokens: int = 0
     target_tokens: int = 0
     unknown_tokens: int = 0
+    characters: int = 0
+    lost: dict[str, int] = field(default_factory=dict)  # of them, what the tokenizer drops or makes a space of
 
     @property
     def cut_prompts(self) -> int:
         return self.truncated_source + self.truncated_turns
+
+    @property
+    def vanished(self) -> dict[str, int]:
+        """The lost characters that are no blanks, which leave something behind: a space, or the end of a word."""
+        return {character: number for character, number in self.lost.items() if not character.isspace()}
 
     @property
     def dropped(self) -> int:
@@ -52,8 +60,9 @@ def encode_pairs(
     examples: Sequence[Example], places: Sequence[str], data: Data, tokenizer: Tokenizer, counts: Counts
 ) -> Encoding:
     """Source and target of an encoder-decoder, both with their marks, which a cut side keeps."""
-    prompts = tokenizer.encode([source_text(item.turns[:-1], tokenizer, p) for item, p in _zip(examples, places)])
-    completions = _completions(examples, tokenizer)
+    sources = [source_text(item.turns[:-1], tokenizer, where) for item, where in _zip(examples, places)]
+    prompts, completions = tokenizer.encode(sources), _completions(examples, tokenizer)
+    _count_lost(counts, tokenizer, [*sources, *(item.completion for item in examples)])
     for prompt, completion, where in zip(prompts, completions, places, strict=True):
         counts.examples += 1
         counts.source_tokens += len(prompt) + 1
@@ -98,6 +107,7 @@ def encode_texts(
             )
     prompts = text_prompts([item.prompt for item in examples], tokenizer)
     completions = _completions(examples, tokenizer)
+    _count_lost(counts, tokenizer, [text for item in examples for text in (item.prompt, item.completion)])
     length = data.sequence_length
     for prompt, completion, where in zip(prompts, completions, places, strict=True):
         counts.examples += 1
@@ -140,6 +150,7 @@ def encode_conversations(
     full = [i for i, item in enumerate(examples) if item.completion.strip()]
     turns, where = [examples[i].turns for i in full], [places[i] for i in full]
     encoded = dict(zip(full, chat.encode(turns, where, tokenizer, data.learn), strict=True))
+    _count_lost(counts, tokenizer, [turn.text for item in examples for turn in item.turns])
     for i, item in enumerate(examples):
         counts.examples += 1
         if i not in encoded:
@@ -245,6 +256,18 @@ def _count_cut(counts: Counts, source: bool, target: bool) -> None:
 def _count_unknown(counts: Counts, tokenizer: Tokenizer, *parts: list[int]) -> None:
     if tokenizer.unknown is not None:
         counts.unknown_tokens += sum(part.count(tokenizer.unknown) for part in parts)
+
+
+_REPEATED = re.compile("(?<= ) ")
+
+
+def _count_lost(counts: Counts, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    text = "".join(texts)
+    counts.characters += len(text)
+    for character in sorted(tokenizer.lost(set(text))):
+        number = text.count(character) if character != "  " else sum(len(_REPEATED.findall(item)) for item in texts)
+        if number:
+            counts.lost[character] = counts.lost.get(character, 0) + number
 
 
 def _too_long(where: str, number: int, data: Data) -> UserError:

@@ -1,8 +1,9 @@
 """Examples to evaluate on: tokens for the model, texts for the metrics."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,6 +75,16 @@ def read(
     return together
 
 
+def _printable(record: sources.Record, name: str) -> Any:
+    """A field that names the example in files and tables."""
+    value = record.fields.get(name)
+    try:
+        str(value).encode()
+    except (UnicodeEncodeError, RecursionError, ValueError):  # half a surrogate pair; nesting; thousands of digits
+        raise UserError(f"{record.where}: the field {name!r} cannot be written as text; mend or remove it") from None
+    return value
+
+
 def _read_one(
     source: Source,
     where: str,
@@ -86,18 +97,17 @@ def _read_one(
     chosen: list[EvalExample] = []
     rendered: list[Example] = []
     places: list[str] = []
-    skipped = taken = 0
+    skipped = 0
     name = sources.name_of(source)
-    for number, record in enumerate(sources.read(source, where)):
-        if (wanted is not None and number not in wanted) or (limit and taken == limit):
-            continue
-        taken += 1
+    most = min([n for n in (limit, None if wanted is None else len(wanted)) if n], default=0)
+    every = ((i, record) for i, record in enumerate(sources.read(source, where)) if wanted is None or i in wanted)
+    for number, record in itertools.islice(every, most or None):  # the rest is not read
         example = templates.render(record, source.template[number % len(source.template)])
         references = tuple(reference for reference in example.references if reference.strip())
         if not references:
             skipped += 1
             continue
-        id, task = record.fields.get("id"), record.fields.get("task")
+        id, task = (_printable(record, name) for name in ("id", "task"))
         chosen.append(
             EvalExample(
                 id=f"{name}/{number}" if id is None else str(id),

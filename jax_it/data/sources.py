@@ -6,8 +6,11 @@ import hashlib
 import io
 import itertools
 import json
+import os
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +22,9 @@ from jax_it.errors import UserError, first_line
 Fields = dict[str, Any]
 
 _BUILTIN = "builtin:instructions"
+_LONGEST = 1 << 26  # characters of a line: a small archive can unpack to one line that fills the memory
+_LONGEST_LIST = 1 << 30  # characters of a JSON list or object, which is parsed as a whole
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 class Record(NamedTuple):
@@ -46,6 +52,7 @@ def read(source: Source, where: str = "config.data") -> Iterator[Record]:
 def digest(source: Source, where: str = "config.data") -> str:
     """A hash of everything that decides what `read` yields."""
     kind = _kind(source, where)
+    _check_settings(source, kind, where)
     parts = hashlib.blake2b(digest_size=16)
     parts.update(repr((kind, source.limit, *filter(None, (source.records, source.limit_each)))).encode())
     if kind == "datasets":
@@ -64,8 +71,23 @@ def digest(source: Source, where: str = "config.data") -> str:
     return parts.hexdigest()
 
 
+def commit(source: Source, where: str = "config.data") -> str:
+    """The commit that the revision of a hub data set stands for now; "" for other data, and offline."""
+    if _kind(source, where) != "datasets" or Path(source.path).is_dir() or _COMMIT.fullmatch(source.revision):
+        return ""
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return ""
+    try:
+        return huggingface_hub.HfApi().dataset_info(source.path, revision=source.revision or None).sha or ""
+    except Exception as error:  # of a dozen types: it is not there, not for this user, or not to be reached
+        raise _not_loaded(source, where, error) from error
+
+
 def _read_all(source: Source, where: str) -> Iterator[Record]:
     kind = _kind(source, where)
+    _check_settings(source, kind, where)
     if kind == "builtin":
         if source.path != _BUILTIN:
             raise UserError(f"{where}: there is no built-in data set {source.path}; the one there is is {_BUILTIN}")
@@ -75,8 +97,6 @@ def _read_all(source: Source, where: str) -> Iterator[Record]:
         for i, fields in enumerate(_load_dataset(source, where)):
             yield Record(fields, f"{source.path} ({source.split}), row {i + 1}")
     else:
-        if source.records and kind != "json":
-            raise UserError(f"{where}.records is for JSON files, not for {kind}; leave it out")
         for file in _files(source, where):
             records = _read_object(file, source.records) if source.records else _READERS[kind](file)
             yield from itertools.islice(records, source.limit_each or None)
@@ -87,7 +107,7 @@ def _kind(source: Source, where: str) -> str:
         return source.format
     if source.path.startswith("builtin:"):
         return "builtin"
-    path = files.locate(source.path).expanduser()
+    path = files.locate(source.path, f"{where}.path")
     if not path.exists() and not files.matches(path):
         if _suffix(path) in _SUFFIXES or source.path.startswith((".", "/", "~")) or files.is_remote(path):
             raise UserError(f"{where}: data file {source.path} does not exist")
@@ -106,34 +126,79 @@ def _kind(source: Source, where: str) -> str:
     return kinds.pop()
 
 
+_READ_BY = {  # settings that not every kind of source reads
+    "records": ("json",), "listed": ("json", "csv", "parquet"), "limit_each": ("json", "csv", "parquet"),
+    "subset": ("datasets",), "revision": ("datasets",), "split": ("datasets", "builtin"),
+}  # fmt: skip
+
+
+def _check_settings(source: Source, kind: str, where: str) -> None:
+    """Refuses settings that nothing would read."""
+    for name, kinds in _READ_BY.items():
+        if kind not in kinds and getattr(source, name) != getattr(Source(), name):
+            what = {"datasets": "hub data sets", "builtin": "the built-in data set"}
+            known = " and ".join(what.get(kind, f"{kind} files") for kind in kinds)
+            raise UserError(f"{where}.{name} is for {known}, not for {what.get(kind, f'{kind} files')}; leave it out")
+
+
 def _suffix(file: Path) -> str:
     return Path(file.stem).suffix if file.suffix in (".gz", ".zst") else file.suffix
 
 
 def _files(source: Source, where: str) -> list[Path]:
-    path = files.locate(source.path).expanduser()
+    path = files.locate(source.path, f"{where}.path")
     if source.listed:
         return _listed(path, source.listed, where)
-    if path.is_dir():
+    if not path.exists():
+        found = files.matches(path)
+    elif path.is_dir():
         kinds = set(_SUFFIXES.values()) if source.format == "auto" else {source.format}
-        found = sorted(file for file in path.iterdir() if _SUFFIXES.get(_suffix(file)) in kinds)
+        try:
+            found = sorted(file for file in path.iterdir() if _SUFFIXES.get(_suffix(file)) in kinds)
+        except OSError as error:
+            raise UserError(f"{where}: the folder {path} cannot be read: {error.strerror}") from error
+        if not found:
+            raise UserError(f"{where}: the folder {source.path} holds no data files ({', '.join(_SUFFIXES)})")
     else:
-        found = [path] if path.is_file() else files.matches(path)
+        found = [path]
     if not found:
         raise UserError(f"{where}: no data file matches {source.path}")
+    for file in found:
+        if not file.is_file():
+            raise UserError(f"{where}: {file} is {_what(file)}, not a regular file, which can be read again")
     return found
+
+
+def read_text(name: str, where: str) -> str:
+    """A text file's content. Raises UserError that begins with `where`."""
+    file = files.locate(name, where)
+    try:
+        if file.exists() and not file.is_file():
+            raise OSError(f"it is {_what(file)}")
+        text: str = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: {name} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return text
+
+
+def _what(file: Path) -> str:
+    """What stands in a data file's place."""
+    if file.is_dir():
+        return "a folder"
+    if file.is_fifo():
+        return "a pipe"
+    return "a device or socket" if file.exists() else "a broken link"
 
 
 def _listed(folder: Path, names: str, where: str) -> list[Path]:
     """The files of a folder that a text file names, a line each, without their ending."""
-    try:
-        lines = files.locate(names).expanduser().read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}.listed: {names} cannot be read: {error}") from None
+    lines = read_text(names, f"{where}.listed").split()
+    if not lines:
+        raise UserError(f"{where}.listed: {names} names no file; give each a line")
     found = []
     for line in lines:
         there = [folder / f"{line}{suffix}{packed}" for suffix in _SUFFIXES for packed in ("", ".gz", ".zst")]
-        file = next((file for file in there if file.is_file()), None)
+        file = next((file for file in there if os.path.isfile(file)), None)
         if file is None:
             raise UserError(f"{where}.listed: {names} names {line!r}, and {folder} has no such data file")
         found.append(file)
@@ -144,13 +209,27 @@ def _load_dataset(source: Source, where: str) -> Any:
     import datasets  # slow to import, and needed for this format alone
 
     try:
-        return datasets.load_dataset(source.path, source.subset or None, split=source.split)
+        found = datasets.load_dataset(
+            source.path, source.subset or None, split=source.split, revision=source.revision or None
+        )
     except Exception as error:  # the library raises dozens of types for one thing: there is no such data set
-        reason = first_line(error)
+        raise _not_loaded(source, where, error) from error
+    # Where the hub cannot be reached, the library takes whatever revision it has downloaded before.
+    commits = set(re.findall(f"@({_COMMIT.pattern})/", " ".join(found.info.download_checksums or ())))
+    if _COMMIT.fullmatch(source.revision) and commits - {source.revision}:
         raise UserError(
-            f"{where}: data set {source.path!r} (subset {source.subset!r}, split {source.split!r}) "
-            f"could not be loaded: {reason}"
-        ) from error
+            f"{where}: revision {source.revision} of data set {source.path!r} cannot be downloaded, and what was "
+            f"downloaded before is revision {', '.join(sorted(commits))}; try again with a connection to the hub"
+        )
+    return found
+
+
+def _not_loaded(source: Source, where: str, error: Exception) -> UserError:
+    revision = f", revision {source.revision!r}" if source.revision else ""
+    return UserError(
+        f"{where}: data set {source.path!r} (subset {source.subset!r}, split {source.split!r}{revision}) "
+        f"could not be loaded: {first_line(error)}"
+    )
 
 
 def _open(file: Path) -> gzip.GzipFile | io.BufferedReader:
@@ -169,7 +248,7 @@ def _unzstd(file: Path) -> Iterator[bytes]:
     unpacker: Any = None  # of the frame that is being read; a file may hold several
     packed = b""
     with file.open("rb") as stream:
-        while packed or (packed := stream.read(1 << 17)):
+        while packed or (packed := stream.read(1 << 10)):  # which may unpack to 32,000 times as much
             unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
             try:
                 yield unpacker.decompress(packed)
@@ -216,7 +295,7 @@ def _read_text(file: Path, parse: Callable[[io.TextIOBase], Iterator[Record]]) -
 def _undecodable(file: Path) -> int:
     """The first line that is not UTF-8."""
     with _open(file) as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(iter(lambda: stream.readline(_LONGEST), b""), 1):
             try:
                 line.decode()
             except UnicodeDecodeError:
@@ -224,37 +303,83 @@ def _undecodable(file: Path) -> int:
     return 0  # the file has changed meanwhile
 
 
+def _lines(stream: io.TextIOBase, file: Path) -> Iterator[str]:
+    """The lines of a file. Raises UserError for one so long that it is none."""
+    number = 0
+    while line := stream.readline(_LONGEST):
+        number += 1
+        if len(line) == _LONGEST:
+            raise UserError(f"{file}, line {number}: a line of more than {_LONGEST} characters; split the file's lines")
+        yield line
+
+
+def _whole(stream: io.TextIOBase, file: Path) -> str:
+    text = stream.read(_LONGEST_LIST)
+    if len(text) == _LONGEST_LIST:
+        raise UserError(f"{file}: more than {_LONGEST_LIST} characters in one JSON value; write a record on each line")
+    return text
+
+
 def _read_json(file: Path) -> Iterator[Record]:
     """JSON lines, or one JSON list of records."""
 
     def parse(stream: io.TextIOBase) -> Iterator[Record]:
         first = True
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(_lines(stream, file), 1):
             if not line.strip():
                 continue
             if first and line.lstrip().startswith("["):
-                yield from _read_json_list(file, "\n" * (number - 1) + line + stream.read())
+                yield from _read_json_list(file, "\n" * (number - 1) + line + _whole(stream, file))
                 return
             first = False
-            yield _record(_parse_json(line, f"{file}, line {number}"), f"{file}, line {number}")
+            where = f"{file}, line {number}"
+            yield _record(_parse_json(line, where), where)
 
     return _read_text(file, parse)
 
 
 def _read_json_list(file: Path, text: str) -> Iterator[Record]:
-    try:
-        records = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {error}; mend the file") from None
-    for i, fields in enumerate(records, 1):
-        yield _record(fields, f"{file}, record {i}")
+    """The records of a JSON list, one after another."""
+    number, at = 0, _blanks(text, text.index("[") + 1)
+    closed = text[at : at + 1] == "]"
+    while not closed:
+        number += 1
+        where = f"{file}, record {number}"
+        try:
+            fields, at = _JSON.raw_decode(text, at)
+            at = _blanks(text, at)
+            if text[at : at + 1] not in (",", "]"):
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        except (ValueError, RecursionError) as error:
+            raise _malformed(error, where, "record" if isinstance(error, _Repeated) else "file") from None
+        yield _record(fields, where)
+        closed = text[at] == "]"
+        at = _blanks(text, at + 1) if not closed else at
+    if (rest := _blanks(text, at + 1)) < len(text):
+        raise _malformed(json.JSONDecodeError("Extra data", text, rest), str(file), "file")
+
+
+def _blanks(text: str, at: int) -> int:
+    """Where the blanks from `at` on end."""
+    match = _BLANKS.match(text, at)
+    assert match
+    return match.end()
 
 
 def _read_object(file: Path, field: str) -> Iterator[Record]:
     """The records that one JSON object holds in a list; each gets its other fields, and the file's name as `task`."""
 
     def parse(stream: io.TextIOBase) -> Iterator[Record]:
-        whole = _record(_parse_json(stream.read(), str(file)), str(file)).fields
+        try:
+            whole = _JSON.decode(_whole(stream, file))
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+                raise UserError(
+                    f"{file}: `records` is for a file that holds one JSON object, and this one goes on after it in "
+                    f"line {error.lineno}; leave it out for JSON lines"
+                ) from None
+            raise _malformed(error, str(file), "file") from None
+        whole = _record(whole, str(file)).fields
         if not isinstance(whole.get(field), list):
             raise UserError(f"{file}: no list of records in the field {field!r}; its fields: {', '.join(whole)}")
         shared = {"task": _stem(file)} | {name: value for name, value in whole.items() if name != field}
@@ -269,11 +394,37 @@ def _stem(file: Path) -> str:
     return file.name.removesuffix(file.suffix if file.suffix in (".gz", ".zst") else "").rpartition(".")[0]
 
 
+class _Repeated(ValueError):
+    """Raised for an object that has a key twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Fields:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Repeated(_repeated([key for key, _ in pairs]))
+    return found
+
+
+def _repeated(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name, number in Counter(names).items() if number > 1)
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
+_BLANKS = re.compile(r"[ \t\n\r]*")
+
+
 def _parse_json(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}); mend or remove the line") from None
+        return _JSON.decode(line)
+    except (ValueError, RecursionError) as error:
+        raise _malformed(error, where, "line") from None
+
+
+def _malformed(error: Exception, where: str, what: str) -> UserError:
+    if isinstance(error, _Repeated):
+        return UserError(f"{where}: an object has the key {error} more than once; keep one of them")
+    reason = "nested too deeply" if isinstance(error, RecursionError) else error
+    return UserError(f"{where}: not valid JSON ({reason}); mend or remove the {what}")
 
 
 def _record(fields: Any, where: str) -> Record:
@@ -286,13 +437,17 @@ def _read_csv(file: Path) -> Iterator[Record]:
     """CSV, or tab-separated where the name ends in .tsv; the first line names the fields."""
 
     def parse(stream: io.TextIOBase) -> Iterator[Record]:
-        csv.field_size_limit(2**31 - 1)
-        reader = csv.DictReader(stream, delimiter="\t" if _suffix(file) == ".tsv" else ",", strict=True)
+        csv.field_size_limit(_LONGEST)
+        delimiter = "\t" if _suffix(file) == ".tsv" else ","
+        reader = csv.DictReader(_lines(stream, file), delimiter=delimiter, strict=True)  # type: ignore[arg-type]
         try:
+            names = reader.fieldnames or ()
+            if len(set(names)) < len(names):
+                raise UserError(f"{file}, line 1: columns have the same name: {_repeated(names)}; rename or remove one")
             for fields in reader:
                 where = f"{file}, line {reader.line_num}"
                 if None in fields or None in fields.values():
-                    raise UserError(f"{where}: expected {len(reader.fieldnames or ())} columns; mend the line")
+                    raise UserError(f"{where}: expected {len(names)} columns; mend the line")
                 yield Record(fields, where)
         except csv.Error as error:
             where = f"{file}, line {reader.line_num + 1}"  # line_num is where the last whole record ended
@@ -308,12 +463,32 @@ def _read_parquet(file: Path) -> Iterator[Record]:
     row = 0
     try:
         with file.open("rb") as stream:
-            for batch in pyarrow.parquet.ParquetFile(stream).iter_batches():
-                for fields in batch.to_pylist():
+            table = pyarrow.parquet.ParquetFile(stream)
+            names = table.schema_arrow.names
+            if len(set(names)) < len(names):
+                raise UserError(f"{file}: columns have the same name: {_repeated(names)}; rename or remove one")
+            for batch in table.iter_batches():
+                try:
+                    records = batch.to_pylist()
+                except (ValueError, OverflowError, LookupError) as error:  # also of zoneinfo, for a time zone
+                    raise UserError(_unreadable(file, row, batch, error)) from None
+                for fields in records:
                     row += 1
                     yield Record(fields, f"{file}, row {row}")
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} cannot be read after row {row}: {error}") from error
+        raise UserError(f"{file} cannot be read after row {row}: {first_line(error)}") from error
+
+
+def _unreadable(file: Path, row: int, batch: Any, error: Exception) -> str:
+    """Which value of a batch has no counterpart in Python, `row` rows after the file's beginning."""
+    for number in range(batch.num_rows):
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                column[number].as_py()
+            except Exception as found:  # as to_pylist raises
+                reason = f"{type(found).__name__}: {first_line(found)}"
+                return f"{file}, row {row + number + 1}, column {name!r} cannot be read: {reason}; mend or remove it"
+    return f"{file}, after row {row}: {type(error).__name__}: {first_line(error)}"
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jax_it import files
 from jax_it.config import Data, Task
 from jax_it.data import chat, encoding, sources, templates
 from jax_it.data.formats import CausalFormat, Format
@@ -103,10 +102,7 @@ def _preamble(task: Task, record: Record) -> str:
     if task.preamble:
         return templates.text(record, task.preamble)
     name = templates.text(record, task.preamble_file)
-    try:
-        text = files.locate(name).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{record.where}: its preamble_file {name} cannot be read: {error}") from None
+    text = sources.read_text(name, f"{record.where}: its preamble_file")
     # BIG-Bench Hard's begin with a mark for those who filter data, and a line that parts it from the prompt.
     _, line, rest = text.partition("\n-----\n")
     return (rest if line else text).strip()

@@ -7,6 +7,7 @@ completion, as in P3 ("{{question}} ||| {{answer}}"); further parts are further 
 import copy
 import itertools
 import random
+import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import jinja2
 import jinja2.sandbox
 
 from jax_it.data.sources import Fields, Record
-from jax_it.errors import UserError
+from jax_it.errors import UserError, first_line
 
 
 class Turn(NamedTuple):
@@ -48,6 +49,10 @@ class MissingField(Malformed):
     """Of a record that lacks a field."""
 
 
+class Failed(Malformed):
+    """Raised for Jinja text that cannot be computed from a record's fields."""
+
+
 def render(record: Record, template: str) -> Example:
     """The record's example. Raises UserError naming the record and the field it lacks."""
     make = TEMPLATES.get(template) or _jinja(template)
@@ -58,6 +63,9 @@ def render(record: Record, template: str) -> Example:
 
 
 def _refused(error: Malformed, record: Record, template: str) -> UserError:
+    if isinstance(error, Failed):
+        fields = ", ".join(f"{name} ({type(value).__name__})" for name, value in record.fields.items()) or "none"
+        return UserError(f"{record.where}: template {_short(template)} fails: {error}; its fields: {fields}")
     if not isinstance(error, MissingField):
         return UserError(f"{record.where}: {error}")
     fields = ", ".join(map(str, record.fields)) or "none"
@@ -112,7 +120,8 @@ def _field(fields: Fields, *names: str) -> Any:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise MissingField(f"field {name!r} is {type(value).__name__}, not the text")
+        quoted = " in quotes" if isinstance(value, (int, float)) else ""
+        raise MissingField(f"field {name!r} is {type(value).__name__}, not the text{quoted}")
     return value
 
 
@@ -253,6 +262,22 @@ TEMPLATES: dict[str, Callable[[Fields], Example]] = {
 _DIVIDES = "|||62841973505826149370"
 
 
+_ADDRESS = re.compile(" at 0x[0-9a-f]+>")  # of an object that Python prints, which differs from run to run
+
+
+@cache
+def random_name(text: str) -> str:
+    """The name by which Jinja text asks for something random; "" where it does not."""
+    try:
+        words = [word for _, kind, word in jinja2.Environment().lex(text) if kind != "whitespace"]
+    except jinja2.TemplateSyntaxError:  # whoever compiles it will say so
+        return ""
+    for before, word in itertools.pairwise(words):
+        if word == "lipsum" or (before, word) == ("|", "random") or (before, word.strip("'\"")) == ("(", "random"):
+            return word.strip("'\"")
+    return ""
+
+
 def _refuse_null(value: Any) -> Any:
     """Jinja would print None as text."""
     if value is None:
@@ -278,12 +303,19 @@ def _jinja(text: str) -> Callable[[Fields], Example]:
 def _compile(text: str) -> Callable[[Fields], list[str]]:
     """What stands between the bars of Jinja text, as a function of a record's fields."""
     environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_refuse_null)
+    if name := random_name(text):
+        raise UserError(
+            f"template {_short(text)} uses {name!r}, which gives other data each time; take 'choice', "
+            "which draws by the options themselves"
+        )
+    del environment.filters["random"], environment.globals["lipsum"]
     environment.globals["choice"] = environment.filters["choice"] = _choice
     environment.filters["most_frequent"] = _most_frequent
     try:
         template = environment.from_string(text.replace("|||", _DIVIDES))
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"template {_short(text)} is not valid Jinja: {error}") from None
+    except Exception as error:  # of Jinja, and of Python, whose code Jinja makes of it
+        reason = "nested too deeply" if isinstance(error, (RecursionError, MemoryError)) else first_line(error)
+        raise UserError(f"template {_short(text)} is not valid Jinja: {reason}") from None
 
     def make(fields: Fields) -> list[str]:
         try:
@@ -291,7 +323,11 @@ def _compile(text: str) -> Callable[[Fields], list[str]]:
         except jinja2.UndefinedError as error:
             raise MissingField(str(error).replace("' is undefined", "' is missing")) from None
         except Exception as error:  # a template may run any expression on any data
-            raise MissingField(f"{type(error).__name__} ({error}) in the fields") from None
+            raise Failed(f"{type(error).__name__} ({first_line(error)})") from None
+        if " at 0x" in rendered:
+            for address in set(_ADDRESS.findall(rendered)):
+                if address not in text and address not in str(fields):
+                    raise Failed("it prints an object, not what that holds; add '| list' or '| join'")
         return [part.strip() for part in rendered.split(_DIVIDES)]
 
     return make
@@ -299,7 +335,8 @@ def _compile(text: str) -> Callable[[Fields], list[str]]:
 
 def _choice(options: Sequence[Any]) -> Any:
     """promptsource's `choice`, drawn by the options themselves, so that a template is a pure function."""
-    return random.Random(repr(options)).choice(list(options))
+    options = list(options)
+    return random.Random(repr(options)).choice(options)
 
 
 def _most_frequent(items: Sequence[Any]) -> list[Any]:

@@ -2,14 +2,16 @@
 
 The key covers the data's bytes, the template, the tokenizer with its chat template, the format, the lengths
 and the code that made it, so that nothing stale is ever read. A folder is written beside its place and
-renamed: whole or absent.
+renamed: whole or absent. Checksums of all its files tell when one is not as it was written.
 """
 
 import hashlib
 import json
 import math
+import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from jax_it import hosts
+from jax_it import files, hosts
 from jax_it.config import Data, Source
 from jax_it.data import sources, templates
 from jax_it.data.batches import Encoded
@@ -44,6 +46,7 @@ class Tokenized:
     source_ends: np.ndarray  # int64 [examples + 1]: example i is tokens[ends[i]:ends[i + 1]]
     target_tokens: np.ndarray
     target_ends: np.ndarray
+    digest: str = ""  # of the source's records
 
     def example(self, i: int) -> Encoded:
         source = self.source_tokens[self.source_ends[i] : self.source_ends[i + 1]]
@@ -68,6 +71,7 @@ class Tokenized:
 
 _NOTHING = Encoded(np.zeros(0, np.int32), np.zeros(0, np.int32))
 _ARRAYS = ("source_tokens", "source_ends", "target_tokens", "target_ends")
+_INDEX = "index.txt"  # the counts and the arrays' checksums in its second line, whose own checksum is the first
 
 
 def tokenize(source: Source, where: str, data: Data, tokenizer: Tokenizer, format: Format) -> list[Tokenized]:
@@ -77,16 +81,27 @@ def tokenize(source: Source, where: str, data: Data, tokenizer: Tokenizer, forma
     unknown than the config's limits allow.
     """
     made = []
+    cache = _cache(data)
     with hosts.first_then_others():  # what is downloaded or made once, the others find, where they share a disk
         digest = sources.digest(source, where)
         for template in source.template:
-            folder = Path(data.cache_dir).expanduser() / _key(digest, template, data, tokenizer, format)
-            if not (folder / "counts.json").is_file():
+            folder = cache / _key(digest, template, data, tokenizer, format)
+            if not os.path.lexists(folder):
                 _write(folder, source, where, template, data, tokenizer, format)
-            made.append(_open(folder, sources.name_of(source), template))
+            made.append(_open(folder, sources.name_of(source), template, digest))
     for item in made:
         _check_limits(item, data)
     return made
+
+
+def _cache(data: Data) -> Path:
+    """The folder of all caches, which must be local: they are memory-mapped."""
+    folder = files.locate_local(data.cache_dir, "config.data.cache_dir")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"config.data.cache_dir: cannot make {folder}: {error.strerror}; name another") from error
+    return folder
 
 
 def _key(digest: str, template: str, data: Data, tokenizer: Tokenizer, format: Format) -> str:
@@ -105,20 +120,22 @@ def _write(
     folder: Path, source: Source, where: str, template: str, data: Data, tokenizer: Tokenizer, format: Format
 ) -> None:
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".part-", dir=folder.parent, ignore_cleanup_errors=True) as name:
             part = Path(name)
             counts = Counts()
             _write_tokens(part, _encode(source, where, template, data, tokenizer, format, counts))
-            (part / "counts.json").write_text(json.dumps(asdict(counts)))
+            checksums = {array: _checksum(_map(part, array)) for array in _ARRAYS}
+            content = json.dumps({"counts": asdict(counts), "checksums": checksums})
+            (part / _INDEX).write_text(f"{zlib.crc32(content.encode())}\n{content}\n", encoding="utf-8")
             try:
                 part.rename(folder)
             except OSError:  # another process was faster, with the same content
-                if not (folder / "counts.json").is_file():
+                if not (folder / _INDEX).is_file():
                     raise
     except OSError as error:
         raise UserError(
-            f"config.data.cache_dir: cannot write {folder}: {error.strerror or error}; free space or name another"
+            f"config.data.cache_dir: cannot write {folder}: {error.strerror or error}; "
+            f"{files.remedy(error.strerror)} or name another"
         ) from error
 
 
@@ -136,20 +153,32 @@ def _write_tokens(folder: Path, examples: Iterable[Encoded | None]) -> None:
     np.asarray(ends[1], np.int64).tofile(folder / "target_ends.bin")
 
 
-def _open(folder: Path, name: str, template: str) -> Tokenized:
+def _open(folder: Path, name: str, template: str, digest: str) -> Tokenized:
     try:
-        counts = Counts(**json.loads((folder / "counts.json").read_text()))
-        arrays = {array: _map(folder / f"{array}.bin", np.int64 if "ends" in array else np.int32) for array in _ARRAYS}
-        whole = all(arrays[f"{side}_ends"][-1] == len(arrays[f"{side}_tokens"]) for side in ("source", "target"))
-    except (OSError, ValueError, TypeError):
+        if not all((folder / name).is_file() for name in (_INDEX, *map("{}.bin".format, _ARRAYS))):
+            raise FileNotFoundError  # or what is there is a pipe, which would never end
+        checksum, content = (folder / _INDEX).read_text(encoding="utf-8").splitlines()
+        arrays = {array: _map(folder, array) for array in _ARRAYS}
+        whole = checksum == str(zlib.crc32(content.encode()))
+        index = json.loads(content) if whole else {}
+        whole = whole and all(_checksum(arrays[array]) == index["checksums"][array] for array in _ARRAYS)
+    except (OSError, ValueError):
         whole = False
     if not whole:
         raise UserError(f"the cached data set {folder} is damaged; remove it, and it is made again")
-    return Tokenized(name, template, counts, **arrays)
+    return Tokenized(name, template, Counts(**index["counts"]), **arrays, digest=digest)
 
 
-def _map(file: Path, dtype: type[np.integer]) -> np.ndarray:
+def _map(folder: Path, array: str) -> np.ndarray:
+    file, dtype = folder / f"{array}.bin", np.int64 if array.endswith("ends") else np.int32
     return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
+
+
+def _checksum(array: np.ndarray) -> int:
+    checksum, content = 0, memoryview(array).cast("B") if len(array) else b""
+    for start in range(0, len(content), 1 << 24):
+        checksum = zlib.crc32(content[start : start + (1 << 24)], checksum)
+    return checksum
 
 
 def _encode(
@@ -168,10 +197,19 @@ def _check_limits(item: Tokenized, data: Data) -> None:
     counts = item.counts
     tokens = max(counts.source_tokens + counts.target_tokens, 1)
     dropped = f"{counts.empty_completion} with an empty completion, {counts.too_long} too long"
+    if not counts.kept:
+        raise UserError(f"data set {item.name}: no example is left of {counts.examples}: {dropped}")
+    vanished = counts.vanished
     shares = (
         ("max_dropped", counts.dropped, counts.examples, f"examples dropped ({dropped})"),
         ("max_truncated", counts.truncated, counts.examples, "examples truncated"),
         ("max_unknown", counts.unknown_tokens, tokens, "tokens unknown to the tokenizer"),
+        (
+            "max_unknown",
+            sum(vanished.values()),
+            max(counts.characters, 1),
+            f"characters dropped by the tokenizer ({shown_characters(vanished)})",
+        ),
     )
     for limit, number, of, what in shares:
         if number / of > getattr(data, limit):
@@ -179,8 +217,13 @@ def _check_limits(item: Tokenized, data: Data) -> None:
                 f"data set {item.name}: {number} of {of} {what}, {number / of:.1%}; mend the data, "
                 f"or allow it with config.data.{limit}={math.ceil(1000 * number / of) / 1000} or more"
             )
-    if not counts.kept:
-        raise UserError(f"data set {item.name}: no example is left of {counts.examples}: {dropped}")
+
+
+def shown_characters(counted: Mapping[str, int], most: int = 5) -> str:
+    """Characters and how often each occurs, the most frequent ones first."""
+    ranked = sorted(counted.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{character!a} {number} times" for character, number in ranked[:most]]
+    return ", ".join([*shown, *([f"{len(ranked) - most} others"] if len(ranked) > most else [])])
 
 
 def prompts_and_completions(items: Iterable[Source], where: str) -> Iterator[str]:

@@ -4,9 +4,11 @@ import base64
 import copy
 import hashlib
 import io
+import os
+import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ import numpy as np
 import tokenizers
 
 from jax_it import hosts
-from jax_it.errors import Interrupted, UserError
+from jax_it.errors import Interrupted, UserError, first_line
+from jax_it.files import read_json
 
 
 class Tokenizer:
@@ -23,12 +26,16 @@ class Tokenizer:
 
     `start` begins a text where the tokenizer sets such a mark by itself (Llama, Gemma), `end` closes it,
     `pad` fills rows (the end mark, where there is none of its own: segments tell padding apart), `unknown`
-    stands for what the vocabulary lacks (None where nothing is lacking, as with bytes). `size` is the number of ids.
+    stands for what the vocabulary lacks (None where nothing is lacking, as with bytes). All ids are below `size`.
     """
 
     def __init__(self, backend: Any, source: str):
         if backend.eos_token_id is None:
             raise UserError(f"tokenizer {source} has no end-of-text token; jax_it needs one")
+        templates = backend.chat_template
+        templates = templates if isinstance(templates, dict) else {"default": templates}
+        if not all(isinstance(template, str | None) for template in templates.values()):
+            raise UserError(f"tokenizer {source}: chat_template must be Jinja text, or several by name")
         self.backend = backend
         self.name = self.template_name = source
         self.end: int = backend.eos_token_id
@@ -40,7 +47,7 @@ class Tokenizer:
         )
         start = backend.bos_token_id
         self.start: int | None = start if start is not None and backend("a")["input_ids"][:1] == [start] else None
-        self.size: int = len(backend)
+        self.size: int = max(len(backend), 1 + max(backend.get_vocab().values(), default=-1))  # there may be gaps
 
     @property
     def chat_template(self) -> str | None:
@@ -71,6 +78,31 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self.backend(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    def lost(self, characters: Set[str]) -> set[str]:
+        """Those characters that leave no token of their own: T5's tokenizer makes spaces of line breaks.
+
+        Of " ", which a space after another is, two spaces come back.
+        """
+        characters = characters | ({"  "} if " " in characters else set())
+        new = sorted(characters - self._is_lost.keys())
+        # Letters of which one is in the vocabulary, whatever the script: what is unknown could be lost beside it.
+        between = next((x for x in ["a", "e", "0", *new] if self._stays(x)), None) if new else None
+        if between is not None:
+            nothing, space = self.encode([between * 2, f"{between} {between}"])
+            found = self.encode([f"{between}{character}{between}" for character in new])
+            for character, tokens in zip(new, found, strict=True):
+                self._is_lost[character] = character != " " and tokens in (nothing, space)
+        return {character for character in characters if self._is_lost.get(character)}
+
+    def _stays(self, character: str) -> bool:
+        """Whether a character has tokens, and none of them is unknown."""
+        (tokens,) = self.encode([character])
+        return character.isalnum() and bool(tokens) and self.unknown not in tokens
+
+    @cached_property
+    def _is_lost(self) -> dict[str, bool]:
+        return {}
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]] | None:
         """Ids [n] of each text as `encode` gives them, and [n, 2] where each begins and ends in it, in characters.
@@ -134,18 +166,94 @@ def load(path: str) -> Tokenizer:
             return _from_sentencepiece(Path(path).read_bytes(), path, extra_ids=100)
         except OSError as error:
             raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from None
-    if path.startswith(("/", ".", "~")) and not Path(path).exists():
+    is_local = os.path.exists(path)
+    if path.startswith(("/", ".", "~")) and not is_local:
         raise UserError(f"tokenizer {path} does not exist")
     try:
-        if Path(path).exists():
-            return Tokenizer(transformers.AutoTokenizer.from_pretrained(path), path)
+        if is_local:
+            return _from_files(path)
         with hosts.first_then_others():  # one fetches it from the hub
-            return Tokenizer(transformers.AutoTokenizer.from_pretrained(path), path)
+            return _from_files(path)
     except (UserError, Interrupted):
         raise
-    except Exception as error:  # the libraries raise many types for a file that is not as it should be
-        reason = [*str(error).strip().splitlines(), ""][0]
-        raise UserError(f"tokenizer {path!r} could not be loaded: {type(error).__name__}: {reason}") from error
+    except BaseException as error:  # the libraries raise many types for a file that is not as it should be
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the library in Rust
+            raise
+        if os.path.isdir(path) and not any(_is_vocabulary(file) for file in os.listdir(path)):
+            raise UserError(f"{path}/tokenizer.json is missing, and the folder has no other vocabulary") from None
+        raise UserError(
+            f"tokenizer {path!r} could not be loaded: {type(error).__name__}: {first_line(error)[:300]}"
+        ) from error
+
+
+def _is_vocabulary(file: str) -> bool:
+    return file in ("tokenizer.json", "tekken.json", "merges.txt", "bpe.codes") or bool(
+        re.fullmatch(r".*\.(model|spm|tiktoken)|vocab.*\.(json|txt)", file)
+    )
+
+
+def _from_files(path: str) -> Tokenizer:
+    """The tokenizer of a folder, a tokenizer.json or a hub name, by Transformers and without running the folder's code.
+
+    Without a vocabulary, or without tokenizer_config.json, Transformers may quietly build another tokenizer of the
+    same class; that raises UserError.
+    """
+    import transformers
+
+    config_file = _find(path, "tokenizer_config.json")
+    config = read_json(config_file) if config_file else {}
+    code = config.get("auto_map")
+    if isinstance(code, dict):
+        code = code.get("AutoTokenizer")
+    if code is not None:
+        raise UserError(
+            f"{config_file}: auto_map names Python code of the tokenizer's own, which jax_it does not run; "
+            "remove auto_map if a tokenizer_class of Transformers does the same"
+        )
+    backend = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if not os.path.isfile(path):
+        _check_complete(path, backend, config_file)
+    found = Tokenizer(backend, path)
+    found.encode_with_offsets(found.show(range(min(found.size, 9))))  # what is wrong with it shows here, if not later
+    if not isinstance(backend.model_max_length, int | float):
+        raise UserError(f"{config_file}: model_max_length is {backend.model_max_length!r}; it must be a number")
+    return found
+
+
+def _find(path: str, name: str) -> Path | None:
+    """A file of a folder, or of a hub name's, if there is one."""
+    from transformers.utils import cached_file
+
+    found = None if os.path.isfile(path) else cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
+
+
+def _check_complete(path: str, backend: Any, config_file: Path | None) -> None:
+    """Refuses what Transformers has made up for files that are missing."""
+    names = {key: name for key, name in type(backend).vocab_files_names.items() if key != "tokenizer_config_file"}
+    if not backend.is_fast or not names:  # those in Python ask for their files; bytes need none
+        return
+    whole = next((file for name in _whole_files(config_file) if (file := _find(path, name))), None)
+    if whole is None:
+        parts = sorted(name for key, name in names.items() if key != "tokenizer_file")
+        missing = [name for name in parts if _find(path, name) is None]
+        converted = any(_find(path, name) for name in ("tokenizer.model", "tekken.json", "tiktoken.model"))
+        if (missing or not parts) and not converted:
+            also = f", and so is {' or '.join(missing)}" if missing else ""
+            raise UserError(f"{path}/tokenizer.json is missing{also}: the tokenizer has no vocabulary; fetch it again")
+    elif config_file is None:
+        own = tokenizers.Tokenizer.from_file(str(whole)).get_vocab_size(with_added_tokens=True)
+        if len(backend) > own:
+            raise UserError(
+                f"{path}/tokenizer_config.json is missing: without it Transformers adds {len(backend) - own} tokens "
+                "that are not in tokenizer.json; fetch it again"
+            )
+
+
+def _whole_files(config_file: Path | None) -> list[str]:
+    """The names that a file with the whole tokenizer may have."""
+    versions = read_json(config_file).get("fast_tokenizer_files") if config_file else None
+    return ["tokenizer.json", *(name for name in versions or () if isinstance(name, str))]
 
 
 def train(texts: Iterable[str], size: int) -> Tokenizer:

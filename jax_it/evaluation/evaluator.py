@@ -10,18 +10,20 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jax_it import losses, metrics, sharding
+from jax_it import data, losses, metrics, sharding
 from jax_it.config import Config, Eval, Task
 from jax_it.data import chat, tasks
 from jax_it.data.batches import Encoded
 from jax_it.data.evaluation_set import EvalSet
 from jax_it.data.formats import Format, pack_rows
 from jax_it.data.packing import Layout
+from jax_it.data.tasks import TaskExample
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import Interrupted, UserError, first_line
 from jax_it.evaluation.executed import Executed
 from jax_it.evaluation.scorers import (
     TRUNCATED,
+    UNFINISHED,
     Found,
     Generated,
     Perplexity,
@@ -48,7 +50,8 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
 class Scored(NamedTuple):
     metrics: dict[str, dict[str, float]]
     """By task, and "all" of data.eval's examples, where there are any. `n` examples are scored; "all" also counts those
-    left out and the prompts cut. Of eval.tasks by name, and "NAME/GROUP" where there are groups.
+    left out and the prompts cut. Of eval.tasks by name, and "NAME/GROUP" where there are groups. Of generated texts
+    `unfinished` ones reached max_new_tokens before they ended.
     """
     predictions: list[dict[str, Any]]  # id, task, prompt, prediction, references
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] = MappingProxyType({})  # by task and metric; 95 %
@@ -79,6 +82,37 @@ def _with(scored: Scored, task: str, found: Found) -> Scored:
     )
 
 
+class Needed(NamedTuple):
+    """What a run is evaluated on."""
+
+    examples: EvalSet | None
+    tasks: dict[str, list[TaskExample]]  # by name
+
+
+def read(config: Config, tokenizer: Tokenizer, format: Format) -> Needed:
+    """Reads everything that the config's evaluation needs, whether it is within training or comes after it.
+
+    Raises UserError for what is missing, empty or malformed, and for unknown metrics.
+    """
+    within = bool(config.eval.every.value or config.eval.at_start)
+    examples = None
+    if config.data.eval or within:
+        examples = data.build_eval(config.data, tokenizer, format, config.eval.limit)
+    if within and examples is None and not config.eval.tasks:
+        raise UserError("config.eval.every needs examples: set config.data.eval, config.data.holdout or eval.tasks")
+    found = {}
+    for number, task in enumerate(config.eval.tasks):
+        found[task.name] = _read_task(number, task, config, tokenizer, format)
+        if task.score == "generate":
+            metrics.check(task.metrics)
+    return Needed(examples, found)
+
+
+def _read_task(number: int, task: Task, config: Config, tokenizer: Tokenizer, format: Format) -> list[TaskExample]:
+    where = f"config.eval.tasks.{number}"
+    return tasks.read(task, where, config.data, tokenizer, format, config.eval.limit)
+
+
 def _always() -> bool:
     return True
 
@@ -92,11 +126,17 @@ class Evaluator:
         config: Config,
         layout: Layout,
         mesh: jax.sharding.Mesh,
+        read: Mapping[str, list[TaskExample]] | None = None,
     ):
+        """`read` holds the examples of tasks that are read already; those of others are when they are scored."""
         metrics.check(config.eval.metrics)
         self._setting = Setting(model, tokenizer, make_format(model, tokenizer), config, mesh)
         self._examples = None if examples is None else Examples(examples, self._setting, layout)
-        self._scorers: dict[str, Scorer] = {}
+        self._scorers = {
+            task.name: SCORERS[task.score](task, read[task.name], self._setting)
+            for task in config.eval.tasks
+            if read is not None
+        }
 
     def __call__(self, params: Params, go_on: Callable[[], bool] = _always) -> Scored:
         """The scores of data.eval's examples, where there are any, and then of each of eval.tasks.
@@ -122,26 +162,11 @@ class Evaluator:
                 scored = scored._replace(errors={**scored.errors, task.name: {TASK: _reason(error)}})
         return scored
 
-    def read_tasks(self, ready: bool = True) -> None:
-        """Reads the examples of all tasks now and looks at their metrics. Raises UserError where one cannot be read.
-
-        Where they are not to be `ready`, nothing is kept of them.
-        """
-        for number, task in enumerate(self._setting.config.eval.tasks):
-            if ready:
-                self._scorer(number, task)
-            else:
-                metrics.check(task.metrics)
-                self._read(number, task)
-
-    def _read(self, number: int, task: Task) -> list[tasks.TaskExample]:
-        _, tokenizer, format, config, _ = self._setting
-        return tasks.read(task, f"config.eval.tasks.{number}", config.data, tokenizer, format, config.eval.limit)
-
     def _scorer(self, number: int, task: Task) -> Scorer:
         """The task's scorer, with the examples that it read when it was first asked for."""
         if task.name not in self._scorers:
-            self._scorers[task.name] = SCORERS[task.score](task, self._read(number, task), self._setting)
+            examples = _read_task(number, task, self._setting.config, self._setting.tokenizer, self._setting.format)
+            self._scorers[task.name] = SCORERS[task.score](task, examples, self._setting)
         return self._scorers[task.name]
 
 
@@ -165,7 +190,7 @@ class Examples:
         overall = {"loss": loss, "perplexity": perplexity(loss), "n": float(len(self._examples)), **self._left_out}
         if not self._config.eval.generate:
             return Scored({ALL: overall}, [])
-        texts = self._predict(params, go_on)
+        texts, finished = self._predict(params, go_on)
         names = self._config.eval.metrics
         by_task: dict[str, list[int]] = {}
         for i, example in enumerate(self._examples):
@@ -173,7 +198,11 @@ class Examples:
         groups = dict(sorted(by_task.items())) | {ALL: list(range(len(texts)))}
         references = [example.references for example in self._examples]
         found = metrics.measure(names, texts, references, groups)
-        scores = {task: found[task].values | {"n": float(len(chosen))} for task, chosen in groups.items()}
+        scores = {
+            task: found[task].values
+            | {"n": float(len(chosen)), UNFINISHED: float(sum(not finished[i] for i in chosen))}
+            for task, chosen in groups.items()
+        }
         scores[ALL] = overall | scores[ALL]
         predictions = [
             {"id": e.id, "task": e.task, "prompt": e.prompt, "prediction": text, "references": list(e.references)}
@@ -183,15 +212,17 @@ class Examples:
         errors = {task: measured.errors for task, measured in found.items() if measured.errors}
         return Scored(scores, predictions, intervals, errors, metrics.advice(names, references))
 
-    def _predict(self, params: Params, go_on: Callable[[], bool]) -> list[str]:
-        texts = [""] * len(self._examples)
+    def _predict(self, params: Params, go_on: Callable[[], bool]) -> tuple[list[str], list[bool]]:
+        """A text for each example, and whether it ended before its limit."""
+        texts, finished = [""] * len(self._examples), [False] * len(self._examples)
         prompts = [example.prompt_tokens for example in self._examples]
         with tqdm(total=len(texts), desc="generating", unit=" examples", disable=None, leave=False) as bar:
             for text in self._generate(params, prompts):
                 texts[text.prompt] = self._tokenizer.decode(text.tokens)
+                finished[text.prompt] = text.finished
                 bar.update()
                 ask(go_on)
-        return texts
+        return texts, finished
 
 
 def _sampling(settings: Eval, tokenizer: Tokenizer) -> Sampling:

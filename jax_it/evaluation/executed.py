@@ -45,7 +45,7 @@ class Executed:
 
     def __call__(self, params: Params, go_on: Callable[[], bool]) -> Found:
         task, several = self._task, self._task.samples > 1
-        texts = self._samples(params, go_on)
+        texts, unfinished = self._samples(params, go_on)
         programs = [
             program(example.fields, text) for example, each in zip(self._examples, texts, strict=True) for text in each
         ]
@@ -64,7 +64,7 @@ class Executed:
             for name, k in self._ks.items()
         }
         values, intervals = over_groups(scores, self._examples)
-        return Found(summed_up(values, task, self._examples), rows, intervals, advice=_advice())
+        return Found(summed_up(values, task, self._examples, unfinished), rows, intervals, advice=_advice())
 
 
 def program(fields: Mapping[str, Any], text: str) -> str:

@@ -211,7 +211,7 @@ class _Watch:
         return (self._request.folder(self._place, step) / SCORES).is_file()
 
     def _scored(self) -> str:
-        number = sum(map(self._is_scored, self._place.scored_steps()))
+        number = sum(map(self._is_scored, {*self._place.scored_steps(), *self._checkpoints.steps()}))
         return f"{number} checkpoint{'s' * (number != 1)} scored"
 
     def _key(self, step: int) -> tuple[float, ...]:

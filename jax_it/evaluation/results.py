@@ -9,7 +9,7 @@ from typing import Any
 
 from jax_it import hosts, tensorboard
 from jax_it.errors import UserError
-from jax_it.evaluation.evaluator import ALL, TASK, TRUNCATED, WITHOUT_REFERENCE, Scored
+from jax_it.evaluation.evaluator import ALL, TASK, TRUNCATED, UNFINISHED, WITHOUT_REFERENCE, Scored
 from jax_it.files import is_remote, read_text, remedy, to_json, write_atomically
 from jax_it.workdir import SCORES
 
@@ -37,7 +37,7 @@ def write(folder: Any, scored: Scored, board: Any = None, step: int = 0) -> None
                 show(board, step, found)
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"cannot write {folder}: {reason}; {remedy(str(reason))} and evaluate again") from error
+            raise UserError(f"cannot write {folder}: {reason}; {remedy(reason)} and evaluate again") from error
 
 
 def _with_intervals(scored: Scored, task: str) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def table(scored: Scored) -> str:
     """A line for each task, and one for all, with the bounds of its 95 % intervals where there are any."""
     overall = scored.metrics.get(ALL, {})
     every = dict.fromkeys(name for values in (overall, *scored.metrics.values()) for name in values)
-    names = [name for name in every if name not in (WITHOUT_REFERENCE, TRUNCATED)]
+    names = [name for name in every if name not in (WITHOUT_REFERENCE, TRUNCATED, UNFINISHED)]
     names.sort(key=lambda name: name == "n")
     many = _many_groups(scored)
     rows: dict[str, Mapping[str, float]] = {
@@ -148,7 +148,11 @@ def table(scored: Scored) -> str:
     if skipped := overall.get(WITHOUT_REFERENCE):
         lines.append(f"{skipped:.0f} examples without a reference are left out")
     if truncated := overall.get(TRUNCATED):
-        lines.append(f"{truncated:.0f} prompts are cut to the source length")
+        lines.append(f"{truncated:.0f} prompts were truncated")
+    unfinished = {task: number for task, values in rows.items() if (number := values.get(UNFINISHED))}
+    if unfinished:
+        counts = ", ".join(f"{task} {number:.0f}" for task, number in unfinished.items())
+        lines.append(f"texts that reached max_new_tokens before they ended: {counts}")
     return "\n".join(lines)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 
 from jax_it import config as settings
-from jax_it import data, files, hosts, sharding
+from jax_it import data, files, hosts, metrics, sharding
 from jax_it.config import Config
 from jax_it.data import chat
 from jax_it.data import tokenizer as tokenizers
@@ -40,6 +39,7 @@ class Request:
     changes: Mapping[str, str] = field(default_factory=dict)  # {"eval.limit": "10"}
     output: str = ""  # a folder; "": in the run's
     run_model_code: bool = False
+    run_metric_code: bool = False  # whether Python that the run's own config names as a metric may run
 
     @property
     def name(self) -> str:
@@ -90,7 +90,9 @@ class Scorer:
         self.place, self.request = place, request
         own, derived = place.open()
         self.config = request.resolve(own)
+        _check_metric_code(place, request, own, self.config)
         _check_place(place, request, own, self.config)
+        self.config, _ = data.pin(self.config, derived.commits)
         self.total_steps, self.checkpoints = derived.total_steps, place.checkpoints()
         self._model = place.model(own, derived)
         self._mesh = sharding.make_mesh(sharding.whole_or_split(self._model.parameter_count))
@@ -103,7 +105,7 @@ class Scorer:
     def __call__(self, step: int, stopping: Stopping) -> Scored:
         """Scores a checkpoint and writes what it finds. Raises Unreadable, and Interrupted where it is told to stop."""
         folder = self.request.folder(self.place, step)
-        make(folder)
+        check_writable(folder)
         with jax.set_mesh(self._mesh):
             trained = self.place.trained(self._model, self.config, step, self._mesh, self.checkpoints)
             with _holding(stopping) as go_on:
@@ -199,25 +201,35 @@ def check_room(model: Model, config: Config) -> None:
 
 
 def check_unused(folder: Any) -> None:
-    """Refuses a folder that holds scores, before anything is computed, and makes it."""
+    """Refuses a folder that holds scores or cannot be written to, before anything is computed."""
     with hosts.first_then_others():
         for name in (SCORES, PREDICTIONS) if hosts.is_first() else ():
             if (folder / name).exists():
                 raise UserError(f"{folder / name} exists already; move it away, or name another --output")
-    make(folder)
+    check_writable(folder)
 
 
-def make(folder: Any) -> None:
-    """Makes a folder for scores. Raises UserError where it cannot be written to."""
+def check_writable(folder: Any) -> None:
+    """Refuses a folder for scores that cannot be made or written to; it is made when there are some."""
     with hosts.first_then_others():
-        if not hosts.is_first():
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not files.is_remote(folder):
-                tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}; name another place with --output") from error
+        if hosts.is_first() and (reason := files.unwritable(folder)):
+            raise UserError(f"cannot write to {folder}: {reason}; name another place with --output")
+
+
+def _check_metric_code(place: Workdir, request: Request, own: Config, config: Config) -> None:
+    """Refuses to run Python that a run's folder names: the folder may be someone else's."""
+    if request.run_metric_code or request.config:  # the metrics are those of the user's own file
+        return
+
+    def code(config: Config) -> list[str]:
+        lists = (config.eval.metrics, *(task.metrics for task in config.eval.tasks))
+        return [name for names in lists for name in names if metrics.is_custom(name)]
+
+    if names := [name for name in code(config) if name in code(own)]:
+        raise UserError(
+            f"the config of the run in {place.path} names code as a metric, {names[0]!r}, and it would run here; "
+            "if you trust it, add --run-metric-code"
+        )
 
 
 def _check_place(place: Workdir, request: Request, own: Config, config: Config) -> None:

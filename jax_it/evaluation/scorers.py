@@ -25,6 +25,7 @@ from jax_it.models import Model, Params
 
 OVER_ALL = ""  # the group of all examples
 TRUNCATED = "truncated"
+UNFINISHED = "unfinished"  # texts that reached max_new_tokens before they ended
 _CONTEXT = 4  # tokens of the prompt that new ones are decoded behind
 
 
@@ -79,16 +80,19 @@ class Samples:
             stop=self._stop if task.stop else None,
         )  # fmt: skip
 
-    def __call__(self, params: Params, go_on: Callable[[], bool]) -> list[list[str]]:
+    def __call__(self, params: Params, go_on: Callable[[], bool]) -> tuple[list[list[str]], list[int]]:
+        """The texts of each example, and how many of them reached the task's max_new_tokens."""
+        unfinished = [0] * len(self._examples)
         texts = [[""] * self._task.samples for _ in self._examples]
         prompts = [example.prompt_tokens for example in self._examples]
         with _progress(self._task, len(texts) * self._task.samples) as bar:
             for text in self._generate(params, prompts):
                 decoded = self._decode(prompts[text.prompt], text.tokens)
                 texts[text.prompt][text.sample] = self._stop.cut(decoded)
+                unfinished[text.prompt] += not text.finished
                 bar.update()
                 ask(go_on)
-        return texts
+        return texts, unfinished
 
     def _decode(self, prompt: list[int], tokens: list[int]) -> str:
         """What the tokens add to the prompt: some tokenizers leave out the space that a text begins with."""
@@ -108,7 +112,7 @@ class Generated:
 
     def __call__(self, params: Params, go_on: Callable[[], bool]) -> Found:
         task, several = self._task, self._task.samples > 1
-        texts = self._samples(params, go_on)
+        texts, unfinished = self._samples(params, go_on)
         answers = [[_answer(text, task.answer) for text in each] for each in texts]
         flat = [answer for each in answers for answer in each]
         references = [example.references for example in self._examples for _ in range(task.samples)]
@@ -123,7 +127,7 @@ class Generated:
             row = row_of(example, raw if several else raw[0])
             rows.append(row | ({"answer": answer if several else answer[0]} if task.answer else {}))
         return Found(
-            summed_up(values, task, self._examples),
+            summed_up(values, task, self._examples, unfinished),
             rows,
             {group: found.intervals for group, found in measured.items() if found.intervals},
             {group: found.errors for group, found in measured.items() if found.errors},
@@ -241,9 +245,15 @@ def over_groups(
 
 
 def summed_up(
-    values: Mapping[str, Mapping[str, float]], task: Task, examples: Sequence[TaskExample]
+    values: Mapping[str, Mapping[str, float]],
+    task: Task,
+    examples: Sequence[TaskExample],
+    unfinished: Sequence[int] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Values by group, with their means over groups ("accuracy_macro") and the numbers of examples."""
+    """Values by group, with their means over groups ("accuracy_macro") and the numbers of examples.
+
+    Where texts are generated, also with the numbers of `unfinished` ones, given for each example.
+    """
     groups = groups_of(examples)
     found = {group: {**values[group], "n": float(len(chosen))} for group, chosen in groups.items()}
     named = [values[group] for group in groups if group != OVER_ALL]
@@ -251,6 +261,9 @@ def summed_up(
         for name in values[OVER_ALL]:
             if all(name in each for each in named):
                 found[OVER_ALL][f"{name}_macro"] = math.fsum(each[name] for each in named) / len(named)
+    if unfinished is not None:
+        for group, chosen in groups.items():
+            found[group][UNFINISHED] = float(sum(unfinished[i] for i in chosen))
     if task.truncate != "refuse":
         found[OVER_ALL][TRUNCATED] = float(sum(example.cut for example in examples))
     return found

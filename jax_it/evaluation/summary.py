@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 
 from jax_it import files
 from jax_it.errors import UserError
-from jax_it.evaluation.evaluator import ALL, TRUNCATED, WITHOUT_REFERENCE
+from jax_it.evaluation.evaluator import ALL, TRUNCATED, UNFINISHED, WITHOUT_REFERENCE
 from jax_it.evaluation.results import cell, read
 from jax_it.evaluation.run import OWN, Request
-from jax_it.files import write_atomically
 from jax_it.workdir import SCORES, Workdir, score_in
 
 WIDTH = 160  # of the table, in characters; the files have all columns
 NAME = 20  # of a task
-HIDDEN = (WITHOUT_REFERENCE, TRUNCATED, "n")
+HIDDEN = (WITHOUT_REFERENCE, TRUNCATED, UNFINISHED, "n")
 
 Scores = dict[str, dict[str, Any]]  # by task and metric
 
@@ -132,16 +131,15 @@ def _shown(values: dict[str, Any], name: str) -> str:
     return cell(value, name) if isinstance(value, (int, float)) else "failed" if "errors" in values else ""
 
 
-def write_json(file: str, summary: Summary) -> None:
+def to_json(summary: Summary) -> list[dict[str, Any]]:
     """A list with an object for each step."""
-    rows = [
+    return [
         {"step": step, "best": step == summary.best, "checkpoint": step in summary.kept, "scores": scores}
         for step, scores in summary.scores.items()
     ]
-    _write(file, rows)
 
 
-def write_csv(file: str, summary: Summary) -> None:
+def to_csv(summary: Summary) -> str:
     """A row for each step, with columns "TASK/METRIC"."""
     rows = []
     for step, scores in summary.scores.items():
@@ -157,11 +155,4 @@ def write_csv(file: str, summary: Summary) -> None:
     writer = csv.DictWriter(out, dict.fromkeys(name for row in rows for name in row), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(file, out.getvalue())
-
-
-def _write(file: str, content: Any) -> None:
-    try:
-        write_atomically(files.locate(file), content)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror or error}; name another file") from error
+    return out.getvalue()

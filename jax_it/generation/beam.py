@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_it.generation.sampling import Sampling, constrain, is_end
+from jax_it.generation.sampling import BROKEN, Sampling, constrain, is_end, is_finite
 
 NEVER = -jnp.inf  # the score of a text that is not there
 
@@ -96,6 +96,10 @@ class Beams:
         over_B = hoped_B <= ended.scores_BK[:, -1]
         if sampling.early_stopping is True:
             over_B |= full_B
+        broken_B = ~is_finite(logits_BV).reshape(slots, beams).all(1)
+        broken_BKT = broken_B[:, None, None] & ~done_B[:, None, None]
+        ended = ended._replace(tokens_BKT=jnp.where(broken_BKT, BROKEN, ended.tokens_BKT))
+        over_B |= broken_B
 
         seen_BKV = state.seen_BKV
         if seen_BKV is not None:

@@ -12,9 +12,10 @@ import numpy as np
 
 from jax_it import sharding
 from jax_it.data.batches import bucket
+from jax_it.errors import UserError
 from jax_it.generation import widths
 from jax_it.generation.beam import Beams
-from jax_it.generation.sampling import GREEDY, OneByOne, Sampling
+from jax_it.generation.sampling import BROKEN, GREEDY, OneByOne, Sampling, check
 from jax_it.generation.slots import Arrivals, Search, Slots, advance, empty, fill, keep, widen
 from jax_it.models import Model, Params
 
@@ -33,6 +34,7 @@ class Text(NamedTuple):
     sample: int  # which of its texts; of beams, 0 is the best
     tokens: list[int]  # without the end mark
     log_probs: list[float] | None  # of each token, and of the end mark if one ended the text
+    finished: bool  # ended by an end mark or a stop string; False: by its limit
 
 
 class Generator:
@@ -42,7 +44,8 @@ class Generator:
     come in sorted by length, shortest first, some at a time, whenever as many slots of the batch are done; so short
     texts wait for no long ones, and prompts of like length are padded together. A text ends at one of the model's end
     tokens or of the `ends` given beside them, at its limit, or as soon as `stop(tokens)` says so, which is not asked of
-    beams. With `log_probs` they come with the texts. Raises ValueError where no text would ever end.
+    beams. With `log_probs` they come with the texts. Raises ValueError where no text would ever end, and UserError
+    where the model's logits are not finite, or as `sampling.check` does.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Generator:
         stop: Callable[[Sequence[int]], bool] | None = None,
         log_probs: bool = False,
     ):
+        check(sampling, max_new_tokens, model.config.vocabulary)
         self._mesh, self._length = mesh, max_new_tokens
         self._ends = tuple(dict.fromkeys([*model.config.end_tokens, *ends]))
         if not self._ends:
@@ -207,13 +211,20 @@ class Generator:
             number, over = int(number_B[slot]), bool(done_B[slot])
             for tokens_T, log_probs_T in zip(tokens_BNT[slot], log_probs_BNT[slot], strict=True):
                 tokens = list(takewhile(lambda token: token not in self._ends, tokens_T[:number].tolist()))
+                if BROKEN in tokens:
+                    raise UserError(
+                        f"the model's logits for prompt {place[0] + 1} are not finite, so there is no text: its "
+                        "weights are broken, or too large for the dtype that it is computed in"
+                    )
                 scored = min(len(tokens) + 1, number)  # with an end mark
+                finished = len(tokens) < number
                 if self._stop and self._stop(tokens):
                     # Cut where it was over, however late that was seen.
-                    over, scored = True, next(n for n in range(len(tokens) + 1) if self._stop(tokens[:n]))
+                    over = finished = True
+                    scored = next(n for n in range(len(tokens) + 1) if self._stop(tokens[:n]))
                     tokens = tokens[:scored]
                 log_probs = log_probs_T[:scored].tolist() if self._log_probs else None
-                texts.append(Text(place[0], place[1] + len(texts), tokens, log_probs))
+                texts.append(Text(place[0], place[1] + len(texts), tokens, log_probs, finished))
             if over:
                 yield slot, texts
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from jax_it import sharding
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
+from jax_it.errors import UserError
 from jax_it.generation import widths
 from jax_it.generation.sampling import likeliest
 from jax_it.models import Model, Params
@@ -56,7 +57,7 @@ class Likelihoods:
     def __call__(self, params: Params, requests: Sequence[Request]) -> Iterator[tuple[int, list[Likelihood]]]:
         """(index, a likelihood for each continuation) of every request, in any order, the same on all hosts.
 
-        Raises ValueError for a prompt or a continuation without a token.
+        Raises ValueError for a prompt or a continuation without a token, and UserError for logits that are not finite.
         """
         groups: dict[tuple[bool, int, int], list[int]] = {}
         for i, request in enumerate(requests):
@@ -135,6 +136,11 @@ def _read(
     sums, greedy = (np.asarray(array) for array in found)
     for row, i in enumerate(batch):
         number = len(requests[i].continuations)
+        if not np.isfinite(sums[row, :number]).all():
+            raise UserError(
+                f"the model's logits for prompt {i + 1} are not finite, so nothing is likely: its weights are broken, "
+                "or too large for the dtype that it is computed in"
+            )
         yield i, [Likelihood(float(sums[row, c]), bool(greedy[row, c])) for c in range(number)]
 
 

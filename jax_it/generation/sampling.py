@@ -1,10 +1,13 @@
 """How the next token is chosen from logits, and texts that are made of one token after another."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jax_it.errors import UserError
 
 
 class Sampling(NamedTuple):
@@ -29,6 +32,24 @@ class Sampling(NamedTuple):
 
 
 GREEDY = Sampling()
+LONGEST = 1 << 20  # tokens of a text, for which memory is taken before it begins
+
+
+def check(sampling: Sampling, max_new_tokens: int, vocabulary: int) -> None:
+    """Refuses numbers with which float32 would give infinite scores, and so any text. Raises UserError."""
+    if max_new_tokens > LONGEST:
+        raise UserError(f"max_new_tokens {max_new_tokens}: a text has {LONGEST} tokens at most")
+    if sampling.temperature and not 1e-6 <= sampling.temperature <= 1e30:
+        raise UserError(f"temperature {sampling.temperature:g}: it must be 0 (greedy), or from 1e-6 to 1e30")
+    if not 1e-6 <= sampling.repetition_penalty <= 1e30:
+        raise UserError(f"repetition_penalty {sampling.repetition_penalty:g}: it must be from 1e-6 to 1e30")
+    if not abs(sampling.length_penalty) * math.log10(max_new_tokens + 1) <= 30:
+        raise UserError(
+            f"length_penalty {sampling.length_penalty:g}: {max_new_tokens} tokens to this power are beyond 1e30; take "
+            "one nearer to 0"
+        )
+    if sampling.num_beams > vocabulary:
+        raise UserError(f"num_beams {sampling.num_beams}: the model has {vocabulary} tokens to begin with; take fewer")
 
 
 def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
@@ -56,6 +77,14 @@ def constrain(
         forced_V = jnp.where(tokens_V == sampling.first_token, 0.0, -jnp.inf)
         scores_BV = jnp.where((number_B == 0)[:, None], forced_V, scores_BV)
     return scores_BV
+
+
+BROKEN = -1  # in place of a token: its logits were not finite
+
+
+def is_finite(logits_BV: jax.Array) -> jax.Array:
+    """Whether all logits of a row are finite, [B]."""
+    return jnp.isfinite(jnp.abs(logits_BV).max(-1))
 
 
 def likeliest(logits_BV: jax.Array) -> jax.Array:
@@ -134,7 +163,9 @@ class OneByOne:
         `number_B` tokens are made already, and `limit_B` at most. A text that is done stays as it is.
         """
         allowed_BV = constrain(logits_BV, self.sampling, self.ends, number_B, text.seen_BV)
+        finite_B = is_finite(logits_BV)
         next_B = choose(allowed_BV, self.sampling, text.row_B, number_B).astype(jnp.int32)
+        next_B = jnp.where(finite_B, next_B, BROKEN)
         rows, at_B = jnp.arange(next_B.shape[0]), jnp.where(done_B, self.length, number_B)
         log_probs_BT = text.log_probs_BT
         if self.log_probs:
@@ -146,7 +177,7 @@ class OneByOne:
             text.row_B,
             None if text.seen_BV is None else text.seen_BV.at[rows, next_B].set(True),
         )
-        return longer, next_B, None, is_end(next_B, self.ends) | (number_B + 1 >= limit_B)
+        return longer, next_B, None, is_end(next_B, self.ends) | (number_B + 1 >= limit_B) | ~finite_B
 
     def read(self, text: State) -> tuple[Any, Any]:
         """Tokens and log-probabilities [B, texts, T]."""

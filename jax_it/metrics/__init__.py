@@ -11,12 +11,13 @@ from typing import NamedTuple
 from jax_it.errors import UserError
 from jax_it.metrics import answers, bootstrap, custom, ifeval, rouge, translation
 from jax_it.metrics.answers import find_final_number
+from jax_it.metrics.custom import is_custom
 from jax_it.metrics.languages import advice, characters
 from jax_it.metrics.metric import Array, Metric, Predictions, References, Values, mean, value
 
 __all__ = [
     "METRICS", "Measured", "Predictions", "References", "advice", "characters", "check", "find_final_number",
-    "lower_is_better", "measure", "score",
+    "is_custom", "lower_is_better", "measure", "score",
 ]  # fmt: skip
 
 METRICS: dict[str, Metric] = {
@@ -97,7 +98,7 @@ def measure(
                 rows[name] = METRICS[name].statistics(predictions, references)
             except UserError as error:  # of references that are not what the metric needs
                 failed[name] = str(error)
-    own = {name: _Own(name, predictions, references) for name in names if custom.is_custom(name)}
+    own = {name: _Own(name, predictions, references) for name in names if is_custom(name)}
 
     def measured(chosen: list[int]) -> Measured:
         values: dict[str, float] = {}
@@ -153,7 +154,7 @@ def check(names: Sequence[str]) -> None:
     """Refuses a metric that is unknown, or whose packages or function are not there: called before a run starts."""
     lower = {name.lower(): name for name in METRICS}
     for name in names:
-        if custom.is_custom(name):
+        if is_custom(name):
             custom.load(name)
         elif name in METRICS:
             translation.check(name)

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from jax_it.errors import UserError
+from jax_it import files
+from jax_it.errors import UserError, shorten
 from jax_it.metrics.metric import Array, Predictions, References
 
+LARGEST = 3e38  # TensorBoard's numbers are float32, and sums of larger ones may be infinite
 Function = Callable[[list[str], list[list[str]]], Any]
 
 
@@ -32,10 +34,14 @@ def load(name: str) -> Function:
     """
     place, _, attribute = name.rpartition(":")
     try:
-        module = _from_file(name, Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
+        module = (
+            _from_file(name, files.locate_local(place, f"metric {name!r}:"))
+            if place.endswith(".py")
+            else importlib.import_module(place)
+        )
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         hint = ""
         if isinstance(error, ModuleNotFoundError) and Path(f"{place}.py").is_file():
             hint = f"; to take the file, write '{place}.py:{attribute}'"
@@ -66,7 +72,7 @@ def call(name: str, predictions: Predictions, references: References) -> dict[st
     function = load(name)
     try:
         result = function(list(predictions), [list(several) for several in references])
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"metric {name!r} raised {_reason(error)}") from error
     if not isinstance(result, dict):
         return {name: _numbers(name, result, len(predictions))}
@@ -83,9 +89,12 @@ def _numbers(name: str, value: Any, examples: int) -> float | Array:
         if array.dtype.kind not in "biuf":
             raise TypeError
         array = array.astype(float)
-    except (TypeError, ValueError):
+    except Exception:  # an object of the user's may raise anything
         expected = "expected a number, a number for each example, or a dict of such"
         raise UserError(f"metric {name!r} returned {_short(value)}; {expected}") from None
+    too_large = np.isfinite(array) & (np.abs(array) > LARGEST)
+    if too_large.any():
+        raise UserError(f"metric {name!r} returned {array[too_large].flat[0]}; expected {LARGEST} at most")
     if array.shape == ():
         if not math.isfinite(array):
             raise UserError(f"metric {name!r} returned {array}; where there is nothing to measure, return 0 or raise")
@@ -130,5 +139,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    try:
+        return shorten(repr(value))
+    except Exception:  # as above
+        return f"a {type(value).__name__}"

@@ -21,6 +21,7 @@ from jax_it.models.layers import apart
 from jax_it.models.linear import dense
 from jax_it.models.lora import Adapter
 from jax_it.models.quantized import Quantized
+from jax_it.models.settings import shown
 from jax_it.models.weights import Weight, flatten, is_vector, unflatten
 
 Params = dict[str, Any]  # nested dicts of arrays
@@ -58,9 +59,15 @@ class Model:
         return nnx.to_pure_dict(nnx.state(self.family.module(self.config, rngs=nnx.Rngs(params=key))))
 
     @cached_property
+    def _abstract(self) -> tuple[Any, Any]:
+        """The module's graph, and its weights as ShapeDtypeStructs; nothing is computed."""
+        make = self.family.module
+        return nnx.split(nnx.eval_shape(lambda: make(self.config, rngs=nnx.Rngs(params=jax.random.key(0)))))
+
+    @cached_property
     def shapes(self) -> Params:
-        """The base model's weights as ShapeDtypeStructs; nothing is computed."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        """The base model's weights as ShapeDtypeStructs."""
+        return nnx.to_pure_dict(self._abstract[1])
 
     @cached_property
     def weights(self) -> dict[str, Weight]:
@@ -211,25 +218,32 @@ class Model:
         else:
             base = jax.tree.map(cast, self.letters, jax.lax.stop_gradient(frozen))
             weights = self.adapter.attach(base, trained, None if key is None else jax.random.fold_in(key, 0))
-        make = self.family.module
-        graph, _ = nnx.split(nnx.eval_shape(lambda: make(self.config, rngs=nnx.Rngs(params=jax.random.key(0)))))
-        return nnx.merge(graph, weights)
+        return nnx.merge(self._abstract[0], weights)
 
 
 def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
     """The model of a config.json's values. Raises UserError for one that is not implemented."""
     kind = values.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(f"{where}: model_type {kind!r} is not supported; jax_it has {', '.join(FAMILIES)}")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(f"{where}: model_type {shown(kind)} is not supported; jax_it has {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     if model.prefix_lm and family.kind != "causal":
         raise UserError(f"config.model.prefix_lm: {kind} is an encoder-decoder, which reads both ways anyway")
     config = family.read_config(values, where)
+    if family.kind == "seq2seq":
+        for name, token in (("decoder_start_token_id", config.start_token), ("pad_token_id", config.pad_token)):
+            if not 0 <= token < config.vocabulary:
+                raise UserError(f"{where}: {name} is {token}, and the embedding has rows 0 to {config.vocabulary - 1}")
     dtype = {"auto": default_dtype(), "float32": jnp.float32, "bfloat16": jnp.bfloat16}
     dropout = config.dropout if model.dropout is None else model.dropout
     on_tpu = jax.default_backend() == "tpu"
     fused = model.attention == "auto" and on_tpu
-    run = Run(dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, fused, unrolled=not on_tpu)
+    # All positions of a text may have to be computed again, which goes through stacked layers.
+    again = family.kind == "causal" and config.computed_again and bool(config.original_length)
+    if again and model.prefix_lm:
+        raise UserError(f"config.model.prefix_lm: the longrope of {where} is computed for causal attention alone")
+    unrolled = not (on_tpu or again)
+    run = Run(dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, fused, unrolled=unrolled)
     return Model(values, family, config, run)
 
 
@@ -240,4 +254,6 @@ def default_dtype() -> Any:
 
 def with_tied_head(model: Model, tied: bool) -> Model:
     """The same model whose head is, or is not, its embedding: what the checkpoint's weights say."""
+    if model.config.tied == tied:
+        return model
     return dataclasses.replace(model, config=dataclasses.replace(model.config, tied=tied))

@@ -35,7 +35,9 @@ class Cache(NamedTuple):
     key_LBKHT: Layers
     value_LBKTH: Layers
     memory: Memory | None = None
-    extent_B: jax.Array | None = None  # how many positions each text may have in all, where its rotation depends on it
+    # Where a text that outgrows LongRoPE's original length is computed again: its tokens, and whether it has been.
+    tokens_BT: jax.Array | None = None
+    long_B: jax.Array | None = None
 
 
 Step = Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, Cache]]

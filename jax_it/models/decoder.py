@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import fused, layers, rope
-from jax_it.models.cache import Cache, Step, lengthen, room, write
+from jax_it.models.cache import Cache, Step, change, lengthen, room, write
 from jax_it.models.experts import Routing
 from jax_it.models.family import Run
 from jax_it.models.layers import Norm, attend, attend_cached, split_key
@@ -108,11 +108,11 @@ class Stack(nnx.Module):
         def step(x_BTD: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
             memory = cache.memory
             distance_BTS = (positions_B[:, None] - jnp.arange(room(cache)))[:, None]
-            turns = self._rotations(positions_B[:, None], None if cache.extent_B is None else cache.extent_B[:, None])
+            turns = self._rotations(positions_B[:, None], positions_B[:, None] + 1)
 
             def layer(carry: tuple, number: Any, module: Any) -> tuple:
                 x_BTD, *cached = carry  # keys and values
-                (cos, sin), window = self._variation(turns, varied and jax.tree.map(lambda each: each[number], varied))
+                (cos, sin), window = self._variation(turns, jax.tree.map(lambda each: each[number], varied))
 
                 def attention(x_BTD: jax.Array) -> jax.Array:
                     query_BTNH, key_BTKH, value_BTKH = _heads(module.attention, x_BTD, cos, sin)
@@ -144,18 +144,21 @@ class Stack(nnx.Module):
             return None
         return jax.tree.map(lambda *each: jnp.stack(each), *rope.rotations(self.config.ropes, positions_BT, extents_BT))
 
-    def _varied(self) -> Any:
-        """What differs between layers, as arrays over them: which rope, and the window."""
+    def _varied(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """Arrays over layers of what differs between them: which rope, and the window; None for what does not."""
         c = self.config
-        if not c.varied:
-            return None
-        windows = [window or WITHOUT_WINDOW for window in c.windows or (0,) * c.layers]
-        return jnp.asarray(c.layer_ropes or (0,) * c.layers), jnp.asarray(windows)
+        ropes = jnp.asarray(c.layer_ropes) if len(set(c.layer_ropes)) > 1 else None
+        windows = jnp.asarray([window or WITHOUT_WINDOW for window in c.windows]) if len(set(c.windows)) > 1 else None
+        return ropes, windows
 
-    def _variation(self, turns: Any, varied: Any) -> tuple[Any, Any]:
+    def _variation(self, turns: Any, varied: tuple[Any, Any]) -> tuple[Any, Any]:
         """A layer's (cosine, sine) and its window."""
         c = self.config
-        which, window = varied if varied is not None else (0, (c.windows or (0,))[0] or WITHOUT_WINDOW)
+        which, window = varied
+        if which is None:
+            which = (c.layer_ropes or (0,))[0]
+        if window is None:  # a number of Python's, which the kernel's mask takes
+            window = (c.windows or (0,))[0] or WITHOUT_WINDOW
         return (None, None) if turns is None else (turns[0][which], turns[1][which]), window
 
 
@@ -179,7 +182,7 @@ class Decoder(Stack):
         allowed_BTS = causal_mask(batch.segments_BT, batch.prefix_BT)
         x_BTD = self._embed(batch.tokens_BT, batch.positions_BT, run)
         extents_BT = None
-        if self.config.depends_on_extent:
+        if self.config.original_length:
             extents_BT = (batch.segments_BT[:, :, None] == batch.segments_BT[:, None]).sum(-1)
         x_BTD, routing, _ = self.scan(
             x_BTD, batch.positions_BT, batch.segments_BT, allowed_BTS, run, key, extents_BT=extents_BT
@@ -198,20 +201,52 @@ class Decoder(Stack):
         allowed_BTS = causal_mask(segments_BS, prefix_BS)
         x_BSD = self._embed(tokens_BS, positions_BS, run)
         last_B = jnp.maximum((segments_BS > 0).sum(1) - 1, 0)
-        extent_B = last_B + 1 + length if self.config.depends_on_extent else None
         _, _, (keys, values) = self.scan(
-            x_BSD, positions_BS, segments_BS, allowed_BTS, run,
-            extents_BT=None if extent_B is None else extent_B[:, None], with_cache=True,
-        )  # fmt: skip
+            x_BSD, positions_BS, segments_BS, allowed_BTS, run, extents_BT=last_B[:, None] + 1, with_cache=True
+        )
         first_B = jnp.take_along_axis(tokens_BS, last_B[:, None], axis=1)[:, 0]
-        return first_B, last_B, lengthen(Cache(keys, values, extent_B=extent_B), length)
+        cache = Cache(keys, values)
+        if self.config.original_length and self.config.computed_again:
+            cache = cache._replace(tokens_BT=tokens_BS, long_B=last_B >= self.config.original_length)
+        return first_B, last_B, lengthen(cache, length)
 
     def stepper(self, run: Run) -> Step:
         """States [B, D] after one more token a row, at its own position, and the new cache."""
         step = super().stepper(run)
-        return lambda tokens_B, positions_B, cache: step(
-            self._embed(tokens_B[:, None], positions_B[:, None], run), positions_B, cache
-        )
+
+        def of_token(tokens_B: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+            if cache.tokens_BT is not None:
+                tokens_BT = cache.tokens_BT.at[jnp.arange(tokens_B.size), positions_B].set(tokens_B)
+                cache = self._grown_long(cache._replace(tokens_BT=tokens_BT), positions_B, run)
+            return step(self._embed(tokens_B[:, None], positions_B[:, None], run), positions_B, cache)
+
+        return of_token
+
+    def _grown_long(self, cache: Cache, positions_B: jax.Array, run: Run) -> Cache:
+        """The cache in which the texts that outgrow LongRoPE's original length with this position are computed again,
+        as Transformers does: all of a text rotates by the same frequencies.
+        """
+        assert cache.tokens_BT is not None and cache.long_B is not None
+        grown_B = (positions_B >= self.config.original_length) & ~cache.long_B
+
+        def again(cache: Cache) -> Cache:
+            assert cache.tokens_BT is not None and cache.long_B is not None
+            places_BT = jnp.broadcast_to(jnp.arange(room(cache)), cache.tokens_BT.shape)
+            segments_BT = (places_BT <= positions_B[:, None]).astype(jnp.int32)
+            x_BTD = self._embed(cache.tokens_BT, places_BT, run)
+            _, _, (keys, values) = self.scan(
+                x_BTD, places_BT, segments_BT, causal_mask(segments_BT), run, extents_BT=positions_B[:, None] + 1,
+                with_cache=True,
+            )  # fmt: skip
+            new = cache._replace(key_LBKHT=keys, value_LBKTH=values, long_B=cache.long_B | grown_B)
+
+            def choose(letters: str, old: jax.Array, new: jax.Array) -> jax.Array:
+                ones = [-1 if letter == "B" else 1 for letter in letters]
+                return jnp.where(grown_B.reshape(ones), new.astype(old.dtype), old)
+
+            return change(choose, cache, new)
+
+        return jax.lax.cond(grown_B.any(), again, lambda cache: cache, cache)
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, run: Run) -> jax.Array:
         x_BTD = embed(self.config, self.embedding, tokens_BT, run.dtype)

@@ -19,6 +19,7 @@ import numpy as np
 from jax_it import sharding
 from jax_it.config import Model as ModelConfig
 from jax_it.errors import UserError
+from jax_it.files import read_json
 from jax_it.models import Model, Params, build, peft, with_tied_head
 from jax_it.models.lora import make_adapter
 from jax_it.models.quantized import KINDS, block_size, quantize
@@ -34,13 +35,9 @@ def read_values(model: ModelConfig) -> tuple[dict[str, Any], str]:
         file = find_folder(model.path) / "config.json"
         where = str(file)
         try:
-            values = json.loads(file.read_text())
+            values = read_json(file)
         except FileNotFoundError:
             raise UserError(f"{file} is missing: {model.path} is not a model in Transformers format") from None
-        except ValueError as error:
-            raise UserError(f"{file} is not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{file} holds no JSON object: {model.path} is not a model in Transformers format")
     return {**values, **model.architecture}, where
 
 
@@ -237,17 +234,16 @@ def save_generation_settings(source: Path | None, target: Path, model: Model, en
     """
     file, config = "generation_config.json", model.config
     values: dict[str, Any] = {}
-    if source is not None and (source / file).is_file():
-        try:
-            values = json.loads((source / file).read_text())
-        except ValueError as error:
-            raise UserError(f"{source / file} is not valid JSON: {error}; mend or remove it") from None
+    if source is not None and (source / file).exists():
+        values = read_json(source / file)
     else:
         start = "decoder_start_token_id" if model.kind == "seq2seq" else "bos_token_id"
         marks = {start: config.start_token, "eos_token_id": list(config.end_tokens), "pad_token_id": config.pad_token}
         values = {name: mark for name, mark in marks.items() if mark not in (None, [])}
     given = values.get("eos_token_id")
     known = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in known):
+        raise UserError(f"{source}/{file}: eos_token_id is {given!r}; it must be a token id or a list of them")
     together = list(dict.fromkeys([*known, *ends]))
     if together:
         values["eos_token_id"] = together[0] if len(together) == 1 else together

@@ -49,7 +49,7 @@ def project(x: jax.Array, param: nnx.Param, spec: str) -> jax.Array:
     # Liu et al. 2024, section 4.3: the norm is a constant to the gradient. As in PEFT, dropout acts on the
     # whole of what the adapter changes.
     inputs, _ = _axes(spec)
-    norm = jax.lax.stop_gradient(column_norm(weight, inputs))
+    norm = jax.lax.stop_gradient(column_norm(sum_of(weight, inputs), inputs))
     share = weight.magnitude / norm
     changed = plain if weight.key is None else _product(dropped, weight.base, spec)
     # The difference from 1 is small: it is taken before the share is rounded.
@@ -73,10 +73,9 @@ def look_up(param: nnx.Param, tokens: jax.Array, dtype: Any) -> jax.Array:
     return dense(jax.tree.map(lambda array: array[tokens], param.get_value()), dtype)
 
 
-def column_norm(weight: Adapted, inputs: int) -> jax.Array:
-    """The length of W + scale * A B along its first `inputs` axes, float32: what DoRA's magnitude starts from."""
-    axes = tuple(range(inputs))
-    return jnp.sqrt(jnp.square(sum_of(weight, inputs)).sum(axes))
+def column_norm(weight: DenseWeight, inputs: int) -> jax.Array:
+    """The length of a weight along its first `inputs` axes, float32: what DoRA's magnitude starts from."""
+    return jnp.sqrt(jnp.square(dense(weight, jnp.float32)).sum(tuple(range(inputs))))
 
 
 def sum_of(weight: Adapted, inputs: int) -> jax.Array:
@@ -90,7 +89,7 @@ def merge(weight: Adapted, inputs: int) -> jax.Array:
     total = sum_of(weight, inputs)
     if weight.magnitude is None:
         return total
-    return total * (weight.magnitude / jnp.sqrt(jnp.square(total).sum(tuple(range(inputs)))))
+    return total * (weight.magnitude / column_norm(total, inputs))
 
 
 def _axes(spec: str) -> tuple[int, int]:
@@ -111,13 +110,24 @@ def _low_rank_specs(spec: str) -> tuple[str, str]:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; `x` itself where there is no key. The rate is rounded to a multiple of 1/256.
+    """Inverted dropout; `x` itself where there is no key. The rate is rounded to a multiple of 1/256, or of a finer
+    fraction where that would change what is dropped, or kept, by more than 2 %.
 
-    Four elements share one random word: random numbers are most of dropout's cost.
+    Four elements share one random word, or two: random numbers are most of dropout's cost.
     """
-    dropped = round(rate * 256)
-    if key is None or not dropped:
+    if key is None or not rate:
         return x
-    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 4)), jnp.uint32)
-    octets = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
-    return jnp.where(octets >= dropped, x * jnp.asarray(256 / (256 - dropped), x.dtype), 0)
+    size, dropped = _rounded(rate)
+    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] * size // 32)), jnp.uint32)
+    parts = words if size == 32 else jax.lax.bitcast_convert_type(words, {8: jnp.uint8, 16: jnp.uint16}[size])
+    kept = parts.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]] >= jnp.asarray(dropped, parts.dtype)
+    return jnp.where(kept, x * jnp.asarray(2**size / (2**size - dropped), x.dtype), 0)
+
+
+def _rounded(rate: float) -> tuple[int, int]:
+    """(bits, how many of their 2 ** bits values are dropped) for a rate in (0, 1)."""
+    for size in (8, 16):
+        dropped = round(rate * 2**size)
+        if abs(dropped / 2**size - rate) <= 0.02 * min(rate, 1 - rate):
+            return size, dropped
+    return 32, min(max(round(rate * 2**32), 1), 2**32 - 1)

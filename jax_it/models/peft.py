@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jax_it.errors import UserError
+from jax_it.files import read_json
 from jax_it.models import Model, Params
 from jax_it.models.lora import Adapter, Target, choose_targets, is_linear, module_name, split_axes
 from jax_it.models.tensors import DTYPES, Tensors, fetch, find_folder, read_weight, write_weights
@@ -29,6 +30,8 @@ _READ = frozenset(
     auto_mapping fan_in_fan_out inference_mode peft_version revision runtime_config task_type loftq_config eva_config
     """.split()
 )
+_MAX_RANK = 1 << 16
+_MAX_ALPHA = 1e30  # the scale of what an adapter adds is a float32
 # These initialisations leave the base model's weights as they are.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -59,14 +62,57 @@ def read_adapter(path: str, model: Model) -> tuple[Adapter, Path]:
     values = _read_values(folder)
     where = str(folder / CONFIG)
     for key, value in values.items():
-        if value not in _ONLY[key] if key in _ONLY else (value and key not in _READ):
+        # 0 is a layer's number, and no empty list of layers.
+        given = value != [] and value is not None if key == "layers_to_transform" else bool(value)
+        if value not in _ONLY[key] if key in _ONLY else (given and key not in _READ):
             only = f"only {_ONLY[key][0]!r} is" if key in _ONLY else "it must be empty"
-            raise UserError(f"{where}: {key}={value!r} is not supported by jax_it; {only}")
+            raise UserError(f"{where}: {key}={_short(value)} is not supported by jax_it; {only}")
+    for key in ("use_rslora", "use_dora", "fan_in_fan_out"):
+        if not isinstance(values.get(key), bool | None):
+            raise UserError(f"{where}: {key}={_short(values[key])} must be true or false")
+    dropout = values.get("lora_dropout")
+    dropout = 0.0 if dropout is None else dropout
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise UserError(f"{where}: lora_dropout={_short(dropout)} must be a number of at least 0 and below 1")
     layers = model.depths
-    named = values.get("target_modules") or []
-    paths = choose_targets([named] if isinstance(named, str) else sorted(named), model.weights, layers, where)
-    targets = tuple(_target(path, model.weights[path], layers[path], values, where) for path in paths)
-    return Adapter(targets, bool(values.get("use_dora")), float(values.get("lora_dropout") or 0.0)), folder
+    paths = choose_targets(_named(values, where), model.weights, layers, where)
+    patterns = {key: _patterns(values, key, where) for key in ("rank_pattern", "alpha_pattern")}
+    targets = tuple(_target(path, model.weights[path], layers[path], values | patterns, where) for path in paths)
+    return Adapter(targets, bool(values.get("use_dora")), float(dropout)), folder
+
+
+def _named(values: Mapping[str, Any], where: str) -> list[str]:
+    """The modules that have adapters."""
+    named = values.get("target_modules")
+    listed = [named] if isinstance(named, str) else named
+    if not isinstance(listed, list) or not listed or not all(isinstance(name, str) and name for name in listed):
+        raise UserError(
+            f"{where}: target_modules={_short(named)} must be a module's name, a pattern or a list of names"
+        )
+    return sorted(listed)
+
+
+def _patterns(values: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """PEFT's `rank_pattern` or `alpha_pattern`."""
+    patterns = values.get(key)
+    patterns = {} if patterns is None else patterns
+    if not isinstance(patterns, dict):
+        raise UserError(f"{where}: {key}={_short(patterns)} must map modules to numbers")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise UserError(f"{where}: {key}: {_short(pattern)} is no regular expression: {error}") from None
+    return patterns
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def read(
@@ -97,23 +143,55 @@ def read(
             raise UserError(
                 f"{folder / WEIGHTS}: {extra[0]} is of no module of this base model: the adapter is for another one"
             )
+        model, within = _with_own_ranks(model, table, shapes, tensors)
+        shapes = flatten(model.trained_shapes)
         leaves = {
-            path: read_weight(weight, shapes[path].shape, tensors.read, dtype, mesh) for path, weight in table.items()
+            path: read_weight(weight, shapes[path].shape, tensors.read, dtype, mesh)
+            for path, weight in weight_table(model, within).items()
         }
     return model, model.join(unflatten(leaves), base)
+
+
+def _with_own_ranks(
+    model: Model, table: Mapping[str, Weight], shapes: Mapping[str, Any], tensors: Tensors
+) -> tuple[Model, dict[str, tuple[int, int]]]:
+    """Undoes `_put_side_by_side`: each target gets its own rank back, else every round trip would multiply it.
+
+    Also returns how many ranks of the shared tensor lie before and after those of each such target.
+    """
+    assert model.adapter is not None
+    own: dict[str, Target] = {}
+    within: dict[str, tuple[int, int]] = {}
+    for targets in _by_tensor(model).values():
+        rank, left_over = divmod(targets[0].rank, len(targets))
+        if len(targets) == 1 or left_over:
+            continue
+        blocks = [slice(i * rank, (i + 1) * rank) for i in range(len(targets))]
+        filled = []
+        for target, block in zip(targets, blocks, strict=True):
+            shape = shapes[f"{target.path}.b"].shape
+            b = table[f"{target.path}.b"].cut(shape, (slice(None),) * len(shape), tensors.read)
+            filled.append(bool(b[:, block].any()) and not np.delete(b, block, axis=1).any())
+        if all(filled):
+            for target, block in zip(targets, blocks, strict=True):
+                own[target.path] = target._replace(rank=rank)
+                within[target.path] = block.start, targets[0].rank - block.stop
+    targets = tuple(own.get(target.path, target) for target in model.adapter.targets)
+    return dataclasses.replace(model, adapter=dataclasses.replace(model.adapter, targets=targets)), within
 
 
 def write(folder: Path, model: Model, params: Params, base: str, dtype: str = "float32") -> None:
     """Writes the adapters of `params`, for the base model of that folder or hub name, into a folder that is there.
 
     Weights that share a tensor in Transformers, such as Phi-3's queries and keys, have adapters of their own here
-    and one in PEFT, whose rank is the sum of theirs: the same sum, written with zeros between.
+    and one in PEFT: the same A, or else a rank that is the sum of theirs, written with zeros between.
     """
     assert model.adapter is not None
+    leaves = _fetch(model, params)
     ranks, alphas = {}, {}
     for name, targets in _by_tensor(model).items():
         module = r"\d+".join(map(re.escape, name.removesuffix(".weight").split("{L}")))
-        ranks[module] = sum(target.rank for target in targets)
+        ranks[module] = leaves[f"{targets[0].path}.a"].shape[-1]
         alphas[module] = _number(targets[0].scale * ranks[module])
     rank, alpha = (max(found.values(), key=list(found.values()).count) for found in (ranks, alphas))
     values = {
@@ -133,18 +211,24 @@ def write(folder: Path, model: Model, params: Params, base: str, dtype: str = "f
         "target_modules": _target_modules(model),
     }
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    tensors = dict(tensors_of(model, params, DTYPES[dtype]))  # gathered from all hosts
+    tensors = dict(write_weights(weight_table(model), leaves, DTYPES[dtype]))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def tensors_of(model: Model, params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """PEFT's (name, tensor) pairs of a model's adapters."""
+    return write_weights(weight_table(model), _fetch(model, params), dtype)
+
+
+def _fetch(model: Model, params: Params) -> dict[str, np.ndarray]:
+    """The adapters' arrays as PEFT has them, gathered from all hosts: one A for the weights that share a tensor."""
     adapters, _ = model.split(params)
     leaves = {path: fetch(leaf) for path, leaf in flatten(adapters).items()}
     for targets in _by_tensor(model).values():
-        if len(targets) > 1:
+        first, *others = (leaves[f"{target.path}.a"] for target in targets)
+        if not all(np.array_equal(first, other) for other in others):
             _put_side_by_side(leaves, targets)
-    return write_weights(weight_table(model), leaves, dtype)
+    return leaves
 
 
 def _by_tensor(model: Model) -> dict[str, list[Target]]:
@@ -156,16 +240,21 @@ def _by_tensor(model: Model) -> dict[str, list[Target]]:
     return together
 
 
-def weight_table(model: Model) -> dict[str, Weight]:
-    """The adapters' own weight table, which follows from that of the base model."""
+def weight_table(model: Model, within: Mapping[str, tuple[int, int]] | None = None) -> dict[str, Weight]:
+    """The adapters' own weight table, which follows from that of the base model.
+
+    `within` says how many ranks of its tensor lie before and after a target's own, where it has only some of them.
+    """
     assert model.adapter is not None
     table, letters = {}, flatten(model.trained_letters)
     for target in model.adapter.targets:
         weight = model.weights[target.path]
         inputs, outputs = _layouts(weight)
         name = _PREFIX + weight.name.removesuffix(".weight")
-        table[f"{target.path}.a"] = Weight(letters[f"{target.path}.a"], f"{name}.lora_A.weight", f"R {inputs}")
-        table[f"{target.path}.b"] = Weight(letters[f"{target.path}.b"], f"{name}.lora_B.weight", f"{outputs} R")
+        before, after = (within or {}).get(target.path, (0, 0))
+        ranks = f"{before}+R+{after}"
+        table[f"{target.path}.a"] = Weight(letters[f"{target.path}.a"], f"{name}.lora_A.weight", f"{ranks} {inputs}")
+        table[f"{target.path}.b"] = Weight(letters[f"{target.path}.b"], f"{name}.lora_B.weight", f"{outputs} {ranks}")
         if model.adapter.dora:
             magnitude = f"{target.path}.magnitude"
             table[magnitude] = Weight(letters[magnitude], f"{name}.lora_magnitude_vector", outputs)
@@ -194,24 +283,26 @@ def _put_side_by_side(leaves: dict[str, np.ndarray], targets: list[Target]) -> N
 
 def _target(path: str, weight: Weight, layers: int, values: Mapping[str, Any], where: str) -> Target:
     names = [module_name(weight, i) for i in range(layers)]
-    found = {
+    found = [
         (
-            _pattern(values.get("rank_pattern"), name, values.get("r", 8)),
-            _pattern(values.get("alpha_pattern"), name, values.get("lora_alpha", 8)),
+            _pattern(values["rank_pattern"], name, values.get("r", 8)),
+            _pattern(values["alpha_pattern"], name, values.get("lora_alpha", 8)),
         )
         for name in names
-    }
-    if len(found) > 1:
+    ]
+    if any(other != found[0] for other in found[1:]):
         raise UserError(f"{where}: {weight.name} has another rank or alpha in some layers; jax_it needs one for all")
-    rank, alpha = found.pop()
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise UserError(f"{where}: rank {rank!r} and lora_alpha {alpha!r} of {names[0]} must be positive numbers")
+    rank, alpha = found[0]
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= _MAX_RANK:
+        raise UserError(f"{where}: rank {_short(rank)} of {names[0]} must be a whole number from 1 to {_MAX_RANK}")
+    if not _is_number(alpha) or not 0 < alpha < _MAX_ALPHA:
+        raise UserError(f"{where}: lora_alpha {_short(alpha)} of {names[0]} must be a positive number")
     return Target(path, rank, alpha / (math.sqrt(rank) if values.get("use_rslora") else rank))
 
 
-def _pattern(patterns: Any, name: str, default: Any) -> Any:
+def _pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value for a module of PEFT's `rank_pattern` or `alpha_pattern`: the first whose key ends its name."""
-    for key, value in (patterns or {}).items():
+    for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
@@ -239,19 +330,21 @@ def _check_base(wanted: str, name: str, folder: Path) -> None:
 
     if on_hub(wanted) and on_hub(name) and wanted != name:
         raise UserError(f"{folder}: the adapter was trained for {wanted}, not for {name}; name that base model")
+    revision = _read_values(folder).get("revision")
+    if on_hub(name) and revision not in (None, "", "main"):
+        raise UserError(
+            f"{folder / CONFIG}: the adapter is for revision {_short(revision)} of {wanted}; fetch that one into a "
+            "folder and name the folder as the base model"
+        )
 
 
 def _read_values(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}): {folder} is no adapter in PEFT's format") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} holds no JSON object: {folder} is no adapter in PEFT's format")
-    return values
+        return read_json(folder / CONFIG)
+    except FileNotFoundError:
+        raise UserError(f"{folder / CONFIG} is missing: {folder} is no adapter in PEFT's format") from None
 
 
 def _number(value: float) -> float:
-    rounded = round(value, 6)
-    return int(rounded) if rounded == int(rounded) else value
+    """Without what a division and a product have rounded: 16 for 15.999999999999998."""
+    return round(value) if math.isclose(value, round(value), rel_tol=1e-9) else value

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_it.errors import UserError
-from jax_it.models.settings import Settings
+from jax_it.models.settings import LARGEST, Settings, is_int, shown
 
 Frequencies = tuple[float, ...]  # radians a position, of each pair of entries that is rotated
 
+ORIGINAL = "original_max_position_embeddings"
 # rope_type -> the keys that it reads, beside rope_theta and partial_rotary_factor
-_KEYS: dict[str, tuple[str, ...]] = {
+KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -29,6 +30,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "longrope": ("factor", "short_factor", "long_factor", "original_max_position_embeddings", "attention_factor"),
 }  # fmt: skip
 _OPTIONAL = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+_ANY = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 @dataclass(frozen=True)
@@ -81,40 +83,106 @@ def read(
     head_size: int,
     *,
     theta: float = 10000.0,
-    share: float = 1.0,
+    share: float | None = None,
     theta_key: str = "rope_theta",
     share_key: str = "partial_rotary_factor",
+    original: int = 0,
+    kinds: tuple[str, ...] = tuple(KEYS),
 ) -> Rope:
-    """The rope of a config.json: `rope_theta` and `rope_scaling`, or Transformers 5's `rope_parameters`."""
-    theta = settings.get(theta_key, float, theta)
-    share = settings.get(share_key, float, share)
+    """The rope of a config.json: `rope_theta` and `rope_scaling`, or Transformers 5's `rope_parameters`.
+
+    Where both are there, Transformers takes `rope_scaling` in place of `rope_parameters`, not over it, and an
+    `original_max_position_embeddings` beside them before the one in them. `share` is the part of each head that a
+    family's layers rotate by default, None where they rotate whole heads alone.
+    """
+    values = {"rope_theta": settings.positive(theta_key, theta)}
+    values["partial_rotary_factor"] = settings.positive(share_key, 1.0 if share is None else share)
     scaling, parameters = settings.get("rope_scaling", dict, {}), settings.get("rope_parameters", dict, {})
-    length = settings.get("max_position_embeddings", int, 0)
-    original = settings.get("original_max_position_embeddings", int, 0)  # beside the scaling, in Phi-3's config.json
-    values = {"rope_theta": theta, "partial_rotary_factor": share, **parameters, **scaling}
-    return make(values, head_size, length, original, settings.where)
+    values |= scaling or parameters
+    if settings.has(ORIGINAL) or original:
+        original = settings.size(ORIGINAL, original or 1)
+        kind = _kind(values)
+        if isinstance(kind, str) and ORIGINAL in KEYS.get(kind, ()):
+            values[ORIGINAL] = original
+    field = "rope_scaling" if scaling else "rope_parameters"
+    if share is None and values["partial_rotary_factor"] != 1:
+        raise UserError(
+            f"{settings.where}: {share_key}, there or in {field}, is {shown(values['partial_rotary_factor'])}; it must "
+            "be 1.0, for in this family all of a head rotates"
+        )
+    return make(settings, field, values, head_size, kinds)
 
 
-def make(values: Mapping[str, Any], head_size: int, length: int, original: int, where: str) -> Rope:
-    """The rope of one `rope_parameters` mapping; `length` is the model's greatest number of positions."""
-    kind = values.get("rope_type", values.get("type", "default"))
-    kind = {"su": "longrope"}.get(kind, kind)
-    if kind not in _KEYS:
-        raise UserError(f"{where}: rope_type {kind!r} is not one of {', '.join(_KEYS)}")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_KEYS[kind]}
+def make(
+    settings: Settings, field: str, values: Mapping[str, Any], head_size: int, kinds: tuple[str, ...] = tuple(KEYS)
+) -> Rope:
+    """The rope of the values of one `rope_parameters` mapping, which stands in `field`."""
+    kind = _kind(values)
+    if kind not in kinds:
+        raise UserError(f"{settings.where}: rope_type {shown(kind)} of {field} is not one of {', '.join(kinds)}")
     # A default rope may carry what another type would read, as Transformers saves it.
-    if kind != "default" and (unknown := sorted(values.keys() - known)):
-        raise UserError(f"{where}: {', '.join(unknown)} of its {kind} rope is not known to jax_it; remove it")
-    values = {"original_max_position_embeddings": original or length, **values}
-    if kind == "longrope" and values.get("factor") is None:
-        values = {**values, "factor": length / values["original_max_position_embeddings"]}
-    for key in _KEYS[kind]:
-        if values.get(key) is None and key not in _OPTIONAL:
-            raise UserError(f"{where}: its {kind} rope has no {key}")
+    known = _ANY.union(*KEYS.values()) if kind == "default" else _ANY.union(KEYS[kind])
+    if unknown := sorted(values.keys() - known):
+        raise UserError(
+            f"{settings.where}: {field}, a {kind} rope, has {shown(unknown)}, not known to jax_it; remove it"
+        )
+    values = dict(values)
+    length = settings.get("max_position_embeddings", int, 0)
+    if ORIGINAL in KEYS[kind] and length > 0:
+        original = values.setdefault(ORIGINAL, length)
+        open_factor = kind == "longrope" or (kind == "yarn" and "factor" in values)
+        if open_factor and values.get("factor") is None and _wrong(ORIGINAL, original) is None:
+            values["factor"] = length / original
+    for key in ("rope_theta", "partial_rotary_factor", *KEYS[kind]):
+        value = values.get(key)
+        if value is None and key in _OPTIONAL:
+            continue
+        if value is None:
+            beside = ", nor is max_position_embeddings beside it" if key == ORIGINAL else ""
+            raise UserError(f"{settings.where}: {field}, a {kind} rope, has no {key}{beside}")
+        if must := _wrong(key, value):
+            raise UserError(f"{settings.where}: {key} of {field} is {shown(value)}; it must be {must}")
     size = int(head_size * values["partial_rotary_factor"])
+    if size % 2 or not 0 < size <= head_size:
+        raise UserError(
+            f"{settings.where}: {size} of a head's {head_size} dimensions would rotate (head_dim, or hidden_size / "
+            f"num_attention_heads, times partial_rotary_factor); it must be an even number, from 2 to {head_size}"
+        )
+    for key in ("short_factor", "long_factor"):
+        if key in KEYS[kind] and len(values[key]) != size // 2:
+            raise UserError(
+                f"{settings.where}: {key} of {field} has {len(values[key])} numbers; it must have {size // 2}, one for "
+                "each pair of a head's dimensions"
+            )
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-    powers = np.float32(values["rope_theta"]) ** exponents
-    return _SCALINGS[kind](powers, values)
+    with np.errstate(all="ignore"):
+        powers = np.float32(values["rope_theta"]) ** exponents
+        try:
+            rope = _SCALINGS[kind](powers, values)
+        except (ArithmeticError, ValueError):
+            rope = None
+    if rope is None or not np.isfinite([*rope.frequencies, *rope.long_frequencies, rope.scale]).all():
+        raise UserError(f"{settings.where}: the values of {field}, a {kind} rope, give no finite frequencies")
+    return rope
+
+
+def _kind(values: Mapping[str, Any]) -> Any:
+    return values.get("rope_type", values.get("type", "default"))
+
+
+def _wrong(key: str, value: Any) -> str | None:
+    """What a value must be, if it is not that."""
+    if key == "truncate":
+        return None if isinstance(value, bool) else "true or false"
+    if key == ORIGINAL:
+        return None if is_int(value) and 0 < value <= LARGEST else f"an integer from 1 to {LARGEST}"
+    if key in ("short_factor", "long_factor"):
+        return None if isinstance(value, list) and all(map(_is_positive, value)) else "a list of numbers above 0"
+    return None if _is_positive(value) else "a number above 0"
+
+
+def _is_positive(value: Any) -> bool:
+    return (is_int(value) or isinstance(value, float)) and 0 < value < 1e38
 
 
 def _default(powers: np.ndarray, values: Mapping[str, Any]) -> Rope:
@@ -128,10 +196,14 @@ def _linear(powers: np.ndarray, values: Mapping[str, Any]) -> Rope:
 def _llama3(powers: np.ndarray, values: Mapping[str, Any]) -> Rope:
     """Slow rotations slowed by the factor, fast ones kept, those between blended."""
     frequencies, factor = 1 / powers, np.float32(values["factor"])
-    low, high = values["low_freq_factor"], values["high_freq_factor"]
-    turns = values["original_max_position_embeddings"] / (2 * np.float32(math.pi) / frequencies)
-    blend = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
-    return Rope(_tuple((1 - blend) * frequencies / factor + blend * frequencies))
+    low, high, original = (
+        values[key] for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    lengths = 2 * np.float32(math.pi) / frequencies  # of the waves
+    slowed = np.where(lengths > original / low, frequencies / factor, frequencies)
+    between = (lengths >= original / high) & (lengths <= original / low)
+    blend = (original / lengths - low) / np.float32((high - low) or math.nan)
+    return Rope(_tuple(np.where(between, (1 - blend) * slowed / factor + blend * slowed, slowed)))
 
 
 def _yarn(powers: np.ndarray, values: Mapping[str, Any]) -> Rope:

@@ -1,5 +1,6 @@
 """Strict reading of a Transformers `config.json`: what the code does not implement is an error."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -24,6 +25,9 @@ HARMLESS = frozenset(
 )
 
 
+LARGEST = 2**31 - 1  # of a config.json's integers: more than any model has of anything
+
+
 class Settings:
     """The values of a config.json, which must all have been asked for by the time of `finish`.
 
@@ -43,10 +47,14 @@ class Settings:
             return default
         if isinstance(value, list) and len(value) == 1 and kind is int:
             value = value[0]
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind in (int, float) and is_int(value) and abs(value) > LARGEST:
+            raise self.bad(key, f"it must be between -{LARGEST} and {LARGEST}")
+        if kind is float and is_int(value):
             value = float(value)
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            raise UserError(f"{self.where}: {key} is {value!r}; it must be of type {kind.__name__}")
+            raise self.bad(key, f"it must be of type {kind.__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise self.bad(key, "it must be a finite number")
         return value
 
     def has(self, key: str) -> bool:
@@ -54,49 +62,104 @@ class Settings:
         self._asked.add(key)
         return self._values.get(key) is not None
 
+    def is_null(self, key: str) -> bool:
+        """Whether the key is there and null, where that does not mean the default."""
+        return key in self._values and self._values[key] is None
+
     def need(self, key: str, kind: type[T]) -> T:
         """A value without which there is no model."""
         if self._values.get(key) is None:
             raise UserError(f"{self.where}: {key} is missing")
         return self.get(key, kind, self._values[key])
 
-    def get_list(self, key: str, kind: type[T]) -> list[T]:
-        """A list of values of one type; empty where there is none."""
+    def size(self, key: str, default: int | None = None) -> int:
+        """How many there are of something: at least 1. Without a default, the key must be there."""
+        value = self.need(key, int) if default is None else self.get(key, int, default)
+        if value < 1:
+            raise self.bad(key, "it must be at least 1")
+        return value
+
+    def rate(self, key: str, default: float) -> float:
+        """A dropout rate."""
+        value = self.get(key, float, default)
+        if not 0 <= value < 1:
+            raise self.bad(key, "it must be at least 0 and below 1")
+        return value
+
+    def positive(self, key: str, default: float) -> float:
+        value = self.get(key, float, default)
+        if not value > 0:
+            raise self.bad(key, "it must be above 0")
+        return value
+
+    def get_list(self, key: str, kind: type[T]) -> list[T] | None:
+        """A list of values of one type; None where there is none."""
+        if not self.has(key):
+            return None
         found = self.get(key, list, [])
         if not all(isinstance(item, kind) for item in found):
-            raise UserError(f"{self.where}: {key} is {found!r}; it must be a list of {kind.__name__}")
+            raise self.bad(key, f"it must be a list of {kind.__name__}")
         return found
 
-    def get_tokens(self, key: str) -> tuple[int, ...]:
-        """One token id or several; empty where there is none."""
-        value = self._values.get(key)
+    def get_tokens(self, key: str, vocabulary: int) -> tuple[int, ...]:
+        """One token id of the vocabulary or several; empty where there is none."""
         self._asked.add(key)
+        value = self._values.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) for item in ids):
-            raise UserError(f"{self.where}: {key} is {value!r}; it must be a token id or a list of them")
+        if not all(map(is_int, ids)):
+            raise self.bad(key, "it must be a token id or a list of them")
+        if not all(0 <= item < vocabulary for item in ids):
+            raise self.bad(key, f"it must be in the vocabulary, from 0 to {vocabulary - 1}, or null")
         return tuple(ids)
 
+    def get_token(self, key: str, vocabulary: int) -> int | None:
+        """One token id of the vocabulary; None where there is none."""
+        ids = self.get_tokens(key, vocabulary)
+        if len(ids) != 1 and self._values.get(key) is not None:
+            raise self.bad(key, "it must be of type int")
+        return ids[0] if ids else None
+
     def choose(self, key: str, known: Sequence[str], default: str = "") -> str:
+        """A value that must be one of those that are implemented."""
         value = self.get(key, str, default)
         if value not in known:
             self.refuse(key, known)
         return value
 
+    def bad(self, key: str, why: str) -> UserError:
+        """The error of a value that cannot be read."""
+        return UserError(f"{self.where}: {key} is {shown(self._values.get(key))}; {why}")
+
     def refuse(self, key: str, known: Sequence[str]) -> None:
-        raise UserError(f"{self.where}: {key} {self._values.get(key)!r} is not one of {', '.join(known)}")
+        raise UserError(f"{self.where}: {key} {shown(self._values.get(key))} is not one of {', '.join(known)}")
 
     def expect(self, **only: Any) -> None:
         """Keys of which one value alone is implemented."""
         for key, value in only.items():
             if self.get(key, type(value), value) != value:
-                raise UserError(f"{self.where}: {key}={self._values[key]!r} is not supported; only {value!r} is")
+                raise UserError(f"{self.where}: {key}={shown(self._values[key])} is not supported; only {value!r} is")
 
     def finish(self, ignored: Sequence[str] = ()) -> None:
         """Refuses keys that nobody asked for and that are not known to be harmless."""
         unknown = sorted(set(self._values) - self._asked - HARMLESS - set(ignored))
         unknown = [key for key in unknown if not key.startswith("_")]  # private notes of some version's
         if unknown:
+            names = ", ".join(key if key.isprintable() else repr(key) for key in unknown)
             raise UserError(
-                f"{self.where}: {', '.join(unknown)}: not known to jax_it, so the model cannot be read faithfully; "
+                f"{self.where}: {names}: not known to jax_it, so the model cannot be read faithfully; "
                 "remove what has no effect on the model"
             )
+
+
+def is_int(value: Any) -> bool:
+    """Whether it is an integer, which True and False are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """A value in a message: on one line, and not too long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:100]}…"

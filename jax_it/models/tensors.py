@@ -18,8 +18,9 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from jax_it import hosts, sharding
+from jax_it import files, hosts, sharding
 from jax_it.errors import UserError, first_line
+from jax_it.files import check_regular, read_json
 from jax_it.models.quantized import KINDS, Quantized, quantize
 from jax_it.models.weights import Weight
 
@@ -31,8 +32,8 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 def find_folder(path: str) -> Path:
     """A local folder, or the local copy of a hub repository, downloaded where it is not there yet."""
-    if Path(path).is_dir():
-        return Path(path)
+    if (folder := files.locate_local(path, "model")).is_dir():
+        return folder
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"model folder {path} does not exist")
     if path not in _fetched:  # by every host the first time: they wait for each other
@@ -60,6 +61,8 @@ def fingerprint(folder: Path) -> str:
     """A hash of the names, sizes, headers and samples of a folder's weights: enough to notice other ones."""
     parts = hashlib.blake2b(digest_size=16)
     for file in sorted(folder.glob("*.safetensors")):
+        if not file.is_file():
+            raise UserError(f"{file} is not a regular file; restore it")
         size = file.stat().st_size
         parts.update(f"{file.name} {size}".encode())
         with file.open("rb") as stream:
@@ -84,13 +87,19 @@ class Tensors:
         self._last: _Place | None = None
         for file in self._find_files():
             try:
+                check_regular(folder / file)
                 with safetensors.safe_open(folder / file, framework="numpy"):
                     pass  # it is whole, and its header is right
-                self._places |= _map(folder / file)
+                found = _map(folder / file)
             except FileNotFoundError:
                 raise UserError(f"{folder / file} is missing, but {INDEX} names it; fetch the folder again") from None
-            except safetensors.SafetensorError as error:
-                raise UserError(f"{folder / file} is damaged ({error}); fetch it again") from None
+            except OSError as error:
+                raise UserError(f"{folder / file} cannot be read: {error.strerror or error}") from None
+            except (safetensors.SafetensorError, ValueError, RecursionError) as error:
+                raise UserError(f"{folder / file} is damaged ({first_line(error)}); fetch it again") from None
+            if twice := sorted(found.keys() & self._places.keys()):
+                raise UserError(f"{folder / file}: {twice[0]} is in another file of the folder too; fetch it again")
+            self._places |= found
         stack.callback(self._release)
 
     def add_prefix(self, prefix: str, but: str) -> None:
@@ -100,12 +109,17 @@ class Tensors:
 
     def _find_files(self) -> list[str]:
         index = self.folder / INDEX
-        if index.is_file():
-            try:
-                return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{index} is damaged: it has no weight_map; fetch it again") from None
-        if (self.folder / self._single).is_file():
+        if self._single == SINGLE and (index.exists() or index.is_symlink()):
+            files = read_json(index).get("weight_map")
+            if not isinstance(files, dict) or not files:
+                raise UserError(f"{index} is damaged: it has no weight_map; fetch it again")
+            for file in files.values():
+                # Another folder's file could be anything. Links may lead out of this one: hub caches have them.
+                if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\0" in file:
+                    raise UserError(f"{index}: weight_map names {file!r}, which is not a file of its folder")
+            return sorted(set(files.values()))
+        single = self.folder / self._single
+        if single.exists() or single.is_symlink():
             return [self._single]
         if any(self.folder.glob("pytorch_model*.bin")):
             raise UserError(
@@ -121,7 +135,7 @@ class Tensors:
         return self._places[name].shape
 
     def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
-        """A view of the file, to be copied before the next tensor is read."""
+        """A view of the file, to be copied before the next tensor is read. Raises UserError if it is not finite."""
         place = self._places[name]
         if place is not self._last:
             self._release()
@@ -129,7 +143,10 @@ class Tensors:
         if not place.length:
             return np.zeros(place.shape, place.dtype)[slices]
         whole = np.frombuffer(place.file, np.uint8, place.length, place.start).view(place.dtype)
-        return whole.reshape(place.shape)[slices]
+        part = whole.reshape(place.shape)[slices]
+        if not _is_finite(part):
+            raise UserError(f"{self.folder}: {name} holds NaN or infinity: nothing could be computed with it")
+        return part
 
     def _release(self) -> None:
         """Gives the memory of the last tensor back. Views of it are read from the file again."""
@@ -145,6 +162,19 @@ class Tensors:
         rows, length = 4096, self.shape(name)[0]
         pieces = (slice(i, min(i + rows, length)) for i in range(0, length, rows))
         return all(np.array_equal(self.read(name, (p,)), self.read(other, (p,))) for p in pieces)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether a float32 can hold every value; several times as fast as `np.isfinite`, which makes an array.
+
+    As integers, NaN and infinity are the largest of the positive values, and as unsigned ones of the negative values.
+    """
+    if not array.size or not jnp.issubdtype(array.dtype, jnp.floating):
+        return True
+    signed, unsigned = np.dtype(f"i{array.itemsize}"), np.dtype(f"u{array.itemsize}")
+    limit = np.array(2.0**128 if array.itemsize == 8 else np.inf, array.dtype)
+    lowest, of_negative = int(limit.view(unsigned)), int((-limit).view(unsigned))
+    return bool(array.view(signed).max() < lowest and array.view(unsigned).max() < of_negative)
 
 
 class _Place(NamedTuple):

@@ -50,6 +50,7 @@ class Config:
     positions: int = 0  # P, learned ones; 0: rotary
     ropes: tuple[Rope | None, ...] = ()  # the different ones
     layer_ropes: tuple[int, ...] = ()  # of each layer, which of them; empty: the first
+    computed_again: bool = False  # the whole text, once it is longer than LongRoPE's original length
     windows: tuple[int, ...] = ()  # of each layer, how many positions a token sees; 0: all; empty: all
     bidirectional: bool = False  # an encoder's; a window then is as wide to either side, the token itself in both
     memory_width: int = 0  # of the states that cross-attention reads; 0: there is none
@@ -85,14 +86,9 @@ class Config:
         return self.layers * self.heads * length * (length + memory)
 
     @property
-    def depends_on_extent(self) -> bool:
-        """Whether the rotation of a position depends on how long its text is."""
-        return any(rope is not None and rope.long_frequencies for rope in self.ropes)
-
-    @property
-    def varied(self) -> bool:
-        """Whether layers differ in their window or rope."""
-        return len(set(self.windows)) > 1 or len(set(self.layer_ropes)) > 1
+    def original_length(self) -> int:
+        """The length of texts beyond which LongRoPE rotates positions by other frequencies; 0 without it."""
+        return max((rope.original_length for rope in self.ropes if rope is not None), default=0)
 
 
 class Attention(nnx.Module):

@@ -2,14 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from jax_it import sharding
 from jax_it.config import Config
-from jax_it.files import write_atomically
+from jax_it.files import write_output
 from jax_it.plan import cost
 from jax_it.plan.compile import Compiled, Step, TooLarge, build_step, bytes_of, compile_step
 from jax_it.plan.cost import Share, Traffic
@@ -82,16 +81,17 @@ class Plan:
         return self.memory.fits
 
 
-def plan(config: Config, topology: Topology, rows: int = 0, hlo_file: str | None = None) -> Plan:
+def plan(config: Config, topology: Topology, rows: int = 0, hlo_file: Any = None) -> Plan:
     """Compiles the step; where it does not fit, looks for settings of which it does, by compiling those too.
 
-    `rows` are those of a step, 0 for `train.batch_size` full ones; `hlo_file` gets the compiled program's text.
+    `rows` are those of a step, 0 for `train.batch_size` full ones; `hlo_file` (see `files.locate_output`) gets the
+    compiled program's text.
     """
     step = build_step(config, topology, rows)
     try:
         compiled = compile_step(step)
         if hlo_file:
-            write_atomically(Path(hlo_file), compiled.text)
+            write_output(hlo_file, compiled.text, "--hlo")
         found = _measure(step, topology, compiled)
     except TooLarge as error:
         found = _without_program(step, topology, error)

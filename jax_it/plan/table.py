@@ -64,7 +64,7 @@ def compile_row(row: Row, folder: Path) -> None:
     print(f"{row.title} on {row.topology} …", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     config = settings.load(row.config, {"model.path": row.model} if row.model else {})
-    write_atomically(file, to_json(plan(config, find(row.topology), row.rows, str(file.with_suffix(".hlo")))))
+    write_atomically(file, to_json(plan(config, find(row.topology), row.rows, file.with_suffix(".hlo"))))
 
 
 def made(rows: Iterable[Row], folder: Path) -> list[tuple[Row, dict[str, Any]]]:

@@ -14,8 +14,9 @@ import jax
 from jax.experimental import topologies
 
 from jax_it.chips import Chip, chip_of
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shorten
 
+MOST = 4096  # fake devices, each of which takes memory
 EXAMPLES = "v5e:8x8, v5p:4x4x4, v6e:16x16 or cpu:8"
 
 # libtpu looks for a TPU, its host's name and its metadata server unless it is told that it is alone; several
@@ -70,7 +71,7 @@ def find(name: str, slices: int = 1) -> Topology:
     if kind == "cpu":
         return _cpu(name, size, slices)
     if not re.fullmatch(r"v\d+[a-z]*:\d+(x\d+){1,2}", name):
-        raise UserError(f"--topology {name} is not one; write for example {EXAMPLES}")
+        raise UserError(f"--topology {shorten(name)} is not one; write for example {EXAMPLES}")
     _configure("jax_platforms", "cpu")  # keeps off an accelerator that is there
     dims = [int(d) for d in size.split("x")]
     options: dict[str, Any] = {"num_slices": slices}
@@ -119,8 +120,11 @@ def _configure(option: str, value: Any) -> None:
 
 
 def _cpu(name: str, size: str, slices: int) -> Topology:
-    if not size.isdigit() or int(size) < 1:
-        raise UserError(f"--topology {name} is not one; write for example {EXAMPLES}")
+    if not re.fullmatch("[1-9][0-9]{0,5}", size) or int(size) * slices > MOST:
+        raise UserError(
+            f"--topology {shorten(name)} with --slices {slices} is none of 1 to {MOST} fake devices; write for example "
+            f"{EXAMPLES}"
+        )
     number = int(size) * slices
     _configure("jax_platforms", "cpu")
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

@@ -112,6 +112,6 @@ class Log:
             yield
         except OSError as error:
             raise UserError(
-                f"cannot write to {self._workdir.path}: {error.strerror}; {remedy(str(error.strerror))} and run the "
+                f"cannot write to {self._workdir.path}: {error.strerror}; {remedy(error.strerror)} and run the "
                 "same command, which goes on from the last checkpoint"
             ) from error

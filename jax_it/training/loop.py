@@ -33,7 +33,7 @@ from jax_it.training.state import TrainState, start
 from jax_it.training.step import Prepared, prepare
 from jax_it.training.throughput import Throughput, peak_flops, step_flops
 from jax_it.training.watchdog import watching
-from jax_it.workdir import Derived, Workdir, make_format
+from jax_it.workdir import Derived, Workdir, check_vocabulary, make_format
 
 # What bias, mask, softmax and dropout cost for one attention score, in matmul FLOPs of the same time: they are
 # bound by memory. Measured on two CPU cores at 512 positions; an H100's ratio of the two is of the same order.
@@ -62,6 +62,8 @@ def train(config: Config, workdir: str | Path) -> TrainState:
             place.check_same(config)
         else:
             place.check_new()
+        asked = config
+        config, commits = data.pin(config, place.open()[1].commits if resuming else None)
         tokenizer = place.tokenizer() if resuming else load_tokenizer(config)
         model, trained, frozen = _load_model(config, place, mesh, resuming)
         check_model(config, model, tokenizer)
@@ -69,7 +71,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         built = build_data(config, model, tokenizer)
         if not resuming:
             check_steps(config, built)
-        derived = _derive(config, place, model, built, resuming)
+        derived = _derive(asked, place, model, built, resuming, commits)
         total, intervals = derived.total_steps, _intervals(config, built, derived.total_steps)
 
         prepared = prepare(model, config, mesh, frozen, total, intervals["warmup"], intervals["decay"])
@@ -172,11 +174,7 @@ def check_model(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -
     check_room(model, config)
     if config.train.balance_loss and not model.config.experts:
         raise UserError("config.train.balance_loss is for mixtures of experts, which this model is not; leave it at 0")
-    if tokenizer.size > model.config.vocabulary:
-        raise UserError(
-            f"the tokenizer has {tokenizer.size} ids and the model's embedding {model.config.vocabulary} rows "
-            "(vocab_size in its config.json): give the model its own tokenizer with config.model.tokenizer"
-        )
+    check_vocabulary(model, tokenizer)
     if model.kind == "causal":  # segments mark its padding, and texts end where the tokenizer says
         return
     if tokenizer.end not in model.config.end_tokens:
@@ -252,7 +250,9 @@ def _load_model(config: Config, place: Workdir, mesh: jax.sharding.Mesh, resumin
     return model, *model.split(params)
 
 
-def _derive(config: Config, place: Workdir, model: Model, built: data.Built, resuming: bool) -> Derived:
+def _derive(
+    config: Config, place: Workdir, model: Model, built: data.Built, resuming: bool, commits: Mapping[str, str]
+) -> Derived:
     """What the run worked out at its start: read back where it is resumed, and refused if the data has changed."""
     if not resuming:
         steps = built.train.steps(config.train.duration)
@@ -262,6 +262,7 @@ def _derive(config: Config, place: Workdir, model: Model, built: data.Built, res
             total_steps=steps,
             data_digest=built.digest,
             tied=model.config.tied,
+            commits=commits,
             adapter=model.adapter,
             base_digest=fingerprint(find_folder(config.model.path)) if model.adapter and config.model.path else "",
         )
@@ -336,16 +337,13 @@ def make_evaluator(
 ) -> evaluation.Evaluator | None:
     """The evaluator for evaluation within the loop; None where it is not asked for.
 
-    All that the config names to evaluate on is read in either case: what `jax-it eval` would not find after the
+    Everything that the config evaluates on is read either way, so that what `jax-it eval` would not find after
     training is refused before it.
     """
-    within = bool(config.eval.every.value or config.eval.at_start)
-    examples = data.build_eval(config.data, tokenizer, make_format(model, tokenizer), config.eval.limit)
-    if within and examples is None and not config.eval.tasks:
-        raise UserError("config.eval.every needs examples: set config.data.eval, config.data.holdout or eval.tasks")
-    evaluator = evaluation.Evaluator(model, tokenizer, examples, config, layout, mesh)
-    evaluator.read_tasks(ready=within)
-    return evaluator if within else None
+    needed = evaluation.read(config, tokenizer, make_format(model, tokenizer))
+    if not (config.eval.every.value or config.eval.at_start):
+        return None
+    return evaluation.Evaluator(model, tokenizer, needed.examples, config, layout, mesh, needed.tasks)
 
 
 def check_disk(place: Workdir, prepared: Prepared) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ class Letters:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         self.encoded += len(texts)
         return [ids(text) for text in texts]
+
+    def lost(self, characters: Set[str]) -> set[str]:
+        return {"\n"} & characters
 
     def decode(self, tokens: Iterable[int]) -> str:
         return "".join(KNOWN[token - FIRST] for token in tokens if token >= FIRST)

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from jax_it import data as chain
-from jax_it.config import Data, Duration, Source
+from jax_it.config import Config, Data, Duration, Eval, Source, Task
+from jax_it.data import sources
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.loader import WHOLE
 from jax_it.data.packing import Shape
@@ -88,8 +89,8 @@ def test_the_digest_is_that_of_all_training_data(tmp_path):
     assert build(settings(tmp_path, seed=5, source_length=20)).digest == before
     data = settings(tmp_path)
     Path(data.train[1].path).write_text(Path(data.train[1].path).read_text().replace("say 0", "say O"))
-    assert chain.digest(data) != before
-    assert chain.digest(Data(**{**vars(data), "train": data.train[::-1]})) != chain.digest(data)
+    assert build(data).digest != before
+    assert build(Data(**{**vars(data), "train": data.train[::-1]})).digest != build(data).digest
 
 
 def test_what_became_of_each_data_set_is_described(tmp_path):
@@ -106,3 +107,19 @@ def test_a_fault_in_the_data_names_its_place(tmp_path):
     path.write_text(path.read_text() + '{"question": "x"}\n')
     with pytest.raises(UserError, match=rf"^{path}, line 11: none of the fields 'messages'"):
         build(data)
+
+
+def test_hub_data_sets_are_pinned_to_their_commits_and_others_left_alone(monkeypatch):
+    config = Config(
+        data=Data(train=(Source("org/a"), Source("b.jsonl")), eval=(Source("org/a", revision="v1"),)),
+        eval=Eval(tasks=(Task(data=Source("org/a"), shots=Source("org/c")),)),
+    )
+    commits = {"org/a@": "1" * 40, "org/a@v1": "2" * 40, "org/c@": "3" * 40}
+    monkeypatch.setattr(sources, "commit", lambda source, where: commits.get(f"{source.path}@{source.revision}", ""))
+    pinned, found = chain.pin(config)
+    assert found == commits
+    assert [source.revision for source in pinned.data.train] == ["1" * 40, ""]
+    assert pinned.data.eval[0].revision == "2" * 40
+    assert (pinned.eval.tasks[0].data.revision, pinned.eval.tasks[0].shots.revision) == ("1" * 40, "3" * 40)
+    assert chain.pin(config, {"org/a@": "4" * 40})[0].data.train[0].revision == "4" * 40
+    assert chain.pin(config, {})[0] == config

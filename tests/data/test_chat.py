@@ -52,6 +52,12 @@ def talk(*answers: str, system: str = "") -> list[Turn]:
     return turns
 
 
+def test_a_chat_template_that_would_give_other_data_each_time_is_refused():
+    it = made(KINDS["llama2"], "{{ ['a', 'b'] | random }}" + chat.DEFAULT)
+    with pytest.raises(UserError, match="uses 'random', which gives other data each time"):
+        encode(talk("x"), it)
+
+
 def encode(turns: list[Turn], tokenizer: Tokenizer, learn: str = "all") -> Conversation:
     (found,) = chat.encode([turns], ["data.json, line 3"], tokenizer, learn)
     return found

@@ -155,3 +155,19 @@ def test_a_conversation_s_last_answer_is_the_reference_and_what_stands_before_it
     assert found.truncated == 1
     assert it.text(found.examples[0].encoded.target[found.examples[0].encoded.learnt]) == "See you<|eot_id|>"
     assert "Hello" not in it.text(found.examples[0].prompt_tokens)
+
+
+def test_what_comes_after_the_limit_is_not_read(tmp_path):
+    path = write(tmp_path / "a.jsonl", pairs("a>x", "b>y"))
+    Path(path).write_text(Path(path).read_text() + "{broken")
+    assert len(read(Source(path), limit=2).examples) == 2
+    assert [e.prompt for e in read(Source(path), only=[np.array([1])]).examples] == ["b"]
+    with pytest.raises(UserError, match="line 3: not valid JSON"):
+        read(Source(path))
+
+
+@pytest.mark.parametrize("name", ["id", "task"])
+def test_a_name_that_cannot_be_written_is_refused(tmp_path, name):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", name: "\ud800"}])
+    with pytest.raises(UserError, match=f"line 1: the field '{name}' cannot be written as text"):
+        read(Source(path))

@@ -96,7 +96,7 @@ def test_it_says_what_became_of_each_data_set(text):
     assert "    truncated  1 (16.67%) sources, 1 (16.67%) targets\n" in text
     assert f"    tokens     mean source {38 / 6:.1f}, target {22 / 6:.1f} (before truncation)\n" in text
     assert "    supervised 22 (36.67%) of the tokens\n" in text
-    assert "    unknown    0 (0.00%) of the tokens" in text
+    assert "    unknown    0 (0.00%) of the tokens\n    lost       no character" in text
 
 
 def test_it_says_how_full_the_rows_are_and_how_long_the_run_is(text):
@@ -137,7 +137,13 @@ def test_it_shows_texts_and_tokens_with_what_is_supervised_in_brackets(tmp_path)
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_it_shows_so_many_examples_as_are_asked_for(tmp_path, number):
-    assert shown(tmp_path, number=number).count("source text") == number
+    text = shown(tmp_path, number=number)
+    assert text.count("source text") == number and ("First examples" in text) == (number > 0)
+
+
+def test_less_than_no_example_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--num -1 must be at least 0"):
+        shown(tmp_path, number=-1)
 
 
 def test_dropped_examples_and_padded_rows_are_shown(tmp_path):

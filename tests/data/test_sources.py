@@ -1,8 +1,12 @@
+import datetime
+import decimal
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,7 +217,13 @@ def test_a_line_that_is_no_object_is_refused(write, content, kind):
 
 def test_a_malformed_json_list_is_refused_with_its_line(write):
     path = write("a.json", b'\n\n[{"a": 1},\n {"a": 2},\n {"a" 3}]')
-    assert refusal(path).startswith(f"{path}: not valid JSON: Expecting ':' delimiter: line 5 column 7")
+    assert refusal(path).startswith(f"{path}, record 3: not valid JSON (Expecting ':' delimiter: line 5 column 7")
+    for content, reason in (
+        ("[{}", "Expecting ',' delimiter"), ("[{},]", "Expecting value"), ("[{}] x", "Extra data"), ("[", "Expecting"),
+        ("[{} {}]", "Expecting ',' delimiter"), ("[{}]]", "Extra data"), ("[,]", "Expecting value"),
+    ):  # fmt: skip
+        assert f"not valid JSON ({reason}" in refusal(write("b.json", content.encode()))
+    assert fields(write("b.json", b' [ {"a": [1]} ,\n{} ] \n')) == [{"a": [1]}, {}]
 
 
 @pytest.mark.parametrize("suffix, pack", [("gz", gzip.compress), ("zst", zst)])
@@ -281,7 +291,9 @@ def test_an_absent_file_is_refused_and_not_looked_for_on_the_hub(tmp_path):
     )
     assert refusal("absent", format="json") == "config.data.train.0: no data file matches absent"
     (tmp_path / "empty").mkdir()
-    assert refusal(tmp_path / "empty") == f"config.data.train.0: no data file matches {tmp_path}/empty"
+    assert refusal(tmp_path / "empty").startswith(
+        f"config.data.train.0: the folder {tmp_path}/empty holds no data files (.jsonl, "
+    )
 
 
 def test_an_unknown_suffix_is_refused_with_the_known_ones(write):
@@ -289,6 +301,185 @@ def test_an_unknown_suffix_is_refused_with_the_known_ones(write):
     assert refusal(path).startswith(
         f"config.data.train.0: cannot tell the format of {path} by its name; use .jsonl, .json, .csv, .tsv, .parquet"
     )
+
+
+@pytest.mark.parametrize(
+    "name, content, place",
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": 1, "b": 2, "a": 3}', ", line 2: an object has the key 'a' more than once"),
+        ("a.json", b'[{"a": 1}, {"c": [{"b": 2, "b": 2}]}]', ", record 2: an object has the key 'b' more than once"),
+        ("a.csv", b"a,b,a,b\n1,2,3,4\n", ", line 1: columns have the same name: 'a', 'b'"),
+        ("a.tsv", b"a\ta\n1\t2\n", ", line 1: columns have the same name: 'a'"),
+    ],
+)
+def test_a_name_that_is_there_twice_is_refused(write, name, content, place):
+    path = write(name, content)
+    assert refusal(path).startswith(f"{path}{place}; ")
+
+
+def arrow(columns: dict[str, Any], names: list[str] | None = None) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    table = pyarrow.Table.from_arrays(list(columns.values()), names or list(columns))
+    pyarrow.parquet.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+def test_two_parquet_columns_of_one_name_are_refused(write):
+    path = write("a.parquet", arrow({"a": pyarrow.array([1]), "b": pyarrow.array([2])}, ["a", "a"]))
+    assert refusal(path) == f"{path}: columns have the same name: 'a'; rename or remove one"
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array([b"ok", b"\xff\xfe"]).view(pyarrow.string()),
+        pyarrow.array([0, 1], pyarrow.timestamp("s", "No/Where")),
+        pyarrow.array([0, 2**62], pyarrow.timestamp("us")),
+        pyarrow.array([0, 2**31 - 1], pyarrow.date32()),
+        pyarrow.array([0, 2**62], pyarrow.duration("s")),
+        pyarrow.StructArray.from_arrays([pyarrow.array([1, 2])] * 2, ["x", "x"]),
+    ],
+    ids=lambda column: str(column.type).replace(" ", ""),
+)
+def test_a_parquet_value_that_python_has_none_for_is_refused_with_its_row_and_column(write, column):
+    path = write("a.parquet", arrow({"fine": pyarrow.array(["a", "b"]), "odd": column}))
+    assert re.match(rf"{path}, row [12], column 'odd' cannot be read: \w+: ", refusal(path))
+
+
+def test_parquet_decimals_dates_and_nested_values_are_read(write):
+    day, value = datetime.date(2024, 2, 29), decimal.Decimal("1.50")
+    nested = pyarrow.array([[{"x": [1, None]}]])
+    columns = {"day": pyarrow.array([day]), "value": pyarrow.array([value]), "nested": nested}
+    path = write("a.parquet", arrow(columns))
+    assert fields(path) == [{"day": day, "value": value, "nested": [{"x": [1, None]}]}]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_json_that_is_nested_too_deeply_is_refused(write, suffix):
+    deep = b"[" * 100_000 + b"]" * 100_000
+    path = write(f"a.{suffix}", b'{"a": ' + deep + b"}" if suffix == "jsonl" else deep)
+    assert "not valid JSON (nested too deeply); mend or remove the" in refusal(path)
+
+
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(write, tmp_path):
+    folder = write("d/a.jsonl", jsonl(RECORDS)).parent
+    os.mkfifo(folder / "b.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    write("e/f.jsonl/a.jsonl", jsonl(RECORDS))
+    for path, file, what in (
+        (folder / "b.jsonl", folder / "b.jsonl", "a pipe"),
+        (folder, folder / "b.jsonl", "a pipe"),
+        (f"{folder}/*.jsonl", folder / "b.jsonl", "a pipe"),
+        (f"{tmp_path}/gone.*", tmp_path / "gone.jsonl", "a broken link"),
+        (f"{tmp_path}/loop.*", tmp_path / "loop.jsonl", "a broken link"),
+        (tmp_path / "e", tmp_path / "e/f.jsonl", "a folder"),
+    ):
+        reason = f"config.data.train.0: {file} is {what}, not a regular file, which can be read again"
+        assert refusal(path) == refusal(path, format="json") == reason
+    assert "/dev/zero is a device or socket" in refusal("/dev/zero", format="json")
+
+
+def test_a_name_that_no_file_can_have_is_refused(write, tmp_path):
+    for name in ("x" * 300, "a\0b", "\ud800"):
+        assert refusal(f"{tmp_path}/{name}.jsonl").startswith("config.data.train.0.path ")
+        assert refusal(f"{tmp_path}/{name}.jsonl", format="json").startswith("config.data.train.0.path ")
+        listed = write("names.txt", name.encode(errors="surrogatepass"))
+        assert refusal(tmp_path, listed=str(listed)).startswith("config.data.train.0.listed: ")
+    assert refusal(tmp_path, listed=str(write("names.txt", b"\n"))).endswith("names no file; give each a line")
+
+
+@pytest.mark.parametrize("suffix, pack", [("gz", gzip.compress), ("zst", zst)])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_an_archive_that_unpacks_to_one_endless_line_is_refused(write, monkeypatch, suffix, pack, name):
+    monkeypatch.setattr(sources, "_LONGEST", 1000)
+    path = write(f"{name}.{suffix}", pack(b"ab\n" + b"a" * 10_000))
+    if name == "a.jsonl":
+        path = write(f"{name}.{suffix}", pack(b'{"a": 1}\n' + b"a" * 10_000))
+    assert refusal(path) == f"{path}, line 2: a line of more than 1000 characters; split the file's lines"
+
+
+def test_a_json_list_that_is_too_long_to_hold_is_refused(write, monkeypatch):
+    monkeypatch.setattr(sources, "_LONGEST_LIST", 1000)
+    path = write("a.json", b"[{},\n" + b" " * 2000)
+    assert refusal(path) == f"{path}: more than 1000 characters in one JSON value; write a record on each line"
+    assert "more than 1000 characters" in refusal(path, records="a")
+
+
+def test_a_small_zst_file_is_unpacked_in_small_pieces(write):
+    path = write("a.jsonl.zst", zst(b" " * (1 << 26) + b"\n" + jsonl(RECORDS)))
+    assert max(map(len, sources._unzstd(path))) <= 1 << 25
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("a.jsonl", {"split": "test"}), ("a.jsonl", {"subset": "en"}), ("a.jsonl", {"revision": "v1"}),
+        ("builtin:instructions", {"limit_each": 1}), ("builtin:instructions", {"records": "a"}),
+        ("builtin:instructions", {"subset": "en"}),
+    ],
+)  # fmt: skip
+def test_a_setting_that_nothing_would_read_is_refused(write, name, settings):
+    path = name if ":" in name else write(name, jsonl(RECORDS))
+    (field,) = settings
+    assert refusal(path, **settings).startswith(f"config.data.train.0.{field} is for ")
+    with pytest.raises(UserError, match=rf"\.{field} is for "):
+        digest(path, **settings)
+
+
+# Revisions of hub data sets, with the hub's and the library's calls replaced
+
+OLD, NEW = "a" * 40, "b" * 40
+
+
+class _Rows(list[dict[str, Any]]):
+    info: Any
+    _fingerprint: str
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub whose `main` is at commit NEW and whose tag v1 is OLD; what is loaded is kept in the list."""
+    loaded: list[dict[str, Any]] = []
+    cached: list[str] = []
+
+    def load(path: str, subset: str | None, split: str, revision: str | None) -> Any:
+        loaded.append({"path": path, "revision": revision})
+        found = cached[0] if cached else {None: NEW, "v1": OLD}.get(revision, revision)
+        rows = _Rows([{"prompt": "a", "completion": "b"}])
+        rows.info = types.SimpleNamespace(download_checksums={f"hf://datasets/{path}@{found}/a.parquet": {}})
+        rows._fingerprint = f"fingerprint of {found}"
+        return rows
+
+    class Api:
+        def dataset_info(self, path: str, revision: str | None) -> Any:
+            return types.SimpleNamespace(sha={None: NEW, "v1": OLD}[revision])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return types.SimpleNamespace(loaded=loaded, cached=cached)
+
+
+def test_a_revision_is_resolved_to_its_commit_and_read(hub, monkeypatch):
+    assert sources.commit(Source("org/set")) == NEW and sources.commit(Source("org/set", revision="v1")) == OLD
+    assert sources.commit(Source("org/set", revision=OLD)) == ""
+    with pytest.raises(UserError, match=r"data set 'org/set' \(subset '', split 'train', revision 'v2'\) could not be"):
+        sources.commit(Source("org/set", revision="v2"))
+    assert fields("org/set", revision=OLD) and hub.loaded == [{"path": "org/set", "revision": OLD}]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert sources.commit(Source("org/set", revision="v1")) == ""
+
+
+def test_files_have_no_revision(write):
+    assert sources.commit(Source(str(write("a.jsonl", jsonl(RECORDS))))) == ""
+    folder = write("set/train.parquet", parquet(RECORDS)).parent
+    assert sources.commit(Source(str(folder), format="datasets")) == ""
+
+
+def test_another_revision_than_the_one_asked_for_is_refused(hub):
+    hub.cached.append(NEW)  # as the library does without a connection
+    assert f"revision {OLD} of data set 'org/set' cannot be downloaded" in refusal("org/set", revision=OLD)
 
 
 # Digests
@@ -398,7 +589,7 @@ def test_a_file_without_such_records_is_named(tmp_path, content, message):
 
 def test_records_are_of_json_files_alone(tmp_path):
     (tmp_path / "a.csv").write_text("a\n1\n")
-    with pytest.raises(UserError, match=r"config.data.records is for JSON files, not for csv; leave it out"):
+    with pytest.raises(UserError, match=r"config.data.records is for json files, not for csv files; leave it out"):
         list(sources.read(Source(f"{tmp_path}/a.csv", records="Instances")))
 
 

@@ -88,7 +88,7 @@ def test_a_preamble_may_come_from_a_file_without_the_mark_above_it(folder):
     assert [example.prompt for example in found] == ["add up\n\none and one a", "choose\n\na word a"]
     (folder / "words.txt").unlink()
     message = refusal(task(folder, preamble_file=f"{folder}/{{{{subject}}}}.txt"))
-    assert message.startswith(f"{folder}/test.jsonl, line 2: its preamble_file {folder}/words.txt cannot be read")
+    assert message.startswith(f"{folder}/test.jsonl, line 2: its preamble_file: {folder}/words.txt cannot be read")
 
 
 def test_an_encoder_decoder_s_option_ends_with_the_end_mark(folder):

@@ -266,14 +266,64 @@ def test_bars_in_a_record_s_own_texts_divide_nothing():
         ("{{q}} ||| {{answer}}", "'answer' is missing"),
         ("{{q}} ||| {{a.text}}", "'str object' has no attribute 'text'"),
         ("{{q}} ||| {{n}}", "a value that it prints is null"),
-        ("{{q}} ||| {{1 / 0}}", "ZeroDivisionError (division by zero) in the fields"),
-        ("{{q + 1}} ||| {{a}}", "TypeError (can only concatenate str"),
     ],
 )
 def test_an_absent_field_is_refused_with_its_place_and_the_fields_there_are(template, message):
     found = refusal(template, q="x", a="y", n=None)
     assert found.startswith(f"{WHERE}: {message}")
     assert found.endswith(f", which template {template!r} needs; its fields: q, a, n")
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{{q}} ||| {{1 / 0}}", "ZeroDivisionError (division by zero)"),
+        ("{{q + 1}} ||| {{a}}", 'TypeError (can only concatenate str (not "int") to str)'),
+        ("{% for i in range(q) %}{% endfor %} ||| b", "TypeError ('str' object cannot be interpreted as an integer)"),
+        ("{{q}} ||| {{q | map('upper')}}", "it prints an object, not what that holds; add '| list' or '| join'"),
+        ("{{q | unique ~ '!'}} ||| {{a}}", "it prints an object, not what that holds; add '| list' or '| join'"),
+        ("{{q}} ||| {{[joiner()]}}", "it prints an object, not what that holds; add '| list' or '| join'"),
+        ("{{q}} ||| {{[q] | map('ran' ~ 'dom') | list}}", "TemplateRuntimeError (No filter named 'random'.)"),
+    ],
+)
+def test_a_template_that_cannot_be_computed_is_refused_with_the_types_of_the_fields(template, message):
+    found = refusal(template, q="x", a="y", n=None)
+    assert found == f"{WHERE}: template {template!r} fails: {message}; its fields: q (str), a (str), n (NoneType)"
+
+
+def test_an_object_s_address_in_a_record_or_a_template_is_text_like_any_other():
+    text = "<f object at 0x7f00aa>"
+    assert example("{{q}} ||| " + text, q=[text]) == pair(str([text]), text)
+
+
+@pytest.mark.parametrize(
+    "template, name",
+    [
+        ("{{q}} ||| {{[1, 2] | random}}", "random"), ("{{q}} ||| {% set a = q\n|\nrandom %}{{a}}", "random"),
+        ("{{q}} ||| {{lipsum()}}", "lipsum"), ("{{q}} ||| {{[[1]] | map('random') | join}}", "random"),
+    ],
+)  # fmt: skip
+def test_a_template_that_would_give_other_data_each_time_is_refused(template, name):
+    assert f" uses {name!r}, which gives other data each time; take 'choice'" in refusal(template, q="x")
+    assert example("{{random}} | random ||| {{lipsum_}}", random="a", lipsum_="b") == pair("a | random", "b")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{{" + "(" * 3000 + "1" + ")" * 3000 + "}}", "{{" + "-" * 9999 + "1}}", "{{" + "9" * 5000 + "}}",
+     "{% for i in a %}" * 30 + "{% endfor %}" * 30, "{{" + "[" * 300 + "]" * 300 + "}}", "{{" + "a." * 5000 + "b}}"],
+)  # fmt: skip
+def test_jinja_that_python_cannot_compile_is_refused_in_one_line(text):
+    found = refusal(text + " ||| b", a="x")
+    assert found.startswith("template '{") and " is not valid Jinja: " in found and len(found) < 400
+
+
+@pytest.mark.parametrize("value, kind", [(7, "int"), (0.5, "float"), (True, "bool")])
+def test_a_number_for_a_text_is_refused_and_told_where_quotes_are_missing(value, kind):
+    assert refusal("auto", prompt="a", completion=value).startswith(
+        f"{WHERE}: field 'completion' is {kind}, not the text in quotes, which template 'auto' needs; its fields: "
+    )
+    assert example("{{prompt}} ||| {{completion}}", prompt="a", completion=value) == pair("a", str(value))
 
 
 def test_a_long_template_is_shortened_in_messages():
@@ -345,4 +395,6 @@ def test_choice_depends_on_its_options_alone_and_uses_all_of_them():
 
 
 def test_choice_among_nothing_is_refused():
-    assert refusal("{{choice([])}} ||| b").startswith(f"{WHERE}: IndexError (")
+    assert refusal("{{choice([])}} ||| b").startswith(
+        f"{WHERE}: template '{{{{choice([])}}}} ||| b' fails: IndexError ("
+    )

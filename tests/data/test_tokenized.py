@@ -14,6 +14,7 @@ import pytest
 
 from jax_it.config import Data, Source
 from jax_it.data import sources, templates, tokenized
+from jax_it.data import tokenizer as tokenizers
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.tokenized import Tokenized, tokenize
 from jax_it.errors import UserError
@@ -32,17 +33,37 @@ def read(item: Tokenized) -> list[tuple[list[int], list[int]]]:
     return [(item.source(i).tolist(), item.target(i).tolist()) for i in range(item.counts.examples)]
 
 
-def run(path: str, cache: Path, tokenizer: Letters | None = None, **settings: Any) -> Tokenized:
+def run(path: str, cache: Path | str, tokenizer: Any = None, **settings: Any) -> Tokenized:
     given = {"source_length": 8, "target_length": 4, "cache_dir": str(cache), **LENIENT, **settings}
     (item,) = tokenize(Source(path), "config.data.train.0", Data(**given), tokenizer or Letters(), FORMAT)
     return item
 
 
-def refusal(path: str, cache: Path, **settings: Any) -> str:
+def refusal(path: str, cache: Path | str, tokenizer: Any = None, **settings: Any) -> str:
     with pytest.raises(UserError) as caught:
-        run(path, cache, **settings)
+        run(path, cache, tokenizer, **settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_limits_that_cannot_be_raised_are_not_offered(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", pairs("a>", "b>"))
+    message = "data set a: no example is left of 2: 2 with an empty completion, 0 too long"
+    assert refusal(path, cache, max_dropped=0.5) == refusal(path, cache, max_dropped=1.0) == message
+
+
+def test_characters_that_the_tokenizer_drops_are_counted_and_blanks_alone_are_never_refused(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", pairs("a\nb\n>c\nd", "e>f"))
+    counts = run(path, cache).counts
+    assert (counts.lost, counts.vanished, counts.characters) == ({"\n": 3}, {}, 9)
+    it = tokenizers.train(["some words to train on"], 40)
+    path = write(tmp_path / "b.jsonl", pairs("so\x02me\n  w>o", "r>\x02\x01d"))
+    lost = {"\n": 1, "  ": 1, "\x01": 1, "\x02": 2}
+    assert run(path, cache, it, max_unknown=0.215).counts.lost == lost
+    assert refusal(path, cache, it, max_unknown=0.1) == (
+        "data set b: 3 of 14 characters dropped by the tokenizer ('\\x02' 2 times, '\\x01' 1 times), 21.4%; mend the "
+        "data, or allow it with config.data.max_unknown=0.215 or more"
+    )
 
 
 def marked(prompt: str, completion: str) -> tuple[list[int], list[int]]:
@@ -93,6 +114,8 @@ def test_everything_is_counted(tmp_path, cache):
         "source_tokens": 3 + 2 + 2 + 8 + 8 + 2 + 1 + 7,
         "target_tokens": 2 + 0 + 0 + 4 + 1 + 4 + 0 + 7,
         "unknown_tokens": 3,
+        "characters": 39,
+        "lost": {},
     }
     assert (counts.dropped, counts.kept) == (3, 4)
     assert read(item)[1] == read(item)[2] == read(item)[6] == ([], [])
@@ -280,16 +303,13 @@ def test_two_that_build_the_same_cache_at_once_both_succeed(tmp_path, cache, mon
 
 def test_a_cache_that_cannot_be_written_is_refused_with_its_setting(tmp_path, cache, monkeypatch):
     path = write(tmp_path / "a.jsonl", pairs("abc>xy"))
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    assert refusal(path, blocked).startswith(f"config.data.cache_dir: cannot write {blocked}/")
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise PermissionError(13, "Read-only file system")
 
     with monkeypatch.context() as patch:  # the mode of a folder means nothing to root, who may run the tests
         patch.setattr("tempfile.mkdtemp", refuse)
-        assert refusal(path, cache).endswith(": Read-only file system; free space or name another")
+        assert refusal(path, cache).endswith(": Read-only file system; mend that or name another")
 
     def full(folder: Path, pairs: Any) -> None:
         (folder / "source_tokens.bin").write_bytes(b"part")
@@ -300,19 +320,62 @@ def test_a_cache_that_cannot_be_written_is_refused_with_its_setting(tmp_path, ca
     assert folders(cache) == set()
 
 
-@pytest.mark.parametrize("damage", ["cut", "odd", "gone", "json"])
-def test_a_damaged_cache_is_refused_with_the_remedy(tmp_path, cache, damage):
-    path = write(tmp_path / "a.jsonl", pairs("abc>xy"))
+@pytest.fixture
+def cached(tmp_path: Path, cache: Path) -> tuple[str, Path]:
+    """A data file, and its cache's folder."""
+    path = write(tmp_path / "a.jsonl", pairs("abc>xy", "b\nc>"))
     run(path, cache)
     (folder,) = cache.iterdir()
-    file = folder / ("counts.json" if damage == "json" else "source_tokens.bin")
-    content = file.read_bytes()
-    file.write_bytes(content[: {"cut": -4, "odd": -1, "gone": 0, "json": -1}[damage]])
-    if damage == "gone":
-        file.unlink()
-    assert refusal(path, cache) == f"the cached data set {folder} is damaged; remove it, and it is made again"
+    return path, folder
+
+
+def damaged(path: str, folder: Path) -> bool:
+    said = f"the cached data set {folder} is damaged; remove it, and it is made again"
+    return refusal(path, folder.parent) == said
+
+
+def test_a_cache_with_any_flipped_bit_is_refused_until_it_is_removed(cached):
+    path, folder = cached
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        end = len(content) - file.name.endswith(".txt")  # but for the last line's end, which says nothing
+        for at in range(end):
+            file.write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
+            assert damaged(path, folder), (file, at)
+        for cut in (0, 1, end - 1):
+            file.write_bytes(content[:cut])
+            assert damaged(path, folder), (file, cut)
+        file.write_bytes(content)
+    assert read(run(path, folder.parent)) == [marked("abc", "xy"), ([], [])]
+    file.write_bytes(content[1:])
     shutil.rmtree(folder)
-    assert read(run(path, cache)) == [marked("abc", "xy")]
+    assert read(run(path, folder.parent)) == [marked("abc", "xy"), ([], [])]
+
+
+@pytest.mark.parametrize("name", ["index.txt", "source_ends.bin", ""])
+@pytest.mark.parametrize("what", ["folder", "gone", "pipe", "loop"])
+def test_a_cache_with_something_else_in_a_file_s_place_is_refused(cached, name, what):
+    path, folder = cached
+    target = folder / name
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    if what == "folder":
+        target.mkdir()
+    elif what == "pipe":
+        os.mkfifo(target)
+    elif what == "loop":
+        target.symlink_to(target)
+    if what == "gone" and not name:
+        assert read(run(path, folder.parent)) == [marked("abc", "xy"), ([], [])]
+    else:
+        assert damaged(path, folder)
+
+
+def test_a_cache_that_is_no_local_folder_is_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", pairs("abc>xy"))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("gs://bucket/cache", "s3://bucket", "", tmp_path / "loop", tmp_path / ("x" * 300), tmp_path / "a\0b"):
+        assert refusal(path, name).startswith("config.data.cache_dir")
+    assert refusal(path, path).startswith(f"config.data.cache_dir: cannot make {path}: ")
 
 
 # The whole chain, against the slow and plain way to do it.

@@ -1,6 +1,10 @@
+import itertools
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -188,3 +192,101 @@ def test_a_damaged_tokenizer_folder_is_refused(trained, tmp_path):
 def test_training_that_cannot_be_done_is_refused_with_the_name_of_the_setting(texts, size):
     with pytest.raises(UserError, match=rf"^config\.model\.tokenizer_size: {size} pieces cannot be trained: "):
         tokenizer.train(texts, size)
+
+
+# Folders that are not as they should be
+
+
+@pytest.fixture(scope="module")
+def saved(trained, tmp_path_factory) -> dict[str, Path]:
+    """Tokenizer folders, by the class that Transformers makes of them."""
+    folders = {
+        "t5": trained,
+        "gpt2": made(Kind("gpt2", "<|endoftext|>"), None),
+        "llama": made(Kind("gemma", "<e>"), None),
+    }
+    for name, one in folders.items():
+        one.save(tmp_path_factory.getbasetemp() / f"saved_{name}")
+    return {name: tmp_path_factory.getbasetemp() / f"saved_{name}" for name in folders}
+
+
+def changed(folder: Path, file: str, **values) -> None:
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2", "llama"])
+@pytest.mark.parametrize("model_type", [None, "t5", "llama", "gpt2"])
+@pytest.mark.parametrize("lost", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_lost_file_is_never_replaced_by_another_vocabulary(name, model_type, lost, saved, tmp_path):
+    folder = shutil.copytree(saved[name], tmp_path / "folder")
+    if model_type:
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    whole = tokenizer.load(str(folder))
+    (folder / lost).unlink()
+    try:
+        found = tokenizer.load(str(folder))
+    except UserError as error:
+        assert "\n" not in str(error) and str(folder) in str(error)
+        assert lost == "tokenizer_config.json" or f"{folder}/tokenizer.json is missing" in str(error)
+    else:  # without its configuration a vocabulary may be complete
+        assert lost == "tokenizer_config.json" and found.encode(TEXTS) == whole.encode(TEXTS)
+        assert (found.end, found.size) == (whole.end, whole.size)
+
+
+def test_the_older_files_of_a_vocabulary_are_enough_if_all_are_there(saved, tmp_path):
+    whole = tokenizer.load(str(saved["gpt2"]))
+    model = json.loads((saved["gpt2"] / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("".join(" ".join(merge) + "\n" for merge in model["merges"]))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    assert tokenizer.load(str(tmp_path)).encode(TEXTS) == whole.encode(TEXTS)
+    (tmp_path / "merges.txt").unlink()
+    assert "`merges`" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "auto_map", [{"AutoTokenizer": ["evil.Evil", None]}, ["evil.Evil", None], {"AutoTokenizer": "x"}]
+)
+def test_a_folders_python_is_never_run_nor_asked_about(auto_map, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = shutil.copytree(saved["t5"], tmp_path / "folder")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    changed(folder, "tokenizer_config.json", auto_map=auto_map, tokenizer_class="Evil")
+    assert f"{folder}/tokenizer_config.json: auto_map names Python code" in refusal(folder)
+    shutil.copy(saved["t5"] / "tokenizer_config.json", folder)
+    code = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": code}))
+    assert tokenizer.load(str(folder)).encode(TEXTS) and not (tmp_path / "ran").exists()
+
+
+ODD_VALUES: list[Any] = [
+    None, True, 0, -1, 10**30, 10**400, float("nan"), "", "x", "\ud800", "a\nb", "<unk>", [], ["a"], [1], {}, {"a": 1},
+    {"content": "x"}, {"content": 3}, [[]], {"default": 3}, [{"name": "default", "template": "x"}], "../x",
+    "LlamaTokenizer", "BertTokenizer",
+]  # fmt: skip
+FIELDS = """tokenizer_class eos_token bos_token unk_token pad_token chat_template model_max_length extra_ids
+    added_tokens_decoder additional_special_tokens extra_special_tokens auto_map add_bos_token legacy vocab merges
+    fast_tokenizer_files vocab_file tokenizer_file init_inputs errors model_input_names backend padding_side""".split()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_value_of_any_field_of_a_tokenizer_is_used_or_refused_in_one_line(seed, saved, tmp_path):
+    random = np.random.default_rng(seed)
+    for number in range(40):
+        folder = shutil.copytree(saved[("t5", "gpt2")[number % 2]], tmp_path / str(number))
+        if random.random() < 0.7:
+            odd = {str(field): ODD_VALUES[random.integers(len(ODD_VALUES))] for field in random.choice(FIELDS, 2)}
+            changed(folder, "tokenizer_config.json", **odd)
+        else:
+            part = str(random.choice(["model", "normalizer", "pre_tokenizer", "decoder", "added_tokens", "version"]))
+            odd = {part: ODD_VALUES[random.integers(len(ODD_VALUES))]}
+            changed(folder, "tokenizer.json", **odd)
+        try:
+            found = tokenizer.load(str(folder))
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, odd
+            continue
+        ids = found.encode(["Hello world", "a\nb", "", "漢"])
+        assert all(0 <= id < found.size for id in [*itertools.chain(*ids), found.end, found.pad]), odd
+        found.save(folder / "again")
+        assert tokenizer.load(str(folder / "again")).encode(["Hello world", "a\nb", "", "漢"]) == ids, odd

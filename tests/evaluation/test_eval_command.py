@@ -155,6 +155,37 @@ def test_a_model_needs_something_to_be_scored_on(run, tmp_path, capfd):
     assert "has nothing to evaluate on: set config.data.eval, config.data.holdout or config.eval.tasks" in line
 
 
+@pytest.fixture
+def ran(run, tmp_path):
+    """A file that is there once the metric that the run's config names has run."""
+    (tmp_path / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(predictions, references): return 1\n"
+    )
+    saved = json.loads((run / "config.json").read_text())
+    saved["config"]["eval"]["metrics"] = ["rougeL", f"{tmp_path}/own.py:f"]
+    (run / "config.json").write_text(json.dumps(saved))
+    return tmp_path / "ran"
+
+
+@pytest.mark.parametrize("option", [(), ("--follow",), ("--config.eval.batch_size=2",)])
+def test_python_that_a_runs_config_names_as_a_metric_runs_only_where_the_user_allows_it(run, ran, capfd, option):
+    line = fails(capfd, "eval", "--workdir", run, *option)
+    assert f"the run in {run} names code as a metric, '{ran.parent}/own.py:f'" in line
+    assert "add --run-metric-code" in line and not ran.exists()
+
+
+def test_python_that_the_user_names_or_allows_runs(run, ran, other, tmp_path, capfd):
+    metric = f"{ran.parent}/own.py:f"
+    text = other.read_text().replace("config.eval.limit", f"config.eval.metrics = ({metric!r},)\n    config.eval.limit")
+    other.write_text(text)
+    succeeds(capfd, "eval", "--workdir", run, "--config", other)
+    assert ran.exists()
+    succeeds(capfd, "eval", "--workdir", run, "--summary")
+    succeeds(capfd, "eval", "--workdir", run, "--run-metric-code")
+    named = ("--config.eval.metrics=['rougeL']", "--output", tmp_path / "out")
+    succeeds(capfd, "eval", "--workdir", run, *named)
+
+
 def test_a_config_file_runs_once(other, tmp_path):
     ran = tmp_path / "ran"
     other.write_text(f"open({str(ran)!r}, 'a').write('once ')\n{other.read_text()}")

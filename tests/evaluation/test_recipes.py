@@ -152,8 +152,15 @@ def test_super_ni_s_long_prompts_lose_examples_and_then_their_end(super_ni):
     "name, scores, predictions",
     [
         ("mmlu", {"mmlu": ["accuracy", "n", "accuracy_macro", "truncated"], "mmlu/virology": ["accuracy", "n"]}, 4),
-        ("gsm8k", {"gsm8k": ["final_number", "n"]}, 2),
-        ("bbh", {"bbh": ["exact_match", "n", "exact_match_macro"], "bbh/navigate": ["exact_match", "n"]}, 4),
+        ("gsm8k", {"gsm8k": ["final_number", "n", "unfinished"]}, 2),
+        (
+            "bbh",
+            {
+                "bbh": ["exact_match", "n", "exact_match_macro", "unfinished"],
+                "bbh/navigate": ["exact_match", "n", "unfinished"],
+            },
+            4,
+        ),
         (
             "super_ni",
             {
@@ -163,9 +170,10 @@ def test_super_ni_s_long_prompts_lose_examples_and_then_their_end(super_ni):
                     "n",
                     "rougeL_macro",
                     "squad_exact_match_macro",
+                    "unfinished",
                     "truncated",
                 ],
-                "super_ni/Entailment": ["rougeL", "squad_exact_match", "n"],
+                "super_ni/Entailment": ["rougeL", "squad_exact_match", "n", "unfinished"],
             },
             4,
         ),

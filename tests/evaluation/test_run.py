@@ -70,7 +70,7 @@ def test_the_metrics_of_a_task_are_those_of_its_rows(evaluated):
         )
         left_out = {"without_reference": 0, "truncated": 0} if task == "all" else {}
         scores = {name: value for name, value in values.items() if name not in ("loss", "perplexity")}
-        assert scores == expected | {"n": len(chosen)} | left_out
+        assert scores == expected | {"n": len(chosen), "unfinished": 0} | left_out
         assert ("loss" in values) == (task == "all")
 
 
@@ -153,6 +153,10 @@ def test_without_generation_there_is_the_loss_alone(evaluated, parts):
 
 def test_texts_are_generated_as_the_settings_say(parts):
     config, layout, model, params, tokenizer, examples, mesh = parts
+    short = dataclasses.replace(config.eval, metrics=("rougeL",), max_new_tokens=2, min_new_tokens=2)
+    scored = Evaluator(model, tokenizer, examples, dataclasses.replace(config, eval=short), layout, mesh)(params)
+    assert {task: values["unfinished"] for task, values in scored.metrics.items()} == {"first": 4, "last": 3, "all": 7}
+    assert "texts that reached max_new_tokens before they ended: first 4, last 3, all 7" in table(scored)
     chosen = {"num_beams": 3, "length_penalty": 2.0, "min_new_tokens": 4, "first_token": "\u2581teal"}
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, metrics=("rougeL",), **chosen))
     scored = Evaluator(model, tokenizer, examples, config, layout, mesh)(params)

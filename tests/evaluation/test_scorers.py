@@ -68,7 +68,7 @@ def test_tasks_are_scored_without_other_examples(parts, folder):
     expected = metrics.score(
         ["rougeL", "exact_match"], [row["prediction"] for row in texts], [row["references"] for row in texts]
     )
-    assert scored.metrics["words"] == expected | {"n": 5.0} and expected["rougeL"] > 0
+    assert scored.metrics["words"] == expected | {"n": 5.0, "unfinished": 0.0} and expected["rougeL"] > 0
     low, high = scored.intervals["words"]["rougeL"]
     assert low <= expected["rougeL"] <= high
 
@@ -238,7 +238,7 @@ def test_a_task_that_fails_costs_no_other_its_scores(parts, folder, monkeypatch)
     assert reasons["unknown"].startswith("metric 'rougel' is not known; did you mean 'rougeL'?")
     assert reasons["fault"] == "RuntimeError: out of memory"
     assert "LookupError" in scored.errors["own"][f"{folder}/own.py:raises"]
-    assert list(scored.metrics["own"]) == ["rougeL", "n"]
+    assert list(scored.metrics["own"]) == ["rougeL", "n", "unfinished"]
     assert all("\n" not in reason for reason in reasons.values())
 
 

@@ -132,4 +132,4 @@ def test_the_files_hold_what_the_table_shows_and_more(run, tmp_path, capfd):
     ]
     assert objects[2]["scores"]["mmlu/law"] == {"accuracy": 9.0}
     line = fails(capfd, "eval", "--workdir", run, "--summary", "--csv", tmp_path / "nowhere" / "x.csv")
-    assert line.endswith("nowhere/x.csv: No such file or directory; name another file")
+    assert line.endswith("nowhere/x.csv: it must be a file in a folder that exists")

@@ -9,6 +9,7 @@ import pytest
 
 from jax_it import config, sharding
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
+from jax_it.errors import UserError
 from jax_it.generation import Generator, Sampling, decode, widths
 from tests.generation.conftest import by_prompt
 
@@ -63,6 +64,13 @@ def test_texts_differ_and_end_at_various_lengths(tiny, texts):
     assert len({tuple(text) for text in texts}) >= 10
     assert len({len(text) for text in texts}) >= 4 and max(map(len, texts)) == LENGTH
     assert not any(set(tiny.model.config.end_tokens) & set(text) for text in texts)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_refused_and_never_become_text(tiny, generators, sampling, value):
+    params = tiny.params | {"head": tiny.params["head"].at[7, 3].set(value)}
+    with pytest.raises(UserError, match=r"the model's logits for prompt \d+ are not finite"):
+        list(generators[sampling](params, tiny.sources))
 
 
 @pytest.mark.parametrize("batch_size, width", [(1, 32), (3, 64)])

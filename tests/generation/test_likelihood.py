@@ -8,6 +8,7 @@ import pytest
 
 from jax_it import config, sharding
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
+from jax_it.errors import UserError
 from jax_it.generation import likelihood
 from jax_it.generation.likelihood import Likelihoods, Request
 
@@ -114,6 +115,13 @@ def test_a_continuation_is_greedy_where_each_token_is_the_likeliest(small, how):
         best = max(range(40), key=lambda token: found[token].log_prob)
         assert [each.greedy for each in found] == [token == best for token in range(40)]
         tokens.append(best)
+
+
+@pytest.mark.parametrize("how", ["stepped"], indirect=True)
+def test_logits_that_are_not_finite_make_nothing_likely(tiny, how):
+    params = tiny.params | {"head": tiny.params["head"].at[7, 3].set(np.nan)}
+    with pytest.raises(UserError, match=r"^the model's logits for prompt 1 are not finite"):
+        list(Likelihoods(tiny.model, tiny.mesh, 1)(params, [Request(tiny.sources[1], [[3], [4]])]))
 
 
 def test_the_probabilities_of_all_next_tokens_add_up_to_one(small):

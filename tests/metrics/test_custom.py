@@ -61,6 +61,13 @@ def odd_keys(predictions, references): return {1: 2.0}
 def none_in_dict(predictions, references): return {"a": None}
 def ragged(predictions, references): return [[1], [2, 3], 4]
 def one_argument(predictions): return 1
+def leaves(predictions, references): raise SystemExit(0)
+def huge(predictions, references): return [1.0, -1e300, 1.0]
+class Odd:
+    def __array__(self, *given, **named): raise KeyError("x")
+    def __repr__(self): raise KeyError("y")
+def odd(predictions, references): return Odd()
+def huge_whole(predictions, references): return 10**400
 def three_arguments(predictions, references, inputs): return 1
 number = 3
 """
@@ -157,6 +164,10 @@ def test_a_metric_cannot_spoil_the_texts_of_the_others(own):
         ("square", r"returned an array of shape \[3, 3\] for 3 examples"),
         ("empty_dict", "returned {}; a dict needs"),
         ("odd_keys", "returned {1: 2.0}; a dict needs"),
+        ("leaves", r"raised SystemExit: 0 \(own.py, line"),
+        ("huge", r"returned -1e\+300; expected 3e\+38 at most"),
+        ("huge_whole", "expected a number"),
+        ("odd", "returned a Odd; expected a number"),
         ("none_in_dict", "'own.py:none_in_dict.a' returned None"),
     ],
 )
@@ -179,6 +190,9 @@ def test_what_is_not_a_score_is_refused_in_one_line_that_names_the_metric(own, f
         ("own:brevity", "No module named 'own'; to take the file, write 'own.py:brevity'"),
         ("no_such_module:f", "no_such_module cannot be imported: ModuleNotFoundError"),
         ("no such module:f", "cannot be imported"),
+        ("leaving.py:f", r"leaving.py cannot be imported: SystemExit: 0 \(leaving.py, line 1\)"),
+        ("~nouser/own.py:f", "~nouser is nobody's home folder"),
+        ("gs://bucket/own.py:f", "gs:// is not supported here; give a local path"),
         (":f", "cannot be imported"),
         ("broken.py:f", r"broken.py cannot be imported: SyntaxError: .*\(line 2\)"),
         ("raising.py:f", r"raising.py cannot be imported: KeyError: 'x' \(raising.py, line 1\)"),
@@ -186,6 +200,7 @@ def test_what_is_not_a_score_is_refused_in_one_line_that_names_the_metric(own, f
 )
 def test_a_metric_that_is_not_there_is_refused_before_a_run(own, name, message):
     (own / "broken.py").write_text("def f(p, r):\nreturn 1\n")
+    (own / "leaving.py").write_text("raise SystemExit(0)\n")
     (own / "raising.py").write_text("{}['x']\ndef f(p, r): return 1\n")
     with pytest.raises(UserError, match=message) as error:
         metrics.check(["rougeL", name])

@@ -11,7 +11,8 @@ from jax_it import config, sharding
 from jax_it.data.batches import Placed
 from jax_it.data.formats import CausalFormat
 from jax_it.data.packing import Shape
-from jax_it.generation import Generator
+from jax_it.errors import UserError
+from jax_it.generation import Generator, Sampling
 from jax_it.models import Model, Params, build
 from tests.generation.conftest import by_prompt
 
@@ -134,15 +135,48 @@ def test_longrope_goes_by_the_length_of_the_text_and_not_of_its_row(length, exte
     assert difference > 1e-2 if extended else difference == 0
 
 
-@pytest.mark.parametrize("prompt, new", [(9, 6), (12, 6), (18, 6)])  # within, across and past the original length
-def test_longrope_generates_what_the_full_forward_pass_finds_likeliest(prompt, new):
+def test_longrope_generates_by_the_length_that_the_text_has_then():
+    """As Transformers does for Phi-3: a text that outgrows the original length is computed again. A text does not
+    depend on how many tokens it may have."""
     model, params = make(LONGROPE)
+    params = jax.tree.map(lambda leaf: leaf * 3, params)  # far from ties, and from one token over and over
     mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
-    tokens = example(7, prompt, 0).target.tolist()
-    ((_, _, made, _),) = Generator(model, mesh, new, 1, ends=(0,))(params, [tokens])
-    # The text counts as long as it may become.
-    text = [*tokens, *made, *[2] * (prompt + new - len(tokens) - len(made))]
-    whole = Placed(np.zeros(0, np.int32), np.array(text, np.int32), 0, np.arange(len(text)) >= prompt)
-    hidden = jnp.asarray(states(model, params, [whole], len(text)))
-    likeliest = np.asarray(model.logits(model.head(params), hidden)).argmax(-1)[prompt - 1 :].tolist()
-    assert likeliest[: len(made)] == made and made
+    prompts = [example(7 + length, length, 0).target.tolist() for length in (4, 12, 15, 16, 17, 20)]  # of 16
+    compute = jax.jit(lambda params, batch: model.logits(model.head(params), model.apply(params, batch)))
+
+    def likeliest(tokens: list[int]) -> int:
+        text = Placed(np.zeros(0, np.int32), np.array(tokens, np.int32), 0, np.ones(len(tokens), bool))
+        return int(compute(params, CausalFormat(0).batch([[text]], Shape(0, 0, 32)))[0, len(tokens) - 1].argmax())
+
+    short = by_prompt(Generator(model, mesh, 3, 6, ends=(0,))(params, prompts))
+    long = by_prompt(Generator(model, mesh, 8, 6, ends=(0,))(params, prompts))
+    beams = by_prompt(Generator(model, mesh, 8, 1, Sampling(num_beams=2), ends=(0,))(params, prompts[1:2]))
+    assert len(beams[0]) == 8
+    for i, prompt in enumerate(prompts):
+        assert long[i][:3] == short[i]
+        for number, token in enumerate(long[i]):
+            assert token == likeliest([*prompt, *long[i][:number]]), (len(prompt), number)
+    unlike = dataclasses.replace(model, config=dataclasses.replace(model.config, computed_again=False))
+    assert by_prompt(Generator(unlike, mesh, 8, 6, ends=(0,))(params, prompts)) != long, "the test says nothing"
+
+
+def test_a_prefix_lm_is_not_computed_again():
+    with pytest.raises(UserError, match=r"^config.model.prefix_lm: the longrope of test"):
+        make(LONGROPE, prefix_lm=True)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "smollm3"])
+def test_layers_that_are_all_of_the_second_rope_rotate_by_it(kind):
+    """All layers with a window in Gemma 3, none that rotate in SmolLM3: against the same rope as the only one."""
+    values = LLAMA | {"model_type": kind, "head_dim": 8, "hidden_activation": "gelu_pytorch_tanh"}
+    if kind == "smollm3":
+        values = {**values, "no_rope_layers": [0, 0]}
+        del values["hidden_activation"]
+    else:
+        values |= {"layer_types": ["sliding_attention"] * 2, "sliding_window": 64, "rope_local_base_freq": 10.0}
+    model, params = make(values)
+    second = model.config.ropes[1]
+    alone = dataclasses.replace(model.config, ropes=(second,) if second else (), layer_ropes=())
+    one = example(0, 8, 4)
+    expected = states(dataclasses.replace(model, config=alone), params, [one], 12)
+    np.testing.assert_allclose(states(model, params, [one], 12), expected, rtol=0, atol=1e-6)

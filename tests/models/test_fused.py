@@ -84,9 +84,10 @@ def test_it_is_taken_where_its_lengths_and_heads_allow(shape, mesh, fits):
         assert fused.fits(*shape) == fits
 
 
-def test_a_model_takes_it_and_learns_the_same():
+def test_a_model_whose_layers_differ_in_rope_takes_it_and_learns_the_same():
     values = {
-        "model_type": "llama", "vocab_size": 64, "hidden_size": 32, "head_dim": 128, "intermediate_size": 32,
+        "model_type": "smollm3", "no_rope_layers": [1, 0], "tie_word_embeddings": False, "vocab_size": 64,
+        "hidden_size": 32, "head_dim": 128, "intermediate_size": 32,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     }  # fmt: skip
     model = build(values, "the test", config.Model(pretrained=False))

@@ -1,5 +1,9 @@
 """Weights that do not fit are refused, in a line that names the weight and the folder."""
 
+import json
+import os
+from contextlib import ExitStack
+
 import jax
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ import safetensors.numpy
 from jax_it import config, sharding
 from jax_it.errors import UserError
 from jax_it.models import hf
-from jax_it.models.tensors import INDEX, SINGLE, Tensors, find_folder
+from jax_it.models.tensors import DTYPES, INDEX, SINGLE, Tensors, find_folder
 from jax_it.models.weights import flatten
 from tests.parity import cases
 
@@ -107,10 +111,79 @@ def test_a_shard_that_the_index_names_must_be_there(sharded):
     assert f"{shard} is missing, but {INDEX} names it" in refusal(sharded)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000])
 def test_a_damaged_index_is_named(text, sharded):
     (sharded / INDEX).write_text(text)
-    assert f"{sharded / INDEX} is damaged" in refusal(sharded)
+    assert str(sharded / INDEX) in refusal(sharded)
+
+
+@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "a/b", "..", ".", "", "a\0b", 3, None, ["x"]])
+def test_an_index_names_files_of_its_own_folder_alone(file, sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["shared.weight"] = file
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert f"{sharded / INDEX}: weight_map names {file!r}" in refusal(sharded)
+
+
+def test_a_link_to_a_file_elsewhere_is_read_as_hub_caches_have_it(sharded, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("blobs")
+    for file in sharded.glob("*.safetensors"):
+        file.rename(elsewhere / file.name)
+        file.symlink_to(elsewhere / file.name)
+    cases.load(sharded)
+
+
+def test_two_files_of_a_folder_that_hold_the_same_weight_are_refused(sharded):
+    one, two, *_ = sorted(sharded.glob("*.safetensors"))
+    two.write_bytes(one.read_bytes())
+    assert "is in another file of the folder too" in refusal(sharded)
+
+
+@pytest.mark.parametrize("name", ["config.json", SINGLE, INDEX])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "loop", "device"])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(name, kind, published):
+    folder, _ = published
+    (folder / name).unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(folder / name)
+    elif kind == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to("/dev/zero" if kind == "device" else name)
+    reasons = {"folder": "Is a directory", "loop": "Too many levels of symbolic links"}
+    assert f"{folder / name} cannot be read: {reasons.get(kind, 'Not a regular file')}" in refusal(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_named(dtype, value, published):
+    folder, replace = published
+    tensors = {name: tensor.astype(DTYPES[dtype]) for name, tensor in cases.tensors(CASE).items()}
+    tensors[QUERY][5, 7] = value
+    replace(tensors)
+    assert refusal(folder) == f"{folder}: {QUERY} holds NaN or infinity: nothing could be computed with it"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_damage_to_a_safetensors_file_is_refused_or_read_as_finite_weights(seed, published):
+    folder, _ = published
+    whole, random = (folder / SINGLE).read_bytes(), np.random.default_rng(seed)
+    length = int.from_bytes(whole[:8], "little")
+    for _ in range(100):
+        content = bytearray(whole)
+        for _ in range(random.integers(1, 4)):
+            content[random.integers(0, 8 + length if random.random() < 0.9 else len(content))] = random.integers(256)
+        if random.random() < 0.2:
+            del content[random.integers(0, len(content)) :]
+        (folder / SINGLE).write_bytes(content)
+        with ExitStack() as stack:
+            try:
+                read = Tensors(folder, stack)
+                for name in read.names():
+                    part = read.read(name, (slice(None),) * len(read.shape(name)))
+                    assert np.isfinite(part.astype(np.float32)).all() and part.shape == read.shape(name)
+            except UserError as error:
+                assert "\n" not in str(error) and str(folder) in str(error)
 
 
 def test_a_folder_that_does_not_exist_is_named():

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,17 @@ def test_gradients_are_those_of_finite_differences(name, folders):
         expected = float(np.sum(np.asarray(slope) * direction))
         assert (at(step) - at(-step)) / (2 * step) == pytest.approx(expected, rel=1e-2, abs=5e-3), path
     assert max(np.abs(slope).max() for slope in jax.tree.leaves(gradient)) > 1
+
+
+def test_doras_first_magnitudes_are_the_weights_own_lengths_and_take_no_product(folders):
+    model, base = load(folders("gpt2"))
+    adapted = hf.with_adapter(model, config.Model(lora=config.Lora(rank=3, dora=True)))
+    init = jax.jit(adapted.init_adapter).lower(jax.random.key(0), base)
+    assert "dot_general" not in init.as_text()  # XLA's CPU compiler gets it wrong for B's constant zeros
+    leaves, weights = flatten(init.compile()(jax.random.key(0), base)), flatten(base)
+    for path, axes in (("layers.mlp.down", 1), ("layers.attention.output", (1, 2))):
+        lengths = np.sqrt(np.square(np.asarray(weights[path], np.float64)).sum(axes))
+        np.testing.assert_allclose(leaves[f"{path}.magnitude"], lengths, rtol=1e-6)
 
 
 def test_doras_product_is_that_of_the_paper_in_float64():
@@ -233,13 +245,23 @@ def test_a_target_that_is_none_is_refused(target, problem, folders):
     assert problem in str(raised.value)
 
 
-@pytest.fixture
-def adapter(folders, tmp_path):
-    """A PEFT folder for the tiny SmolLM2."""
+@pytest.fixture(scope="module")
+def base(folders):
+    return load(folders("smollm2"))
+
+
+@pytest.fixture(scope="module")
+def written(folders, tmp_path_factory):
     model, params = load(folders("smollm2"), lora=config.Lora(rank=2))
-    params = shaken(model, params)
-    peft.write(tmp_path, model, params, str(folders("smollm2")))
-    return tmp_path
+    folder = tmp_path_factory.mktemp("adapter")
+    peft.write(folder, model, shaken(model, params), str(folders("smollm2")))
+    return folder
+
+
+@pytest.fixture
+def adapter(written, tmp_path):
+    """A PEFT folder for the tiny SmolLM2."""
+    return shutil.copytree(written, tmp_path / "adapter")
 
 
 def test_an_adapter_comes_back_as_it_was_written(adapter, folders):
@@ -262,6 +284,32 @@ def test_an_adapter_of_some_modules_alike_comes_back_with_these_alone(name, targ
     jax.tree.map(np.testing.assert_array_equal, again.split(read)[0], model.split(params)[0])
 
 
+@pytest.mark.parametrize("same_a", [False, True])
+@pytest.mark.parametrize("name", ["phi3", "gpt2"])
+def test_a_fused_projections_rank_does_not_grow_with_round_trips(name, same_a, folders, tmp_path):
+    model, params = load(folders(name), lora=config.Lora(rank=4, alpha=6))
+    params = shaken(model, params)
+    if same_a:  # as an adapter made by PEFT is read
+        attention = params["adapter"]["layers"]["attention"]
+        for path in ("key", "value"):
+            attention[path] = {**attention[path], "a": attention["query"]["a"]}
+        gate = params["adapter"]["layers"]["mlp"].get("gate")
+        if gate:
+            params["adapter"]["layers"]["mlp"]["up"]["a"] = gate["a"]
+    written = []
+    for i in range(3):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        peft.write(folder, model, params, str(folders(name)))
+        written.append([(folder / file).read_bytes() for file in (peft.CONFIG, peft.WEIGHTS)])
+        read, params = load(folders(name), lora=config.Lora(path=str(folder)))
+        assert read.adapter == model.adapter
+    assert written[0] == written[1] == written[2]
+    ranks = json.loads(written[0][0])
+    fused = {12, 8} if name == "phi3" else {12}  # queries, keys and values; gate and up
+    assert {ranks["r"], *ranks["rank_pattern"].values()} == {4} | (set() if same_a else fused)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_read_are_kept_in_the_dtype_of_those_drawn(dtype, adapter, folders):
     model, params = load(folders("smollm2"), param_dtype=dtype, lora=config.Lora(path=str(adapter)))
@@ -280,6 +328,18 @@ def rewrite(folder: Path, **changes) -> None:
         ({"bias": "all"}, "bias='all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"r": 0}, "rank 0"),
+        ({"r": True}, "rank True"),
+        ({"r": 10**400}, "rank 1000"),
+        ({"lora_alpha": 0}, "lora_alpha 0 of "),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan of "),
+        ({"alpha_pattern": {"q_proj": "4"}}, "lora_alpha '4' of "),
+        ({"alpha_pattern": {"(": 4}}, "alpha_pattern: '(' is no regular expression"),
+        ({"rank_pattern": [1]}, "rank_pattern=[1] must map modules to numbers"),
+        ({"lora_dropout": 2}, "lora_dropout=2 must be"),
+        ({"lora_dropout": "0.1"}, "lora_dropout='0.1' must be"),
+        ({"use_dora": "no"}, "use_dora='no' must be true or false"),
+        ({"target_modules": 5}, "target_modules=5 must be"),
+        ({"layers_to_transform": 0}, "layers_to_transform=0 is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
         ({"new_kind_config": {"a": 1}}, "new_kind_config={'a': 1} is not supported by jax_it; it must be empty"),
         ({"alpha_pattern": {"model.layers.0.mlp.up_proj": 64}}, "another rank or alpha in some layers"),
@@ -289,17 +349,54 @@ def rewrite(folder: Path, **changes) -> None:
         ({"target_modules": ["q_proj"]}, "is of no module of this base model"),
     ],
 )
-def test_an_adapter_that_cannot_be_read_faithfully_is_refused(changes, problem, adapter, folders):
+def test_an_adapter_that_cannot_be_read_faithfully_is_refused(changes, problem, adapter, base, folders):
     rewrite(adapter, **changes)
     with pytest.raises(UserError) as raised:
-        load(folders("smollm2"), lora=config.Lora(path=str(adapter)))
+        peft.read(str(adapter), *base, mesh(), str(folders("smollm2")))
     assert problem in str(raised.value) and str(adapter) in str(raised.value)
 
 
-def test_an_adapter_for_another_base_model_is_refused(adapter, folders):
+ODD: list[Any] = [
+    None, True, False, 0, -1, 10**400, 1e-320, 1e308, float("nan"), float("inf"), "", "x", "(", "\ud800", "\n", [], [0],
+    [None], ["q_proj", 1], {}, {"q_proj": 2}, {"q_proj": "x"}, {"(": 1}, {"": 0}, [[[]]], "q_proj",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_value_of_any_field_of_an_adapter_config_is_read_or_refused_in_one_line(seed, adapter, folders):
+    model = hf.build(*hf.read_values(settings := config.Model(path=str(folders("smollm2")))), settings)
+    file, random = adapter / "adapter_config.json", np.random.default_rng(seed)
+    values = json.loads(file.read_text())
+    for _ in range(150):
+        fields = random.choice(sorted(values), random.integers(1, 4))
+        odd = {str(field): ODD[random.integers(len(ODD))] for field in fields}
+        file.write_text(json.dumps(values | odd))
+        try:
+            read, _ = peft.read_adapter(str(adapter), model)
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000 and str(adapter) in str(error), odd
+        else:
+            assert 0 <= read.dropout < 1 and type(read.dora) is bool, odd
+            assert all(target.rank >= 1 and 0 < target.scale < 1e31 for target in read.targets), odd
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'"x"', b"{", b"\xff", b"[" * 100_000, b"{}"])
+def test_an_adapter_config_that_is_no_object_is_refused(content, adapter, folders):
+    (adapter / "adapter_config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"adapter_config\.json") as raised:
+        peft.base_of(adapter)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_adapter_of_another_revision_of_its_base_is_refused(adapter, base):
+    rewrite(adapter, base_model_name_or_path="someone/model", revision="v2")
+    with pytest.raises(UserError, match="the adapter is for revision 'v2' of someone/model; fetch that one"):
+        peft.read(str(adapter), *base, mesh(), "someone/model")
+
+
+def test_an_adapter_for_another_base_model_is_refused(adapter, base, folders):
     with pytest.raises(UserError, match="the adapter is for another base model"):
         load(folders("llama3"), lora=config.Lora(path=str(adapter)))
     rewrite(adapter, base_model_name_or_path="someone/another-model")
     with pytest.raises(UserError, match="trained for someone/another-model, not for someone/this-model"):
-        base = load(folders("smollm2"))
         peft.read(str(adapter), *base, mesh(), "someone/this-model")

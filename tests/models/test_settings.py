@@ -7,6 +7,7 @@ import pytest
 from jax_it import config
 from jax_it.errors import UserError
 from jax_it.models import build, hf
+from jax_it.models.families import FAMILIES
 from tests.parity import cases
 
 FILE = "/models/mine/config.json"
@@ -57,7 +58,8 @@ def test_all_unknown_keys_are_named_at_once():
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 def test_null_means_the_default_as_an_absent_key_does(case):
-    follow = {"dense_act_fn", "is_gated_act"}  # from feed_forward_proj, and contradict its default
+    # From feed_forward_proj, and contradict its default; a short distance, which the default's buckets do not have.
+    follow = {"dense_act_fn", "is_gated_act", "relative_attention_max_distance"}
     for key in case.values.keys() - {"model_type"}:
         absent = {name: value for name, value in case.values.items() if name not in {key, *follow}}
         assert read(absent | {key: None}) == read(absent), key
@@ -135,3 +137,135 @@ def test_a_refusal_names_the_file_that_was_read(tmp_path):
     (folder / "config.json").write_text(json.dumps(VALUES | {"sliding_window": 128}))
     with pytest.raises(UserError, match=rf"^{tmp_path}/config.json: sliding_window: not known"):
         cases.load(folder)
+
+
+FAMILY = {kind: next(c for c in cases.ALL if c.values["model_type"] == kind).values for kind in FAMILIES}
+WIDTHS = ("hidden_size", "d_model", "n_embd", "num_attention_heads", "num_heads", "n_head", "num_key_value_heads")
+SIZES = (
+    *WIDTHS, "head_dim", "d_kv", "intermediate_size", "d_ff", "n_inner", "moe_intermediate_size", "num_hidden_layers",
+    "num_layers", "num_decoder_layers", "n_layer", "vocab_size", "sliding_window", "n_positions", "num_local_experts",
+    "num_experts_per_tok", "relative_attention_num_buckets", "relative_attention_max_distance", "query_pre_attn_scalar",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_no_size_of_a_family_may_be_zero_or_negative_or_no_integer(kind):
+    half = "decoder" if kind == "t5gemma" else None
+    base = FAMILY[kind][half] if half else FAMILY[kind]
+    unread = set() if kind == "gpt2" else {"n_positions"}
+    for key in base.keys() & set(SIZES) - unread:
+        for value in (0, -1, "32", 1.5, float("nan"), 10**400, [1, 2], {}):
+            values = {**base, key: value}
+            with pytest.raises(UserError) as refusal:
+                read({**FAMILY[kind], half: values} if half else values)
+            message = str(refusal.value)
+            assert key in message and "\n" not in message and len(message) < 400, key
+
+
+SCALED: dict = {"rope_parameters": None}
+LLAMA_LIKE = [kind for kind in FAMILIES if kind not in ("t5", "mt5", "umt5", "gpt2", "gpt_neox", "t5gemma")]
+
+
+IMPOSSIBLE = [
+    ({"num_key_value_heads": 3}, "num_key_value_heads"),
+    ({"num_key_value_heads": 8}, "num_key_value_heads"),
+    ({"head_dim": 7}, "head_dim"),
+    ({"partial_rotary_factor": 2.0}, "partial_rotary_factor"),
+    ({"partial_rotary_factor": "half"}, "partial_rotary_factor"),
+    ({**SCALED, "rope_scaling": {"rope_type": "yarn", "factor": 2}, "max_position_embeddings": None}, "scaling"),
+    ({**SCALED, "rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "rope_scaling"),
+    ({**SCALED, "rope_scaling": {"rope_type": ["linear"]}}, "rope_scaling"),
+    ({"rope_parameters": 5}, "rope_parameters"),
+    ({"eos_token_id": 96}, "eos_token_id"),
+    ({"pad_token_id": -1}, "pad_token_id"),
+    ({"bos_token_id": 10**9}, "bos_token_id"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps"),
+    ({"layer_types": []}, "layer_types"),
+    ({"hidden_act": "x" * 5000, "hidden_activation": "x" * 5000}, "hidden_act"),
+    ({"model_type": ["llama"]}, "model_type"),
+    ({"no\nsuch\ud800": 1}, "no\\nsuch\\ud800"),
+]
+
+
+@pytest.mark.parametrize("kind", LLAMA_LIKE)
+def test_what_cannot_be_built_or_has_no_meaning_is_refused_by_its_field(kind):
+    for changes, field in IMPOSSIBLE:
+        with pytest.raises(UserError) as refusal:
+            read({**FAMILY[kind], **changes})
+        message = str(refusal.value)
+        assert field in message and "\n" not in message and len(message) < 400, changes
+        message.encode()
+
+
+@pytest.mark.parametrize(
+    "kind, changes, field",
+    [
+        ("t5", {"dropout_rate": 2.0}, "dropout_rate"),
+        ("t5", {"dropout_rate": -1}, "dropout_rate"),
+        ("t5", {"dropout_rate": 1.0}, "dropout_rate"),
+        ("gpt2", {"resid_pdrop": 1.5, "embd_pdrop": 1.5, "attn_pdrop": 1.5}, "resid_pdrop"),
+        ("t5", {"decoder_start_token_id": 96}, "decoder_start_token_id"),
+        ("umt5", {"decoder_start_token_id": -1}, "decoder_start_token_id"),
+        ("t5", {"relative_attention_num_buckets": 7}, "relative_attention_num_buckets"),
+        ("t5", {"relative_attention_num_buckets": 2}, "relative_attention_num_buckets"),
+        ("t5", {"relative_attention_max_distance": 16}, "relative_attention_max_distance"),
+        ("gpt2", {"n_head": 5}, "n_head"),
+        ("llama", {"num_attention_heads": 5, "num_key_value_heads": 5}, "num_attention_heads"),
+        ("gpt_neox", {"num_attention_heads": 5}, "num_attention_heads"),
+        ("gpt_neox", {"rotary_pct": 0.0}, "rotary_pct"),
+        ("gpt_neox", {"rotary_pct": 2.0}, "partial_rotary_factor"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok"),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok"),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 2}, "type"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 5, "sliding_window": 8}, "layer_types"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "layer_types"),
+        ("gemma3_text", {"rope_parameters": {"rope_type": "linear", "factor": 8.0}}, "rope_parameters"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern"),
+        ("gemma2", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping"),
+        ("gemma2", {"sliding_window": None}, "sliding_window"),
+        ("phi3", {"rope_scaling": {"rope_type": "longrope", "short_factor": [1], "long_factor": [1]}}, "short_factor"),
+        ("phi3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type"),
+    ],
+)  # fmt: skip
+def test_what_a_family_cannot_compute_is_refused_by_its_field(kind, changes, field):
+    with pytest.raises(UserError, match=field):
+        read({**FAMILY[kind], **changes})
+
+
+def test_a_half_of_t5gemma_is_refused_by_its_name_and_field():
+    decoder = {**FAMILY["t5gemma"]["decoder"], "sliding_window": 0}
+    with pytest.raises(UserError, match="decoder: sliding_window is 0; it must be at least 1"):
+        read({**FAMILY["t5gemma"], "decoder": decoder})
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_texts_end_where_transformers_says_if_the_file_does_not(kind):
+    import transformers
+
+    theirs = transformers.AutoConfig.for_model(kind).eos_token_id
+    values = {key: value for key, value in FAMILY[kind].items() if key != "eos_token_id"} | {"vocab_size": 200_000}
+    if kind == "t5gemma":
+        return  # the halves have it
+    assert read(values).end_tokens == (() if theirs is None else (theirs,))
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"d_model": 32, "d_model": 64}', "'d_model' occurs twice"),
+        ('{"a": {"b": 1, "b": 2}}', "'b' occurs twice"),
+        ('{"dropout_rate": NaN}', "NaN is no JSON number"),
+        ('{"dropout_rate": -Infinity}', "-Infinity is no JSON number"),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"a":' * 200_000, "nested too deeply"),
+        ('{"d_model": ' + "9" * 5000 + "}", "is not valid JSON"),
+        (b'{"model_type": "\xff"}', "is not valid JSON"),
+        (b"\x00\x01", "is not valid JSON"),
+    ],
+)
+def test_json_that_python_would_read_with_a_guess_or_not_at_all_is_refused(text, said, tmp_path):
+    (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as refusal:
+        cases.load(tmp_path)
+    message = str(refusal.value)
+    assert message.startswith(f"{tmp_path}/config.json") and said in message and "\n" not in message

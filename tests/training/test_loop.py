@@ -157,7 +157,7 @@ def task(tmp_path):
     "changes, named",
     [
         (lambda folder: {"data__eval": missing(folder)}, "config.data.eval.0.*nowhere.jsonl"),
-        (lambda folder: {"data__eval": empty(folder)}, "config.data.eval.0.*empty.jsonl"),
+        (lambda folder: {"data__eval": empty(folder)}, "empty.jsonl.*config.data.eval.0"),
         (lambda folder: {"eval__tasks": task(folder)}, "config.eval.tasks.0.*nowhere.jsonl"),
         (lambda folder: {"eval__every": "2 steps", "eval__tasks": task(folder)}, "config.eval.tasks.0.*nowhere.jsonl"),
         (lambda folder: {"eval__metrics": ["rougeL", "my_metrics.py:brevity"]}, "my_metrics.py"),

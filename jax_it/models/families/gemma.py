@@ -7,19 +7,29 @@ norms of queries and keys, and five layers with a window and a rope of their own
 from collections.abc import Mapping
 from typing import Any
 
+from jax_it.errors import UserError
 from jax_it.models import rope
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
 from jax_it.models.transformer import Config
 
+TANH = "gelu_pytorch_tanh"
 
-def _read_common(settings: Settings, act: str) -> dict[str, Any]:
+
+def _read_common(settings: Settings, act: str, key_heads: int, whole_heads: bool) -> dict[str, Any]:
     """What all three share, as arguments of `Config`."""
-    common = llama.read_common(settings, tied=True, act=act)
+    common = llama.read_common(
+        settings,
+        tied=True,
+        act=(act, TANH),
+        key_heads=key_heads,
+        head_size=256,
+        marks=(2, 1, 0),
+        whole_heads=whole_heads,
+    )
     settings.expect(use_bidirectional_attention=False)
     bias = settings.get("attention_bias", bool, False)
     return common | {
-        "head_size": settings.get("head_dim", int, 256),
         "norm": "rms_plus_one",
         "embedding_scale": common["width"] ** 0.5,
         "attention_bias": bias,
@@ -29,12 +39,11 @@ def _read_common(settings: Settings, act: str) -> dict[str, Any]:
 
 def read_gemma(values: Mapping[str, Any], where: str) -> Config:
     """`gelu` has always meant the tanh approximation here."""
-    tanh = "gelu_pytorch_tanh"
-    if values.get("hidden_act") in (None, "gelu"):
-        values = {**values, "hidden_act": tanh}
+    if values.get("hidden_act") == "gelu":
+        values = {**values, "hidden_act": TANH}
     settings = Settings(values, where)
-    common = _read_common(settings, "hidden_act")
-    settings.expect(hidden_activation=tanh)
+    common = _read_common(settings, "hidden_act", key_heads=16, whole_heads=False)
+    settings.expect(hidden_activation=TANH)
     config = Config(**common, ropes=(rope.read(settings, common["head_size"]),))
     settings.finish()
     return config
@@ -42,20 +51,20 @@ def read_gemma(values: Mapping[str, Any], where: str) -> Config:
 
 def _read_newer(settings: Settings, act: str = "hidden_activation") -> dict[str, Any]:
     """What Gemma 2 and 3 share beyond that."""
-    common = _read_common(settings, act)
-    settings.expect(cache_implementation="hybrid", hidden_act="gelu_pytorch_tanh")
-    scalar = settings.get("query_pre_attn_scalar", float, 256.0)
+    common = _read_common(settings, act, key_heads=4, whole_heads=True)
+    settings.expect(cache_implementation="hybrid", hidden_act=TANH)
+    scalar = settings.size("query_pre_attn_scalar", 256)
     return common | {"placement": "both", "score_scale": scalar**-0.5}
 
 
 def read_gemma2(values: Mapping[str, Any], where: str) -> Config:
-    settings = Settings({"hidden_activation": "gelu_pytorch_tanh", **values}, where)
+    settings = Settings(values, where)
     common = _read_newer(settings)
-    window = settings.get("sliding_window", int, 4096)
+    window = _read_window(settings)
     config = Config(
         **common,
-        score_cap=_cap(settings, values, "attn_logit_softcapping", 50.0),
-        logit_cap=_cap(settings, values, "final_logit_softcapping", 30.0),
+        score_cap=_cap(settings, "attn_logit_softcapping", 50.0),
+        logit_cap=_cap(settings, "final_logit_softcapping", 30.0),
         ropes=(rope.read(settings, common["head_size"]),),
         windows=llama.read_windows(settings, common["layers"], window, ("sliding_attention", "full_attention")),
     )
@@ -64,24 +73,33 @@ def read_gemma2(values: Mapping[str, Any], where: str) -> Config:
     return config
 
 
-def _cap(settings: Settings, values: Mapping[str, Any], key: str, default: float) -> float:
-    """A soft cap; null means none, an absent key the family's default."""
-    return settings.get(key, float, 0.0 if key in values else default)
+def _read_window(settings: Settings) -> int:
+    """`sliding_window`, without which Transformers computes no layer, whatever its kind."""
+    if settings.is_null("sliding_window"):
+        raise settings.bad("sliding_window", "it must be there")
+    return llama.read_window(settings, 4096)
+
+
+def _cap(settings: Settings, key: str, default: float | None) -> float:
+    """A soft cap; null means none, 0 to `Config`, and an absent key the family's default."""
+    if not settings.has(key) and (default is None or settings.is_null(key)):
+        return 0.0
+    return settings.positive(key, default or 1.0)
 
 
 def read_gemma3_text(values: Mapping[str, Any], where: str) -> Config:
-    settings = Settings({"hidden_activation": "gelu_pytorch_tanh", **values}, where)
+    settings = Settings(values, where)
     common = _read_newer(settings)
-    settings.expect(attn_logit_softcapping=0.0)
-    pattern = settings.get("sliding_window_pattern", int, settings.get("_sliding_window_pattern", int, 6))
+    pattern = settings.size("sliding_window_pattern", 6)
     windows = llama.read_windows(
-        settings, common["layers"], settings.get("sliding_window", int, 4096),
+        settings, common["layers"], _read_window(settings),
         ("sliding_attention",) * (pattern - 1) + ("full_attention",),
     )  # fmt: skip
     config = Config(
         **common,
         head_norm="each",
-        logit_cap=settings.get("final_logit_softcapping", float, 0.0),
+        score_cap=_cap(settings, "attn_logit_softcapping", None),
+        logit_cap=_cap(settings, "final_logit_softcapping", None),
         ropes=_read_ropes(settings, common["head_size"]),
         layer_ropes=tuple(1 if window else 0 for window in windows),
         windows=windows,
@@ -91,18 +109,28 @@ def read_gemma3_text(values: Mapping[str, Any], where: str) -> Config:
 
 
 def _read_ropes(settings: Settings, head_size: int) -> tuple[rope.Rope, rope.Rope]:
-    """The ropes of full and of sliding layers, in either form of config.json."""
-    length = settings.get("max_position_embeddings", int, 0)
+    """The ropes of full and of sliding layers, in either form of config.json: `rope_scaling` is that of full layers,
+    and `rope_parameters` has one mapping for each of the two."""
     scaling, nested = settings.get("rope_scaling", dict, {}), settings.get("rope_parameters", dict, {})
-    keys = {"full": ("rope_theta", 1e6), "sliding": ("rope_local_base_freq", 1e4)}
-    theta = {kind: settings.get(key, float, default) for kind, (key, default) in keys.items()}
+    full, sliding = "full_attention", "sliding_attention"
+    if nested.keys() - {full, sliding} or not all(isinstance(each, dict | None) for each in nested.values()):
+        raise settings.bad("rope_parameters", f"it must have {full} and {sliding} alone, each a mapping of its own")
+    theta = {
+        full: settings.positive("rope_theta", 1e6), sliding: settings.positive("rope_local_base_freq", 1e4)
+    }  # fmt: skip
+    settings.expect(partial_rotary_factor=1.0)
 
     def make(kind: str, scaling: Mapping[str, Any]) -> rope.Rope:
-        given = nested.get(f"{kind}_attention") or {}
-        values = {"rope_theta": theta[kind], "partial_rotary_factor": 1.0, **given, **scaling}
-        return rope.make(values, head_size, length, 0, settings.where)
+        field = "rope_scaling" if scaling else f"{kind} of rope_parameters"
+        values = {"rope_theta": theta[kind], "partial_rotary_factor": 1.0, **(nested.get(kind) or {}), **scaling}
+        if values["partial_rotary_factor"] != 1 or "truncate" in values:
+            raise UserError(
+                f"{settings.where}: partial_rotary_factor and truncate of {field} have no effect in this family; "
+                "remove them"
+            )
+        return rope.make(settings, field, values, head_size)
 
-    return make("full", scaling), make("sliding", {})
+    return make(full, scaling), make(sliding, {})
 
 
 GEMMA = llama.make_family("GemmaForCausalLM", read_gemma)

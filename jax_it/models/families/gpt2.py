@@ -12,32 +12,35 @@ from jax_it.models.weights import Weight
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
-    width, heads = settings.need("n_embd", int), settings.need("n_head", int)
+    width, heads = settings.size("n_embd"), settings.size("n_head")
+    if width % heads:
+        raise settings.bad("n_embd", f"n_head, {heads}, must divide it")
+    vocabulary = settings.size("vocab_size")
     activation = settings.choose("activation_function", list(layers.ACTIVATIONS), "gelu_new")
-    rate = settings.get("resid_pdrop", float, 0.1)
+    rate = settings.rate("resid_pdrop", 0.1)
     for key in ("embd_pdrop", "attn_pdrop"):
         if settings.get(key, float, 0.1) != rate:
             settings.refuse(key, [f"{rate}, the rate of resid_pdrop"])
     settings.expect(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     config = Config(
         model_type=settings.need("model_type", str),
-        vocabulary=settings.need("vocab_size", int),
+        vocabulary=vocabulary,
         width=width,
-        layers=settings.need("n_layer", int),
+        layers=settings.size("n_layer"),
         heads=heads,
         key_heads=heads,
         head_size=width // heads,
-        feed_forward=settings.get("n_inner", int, 4 * width),
+        feed_forward=settings.size("n_inner", 4 * width),
         activation=activation,
-        epsilon=settings.get("layer_norm_epsilon", float, 1e-5),
+        epsilon=settings.positive("layer_norm_epsilon", 1e-5),
         tied=settings.get("tie_word_embeddings", bool, True),
-        **llama.read_marks(settings),
+        **llama.read_marks(settings, vocabulary, (50256, 50256, None)),
         gated=False,
         norm="layer",
         attention_bias=True,
         output_bias=True,
         mlp_bias=True,
-        positions=settings.get("n_positions", int, settings.get("n_ctx", int, 1024)),
+        positions=settings.size("n_positions", 1024),
         dropout=rate,
     )
     summary = ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")

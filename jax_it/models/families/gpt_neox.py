@@ -12,23 +12,26 @@ from jax_it.models.weights import Weight
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
-    width, heads = settings.need("hidden_size", int), settings.need("num_attention_heads", int)
+    width, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
+    if width % heads:
+        raise settings.bad("hidden_size", f"num_attention_heads, {heads}, must divide it")
+    vocabulary = settings.size("vocab_size")
     activation = settings.choose("hidden_act", list(layers.ACTIVATIONS), "gelu")
     settings.expect(attention_dropout=0.0, hidden_dropout=0.0)
     bias = settings.get("attention_bias", bool, True)
     config = Config(
         model_type=settings.need("model_type", str),
-        vocabulary=settings.need("vocab_size", int),
+        vocabulary=vocabulary,
         width=width,
-        layers=settings.need("num_hidden_layers", int),
+        layers=settings.size("num_hidden_layers"),
         heads=heads,
         key_heads=heads,
         head_size=width // heads,
-        feed_forward=settings.need("intermediate_size", int),
+        feed_forward=settings.size("intermediate_size"),
         activation=activation,
-        epsilon=settings.get("layer_norm_eps", float, 1e-5),
+        epsilon=settings.positive("layer_norm_eps", 1e-5),
         tied=settings.get("tie_word_embeddings", bool, False),
-        **llama.read_marks(settings),
+        **llama.read_marks(settings, vocabulary, (0, 2, None)),
         gated=False,
         norm="layer",
         placement="parallel" if settings.get("use_parallel_residual", bool, True) else "before",

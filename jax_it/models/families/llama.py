@@ -12,52 +12,99 @@ from jax_it.models.settings import Settings
 from jax_it.models.transformer import Config
 from jax_it.models.weights import Weight
 
+Marks = tuple[int | None, int | None, int | None]  # the tokens that begin, end and fill texts
 
-def read_common(settings: Settings, *, tied: bool = False, act: str = "hidden_act") -> dict[str, Any]:
-    """The values that families with Llama's settings share, as arguments of `Config`."""
-    activation = settings.choose(act, list(layers.ACTIVATIONS), "silu")
+
+def read_common(
+    settings: Settings,
+    *,
+    tied: bool = False,
+    act: tuple[str, str] = ("hidden_act", "silu"),
+    key_heads: int = 0,
+    head_size: int = 0,
+    epsilon: float = 1e-6,
+    marks: Marks = (None, None, None),
+    whole_heads: bool = False,
+) -> dict[str, Any]:
+    """The values that families with Llama's settings share, as arguments of `Config`.
+
+    The keywords are the family's defaults, 0 for those that follow from other values, and the key of the activation
+    with its own. `whole_heads` says that
+    Transformers refuses a width that the heads do not divide even where they have a size of their own.
+    """
+    activation = settings.choose(act[0], list(layers.ACTIVATIONS), act[1])
     settings.expect(attention_dropout=0.0, is_encoder_decoder=False, add_cross_attention=False)
     settings.expect(is_decoder=False, chunk_size_feed_forward=0)
-    width, heads = settings.need("hidden_size", int), settings.need("num_attention_heads", int)
+    width, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
+    key_heads = settings.size("num_key_value_heads", key_heads or heads)
+    if heads % key_heads:
+        raise settings.bad("num_key_value_heads", f"it must be there and divide num_attention_heads, {heads}")
+    head_size = head_size or (settings.size("head_dim") if settings.has("head_dim") else 0)
+    if (whole_heads or not head_size) and width % heads:
+        raise settings.bad("hidden_size", f"num_attention_heads, {heads}, must divide it")
+    vocabulary = settings.size("vocab_size")
+    smallest = settings.get("rms_norm_eps", float, epsilon)
+    if smallest < 0:
+        raise settings.bad("rms_norm_eps", "it must not be negative")
     return {
         "model_type": settings.need("model_type", str),
-        "vocabulary": settings.need("vocab_size", int),
+        "vocabulary": vocabulary,
         "width": width,
-        "layers": settings.need("num_hidden_layers", int),
+        "layers": settings.size("num_hidden_layers"),
         "heads": heads,
-        "key_heads": settings.get("num_key_value_heads", int, heads),
-        "head_size": settings.get("head_dim", int, width // heads),
-        "feed_forward": settings.need("intermediate_size", int),
+        "key_heads": key_heads,
+        "head_size": settings.size("head_dim", head_size or width // heads),
+        "feed_forward": settings.size("intermediate_size"),
         "activation": activation,
-        "epsilon": settings.get("rms_norm_eps", float, 1e-6),
+        "epsilon": smallest,
         "tied": settings.get("tie_word_embeddings", bool, tied),
-        **read_marks(settings),
+        **read_marks(settings, vocabulary, marks),
     }
 
 
-def read_marks(settings: Settings) -> dict[str, Any]:
-    """The tokens that end, fill and begin texts, as arguments of `Config`."""
-    pad, start = (settings.get_tokens(f"{name}_token_id") for name in ("pad", "bos"))
+def read_marks(settings: Settings, vocabulary: int, defaults: Marks = (None, None, None)) -> dict[str, Any]:
+    """The tokens that begin, end and fill texts, as arguments of `Config`. Null means none; without a key it is the
+    family's default, if the vocabulary has it."""
+
+    def default(key: str, token: int | None) -> int | None:
+        return None if settings.is_null(key) or token is None or token >= vocabulary else token
+
+    start, end, pad = (
+        default(f"{name}_token_id", token) for name, token in zip(("bos", "eos", "pad"), defaults, strict=True)
+    )
+    given = {name: settings.get_token(f"{name}_token_id", vocabulary) for name in ("bos", "pad")}
+    ends = settings.get_tokens("eos_token_id", vocabulary)
     return {
-        "end_tokens": settings.get_tokens("eos_token_id"),
-        "pad_token": pad[0] if pad else None,
-        "start_token": start[0] if start else None,
+        "end_tokens": ends or (() if end is None else (end,)),
+        "pad_token": pad if given["pad"] is None else given["pad"],
+        "start_token": start if given["bos"] is None else given["bos"],
     }
+
+
+def read_window(settings: Settings, default: int = 0) -> int:
+    """`sliding_window`: how many positions a token sees; 0 for all, which null means."""
+    if settings.is_null("sliding_window") or not (default or settings.has("sliding_window")):
+        default = 0
+        settings.has("sliding_window")
+    return settings.size("sliding_window", default) if settings.has("sliding_window") or default else 0
 
 
 def read_windows(settings: Settings, number: int, window: int, every: tuple[str, ...] = ()) -> tuple[int, ...]:
     """Each layer's window, by `layer_types`, or else by the repeating pattern `every`; 0 for full attention."""
-    default = [every[i % len(every)] for i in range(number)] if every else ["full_attention"] * number
-    kinds = settings.get_list("layer_types", str) or default
+    kinds = settings.get_list("layer_types", str)
+    if kinds is None:
+        kinds = [every[i % len(every)] for i in range(number)] if every else ["full_attention"] * number
     known = {"sliding_attention": window, "full_attention": 0}
     if len(kinds) != number or not set(kinds) <= set(known):
-        settings.refuse("layer_types", [f"a list of {number} of {', '.join(known)}"])
+        raise settings.bad("layer_types", f"it must be a list of {number} of {', '.join(known)}")
+    if "sliding_attention" in kinds and not window:
+        raise settings.bad("sliding_window", "it must be there and used, for layer_types has layers with a window")
     return tuple(known[kind] for kind in kinds)
 
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
-    common = read_common(settings)
+    common = read_common(settings, marks=(1, 2, None), whole_heads=True)
     bias = settings.get("attention_bias", bool, False)
     config = Config(
         **common,

@@ -11,10 +11,8 @@ from jax_it.models.transformer import Config
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
-    common = llama.read_common(settings)
-    window = settings.get("sliding_window", int, 0)
-    if "sliding_window" not in values:
-        window = 4096  # Transformers' default; null means none
+    common = llama.read_common(settings, key_heads=8, marks=(1, 2, None))
+    window = llama.read_window(settings, 4096)
     config = Config(
         **common,
         ropes=(rope.read(settings, common["head_size"]),),

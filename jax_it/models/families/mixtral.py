@@ -13,22 +13,29 @@ from jax_it.models.weights import Weight
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
-    common = llama.read_common(settings)
-    window = settings.get("sliding_window", int, 0)
+    common = llama.read_common(settings, key_heads=8, epsilon=1e-5, marks=(1, 2, None))
+    window = llama.read_window(settings)
     settings.expect(router_jitter_noise=0.0)
+    # Of the other scalings Transformers makes no model without a head_dim.
+    kinds = tuple(rope.KEYS) if settings.has("head_dim") else ("default", "linear", "llama3")
     config = Config(
-        **common | {"epsilon": settings.get("rms_norm_eps", float, 1e-5)},
-        ropes=(rope.read(settings, common["head_size"], theta=1e6),),
+        **common,
+        ropes=(rope.read(settings, common["head_size"], theta=1e6, kinds=kinds),),
         windows=(window,) * common["layers"] if window else (),
-        experts=Experts(
-            number=settings.get("num_local_experts", int, 8),
-            per_token=settings.get("num_experts_per_tok", int, 2),
-            feed_forward=common["feed_forward"],
-            normalised=True,
-        ),
+        experts=read_experts(settings, "num_local_experts", 8, 2, common["feed_forward"], normalised=True),
     )
     settings.finish()
     return config
+
+
+def read_experts(
+    settings: Settings, key: str, number: int, per_token: int, feed_forward: int, *, normalised: bool
+) -> Experts:
+    """The experts of a layer, whose number is under `key`; numbers are the family's defaults."""
+    number, per_token = settings.size(key, number), settings.size("num_experts_per_tok", per_token)
+    if per_token > number:
+        raise settings.bad("num_experts_per_tok", f"it must be at most {key}, {number}")
+    return Experts(number, per_token, feed_forward, normalised)
 
 
 def weight_table(c: Config) -> dict[str, Weight]:

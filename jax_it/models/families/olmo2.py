@@ -11,10 +11,10 @@ from jax_it.models.transformer import Config
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
-    common = llama.read_common(settings)
+    common = llama.read_common(settings, epsilon=1e-5, marks=(None, 50279, 1))
     bias = settings.get("attention_bias", bool, False)
     config = Config(
-        **common | {"epsilon": settings.get("rms_norm_eps", float, 1e-5)},
+        **common,
         placement="after",
         head_norm="all",
         attention_bias=bias,

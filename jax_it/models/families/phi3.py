@@ -12,12 +12,13 @@ from jax_it.models.weights import Weight
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
-    common = llama.read_common(settings)
+    common = llama.read_common(settings, epsilon=1e-5, marks=(1, 32000, 32000))
     settings.expect(resid_pdrop=0.0, embd_pdrop=0.0, attention_bias=False, mlp_bias=False, lm_head_bias=False)
-    window = settings.get("sliding_window", int, 0)
+    window = llama.read_window(settings)
     config = Config(
-        **common | {"epsilon": settings.get("rms_norm_eps", float, 1e-5)},
-        ropes=(rope.read(settings, common["head_size"]),),
+        **common,
+        ropes=(rope.read(settings, common["head_size"], share=1.0, original=4096, kinds=("default", "longrope")),),
+        computed_again=True,
         windows=(window,) * common["layers"] if window else (),
     )
     # The code of its own that a checkpoint brings computes what this family does.

@@ -6,6 +6,7 @@ from typing import Any
 from jax_it.models import rope
 from jax_it.models.experts import Experts
 from jax_it.models.families import llama
+from jax_it.models.families.mixtral import read_experts
 from jax_it.models.settings import Settings
 from jax_it.models.transformer import Config
 from jax_it.models.weights import Weight
@@ -13,7 +14,7 @@ from jax_it.models.weights import Weight
 
 def _read_windows(settings: Settings, number: int) -> tuple[int, ...]:
     """The windows of the layers from `max_window_layers` on, where `use_sliding_window` is set."""
-    window, first = settings.get("sliding_window", int, 4096), settings.get("max_window_layers", int, 28)
+    window, first = llama.read_window(settings, 4096), settings.get("max_window_layers", int, 28)
     if not settings.get("use_sliding_window", bool, False):
         window = 0
     default = tuple("sliding_attention" if window and i >= first else "full_attention" for i in range(number))
@@ -21,9 +22,14 @@ def _read_windows(settings: Settings, number: int) -> tuple[int, ...]:
     return windows if any(windows) else ()
 
 
+def _key_heads(settings: Settings) -> int:
+    """The default of `num_key_value_heads`; null means as many as heads."""
+    return 0 if settings.is_null("num_key_value_heads") else 32
+
+
 def read_qwen2(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
-    common = llama.read_common(settings)
+    common = llama.read_common(settings, key_heads=_key_heads(settings))
     windows = _read_windows(settings, common["layers"])
     config = Config(**common, attention_bias=True, ropes=(rope.read(settings, common["head_size"]),), windows=windows)
     settings.expect(use_mrope=False)
@@ -32,30 +38,40 @@ def read_qwen2(values: Mapping[str, Any], where: str) -> Config:
 
 
 def read_qwen3(values: Mapping[str, Any], where: str) -> Config:
-    settings = Settings({"head_dim": 128, **values}, where)
-    config = _read_qwen3(settings)
+    settings = Settings(values, where)
+    common = llama.read_common(settings, key_heads=_key_heads(settings), head_size=128)
+    config = _make_qwen3(settings, common, _read_windows(settings, common["layers"]))
     settings.finish()
     return config
 
 
 def read_qwen3_moe(values: Mapping[str, Any], where: str) -> Config:
-    """All layers must be mixtures: dense ones among them could not be stacked with the rest."""
+    """All layers must be mixtures: dense ones among them could not be stacked with the rest.
+
+    `use_sliding_window` puts a window into every layer, and there is no `layer_types`.
+    """
     settings = Settings(values, where)
     number = "num_local_experts" if settings.has("num_local_experts") else "num_experts"
-    experts = Experts(
-        number=settings.get(number, int, 128),
-        per_token=settings.get("num_experts_per_tok", int, 8),
-        feed_forward=settings.get("moe_intermediate_size", int, 768),
-        normalised=settings.get("norm_topk_prob", bool, False),
-    )
+    inner, normalised = settings.size("moe_intermediate_size", 768), settings.get("norm_topk_prob", bool, False)
+    experts = read_experts(settings, number, 128, 8, inner, normalised=normalised)
     settings.expect(decoder_sparse_step=1, mlp_only_layers=[])
-    config = _read_qwen3(settings, experts)
-    settings.finish(ignored=("num_experts",))
+    common = llama.read_common(settings, key_heads=4)
+    window = llama.read_window(settings, 4096)
+    if not settings.get("use_sliding_window", bool, False):
+        window = 0
+    windows = (window,) * common["layers"] if window else ()
+    if settings.has("layer_types"):  # a note beside that: the layers do not read it
+        kinds = llama.read_windows(settings, common["layers"], window)
+        if set(kinds) != {window}:
+            raise settings.bad("layer_types", "in this family use_sliding_window decides, for all layers at once")
+    config = _make_qwen3(settings, common, windows, experts)
+    settings.finish(ignored=("num_experts", "max_window_layers"))
     return config
 
 
-def _read_qwen3(settings: Settings, experts: Experts | None = None) -> Config:
-    common = llama.read_common(settings)
+def _make_qwen3(
+    settings: Settings, common: dict[str, Any], windows: tuple[int, ...], experts: Experts | None = None
+) -> Config:
     bias = settings.get("attention_bias", bool, False)
     return Config(
         **common,
@@ -63,7 +79,7 @@ def _read_qwen3(settings: Settings, experts: Experts | None = None) -> Config:
         output_bias=bias,
         head_norm="each",
         ropes=(rope.read(settings, common["head_size"]),),
-        windows=_read_windows(settings, common["layers"]),
+        windows=windows,
         experts=experts,
     )
 

@@ -11,14 +11,22 @@ from jax_it.models.transformer import Config
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
-    common = llama.read_common(settings, tied=True)
+    common = llama.read_common(
+        settings,
+        tied=True,
+        key_heads=0 if settings.is_null("num_key_value_heads") else 4,  # null: as many as heads
+        marks=(128000, 128001, 128004),
+    )
     number = common["layers"]
-    interval = settings.get("no_rope_layer_interval", int, 4)
-    rotates = settings.get_list("no_rope_layers", int) or [int((i + 1) % interval != 0) for i in range(number)]
+    interval = settings.size("no_rope_layer_interval", 4)
+    rotates = settings.get_list("no_rope_layers", int)
+    if rotates is None:
+        rotates = [int((i + 1) % interval != 0) for i in range(number)]
     if len(rotates) != number:
-        settings.refuse("no_rope_layers", [f"a list of {number} numbers, 1 where a layer rotates"])
-    window = settings.get("sliding_window", int, 0) if settings.get("use_sliding_window", bool, False) else 0
-    settings.get("sliding_window", int, 0)
+        raise settings.bad("no_rope_layers", f"it must be a list of {number} numbers, 1 where a layer rotates")
+    window = llama.read_window(settings)
+    if not settings.get("use_sliding_window", bool, False):
+        window = 0  # and layers of `layer_types` that slide are refused: it depends on the kernel if they do
     if window and not settings.has("layer_types"):
         windows: tuple[int, ...] = tuple(0 if r else window for r in rotates)
     else:

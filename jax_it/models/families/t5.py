@@ -82,33 +82,48 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
         activation = "gelu_new"  # Transformers' reading of this name
     if activation not in layers.ACTIVATIONS:
         settings.refuse("feed_forward_proj", [*layers.ACTIVATIONS, *(f"gated-{a}" for a in layers.ACTIVATIONS)])
-    encoder_layers = settings.get("num_layers", int, 6 if kind == "t5" else 8)
+    encoder_layers = settings.size("num_layers", 6 if kind == "t5" else 8)
     tie = settings.get("tie_word_embeddings", bool, True)
     # Transformers 5 lets `tie_word_embeddings` decide T5's scaling, never scales mT5 and always umT5.
     scaled = settings.get("scale_decoder_outputs", bool, tie is not False)
     settings.expect(is_encoder_decoder=True, is_decoder=False, chunk_size_feed_forward=0)
     settings.expect(is_gated_act=projection.startswith("gated-"), dense_act_fn=activation)  # written beside it
+    buckets = settings.size("relative_attention_num_buckets", 32)
+    if buckets < 4 or buckets % 2:
+        raise settings.bad(
+            "relative_attention_num_buckets",
+            "it must be an even number, at least 4: in the encoder each side has half",
+        )
+    max_distance = settings.size("relative_attention_max_distance", 128)
+    if max_distance <= buckets // 2:
+        raise settings.bad(
+            "relative_attention_max_distance",
+            f"it must be above {buckets // 2}, half of relative_attention_num_buckets, which are of one distance each",
+        )
+    vocabulary = settings.size("vocab_size", 32128 if kind == "t5" else 250112)
+    pad = settings.get_token("pad_token_id", vocabulary) or 0
+    start = settings.get_token("decoder_start_token_id", vocabulary)
     config = Config(
         model_type=kind,
-        vocabulary=settings.get("vocab_size", int, 32128 if kind == "t5" else 250112),
-        width=settings.get("d_model", int, 512),
-        head_size=settings.get("d_kv", int, 64),
-        heads=settings.get("num_heads", int, 8 if kind == "t5" else 6),
-        feed_forward=settings.get("d_ff", int, 2048 if kind == "t5" else 1024),
+        vocabulary=vocabulary,
+        width=settings.size("d_model", 512),
+        head_size=settings.size("d_kv", 64),
+        heads=settings.size("num_heads", 8 if kind == "t5" else 6),
+        feed_forward=settings.size("d_ff", 2048 if kind == "t5" else 1024),
         encoder_layers=encoder_layers,
-        decoder_layers=settings.get("num_decoder_layers", int, encoder_layers),
-        buckets=settings.get("relative_attention_num_buckets", int, 32),
-        max_distance=settings.get("relative_attention_max_distance", int, 128),
+        decoder_layers=settings.size("num_decoder_layers", encoder_layers),
+        buckets=buckets,
+        max_distance=max_distance,
         activation=activation,
         gated=projection.startswith("gated-"),
-        epsilon=settings.get("layer_norm_epsilon", float, 1e-6),
-        dropout=settings.get("dropout_rate", float, 0.1),
+        epsilon=settings.positive("layer_norm_epsilon", 1e-6),
+        dropout=settings.rate("dropout_rate", 0.1),
         tied=tie,
         scaled={"t5": scaled, "mt5": False, "umt5": True}[kind],
         bias_everywhere=kind == "umt5",
-        start_token=settings.get("decoder_start_token_id", int, settings.get("pad_token_id", int, 0)),
-        pad_token=settings.get("pad_token_id", int, 0),
-        end_tokens=settings.get_tokens("eos_token_id") or (1,),
+        start_token=pad if start is None else start,
+        pad_token=pad,
+        end_tokens=settings.get_tokens("eos_token_id", vocabulary) or (1,),
     )
     settings.finish(
         ignored=("initializer_factor", "classifier_dropout", "scalable_attention")

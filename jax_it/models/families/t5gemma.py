@@ -79,16 +79,18 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
     encoder, target = (_read_half(settings, name) for name in ("encoder", "decoder"))
     windows = tuple(window and window + 1 for window in encoder.windows)  # w tokens to either side, and itself
-    assert target.start_token is not None and target.pad_token is not None
+    if target.start_token is None or target.pad_token is None:
+        raise UserError(f"{where}: decoder: bos_token_id and pad_token_id must be tokens of its vocabulary")
+    pad = settings.get_token("pad_token_id", target.vocabulary)
     config = Config(
         model_type=settings.choose("model_type", ["t5gemma"]),
         encoder=dataclasses.replace(encoder, bidirectional=True, windows=windows),
         decoder=dataclasses.replace(target, memory_width=encoder.width),
         tied=settings.get("tie_word_embeddings", bool, True),
-        dropout=settings.get("dropout_rate", float, 0.0),
+        dropout=settings.rate("dropout_rate", 0.0),
         start_token=target.start_token,
-        pad_token=settings.get("pad_token_id", int, target.pad_token),
-        end_tokens=settings.get_tokens("eos_token_id") or target.end_tokens,
+        pad_token=target.pad_token if pad is None else pad,
+        end_tokens=settings.get_tokens("eos_token_id", target.vocabulary) or target.end_tokens,
     )
     settings.expect(is_encoder_decoder=True, is_decoder=False, attention_dropout=0.0, chunk_size_feed_forward=0)
     settings.expect(decoder_start_token_id=config.start_token)
