@@ -20,6 +20,7 @@ import numpy as np
 from jax_it.data.templates import Turn, random_name
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
+from jax_it.files import read_text
 
 _PLACEHOLDER = "Hello"  # an answer, where none is known yet
 _PROBE = (Turn("user", "Hi"), Turn("assistant", _PLACEHOLDER), Turn("user", "Bye"), Turn("assistant", _PLACEHOLDER))
@@ -70,8 +71,8 @@ def with_chat_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
         template = ("{{ bos_token }}" if tokenizer.start is not None else "") + DEFAULT
     else:
         try:
-            template = Path(setting).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            template = read_text(Path(setting).expanduser())
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of nobody
             reason = getattr(error, "strerror", None) or error
             raise UserError(
                 f"config.model.chat_template: {setting!r} is neither 'default', 'none' nor a file to read: {reason}"

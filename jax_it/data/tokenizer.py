@@ -18,7 +18,7 @@ import tokenizers
 
 from jax_it import hosts
 from jax_it.errors import Interrupted, UserError, first_line
-from jax_it.files import read_json
+from jax_it.files import check_regular, read_json
 
 
 class Tokenizer:
@@ -163,6 +163,7 @@ def load(path: str) -> Tokenizer:
         return Tokenizer(transformers.ByT5Tokenizer(), path)
     if path.endswith(".model"):
         try:
+            check_regular(path)
             return _from_sentencepiece(Path(path).read_bytes(), path, extra_ids=100)
         except OSError as error:
             raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from None

@@ -1,6 +1,7 @@
 """What is learnt of a conversation, for stock chat templates on small tokenizers of their real kinds."""
 
-from datetime import datetime
+import datetime
+from datetime import os
 from pathlib import Path
 
 import numpy as np
@@ -389,10 +390,14 @@ def test_a_template_is_saved_with_the_tokenizer_and_part_of_its_digest(tmp_path)
     assert base.chat_template == template("qwen2_5")
 
 
+FIFO = object()
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
         (None, "'{file}' is neither 'default', 'none' nor a file to read: No such file or directory"),
+        (FIFO, "'{file}' is neither 'default', 'none' nor a file to read: Not a regular file"),
         (b"\xff\xfe", "'{file}' is neither 'default', 'none' nor a file to read: 'utf-8' codec"),
         (b"{% if %}", "the chat template of {file} does not take this conversation: Expected an expression"),
         (
@@ -404,7 +409,9 @@ def test_a_template_is_saved_with_the_tokenizer_and_part_of_its_digest(tmp_path)
 )
 def test_a_template_file_that_cannot_serve_is_refused_with_the_setting(tmp_path, content, message):
     file = tmp_path / "mine.jinja"
-    if content is not None:
+    if content is FIFO:
+        os.mkfifo(file)
+    elif content is not None:
         file.write_bytes(content)
     with pytest.raises(UserError) as caught:
         chat.with_chat_template(made(KINDS["qwen2_5"], None), str(file))

@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,8 @@ def test_a_sentencepiece_model_of_another_kind_is_refused_rather_than_read_wrong
 
 def test_an_absent_tokenizer_is_refused(tmp_path):
     assert refusal(tmp_path / "a.model") == f"tokenizer {tmp_path}/a.model cannot be read: No such file or directory"
+    os.mkfifo(tmp_path / "pipe.model")
+    assert refusal(tmp_path / "pipe.model") == f"tokenizer {tmp_path}/pipe.model cannot be read: Not a regular file"
     assert refusal(tmp_path / "folder") == f"tokenizer {tmp_path}/folder does not exist"
     assert refusal("./absent") == "tokenizer ./absent does not exist"
     assert refusal("no-such-org/no-such-tokenizer").startswith("tokenizer 'no-such-org/no-such-tokenizer' could not be")
