@@ -1,7 +1,7 @@
 """What is learnt of a conversation, for stock chat templates on small tokenizers of their real kinds."""
 
-import datetime
-from datetime import os
+import os
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
