@@ -110,6 +110,14 @@ def read_text(file: Any) -> str:
     return file.read_text(encoding="utf-8")
 
 
+def read_json(file: Any) -> Any:
+    """The JSON value in a file. Raises OSError as `read_text` does, and ValueError where it is not JSON."""
+    try:
+        return json.loads(read_text(file))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def check_regular(file: Any) -> None:
     """Raises OSError where this is not a regular file."""
     if is_remote(file):

@@ -55,7 +55,7 @@ class Base:
             "eval": ("eval", "--workdir", run),
             "summary": ("eval", "--workdir", run, "--summary"),
         }
-        return self._commands.run(*arguments[kind])
+        return self._commands.run(*arguments[kind], timeout=300)
 
     @cache  # noqa: B019
     def expected(self, kind: str, step: int) -> Any:
