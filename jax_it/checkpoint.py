@@ -47,6 +47,7 @@ class Checkpoints:
         writing = keep > 0
         if not files.is_remote(self.folder) and os.path.lexists(self.folder) and not self.folder.is_dir():
             raise UserError(f"{self.folder} is not a folder; remove it, or restore it from a copy")
+        self._check_metadata()
         if writing and hosts.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()  # what a killed process had not finished
@@ -62,6 +63,19 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def _check_metadata(self) -> None:
+        """Refuses what Orbax's manager, which reads these files of all checkpoints, would not come to the end of."""
+        if files.is_remote(self.folder) or not self.folder.is_dir():
+            return
+        for file in self.folder.glob("*/*"):
+            try:
+                if not file.is_dir():
+                    files.check_regular(file)
+            except OSError as error:
+                raise UserError(
+                    f"{file} cannot be read: {error.strerror}; remove it, or restore its checkpoint from a copy"
+                ) from None
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -255,6 +255,14 @@ def read_text(file: Any) -> str:
     return file.read_text(encoding="utf-8")
 
 
+def read_json(file: Any) -> Any:
+    """The JSON value in a file. Raises OSError as `read_text` does, and ValueError where it is not JSON."""
+    try:
+        return json.loads(read_text(file))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def check_regular(file: Any) -> None:
     """Raises OSError where this is not a regular file."""
     if is_remote(file):
@@ -286,7 +294,7 @@ def _runs(process: int) -> bool:
     return True
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises FileNotFoundError, and UserError for anything else that is wrong with the file.
 
     A key that occurs twice is an error, where Python would take the last one, and so are NaN and Infinity.

@@ -4,14 +4,13 @@ Each has a file, {"at": seconds since 1970, "step": the first step that it may s
 all the time, on a local disk as in an object store.
 """
 
-import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from jax_it.files import write_atomically
+from jax_it.files import read_json, write_atomically
 
 BEAT = 30.0  # seconds between two writes
 ALIVE = 600.0  # seconds after the last one in which a process counts as running; clocks may differ by minutes
@@ -32,7 +31,7 @@ def _positions(folder: Any) -> Iterator[int]:
         return
     for file in files:
         with suppress(Exception):  # gone, or damaged
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = read_json(file)
             if abs(time.time() - found["at"]) < ALIVE:
                 yield int(found["step"])
 

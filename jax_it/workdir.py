@@ -33,7 +33,7 @@ from jax_it.data import tokenizer as tokenizers
 from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
 from jax_it.errors import Interrupted, UserError, first_line, shorten
-from jax_it.files import Appending, read_text, remedy, to_json, write_atomically
+from jax_it.files import Appending, remedy, to_json, write_atomically
 from jax_it.models import Model, Params, build, hf, peft, with_tied_head
 from jax_it.models.families import FAMILIES
 from jax_it.models.lora import Adapter, Target
@@ -107,12 +107,15 @@ class Workdir:
 
     def is_recognized(self) -> bool:
         """Whether this is the folder of a run, of which parts may be lost, and not of a model."""
-        if _is_there(self.path / "model" / "config.json") or _is_there(self.path / "checkpoints"):
-            return True
         try:
-            return "derived" in json.loads(read_text(self.path / "config.json"))
-        except (OSError, ValueError, TypeError, RecursionError):
-            return False
+            saved = files.read_json(self.path / "config.json")
+            if isinstance(saved, dict) and "model_type" in saved:
+                return False
+            if "derived" in saved:
+                return True
+        except (OSError, ValueError, TypeError):
+            pass
+        return _is_there(self.path / "model" / "config.json") or _is_there(self.path / "checkpoints")
 
     def check_new(self) -> None:
         """Refuses to start a run in a folder that has parts of another one. All hosts must call it."""
@@ -167,7 +170,9 @@ class Workdir:
             self.path.mkdir(parents=True, exist_ok=True)
             stream = file.open("a+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}; name another --workdir") from error
+            raise UserError(
+                f"cannot write to {self.path}: {error.strerror or error}; name another --workdir"
+            ) from error
         with stream:
             files.lock(stream, f"trains in {self.path}; wait for it or stop it, or name another --workdir")
             try:
@@ -264,7 +269,7 @@ class Workdir:
         """What config.json holds, which is an object."""
         file = self.path / "config.json"
         try:
-            saved = json.loads(read_text(file))
+            saved = files.read_json(file)
         except (FileNotFoundError, NotADirectoryError):
             if parts := self._parts():
                 raise UserError(
@@ -273,7 +278,7 @@ class Workdir:
             raise UserError(f"{self.path} holds no run (no config.json); start one with jax-it train") from None
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}; restore it, or name another --workdir") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise _damaged(file, f"{type(error).__name__}: {first_line(error)}") from None
         if not isinstance(saved, dict):
             raise _damaged(file, "it is no object")
@@ -334,7 +339,7 @@ class Workdir:
         self._check_files("model")
         file = self.path / "model" / "config.json"
         try:
-            values = json.loads(read_text(file))
+            values = files.read_json(file)
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read ({error}); restore it") from None
         model = with_tied_head(build(values, str(file), config.model), derived.tied)
@@ -356,7 +361,8 @@ class Workdir:
     def scored_steps(self) -> list[int]:
         """The steps that have a folder of scores, in order, which may not be whole yet."""
         try:
-            return sorted(int(folder.name) for folder in (self.path / "eval").iterdir() if folder.name.isdecimal())
+            found = [folder for folder in (self.path / "eval").iterdir() if folder.name.isdecimal()]
+            return sorted(int(folder.name) for folder in found if files.is_remote(folder) or folder.is_dir())
         except OSError:
             return []
 
@@ -372,7 +378,7 @@ class Workdir:
     def measured(self, step: int, metric: str) -> float | None:
         """The same, NaN where that was measured."""
         try:
-            return score_in(json.loads(read_text(self.eval(step) / SCORES)), metric)
+            return score_in(files.read_json(self.eval(step) / SCORES), metric)
         except (OSError, ValueError):
             return None
 
@@ -397,7 +403,7 @@ class Workdir:
     def ended(self) -> int | None:
         """The step at which training has come to its end; None where it has not."""
         try:
-            return int(json.loads(read_text(self.path / "ended.json"))["step"])
+            return int(files.read_json(self.path / "ended.json")["step"])
         except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return None
 

@@ -1,6 +1,7 @@
 """What training keeps for the processes that follow it."""
 
 import json
+import os
 import time
 
 import jax.numpy as jnp
@@ -38,6 +39,9 @@ def test_a_damaged_file_is_passed_over(tmp_path):
     for content in ("", "[]", '{"at": 1e99}', '{"at": null, "step": 1}'):
         (tmp_path / "a.json").write_text(content)
         assert waiting(tmp_path, STEPS, 9) == []
+    (tmp_path / "a.json").unlink()
+    os.mkfifo(tmp_path / "a.json")
+    assert waiting(tmp_path, STEPS, 9) == []
 
 
 def test_a_process_that_is_busy_is_heard_of_all_the_same(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ import tokenizers
 
 from jax_it import hosts
 from jax_it.errors import Interrupted, UserError, first_line
-from jax_it.files import check_regular, read_json
+from jax_it.files import check_regular, read_json_object
 
 
 class Tokenizer:
@@ -202,7 +202,7 @@ def _from_files(path: str) -> Tokenizer:
     import transformers
 
     config_file = _find(path, "tokenizer_config.json")
-    config = read_json(config_file) if config_file else {}
+    config = read_json_object(config_file) if config_file else {}
     code = config.get("auto_map")
     if isinstance(code, dict):
         code = code.get("AutoTokenizer")
@@ -253,7 +253,7 @@ def _check_complete(path: str, backend: Any, config_file: Path | None) -> None:
 
 def _whole_files(config_file: Path | None) -> list[str]:
     """The names that a file with the whole tokenizer may have."""
-    versions = read_json(config_file).get("fast_tokenizer_files") if config_file else None
+    versions = read_json_object(config_file).get("fast_tokenizer_files") if config_file else None
     return ["tokenizer.json", *(name for name in versions or () if isinstance(name, str))]
 
 

@@ -147,8 +147,8 @@ class _Watch:
 
     def _config_text(self) -> str:
         try:
-            return (self._place.path / "config.json").read_text(encoding="utf-8")
-        except OSError:
+            return files.read_text(self._place.path / "config.json")
+        except (OSError, ValueError):
             return ""
 
     def next(self) -> str:

@@ -1,7 +1,7 @@
 """What an evaluation found: as files of the run's folder, for TensorBoard, and as text for people."""
 
-import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,7 +10,7 @@ from typing import Any
 from jax_it import hosts, tensorboard
 from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import ALL, TASK, TRUNCATED, UNFINISHED, WITHOUT_REFERENCE, Scored
-from jax_it.files import is_remote, read_text, remedy, to_json, write_atomically
+from jax_it.files import is_remote, read_json, remedy, to_json, write_atomically
 from jax_it.workdir import SCORES
 
 PREDICTIONS = "predictions.jsonl"
@@ -57,7 +57,7 @@ def read(folder: Any) -> dict[str, dict[str, Any]] | None:
     Raises OSError where it cannot be read, and ValueError where it is damaged.
     """
     try:
-        found = json.loads(read_text(folder / SCORES), parse_int=_number)
+        found = read_json(folder / SCORES)
     except (FileNotFoundError, NotADirectoryError):
         return None
     if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
@@ -65,16 +65,12 @@ def read(folder: Any) -> dict[str, dict[str, Any]] | None:
     return {task: {name: _read(value) for name, value in values.items()} for task, values in found.items()}
 
 
-def _number(digits: str) -> int:
-    if len(digits) > 300:  # no float
-        raise ValueError("a number has too many digits")
-    return int(digits)
-
-
 def _read(value: Any) -> Any:
     """A score, or the bounds of its interval, of which those that are not finite were written as null."""
     if isinstance(value, list):
         return [_read(item) for item in value]
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError("a number is too large")
     return math.nan if value is None else value
 
 

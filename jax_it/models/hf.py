@@ -19,7 +19,7 @@ import numpy as np
 from jax_it import sharding
 from jax_it.config import Model as ModelConfig
 from jax_it.errors import UserError
-from jax_it.files import read_json
+from jax_it.files import read_json_object
 from jax_it.models import Model, Params, build, peft, with_tied_head
 from jax_it.models.lora import make_adapter
 from jax_it.models.quantized import KINDS, block_size, quantize
@@ -35,7 +35,7 @@ def read_values(model: ModelConfig) -> tuple[dict[str, Any], str]:
         file = find_folder(model.path) / "config.json"
         where = str(file)
         try:
-            values = read_json(file)
+            values = read_json_object(file)
         except FileNotFoundError:
             raise UserError(f"{file} is missing: {model.path} is not a model in Transformers format") from None
     return {**values, **model.architecture}, where
@@ -235,7 +235,7 @@ def save_generation_settings(source: Path | None, target: Path, model: Model, en
     file, config = "generation_config.json", model.config
     values: dict[str, Any] = {}
     if source is not None and (source / file).exists():
-        values = read_json(source / file)
+        values = read_json_object(source / file)
     else:
         start = "decoder_start_token_id" if model.kind == "seq2seq" else "bos_token_id"
         marks = {start: config.start_token, "eos_token_id": list(config.end_tokens), "pad_token_id": config.pad_token}

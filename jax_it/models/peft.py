@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jax_it.errors import UserError
-from jax_it.files import read_json
+from jax_it.files import read_json_object
 from jax_it.models import Model, Params
 from jax_it.models.lora import Adapter, Target, choose_targets, is_linear, module_name, split_axes
 from jax_it.models.tensors import DTYPES, Tensors, fetch, find_folder, read_weight, write_weights
@@ -340,7 +340,7 @@ def _check_base(wanted: str, name: str, folder: Path) -> None:
 
 def _read_values(folder: Path) -> dict[str, Any]:
     try:
-        return read_json(folder / CONFIG)
+        return read_json_object(folder / CONFIG)
     except FileNotFoundError:
         raise UserError(f"{folder / CONFIG} is missing: {folder} is no adapter in PEFT's format") from None
 

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from jax_it import files, hosts, sharding
 from jax_it.errors import UserError, first_line
-from jax_it.files import check_regular, read_json
+from jax_it.files import check_regular, read_json_object
 from jax_it.models.quantized import KINDS, Quantized, quantize
 from jax_it.models.weights import Weight
 
@@ -110,7 +110,7 @@ class Tensors:
     def _find_files(self) -> list[str]:
         index = self.folder / INDEX
         if self._single == SINGLE and (index.exists() or index.is_symlink()):
-            files = read_json(index).get("weight_map")
+            files = read_json_object(index).get("weight_map")
             if not isinstance(files, dict) or not files:
                 raise UserError(f"{index} is damaged: it has no weight_map; fetch it again")
             for file in files.values():

@@ -1,13 +1,12 @@
 """What a run's wall time is spent on, since its first start and over all restarts."""
 
-import json
 import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal, get_args
 
-from jax_it.files import read_text
+from jax_it.files import read_json
 from jax_it.workdir import Workdir
 
 SHARES = "goodput.json"  # in the run's folder: what position() was at the last start or end
@@ -66,8 +65,8 @@ def since_first_start(place: Workdir, began: float, position: Mapping[str, Any])
     with suppress(KeyError, TypeError, ValueError):
         return Phases(began, position["phases"])
     try:
-        found = Phases(began, json.loads(read_text(place.path / SHARES)))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):  # it is the first start
+        found = Phases(began, read_json(place.path / SHARES))
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):  # it is the first start
         return Phases(began)
     return found if math.isfinite(sum(found.seconds.values())) else Phases(began)
 

@@ -37,7 +37,9 @@ class Throughput:
         self._shapes: set[Shape] = set()
         self._restart()
         if position:
-            self._begin, self._totals = tuple(position["begin"]), dict(position["totals"])
+            begin, waited = position["begin"]
+            self._begin = begin, waited
+            self._totals.update(position["totals"])
             self._steps, self._flops = position["steps"], position["flops"]
 
     def position(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import json
 import secrets
 from typing import Any
 
@@ -10,7 +9,7 @@ from jax_it import config as settings
 from jax_it import hosts
 from jax_it.config import Config
 from jax_it.errors import UserError
-from jax_it.files import is_remote, write_atomically
+from jax_it.files import is_remote, read_json, write_atomically
 from jax_it.workdir import Workdir
 
 
@@ -33,7 +32,7 @@ def start(place: Workdir, config: Config) -> Any:
     try:
         if not file.is_file():
             write_atomically(file, {"id": secrets.token_hex(4)})
-        run = json.loads(file.read_text(encoding="utf-8"))["id"]
+        run = read_json(file)["id"]
         return importlib.import_module("wandb").init(
             project=config.train.wandb,
             id=run,

@@ -145,6 +145,15 @@ def test_what_is_no_file_in_a_checkpoint_is_damage_and_hangs_nothing(saved, tmp_
         assert restored(folder) == 1
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_among_the_metadata_is_named(saved, tmp_path, make):
+    folder = copy(saved, tmp_path / "checkpoints")
+    (folder / "1" / "_CHECKPOINT_METADATA").unlink()
+    make(folder / "1" / "_CHECKPOINT_METADATA")
+    with pytest.raises(UserError, match=r"checkpoints/1/_CHECKPOINT_METADATA cannot be read: Not a regular file; rem"):
+        Checkpoints(folder)
+
+
 def test_a_checkpoint_with_other_arrays_is_named_with_those_that_differ(saved, capfd):
     params = state(2)[0]
     other = {"large": params["large"], "small": {"vector": params["small"]["vector"], "ones": jnp.ones(5)}}

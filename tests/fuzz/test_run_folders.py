@@ -22,7 +22,7 @@ OPTIONS = (
     "--config.train.keep=9", "--config.eval.max_new_tokens=4", "--config.eval.metrics=exact_match",
 )  # fmt: skip
 PROMPT = ("--prompt", "say red 1", "--max-new-tokens", 4)
-KINDS = ("train", "train", "export", "generate", "eval", "summary", "summary")
+KINDS = ("train", "export", "generate", "eval", "summary", "summary")
 JSON = ["[]", "null", "{}", '"x"', "1e999", "NaN", "1" * 400, "[" * 100_000, "", "\0\1\2", "\ud83d", "{", "[1, 2]"]
 VALUES = [None, math.nan, math.inf, -1, 0, 10**400, "x", "", [], {}, True, 1.5, "1", [[1]], "\ud83d", "a" * 300]
 
@@ -55,7 +55,7 @@ class Base:
             "eval": ("eval", "--workdir", run),
             "summary": ("eval", "--workdir", run, "--summary"),
         }
-        return self._commands.run(*arguments[kind])
+        return self._commands.run(*arguments[kind], timeout=300)
 
     @cache  # noqa: B019
     def expected(self, kind: str, step: int) -> Any:
