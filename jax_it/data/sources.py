@@ -133,7 +133,9 @@ _READ_BY = {  # settings that not every kind of source reads
 
 
 def _check_settings(source: Source, kind: str, where: str) -> None:
-    """Refuses settings that nothing would read."""
+    """Refuses settings that nothing would read, and a name that cannot be printed."""
+    if not source.name.isprintable():
+        raise UserError(f"{where}.name: {source.name!r} has characters that cannot be printed; choose another")
     for name, kinds in _READ_BY.items():
         if kind not in kinds and getattr(source, name) != getattr(Source(), name):
             what = {"datasets": "hub data sets", "builtin": "the built-in data set"}
@@ -448,7 +450,7 @@ def _read_csv(file: Path) -> Iterator[Record]:
     def parse(stream: io.TextIOBase) -> Iterator[Record]:
         csv.field_size_limit(_LONGEST)
         delimiter = "\t" if _suffix(file) == ".tsv" else ","
-        reader = csv.DictReader(_lines(stream, file), delimiter=delimiter, strict=True)  # type: ignore[arg-type]
+        reader = csv.DictReader(_lines(stream, file), delimiter=delimiter, strict=True)
         try:
             names = reader.fieldnames or ()
             if len(set(names)) < len(names):
