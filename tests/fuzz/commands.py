@@ -69,11 +69,18 @@ class Commands:
 
 
 def _serve(folder: Path) -> None:
+    # Imported when data is read or a tokenizer is loaded; every child would do so again.
+    import datasets  # noqa: F401
+    import jinja2.sandbox  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    import zstandard  # noqa: F401
+    from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, T5Tokenizer
+
     import jax_it.training  # what the commands import, but for JAX's backends: those must not exist before a fork
     from jax_it import export, plan, predict, preview  # noqa: F401
     from jax_it.evaluation import follow, run  # noqa: F401
 
-    assert jax_it.training
+    assert jax_it.training and all((AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, T5Tokenizer))
     for line in sys.stdin:
         print(json.dumps(_answer(folder, json.loads(line))), flush=True)
 

@@ -16,5 +16,7 @@ def test_a_child_trains(commands, tmp_path):
     from tests.tiny_run import write_recipe
 
     config = write_recipe(tmp_path)
-    trained = commands.run("train", "--config", config, "--workdir", tmp_path / "run", "--config.train.duration=2 steps")
+    trained = commands.run(
+        "train", "--config", config, "--workdir", tmp_path / "run", "--config.train.duration=2 steps"
+    )
     assert trained.kind == "ran", trained
