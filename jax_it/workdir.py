@@ -325,8 +325,8 @@ class Workdir:
     def _kind(self) -> settings.Kind | None:
         """The kind of the run's model; None where that cannot be read."""
         try:
-            return FAMILIES[json.loads(read_text(self.path / "model" / "config.json"))["model_type"]].kind
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return FAMILIES[files.read_json(self.path / "model" / "config.json")["model_type"]].kind
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def tokenizer(self) -> tokenizers.Tokenizer:

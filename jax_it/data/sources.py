@@ -10,7 +10,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,7 +133,9 @@ _READ_BY = {  # settings that not every kind of source reads
 
 
 def _check_settings(source: Source, kind: str, where: str) -> None:
-    """Refuses settings that nothing would read."""
+    """Refuses settings that nothing would read, and a name that cannot be printed."""
+    if not source.name.isprintable():
+        raise UserError(f"{where}.name: {source.name!r} has characters that cannot be printed; choose another")
     for name, kinds in _READ_BY.items():
         if kind not in kinds and getattr(source, name) != getattr(Source(), name):
             what = {"datasets": "hub data sets", "builtin": "the built-in data set"}
@@ -294,13 +296,15 @@ def _read_text(file: Path, parse: Callable[[io.TextIOBase], Iterator[Record]]) -
 
 def _undecodable(file: Path) -> int:
     """The first line that is not UTF-8."""
-    with _open(file) as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(_LONGEST), b""), 1):
-            try:
+    number = 0
+    try:
+        with _open(file) as stream:
+            while line := stream.readline(_LONGEST):
+                number += 1
                 line.decode()
-            except UnicodeDecodeError:
-                return number
-    return 0  # the file has changed meanwhile
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error):  # an archive may be damaged as well
+        pass
+    return number
 
 
 def _lines(stream: io.TextIOBase, file: Path) -> Iterator[str]:
@@ -381,7 +385,7 @@ def _read_object(file: Path, field: str) -> Iterator[Record]:
             raise _malformed(error, str(file), "file") from None
         whole = _record(whole, str(file)).fields
         if not isinstance(whole.get(field), list):
-            raise UserError(f"{file}: no list of records in the field {field!r}; its fields: {', '.join(whole)}")
+            raise UserError(f"{file}: no list of records in the field {field!r}; its fields: {shown(whole)}")
         shared = {"task": _stem(file)} | {name: value for name, value in whole.items() if name != field}
         for i, fields in enumerate(whole[field], 1):
             where = f"{file}, {field} {i}"
@@ -406,7 +410,14 @@ def _object(pairs: list[tuple[str, Any]]) -> Fields:
 
 
 def _repeated(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name, number in Counter(names).items() if number > 1)
+    return shown(repr(name) for name, number in Counter(names).items() if number > 1)
+
+
+def shown(names: Iterable[Any], most: int = 20, length: int = 60) -> str:
+    """Names in a message, of which there may be any number of any length."""
+    texts = [str(name) for name in names]
+    texts = [text if len(text) <= length else f"{text[: length - 3]}..." for text in texts]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_object)
@@ -439,7 +450,7 @@ def _read_csv(file: Path) -> Iterator[Record]:
     def parse(stream: io.TextIOBase) -> Iterator[Record]:
         csv.field_size_limit(_LONGEST)
         delimiter = "\t" if _suffix(file) == ".tsv" else ","
-        reader = csv.DictReader(_lines(stream, file), delimiter=delimiter, strict=True)  # type: ignore[arg-type]
+        reader = csv.DictReader(_lines(stream, file), delimiter=delimiter, strict=True)
         try:
             names = reader.fieldnames or ()
             if len(set(names)) < len(names):

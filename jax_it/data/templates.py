@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jinja2
 import jinja2.sandbox
 
-from jax_it.data.sources import Fields, Record
+from jax_it.data.sources import Fields, Record, shown
 from jax_it.errors import UserError, first_line
 
 
@@ -64,11 +64,11 @@ def render(record: Record, template: str) -> Example:
 
 def _refused(error: Malformed, record: Record, template: str) -> UserError:
     if isinstance(error, Failed):
-        fields = ", ".join(f"{name} ({type(value).__name__})" for name, value in record.fields.items()) or "none"
-        return UserError(f"{record.where}: template {_short(template)} fails: {error}; its fields: {fields}")
+        fields = shown(f"{str(name)[:50]} ({type(value).__name__})" for name, value in record.fields.items())
+        return UserError(f"{record.where}: template {_short(template)} fails: {error}; its fields: {fields or 'none'}")
     if not isinstance(error, MissingField):
         return UserError(f"{record.where}: {error}")
-    fields = ", ".join(map(str, record.fields)) or "none"
+    fields = shown(record.fields) or "none"
     return UserError(f"{record.where}: {error}, which template {_short(template)} needs; its fields: {fields}")
 
 
@@ -190,7 +190,7 @@ def _turn(message: dict[str, Any], number: int) -> Turn:
     role = _text(_field(message, "role", "from"), "role")
     role = _ROLES.get(role, role)
     if role not in ("system", "user", "assistant"):
-        raise Malformed(f"message {number} has the role {role!r}, not system, user (human) or assistant (gpt)")
+        raise Malformed(f"message {number} has the role {_short(role)}, not system, user (human) or assistant (gpt)")
     if message.get("tool_calls") or message.get("function_call"):
         raise Malformed(f"message {number} calls a tool, which jax_it does not render")
     content = _field(message, "content", "value")
@@ -314,7 +314,8 @@ def _compile(text: str) -> Callable[[Fields], list[str]]:
     try:
         template = environment.from_string(text.replace("|||", _DIVIDES))
     except Exception as error:  # of Jinja, and of Python, whose code Jinja makes of it
-        reason = "nested too deeply" if isinstance(error, (RecursionError, MemoryError)) else first_line(error)
+        deep = isinstance(error, (RecursionError, MemoryError))
+        reason = "nested too deeply" if deep else shown([first_line(error)], length=200)
         raise UserError(f"template {_short(text)} is not valid Jinja: {reason}") from None
 
     def make(fields: Fields) -> list[str]:
@@ -323,7 +324,7 @@ def _compile(text: str) -> Callable[[Fields], list[str]]:
         except jinja2.UndefinedError as error:
             raise MissingField(str(error).replace("' is undefined", "' is missing")) from None
         except Exception as error:  # a template may run any expression on any data
-            raise Failed(f"{type(error).__name__} ({first_line(error)})") from None
+            raise Failed(f"{type(error).__name__} ({shown([first_line(error)], length=200)})") from None
         if " at 0x" in rendered:
             for address in set(_ADDRESS.findall(rendered)):
                 if address not in text and address not in str(fields):

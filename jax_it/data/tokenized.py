@@ -175,7 +175,7 @@ def _map(folder: Path, array: str) -> np.ndarray:
 
 
 def _checksum(array: np.ndarray) -> int:
-    checksum, content = 0, memoryview(array).cast("B") if len(array) else b""
+    checksum, content = 0, array.data.cast("B") if len(array) else b""
     for start in range(0, len(content), 1 << 24):
         checksum = zlib.crc32(content[start : start + (1 << 24)], checksum)
     return checksum

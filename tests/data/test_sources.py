@@ -471,6 +471,12 @@ def test_a_revision_is_resolved_to_its_commit_and_read(hub, monkeypatch):
     assert sources.commit(Source("org/set", revision="v1")) == ""
 
 
+def test_a_name_that_cannot_be_printed_is_refused(write):
+    path = write("a.jsonl", jsonl(RECORDS))
+    for name in ("\ud800", "a\nb", "\x1b[31m"):
+        assert refusal(path, name=name).startswith(f"config.data.train.0.name: {name!r} has characters that cannot")
+
+
 def test_files_have_no_revision(write):
     assert sources.commit(Source(str(write("a.jsonl", jsonl(RECORDS))))) == ""
     folder = write("set/train.parquet", parquet(RECORDS)).parent

@@ -69,7 +69,11 @@ class Commands:
 
 
 def _serve(folder: Path) -> None:
-    # Imported when a tokenizer is loaded; every child would do so again.
+    # Imported when data is read or a tokenizer is loaded; every child would do so again.
+    import datasets  # noqa: F401
+    import jinja2.sandbox  # noqa: F401
+    import pyarrow.parquet  # noqa: F401
+    import zstandard  # noqa: F401
     from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
     import jax_it.training  # what the commands import, but for JAX's backends: those must not exist before a fork

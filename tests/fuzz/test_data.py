@@ -66,10 +66,11 @@ def records_of(rng: random.Random, files: Path) -> list[dict[str, Any]]:
     if rng.random() < 0.2:
         turns = [{"role": role, "content": f"say {role}"} for role in ("user", "assistant") * rng.randrange(3)]
         records = [{"messages": turns} for _ in records]
-    for _ in range(rng.choice([0, 0, 1, 1, 2, 5])):
+    for _ in range(rng.choice([0, 0, 0, 1, 1, 2, 5])):
         record = rng.choice(records)
-        if rng.random() < 0.3 and record.get("messages"):
-            rng.choice(record["messages"])[rng.choice(["role", "content", "tool_calls"])] = value_of(rng)
+        turns = record.get("messages")
+        if rng.random() < 0.3 and isinstance(turns, list) and turns and isinstance(turns[0], dict):
+            turns[0][rng.choice(["role", "content", "tool_calls"])] = value_of(rng)
         elif rng.random() < 0.2 and record:
             del record[rng.choice(list(record))]
         else:
@@ -143,11 +144,11 @@ def write_case(folder: Path, rng: random.Random) -> tuple[dict[str, Any], int | 
     records = records_of(rng, folder)
     content = WRITERS[suffix](records, rng)
     known: int | None = len(records)
-    if rng.random() < 0.4:
+    if rng.random() < 0.3:
         content, known = damaged(content, rng), None
     packing = rng.choice(["", "", "", ".gz", ".zst"])
     packed = {"": lambda: content, ".gz": lambda: gzip.compress(content), ".zst": lambda: _zst(content)}[packing]()
-    if packing and rng.random() < 0.4:
+    if packing and rng.random() < 0.2:
         packed, known = damaged(packed, rng), None
     name = rng.choice(["data"] * 12 + ["x" * 300, "é漢", "a b", "a\nb", "[ab]*"])
     file = folder / f"{name}{suffix}{packing}"
@@ -157,9 +158,9 @@ def write_case(folder: Path, rng: random.Random) -> tuple[dict[str, Any], int | 
     except OSError:
         known = None
     place = rng.random()
-    if place < 0.15:
+    if place < 0.1:
         source["path"], known = _odd_path(folder, file, rng), None
-    if rng.random() < 0.35:
+    if rng.random() < 0.3:
         source["template"] = [rng.choice(TEMPLATES) for _ in range(rng.choice([1, 1, 2]))]
     if rng.random() < 0.2:
         name, value = rng.choice([
