@@ -14,8 +14,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import jinja2
-import jinja2.sandbox
 
+from jax_it.data.jinja import Environment
 from jax_it.data.sources import Fields, Record
 from jax_it.errors import UserError
 
@@ -277,12 +277,13 @@ def _jinja(text: str) -> Callable[[Fields], Example]:
 @cache
 def _compile(text: str) -> Callable[[Fields], list[str]]:
     """What stands between the bars of Jinja text, as a function of a record's fields."""
-    environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_refuse_null)
-    environment.globals["choice"] = environment.filters["choice"] = _choice
-    environment.filters["most_frequent"] = _most_frequent
+    environment = Environment(undefined=jinja2.StrictUndefined, finalize=_refuse_null)
+    environment.globals["choice"] = _choice
+    environment.add_filter("choice", _choice)
+    environment.add_filter("most_frequent", _most_frequent)
     try:
         template = environment.from_string(text.replace("|||", _DIVIDES))
-    except jinja2.TemplateSyntaxError as error:
+    except Exception as error:  # RecursionError, and those of Python's compiler, beside Jinja's own
         raise UserError(f"template {_short(text)} is not valid Jinja: {error}") from None
 
     def make(fields: Fields) -> list[str]:
