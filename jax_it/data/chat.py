@@ -185,7 +185,7 @@ def _compiled(template: str) -> jinja2.Template:
 class _Generation(jinja2.ext.Extension):
     """The tag around what the assistant says, whose body is rendered as if it were not there."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         line = next(parser.stream).lineno

@@ -75,14 +75,17 @@ def _made(value: Any) -> Any:
 def _measure(*values: Any) -> int:
     """The characters and items of values and all that they hold, as often as they hold it. Raises TooMuch."""
     size, items = 0, 0
-    waiting = [value for value in values if type(value) is not str]
-    if len(waiting) < len(values):
-        size = sum(len(value) for value in values if type(value) is str)
-        _check(size)
+    waiting = list(values)
     while waiting:
         value = waiting.pop()
         items += 1
-        if isinstance(value, str | bytes):
+        if type(value) is str:  # nearly all are
+            size += len(value)
+            continue
+        if type(value) is dict:
+            waiting += value.keys()
+            waiting += value.values()
+        elif isinstance(value, str | bytes):
             size += len(value)
         elif isinstance(value, bool | float | None):
             size += 1
@@ -93,7 +96,6 @@ def _measure(*values: Any) -> int:
         elif isinstance(value, range):
             size += len(value)
         elif isinstance(value, Mapping):
-            size += 1
             waiting += value.keys()
             waiting += value.values()
         elif isinstance(value, list | tuple | set | frozenset):
@@ -103,9 +105,11 @@ def _measure(*values: Any) -> int:
             waiting += [object.__getattribute__(value, "_Namespace__attrs")]
         else:
             size += 1
-        _check(size)
-        if items + len(waiting) > ITEMS:
-            raise TooMuch(f"it makes a value of more than {ITEMS:,} items")
+        if size > SIZE or items + len(waiting) > ITEMS:
+            break
+    _check(size)
+    if items + len(waiting) > ITEMS:
+        raise TooMuch(f"it makes a value of more than {ITEMS:,} items")
     return size
 
 
@@ -142,10 +146,10 @@ def _estimate_call(function: Any, args: tuple[Any, ...], values: list[Any]) -> N
     )
     if isinstance(owner, list | dict | set):
         _measure(owner)  # which the call may lengthen
-    if not isinstance(owner, str | bytes | int):
-        return
-    if name in ("center", "ljust", "rjust", "zfill", "to_bytes"):
+    if isinstance(owner, int) or name in ("center", "ljust", "rjust", "zfill"):
         _check(_numbers(values))
+    elif not isinstance(owner, str | bytes):
+        return
     elif name in ("format", "format_map"):
         _estimate_format(owner, [*values, 0])
     elif name == "replace" and len(args) > 1:
@@ -210,12 +214,12 @@ class _Counted(NodeTransformer):
             node.test = nodes.Filter(node.test, "_turn", [], [], None, None)
         return node
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         parts = nodes.Tuple(node.nodes, "load")
         return nodes.Filter(parts, "_concat", [], [], None, None).set_lineno(node.lineno)
 
-    def visit_List(self, node: nodes.Expr) -> nodes.Filter:
+    def visit_List(self, node: nodes.Expr) -> nodes.Node:
         self.generic_visit(node)
         return nodes.Filter(node, "_literal", [], [], None, None).set_lineno(node.lineno)
 
@@ -285,7 +289,7 @@ class Environment(SandboxedEnvironment):
             raise TooMuch(f"a template of more than {SOURCE:,} characters")
         return _Counted().visit(super()._parse(source, name, filename))
 
-    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, parts: Iterable[str]) -> str:
         """The text of parts: of a template, a macro or a block."""
         found = list(parts)
         _check(sum(map(len, found)))
