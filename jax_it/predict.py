@@ -126,6 +126,12 @@ def _fields(texts: list[Prediction], log_probs: bool) -> dict[str, Any]:
 
 
 def _encode(format: Format, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
+    for i, prompt in enumerate(prompts, 1):
+        for text in [prompt] if isinstance(prompt, str) else [turn.text for turn in prompt]:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"prompt {i} holds {text[error.start]!r}, half a character: no Unicode text") from None
     encoded: list[list[int]] = [[]] * len(prompts)
     for i, prompt in enumerate(prompts):
         for text in (prompt,) if isinstance(prompt, str) else (turn.text for turn in prompt):

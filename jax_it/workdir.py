@@ -503,6 +503,10 @@ def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
         model = place.model(config, derived)
         params = place.params(model, config, place.choose_step("latest", ""), mesh_for(model))
         return checked(model, params, place.tokenizer())
+    if (place.path / "checkpoints").is_dir():
+        raise UserError(
+            f"{place.path / 'model' / 'config.json'} is missing: {path} is a run that has lost it; restore it"
+        )
     if peft.is_folder(path):
         base = peft.base_of(path)
         model, params = read(settings.Model(path=base, lora=settings.Lora(path=path)))

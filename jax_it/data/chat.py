@@ -10,13 +10,17 @@ template changes the text, and the conversation is refused.
 import datetime
 import functools
 import itertools
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jinja2
+import jinja2.ext
 import numpy as np
 
+from jax_it.data.jinja import ImmutableEnvironment
 from jax_it.data.templates import Turn, random_name
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
@@ -141,35 +145,74 @@ def prompt_text(turns: Sequence[Turn], tokenizer: Tokenizer, where: str) -> str:
 
 
 def _apply(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, generation: bool = False) -> str:
-    messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    return render([{"role": turn.role, "content": turn.text} for turn in turns], tokenizer, where, generation)
+
+
+def render(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, where: str, generation: bool = False) -> str:
+    """Messages as `apply_chat_template` of Transformers renders them, on a fixed day and with bounds on time and size.
+
+    Raises UserError for those that the template does not take.
+    """
+    if not (tokenizer.chat_template or "").strip():
+        raise UserError(f"{where}: {_of(tokenizer)} is empty; set config.model.chat_template to 'default' or a file")
     if name := random_name(tokenizer.chat_template or ""):
         raise UserError(
             f"{_of(tokenizer)} uses {name!r}, which gives other data each time; set another config.model.chat_template"
         )
-    template = _dated(tokenizer.chat_template or "")
     try:
-        text = tokenizer.backend.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=generation
+        return _compiled(tokenizer.chat_template or "").render(
+            messages=[dict(message) for message in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=generation,
+            **tokenizer.backend.special_tokens_map,
         )
     except Exception as error:  # a template may run any expression on any text
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{where}: {_of(tokenizer)} does not take this conversation: {reason}") from None
-    assert isinstance(text, str)
-    return text
 
 
 def _of(tokenizer: Tokenizer) -> str:
     return f"the chat template of {tokenizer.template_name}"
 
 
-@functools.cache
-def _dated(template: str) -> str:
-    """The template with a fixed day for `strftime_now`, in each format that it asks for."""
-    formats = set(re.findall(r"strftime_now\(\s*[\"'](.*?)[\"']\s*\)", template))
-    if not formats:
-        return template
-    days = {text: _DATE.strftime(text) for text in sorted(formats)}
-    return f"{{%- macro strftime_now(format) -%}}{{{{ {days!r}[format] }}}}{{%- endmacro -%}}{template}"
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> jinja2.Template:
+    """The template in an environment as Transformers makes it for chat templates."""
+    environment = ImmutableEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.add_filter("tojson", _to_json)
+    environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
+    return environment.from_string(template)
+
+
+class _Generation(jinja2.ext.Extension):
+    """The tag around what the assistant says, whose body is rendered as if it were not there."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [jinja2.nodes.Scope(body).set_lineno(line)]
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """JSON without Jinja's HTML escapes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    if len(format) > 100 or re.search(r"\d{3}", format):  # a width, which could be any
+        raise jinja2.TemplateError("strftime_now takes a short format without widths")
+    return _DATE.strftime(format)
 
 
 def _render(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, learn: str) -> _Rendered:

@@ -15,8 +15,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import jinja2
-import jinja2.sandbox
 
+from jax_it.data.jinja import Environment
 from jax_it.data.sources import Fields, Record, shown
 from jax_it.errors import UserError, first_line
 
@@ -302,15 +302,16 @@ def _jinja(text: str) -> Callable[[Fields], Example]:
 @cache
 def _compile(text: str) -> Callable[[Fields], list[str]]:
     """What stands between the bars of Jinja text, as a function of a record's fields."""
-    environment = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=_refuse_null)
+    environment = Environment(undefined=jinja2.StrictUndefined, finalize=_refuse_null)
     if name := random_name(text):
         raise UserError(
             f"template {_short(text)} uses {name!r}, which gives other data each time; take 'choice', "
             "which draws by the options themselves"
         )
-    del environment.filters["random"], environment.globals["lipsum"]
-    environment.globals["choice"] = environment.filters["choice"] = _choice
-    environment.filters["most_frequent"] = _most_frequent
+    del environment.filters["random"]
+    environment.globals["choice"] = _choice
+    environment.add_filter("choice", _choice)
+    environment.add_filter("most_frequent", _most_frequent)
     try:
         template = environment.from_string(text.replace("|||", _DIVIDES))
     except Exception as error:  # of Jinja, and of Python, whose code Jinja makes of it

@@ -100,6 +100,7 @@ class HarnessModel(TemplateLM):
         if not self._tokenizer.chat_template:
             raise UserError(f"{self.path} has no chat template; leave --apply_chat_template out")
         self._chat = True
+        chat.render(chat_history, self._tokenizer, self.path)  # within bounds of time and size
         try:
             return self.tokenizer.apply_chat_template(
                 chat_history,

@@ -224,6 +224,8 @@ class Model:
 def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
     """The model of a config.json's values. Raises UserError for one that is not implemented."""
     kind = values.get("model_type")
+    if kind is None:
+        raise UserError(f"{where}: model_type is missing: these are not the values of a model in Transformers format")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{where}: model_type {shown(kind)} is not supported; jax_it has {', '.join(FAMILIES)}")
     family = FAMILIES[kind]

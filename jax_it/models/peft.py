@@ -176,8 +176,10 @@ def _with_own_ranks(
             for target, block in zip(targets, blocks, strict=True):
                 own[target.path] = target._replace(rank=rank)
                 within[target.path] = block.start, targets[0].rank - block.stop
-    targets = tuple(own.get(target.path, target) for target in model.adapter.targets)
-    return dataclasses.replace(model, adapter=dataclasses.replace(model.adapter, targets=targets)), within
+    adapter = dataclasses.replace(
+        model.adapter, targets=tuple(own.get(target.path, target) for target in model.adapter.targets)
+    )
+    return dataclasses.replace(model, adapter=adapter), within
 
 
 def write(folder: Path, model: Model, params: Params, base: str, dtype: str = "float32") -> None:
