@@ -1,7 +1,6 @@
 """Strict reading of a Transformers `config.json`: what the code does not implement is an error."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +28,8 @@ HARMLESS = frozenset(
 
 LARGEST = 2**31 - 1  # of a config.json's integers: more than any model has of anything
 
+LARGEST_FLOAT, SMALLEST_FLOAT = 3e38, 1e-37  # of numbers of 32 bits
+
 
 class Settings:
     """The values of a config.json, which must all have been asked for by the time of `finish`.
@@ -55,8 +56,8 @@ class Settings:
             value = float(value)
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise self.bad(key, f"it must be of type {kind.__name__}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise self.bad(key, "it must be a finite number")
+        if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+            raise self.bad(key, "it must be a finite number of 32 bits")
         return value
 
     def has(self, key: str) -> bool:
@@ -90,7 +91,7 @@ class Settings:
 
     def positive(self, key: str, default: float) -> float:
         value = self.get(key, float, default)
-        if not value > 0:
+        if value < SMALLEST_FLOAT:
             raise self.bad(key, "it must be above 0")
         return value
 
