@@ -1,6 +1,5 @@
 """Strict reading of a Transformers `config.json`: what the code does not implement is an error."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +25,8 @@ HARMLESS = frozenset(
 
 
 LARGEST = 2**31 - 1  # of a config.json's integers: more than any model has of anything
+
+LARGEST_FLOAT, SMALLEST_FLOAT = 3e38, 1e-37  # of numbers of 32 bits
 
 
 class Settings:
@@ -53,8 +54,8 @@ class Settings:
             value = float(value)
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise self.bad(key, f"it must be of type {kind.__name__}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise self.bad(key, "it must be a finite number")
+        if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:
+            raise self.bad(key, "it must be a finite number of 32 bits")
         return value
 
     def has(self, key: str) -> bool:
@@ -88,7 +89,7 @@ class Settings:
 
     def positive(self, key: str, default: float) -> float:
         value = self.get(key, float, default)
-        if not value > 0:
+        if value < SMALLEST_FLOAT:
             raise self.bad(key, "it must be above 0")
         return value
 

@@ -219,6 +219,7 @@ def random_model(values: dict[str, Any]) -> Any:
     import transformers
 
     made = config_class(values["model_type"]).from_dict(json.loads(json.dumps(values)))
+    made._experts_implementation = "eager"  # the others have rules of their own for sizes
     auto = transformers.AutoModelForSeq2SeqLM if made.is_encoder_decoder else transformers.AutoModelForCausalLM
     model = auto.from_config(made, attn_implementation="eager", dtype=torch.float32).eval()
     torch.manual_seed(0)
@@ -286,10 +287,14 @@ def check(seed: int, folder: Path) -> tuple[Kind, str]:
 def compare(kind: str, changes: dict[str, Any], folder: Path, said: str = "") -> tuple[Kind, str]:
     said += f"{kind} with {changes!r}: "
     values = mutant(kind, changes)
+    (folder / "config.json").write_text(json.dumps(values))
+    settings = config.Model(path=str(folder), dropout=0.0)
     try:
-        ours = build(values, "config.json", config.Model(dropout=0.0))
+        ours = build(*hf.read_values(settings), settings)
     except UserError as error:
         message = str(error)
+        if "no JSON number" in message:
+            return "refused", said + message
         fields = {field for name in (*values, *changes) for field in name.split(".")}
         named = any(field in message for field in fields) and "\n" not in message and len(message) < 1000
         return ("refused" if named else "fault"), said + message
@@ -345,7 +350,7 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-@fuzz_cases(2400, 12, marks=(pytest.mark.parity,))
+@fuzz_cases(2400, 12, chunk=200, marks=(pytest.mark.parity,))
 def test_a_mutant_of_config_json_is_read_as_pytorch_reads_it_or_refused(seeds, tally):
     import torch
     import transformers
@@ -354,6 +359,7 @@ def test_a_mutant_of_config_json_is_read_as_pytorch_reads_it_or_refused(seeds, t
     transformers.logging.set_verbosity(50)
     with tempfile.TemporaryDirectory() as folder:
         tally(check(seed, Path(folder)) for seed in seeds)
+    jax.clear_caches()  # hundreds of small programs
 
 
 LINEAR = {"rope_type": "linear", "factor": 8.0}

@@ -119,6 +119,8 @@ def _read_ropes(settings: Settings, head_size: int) -> tuple[rope.Rope, rope.Rop
         full: settings.positive("rope_theta", 1e6), sliding: settings.positive("rope_local_base_freq", 1e4)
     }  # fmt: skip
     settings.expect(partial_rotary_factor=1.0)
+    if "type" in scaling and "rope_type" not in scaling:  # Transformers reads no `type` here
+        raise settings.bad("rope_scaling", "in this family its type is called rope_type")
 
     def make(kind: str, scaling: Mapping[str, Any]) -> rope.Rope:
         field = "rope_scaling" if scaling else f"{kind} of rope_parameters"
