@@ -203,7 +203,7 @@ def config_file(rng: random.Random, folder: Path) -> Path:
 
 
 # What a refusal may say in the place of a setting's name.
-CALLED = {"source_length": "truncated", "target_length": "truncated", "sequence_length": "truncated"}
+CALLED = {"source_length": "truncated", "target_length": "truncated", "sequence_length": "truncated", "path": ".jsonl"}
 
 
 def names_the_fault(line: str, cause: list[Override]) -> bool:
