@@ -203,7 +203,7 @@ def config_file(rng: random.Random, folder: Path) -> Path:
 
 
 # What a refusal may say in the place of a setting's name.
-CALLED = {"source_length": "truncated", "target_length": "truncated", "sequence_length": "truncated"}
+CALLED = {"source_length": "truncated", "target_length": "truncated", "sequence_length": "truncated", "path": ".jsonl"}
 
 
 def names_the_fault(line: str, cause: list[Override]) -> bool:
@@ -211,8 +211,10 @@ def names_the_fault(line: str, cause: list[Override]) -> bool:
     if any(words in line for words in (" has no entry ", " has no field ", " is not a setting")):  # of a changed name
         return True
     for name, text in cause:
+        section = name.rpartition(".")[0]
         said = (
             name,
+            section if section[-1:].isdigit() else "",  # the data set that cannot be read as it is set
             name.rpartition(".")[2],
             repr(text)[1:20].rstrip("'\""),
             " ".join(text.split())[:20],
