@@ -226,7 +226,8 @@ def random_model(values: dict[str, Any]) -> Any:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
-                weight.normal_(std=1.5 * weight.shape[-1] ** -0.5)
+                sharp = 0.25 if name.endswith(".q.weight") else 1.5  # T5 does not scale its scores
+                weight.normal_(std=sharp * weight.shape[-1] ** -0.5)
             elif "bias" in name:
                 weight.normal_(std=0.3)
             else:
