@@ -226,7 +226,8 @@ def random_model(values: dict[str, Any]) -> Any:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
-                weight.normal_(std=1.5 * weight.shape[-1] ** -0.5)
+                sharp = 0.25 if name.endswith(".q.weight") else 1.5  # T5 does not scale its scores
+                weight.normal_(std=sharp * weight.shape[-1] ** -0.5)
             elif "bias" in name:
                 weight.normal_(std=0.3)
             else:
@@ -329,22 +330,24 @@ def compare(kind: str, changes: dict[str, Any], folder: Path, said: str = "") ->
     return "ran", said
 
 
-def plain(values: dict[str, Any]) -> dict[str, Any]:
+def plain(values: dict[str, Any], kind: Any = None) -> dict[str, Any]:
     """The same config.json without what Transformers alone refuses and means nothing for logits: fields that say
     nothing of them, null for a default, an integer for a float, [x] for x.
     """
+    kind = kind or config_class(values["model_type"])
+    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
     made = {}
-    kind = {field.name: field.type for field in dataclasses.fields(config_class(values["model_type"]))}
     for name, value in values.items():
-        if isinstance(value, dict) and name in ("encoder", "decoder"):
-            value = {key: item for key, item in value.items() if item is not None and key not in HARMLESS}
+        accepted = types.get(name, "")
         if name in HARMLESS - {"model_type", "n_positions"} or name == "auto_map":
             continue
-        if value is None and "None" not in str(kind.get(name, "")):
+        if isinstance(value, dict) and name in kind.sub_configs_defaults:
+            value = plain(value, kind.sub_configs_defaults[name].config_class)
+        if value is None and "None" not in accepted:
             continue
-        if isinstance(value, list) and len(value) == 1 and "list" not in str(kind.get(name, "")):
+        if isinstance(value, list) and len(value) == 1 and "list" not in accepted:
             value = value[0]
-        if isinstance(value, int) and not isinstance(value, bool) and kind.get(name) in (float, "float"):
+        if isinstance(value, int) and not isinstance(value, bool) and "float" in accepted and "int" not in accepted:
             value = float(value)
         made[name] = value
     return made
@@ -376,6 +379,8 @@ SLIDING, FULL = "sliding_attention", "full_attention"
         ("gemma3_text", {"num_hidden_layers": 2, "layer_types": [SLIDING] * 2}, "ran"),
         ("gemma3_text", {"_sliding_window_pattern": 2}, "ran"),
         ("gemma3_text", {"rope_parameters": LINEAR}, "refused"),
+        ("gemma3_text", {"rope_scaling": {"type": "linear", "factor": 8.0}}, "refused"),
+        ("gemma3_text", {"attn_logit_softcapping": 2.0}, "refused"),
         ("smollm3", {"no_rope_layers": [0] * 5}, "ran"),
         ("smollm3", {"layer_types": [SLIDING] * 5, "sliding_window": 3, "use_sliding_window": True}, "ran"),
         ("smollm3", {"layer_types": [SLIDING] * 5, "sliding_window": 3}, "refused"),

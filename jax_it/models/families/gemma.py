@@ -90,6 +90,7 @@ def _cap(settings: Settings, key: str, default: float | None) -> float:
 def read_gemma3_text(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
     common = _read_newer(settings)
+    settings.expect(attn_logit_softcapping=0.0)  # which Transformers reads and does not apply
     pattern = settings.size("sliding_window_pattern", 6)
     windows = llama.read_windows(
         settings, common["layers"], _read_window(settings),
@@ -98,7 +99,6 @@ def read_gemma3_text(values: Mapping[str, Any], where: str) -> Config:
     config = Config(
         **common,
         head_norm="each",
-        score_cap=_cap(settings, "attn_logit_softcapping", None),
         logit_cap=_cap(settings, "final_logit_softcapping", None),
         ropes=_read_ropes(settings, common["head_size"]),
         layer_ropes=tuple(1 if window else 0 for window in windows),

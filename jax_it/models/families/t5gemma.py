@@ -94,7 +94,8 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     )
     settings.expect(is_encoder_decoder=True, is_decoder=False, attention_dropout=0.0, chunk_size_feed_forward=0)
     settings.expect(decoder_start_token_id=config.start_token)
-    settings.finish(ignored=("vocab_size", "classifier_dropout_rate"))
+    settings.size("vocab_size", 1)  # the halves have their own
+    settings.finish(ignored=("classifier_dropout_rate",))
     return config
 
 
