@@ -1,8 +1,10 @@
 # Targets that work from a clean checkout with Python 3.11 to 3.13, pip and make.
 
 SUPPORTED = import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
-# The first supported Python; another one: make setup PYTHON=python3.12
-PYTHON ?= $(shell for p in .venv/bin/python python3 python3.13 python3.12 python3.11; do \
+# The environment that targets run in; the comparisons with PyTorch have one of their own, $(VENV)-parity.
+VENV ?= .venv
+# The first supported Python; another one: make test VENV=.venv312 PYTHON=python3.12
+PYTHON ?= $(shell for p in $(VENV)/bin/python python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 PYTEST_ARGS ?= -n 2
 constraints = constraints/$$($(1)/bin/python -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
@@ -15,47 +17,47 @@ SEED ?= 0
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' Makefile
 
-setup: .venv/stamp ## install jax_it and its test tools, at the tested versions, into .venv
+setup: $(VENV)/stamp ## install jax_it and its test tools, at the tested versions, into .venv
 
 quickstart: setup ## train a small model on the built-in data and export it: runs/quickstart
-	.venv/bin/jax-it train --config configs/quickstart.py --workdir runs/quickstart
-	.venv/bin/jax-it export --workdir runs/quickstart --output runs/quickstart/export
+	$(VENV)/bin/jax-it train --config configs/quickstart.py --workdir runs/quickstart
+	$(VENV)/bin/jax-it export --workdir runs/quickstart --output runs/quickstart/export
 
 test: setup ## the tests; PYTEST_ARGS="-n 4 -k metrics" chooses
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 test-slow: setup ## the slow tests
-	.venv/bin/python -m pytest -m "slow and not parity" $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m "slow and not parity" $(PYTEST_ARGS)
 
 faults: setup ## the long fault suite: runs that are stopped at many moments
-	.venv/bin/python -m pytest -m faults $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -m faults $(PYTEST_ARGS)
 
-fuzz: .venv-parity/stamp ## thousands of hostile inputs, some of them against PyTorch; SEED=7 draws others
-	FUZZ_SEED=$(SEED) .venv-parity/bin/python -m pytest -m fuzz tests/fuzz $(PYTEST_ARGS)
+fuzz: $(VENV)-parity/stamp ## thousands of hostile inputs, some of them against PyTorch; SEED=7 draws others
+	FUZZ_SEED=$(SEED) $(VENV)-parity/bin/python -m pytest -m fuzz tests/fuzz $(PYTEST_ARGS)
 
 # With the code generator that users have; the other tests use an older one, which compiles faster.
-parity: .venv-parity/stamp ## the comparisons with PyTorch, in an environment of their own, .venv-parity
-	JAX_IT_TEST_CODE_GENERATOR=default .venv-parity/bin/python -m pytest -m parity $(PYTEST_ARGS)
+parity: $(VENV)-parity/stamp ## the comparisons with PyTorch, in an environment of their own, .venv-parity
+	JAX_IT_TEST_CODE_GENERATOR=default $(VENV)-parity/bin/python -m pytest -m parity $(PYTEST_ARGS)
 
 lint: setup ## style and types
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 libtpu: setup ## TPU's compiler (700 MB), into .venv: with it `make test` compiles for TPU slices too
-	.venv/bin/python -m pip install -q -e '.[tpu]' -c $(call constraints,.venv)
+	$(VENV)/bin/python -m pip install -q -e '.[tpu]' -c $(call constraints,$(VENV))
 
 plans: libtpu ## write the table of plans in tpu/README.md anew; half an hour
-	.venv/bin/python -m jax_it.plan.table tpu/README.md
+	$(VENV)/bin/python -m jax_it.plan.table tpu/README.md
 
 clean: ## remove the environments and caches; runs/ stays
-	rm -rf .venv .venv-parity .pytest_cache .ruff_cache .mypy_cache .hypothesis .jax_cache build dist
+	rm -rf $(VENV) $(VENV)-parity .pytest_cache .ruff_cache .mypy_cache .hypothesis .jax_cache build dist
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # `make test` must not need PyTorch, so .venv never holds it.
-.venv/stamp: EXTRAS = test
-.venv-parity/stamp: EXTRAS = test,parity
-.venv/stamp .venv-parity/stamp: pyproject.toml $(wildcard constraints/*.txt)
+$(VENV)/stamp: EXTRAS = test
+$(VENV)-parity/stamp: EXTRAS = test,parity
+$(VENV)/stamp $(VENV)-parity/stamp: pyproject.toml $(wildcard constraints/*.txt)
 	@$(or $(PYTHON),false) -c '$(SUPPORTED)' || \
 		{ echo "Python 3.11, 3.12 or 3.13 is needed; name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
