@@ -132,5 +132,7 @@ def _compare(folder: Path, single: str, tensors_of: Callable[[Any], Iterable[tup
         written = tensors.Tensors(folder, stack, single)
         dtype = written.read(min(written.names()), ()).dtype
         for name, tensor in tensors_of(dtype):
+            if not np.isfinite(tensor).all():
+                raise UserError(f"{name} holds NaN or infinity, so nothing was exported; name an earlier --checkpoint")
             if written.read(name, tuple(slice(0, n) for n in tensor.shape)).tobytes() != tensor.tobytes():
                 raise UserError(f"{folder}: {name} does not read back as it was written; export again")

@@ -1,6 +1,5 @@
 """Text for prompts: a list of them, or a file of rows that come back with `prediction` added."""
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -131,12 +130,9 @@ def _encode(format: Format, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> 
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                raise UserError(f"prompt {i} holds {text[error.start]!r}, half a character: no Unicode text") from None
+                half = text[error.start]
+                raise UserError(f"prompt {i} has {half!r}, half of a surrogate pair, which is not text") from None
     encoded: list[list[int]] = [[]] * len(prompts)
-    for i, prompt in enumerate(prompts):
-        for text in (prompt,) if isinstance(prompt, str) else (turn.text for turn in prompt):
-            if re.search("[\ud800-\udfff]", text):
-                raise UserError(f"prompt {i + 1} has half a surrogate pair, which is no character; mend its text")
     texts = {i: prompt for i, prompt in enumerate(prompts) if isinstance(prompt, str)}
     talks = {i: prompt for i, prompt in enumerate(prompts) if not isinstance(prompt, str)}
     for i, tokens in zip(texts, format.text_prompts(list(texts.values()), tokenizer), strict=True):

@@ -128,11 +128,13 @@ def test_what_interrupts_an_export_leaves_nothing(loaded, output, monkeypatch, e
     assert not list(output.parent.iterdir())
 
 
-def test_weights_that_are_not_numbers_are_exported_as_they_are(loaded, output):
+@pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])
+def test_weights_that_are_not_finite_are_not_exported(loaded, output, value):
     model, params, tokenizer = loaded
-    params = params | {"embedding": jnp.full_like(params["embedding"], jnp.nan)}
-    save(output, model, params, tokenizer)
-    assert np.isnan(safetensors.numpy.load_file(output / "model.safetensors")["shared.weight"]).all()
+    params = params | {"embedding": params["embedding"].at[3, 2].set(value)}
+    with pytest.raises(UserError, match=r"shared\.weight holds NaN or infinity"):
+        save(output, model, params, tokenizer)
+    assert not list(output.parent.iterdir())
 
 
 def test_an_output_that_exists_is_refused_before_anything_is_read(capfd, run, output, monkeypatch):

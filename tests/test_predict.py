@@ -137,7 +137,7 @@ def test_half_a_surrogate_pair_is_refused_in_a_prompt_and_kept_elsewhere(generat
     assert generate(file)[0]["other"] == "\ud800 ü"
     file.write_text('{"prompt": "say \\ud800"}\n')
     line = fails(capfd, "generate", "--model", run, "--input", file, "--output", tmp_path / "other.jsonl")
-    assert "prompt 1 has half a surrogate pair" in line and not (tmp_path / "other.jsonl").exists()
+    assert "prompt 1 has '\\ud800', half of a surrogate pair" in line and not (tmp_path / "other.jsonl").exists()
 
 
 def test_no_prompts_make_no_texts(run):

@@ -103,7 +103,7 @@ def _check_unicode(example: Example) -> Example:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise Malformed(f"{text[error.start]!r} is half a character: no Unicode text") from None
+            raise Malformed(f"{text[error.start]!r} is half of a surrogate pair, which is not text") from None
     return example
 
 

@@ -78,7 +78,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         evaluator = make_evaluator(config, model, tokenizer, derived.layout, mesh)
         check_disk(place, prepared)
         if not resuming:
-            place.create(config, derived, model, tokenizer)
+            place.create(asked, derived, model, tokenizer)
         checkpoints = place.writing_checkpoints(config)
         state, position = _restore_or_start(checkpoints, trained, frozen, prepared)
         del trained, frozen

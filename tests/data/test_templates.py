@@ -216,7 +216,7 @@ def test_a_conversation_to_answer_ends_with_the_user():
     for messages, message in (
         ([USER, ASSISTANT], "the messages end with the assistant; the last one must be of the user"),
         ([{"role": "user", "content": "\n"}], "turn 1, of the user, is empty"),
-        ([{"role": "user", "content": "\ud83d"}], "is half a character"),
+        ([{"role": "user", "content": "\ud83d"}], "is half of a surrogate pair"),
     ):
         with pytest.raises(UserError, match=f"^{WHERE}: .*{message}"):
             conversation(Record({"messages": messages}, WHERE))
@@ -225,7 +225,7 @@ def test_a_conversation_to_answer_ends_with_the_user():
 def test_half_a_surrogate_pair_is_refused_before_a_tokenizer_fails_on_it():
     assert example("auto", prompt="\U0001f600", completion="b").prompt == "\U0001f600"
     for fields in ({"prompt": "\ud83d", "completion": "b"}, {"prompt": "a", "completion": ["b", "\ude00"]}):
-        assert "is half a character: no Unicode text" in refusal("auto", **fields)
+        assert "is half of a surrogate pair, which is not text" in refusal("auto", **fields)
 
 
 # Jinja

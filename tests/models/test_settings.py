@@ -40,7 +40,7 @@ def read(values):
         ("is_decoder", True, "only False is"),
         ("chunk_size_feed_forward", 64, "only 0 is"),
         ("model_type", "bart", "not supported; jax_it has t5, "),
-        ("model_type", None, "not supported; jax_it has t5, "),
+        ("model_type", None, "is missing"),
     ],
 )
 def test_a_value_that_is_not_implemented_is_refused_by_file_and_key(key, value, said):
