@@ -15,7 +15,7 @@ from jax_it.data.templates import Turn
 from jax_it.errors import UserError
 from jax_it.generation import Sampling
 from jax_it.models import build
-from jax_it.predict import predict, read_prompts
+from jax_it.predict import _encode, predict, read_prompts
 from tests import tiny_run
 from tests.tiny_run import fails, succeeds, write_rows
 
@@ -23,6 +23,12 @@ from tests.tiny_run import fails, succeeds, write_rows
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return tiny_run.finished(tmp_path_factory)
+
+
+@pytest.mark.parametrize("prompt", ["a\udc80", (Turn("user", "\ud83d"),)])
+def test_half_a_character_in_a_prompt_is_refused_with_its_number(prompt):
+    with pytest.raises(UserError, match=r"^prompt 2 holds '\\u[a-f0-9]+', half a character: no Unicode text$"):
+        _encode(None, None, ["fine", prompt])
 
 
 @pytest.fixture

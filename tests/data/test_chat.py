@@ -404,6 +404,8 @@ FIFO = object()
             b"{% for m in messages %}{{ m['content'] }}{% endfor %}",
             "the chat template of {file} does not end each of the assistant's turns with one",
         ),
+        (b" \n", "the chat template of {file} is empty; set config.model.chat_template"),
+        (b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
         (b"a fixed text", "the chat template of {file} changes the assistant's text"),
     ],
 )

@@ -186,6 +186,21 @@ def test_any_damage_to_a_safetensors_file_is_refused_or_read_as_finite_weights(s
                 assert "\n" not in str(error) and str(folder) in str(error)
 
 
+@pytest.mark.parametrize(
+    "values, problem",
+    [
+        ({"decoder_start_token_id": 10_000}, "decoder_start_token_id is 10000, and the embedding has rows 0 to "),
+        ({"pad_token_id": -1, "decoder_start_token_id": 0}, "pad_token_id is -1, and the embedding has rows 0 to "),
+        ({"model_type": None}, "model_type is missing"),
+        ({"model_type": ["t5"]}, "model_type ['t5'] is not supported"),
+    ],
+)
+def test_ids_outside_of_the_embedding_and_models_of_no_type_are_named(values, problem):
+    with pytest.raises(UserError) as refused:
+        hf.build(CASE.values | values, "a config.json", config.Model())
+    assert str(refused.value).startswith(f"a config.json: {problem}")
+
+
 def test_a_folder_that_does_not_exist_is_named():
     with pytest.raises(UserError, match=r"model folder \./nowhere does not exist"):
         find_folder("./nowhere")
