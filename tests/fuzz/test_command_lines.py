@@ -121,7 +121,7 @@ def command_line(rng: random.Random) -> list[str]:
     return words
 
 
-@fuzz_cases(number=150, short=12)
+@fuzz_cases(number=150, short=8)
 def test_a_command_line_runs_or_is_refused_in_one_line(seeds, commands, folder, tally):
     def run(seed: int):
         work = folder.with_name(str(seed))
