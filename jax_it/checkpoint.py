@@ -301,7 +301,7 @@ def _reason(error: BaseException) -> str:
         return f"it has an array of shape {shapes[2]} where this run has {shapes[1]}"
     if (word := disk_error(error)) and not isinstance(error, FileNotFoundError):
         return word
-    line = first_line(error)
+    line = first_line(error).partition(" See full TensorStore details")[0]
     return line if len(line) <= 200 else line[:197] + "..."
 
 

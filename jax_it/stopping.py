@@ -117,9 +117,9 @@ def on_signals(command: str, at_once: str) -> Iterator[Stopping]:
     theirs = c_library.signal(signal.SIGTERM, int(signal.SIG_DFL))
 
     def receive(number: int, frame: Any) -> None:
-        if theirs and not callable(before[signal.SIGTERM]) and jax.process_count() > 1:
-            ctypes.CFUNCTYPE(None, ctypes.c_int)(theirs)(signal.SIGTERM)
         stopping.receive(number)
+        if theirs and not callable(before[signal.SIGTERM]) and jax.process_count() > 1:
+            ctypes.CFUNCTYPE(None, ctypes.c_int)(theirs)(int(signal.SIGTERM))
 
     for number, handler in before.items():
         if handler not in (signal.SIG_IGN, None):

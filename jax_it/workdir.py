@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from jax_it import config as settings
 from jax_it import files, following, hosts, metrics, sharding
-from jax_it.checkpoint import Checkpoints, abstract, disk_error
+from jax_it.checkpoint import Checkpoints, Unreadable, abstract, disk_error
 from jax_it.config import Config
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
@@ -501,12 +501,12 @@ def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
     if place.is_recognized():
         config, derived = place.open()
         model = place.model(config, derived)
-        params = place.params(model, config, place.choose_step("latest", ""), mesh_for(model))
+        try:
+            params = place.params(model, config, place.choose_step("latest", ""), mesh_for(model))
+        except Unreadable as error:
+            reason = str(error).removesuffix("; name another with --checkpoint")
+            raise UserError(f"{reason}; remove it, or give the folder of another that jax-it export writes") from error
         return checked(model, params, place.tokenizer())
-    if (place.path / "checkpoints").is_dir():
-        raise UserError(
-            f"{place.path / 'model' / 'config.json'} is missing: {path} is a run that has lost it; restore it"
-        )
     if peft.is_folder(path):
         base = peft.base_of(path)
         model, params = read(settings.Model(path=base, lora=settings.Lora(path=path)))

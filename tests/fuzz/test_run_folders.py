@@ -205,7 +205,7 @@ def wrong(case: Case, base: Base, run: Path, folder: Path, done: Result) -> str:
     return f"it has made something else: {str(found)[:300]}"
 
 
-@fuzz_cases(600, short=10)
+@fuzz_cases(600, short=6)
 def test_a_damaged_run_is_refused_or_is_as_good_as_whole(base, tmp_path, tally, seeds):
     def cases():
         for seed in seeds:
