@@ -167,9 +167,12 @@ class Checkpoints:
         if not hosts.all_agree(failure is None):
             raise failure or ValueError("another host cannot read its part")
         position, checksums = found["position"], found["checksums"]
-        if not isinstance(checksums, dict) or checksums.get("position") != _checksum_of_json(position):
+        if not isinstance(checksums, dict):
+            raise ValueError("its checksums are no object")
+        # Checkpoints of older versions lack these two.
+        if checksums.get("position", expected := _checksum_of_json(position)) != expected:
             raise ValueError("its position differs from what was saved")
-        if checksums.get("step") != step:
+        if checksums.get("step", step) != step:
             raise ValueError(f"it is that of step {checksums.get('step')}")
         for name in abstract:
             if int(_checksum(found[name])) != checksums.get(name):
