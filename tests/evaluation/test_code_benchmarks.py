@@ -68,14 +68,14 @@ def test_humaneval_scores_what_a_model_writes(problems, finished, monkeypatch, t
             pass
 
         def __call__(self, params, go_on):
-            return [[text]]
+            return [[text]], [0]
 
     monkeypatch.setattr(executed, "Samples", Samples)
     model, params, tokenizer = jax_it.load(str(finished))
     mesh = sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
     settings = load(f"humaneval.py:{problems}", ("eval.run_model_code", "true"))
     assert Evaluator(model, tokenizer, None, settings, None, mesh)(params).metrics == {
-        "humaneval": {"pass@1": score, "n": 1}
+        "humaneval": {"pass@1": score, "n": 1, "unfinished": 0}
     }
 
 

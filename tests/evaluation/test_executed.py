@@ -135,7 +135,7 @@ def answers(monkeypatch):
                 pass
 
             def __call__(self, params, go_on):
-                return [list(each) for each in texts]
+                return [list(each) for each in texts], [0] * len(texts)
 
         monkeypatch.setattr(executed, "Samples", Samples)
 
@@ -155,6 +155,7 @@ def test_a_task_counts_the_problems_that_are_solved(setting, answers):
         "pass@2": pytest.approx(100 * (1 + 0) / 2),
         "pass@3": pytest.approx(100 * (1 + 0) / 2),
         "n": 2,
+        "unfinished": 0,
     }
     assert set(found.intervals[""]) == {"pass@1", "pass@2", "pass@3"}
     first, second = found.predictions
@@ -166,7 +167,7 @@ def test_a_task_counts_the_problems_that_are_solved(setting, answers):
 def test_one_program_each_is_pass_at_1(setting, answers):
     answers(["    return 2 * x"], ["    return r"])
     found = Executed(Task("code", score="run"), examples(*RECORDS), setting[0])({}, yes)
-    assert found.metrics[""] == {"pass@1": 50, "n": 2}
+    assert found.metrics[""] == {"pass@1": 50, "n": 2, "unfinished": 0}
     assert [row["passed"] for row in found.predictions] == [True, False]
     assert found.predictions[0]["prediction"] == "    return 2 * x"
 
@@ -206,7 +207,7 @@ def test_a_model_that_writes_no_program_solves_nothing(setting, tmp_path):
     )
     scored = Evaluator(model, tokenizer, None, settings, None, mesh)(setting[1])
     assert scored.errors == {}
-    assert scored.metrics == {"code": {"pass@1": 0, "pass@2": 0, "n": 2}}
+    assert scored.metrics == {"code": {"pass@1": 0, "pass@2": 0, "n": 2, "unfinished": 1}}
     assert [len(row["prediction"]) for row in scored.predictions] == [2, 2]
     assert [row["passed"] for row in scored.predictions] == [[False, False]] * 2
 

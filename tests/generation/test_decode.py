@@ -158,7 +158,7 @@ def test_rows_that_fill_up_a_batch_keep_nobody_waiting(tiny, monkeypatch, name):
 
     monkeypatch.setattr(type(tiny.model), "stepper", stepper)
     short = tiny.sources[11]
-    ((_, _, text, _),) = Generator(tiny.model, tiny.mesh, LENGTH, 3, SAMPLINGS[name])(tiny.params, [short])
+    ((_, _, text, _, _),) = Generator(tiny.model, tiny.mesh, LENGTH, 3, SAMPLINGS[name])(tiny.params, [short])
     jax.effects_barrier()
     if name == "greedy":
         assert len(steps) == len(text) + 1  # the end mark

@@ -331,7 +331,7 @@ def rewrite(folder: Path, **changes) -> None:
         ({"r": True}, "rank True"),
         ({"r": 10**400}, "rank 1000"),
         ({"lora_alpha": 0}, "lora_alpha 0 of "),
-        ({"lora_alpha": float("nan")}, "lora_alpha nan of "),
+        ({"lora_alpha": float("nan")}, "NaN is no JSON number"),
         ({"alpha_pattern": {"q_proj": "4"}}, "lora_alpha '4' of "),
         ({"alpha_pattern": {"(": 4}}, "alpha_pattern: '(' is no regular expression"),
         ({"rank_pattern": [1]}, "rank_pattern=[1] must map modules to numbers"),

@@ -224,4 +224,4 @@ def test_an_error_within_a_watched_block_is_left_alone_where_nobody_is_lost() ->
     with pytest.raises(ZeroDivisionError), hosts.watched():
         raise ZeroDivisionError
     with pytest.raises(Interrupted), hosts.watched():
-        raise Interrupted
+        raise Interrupted("stopped")

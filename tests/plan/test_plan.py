@@ -46,8 +46,10 @@ def make_config(architecture=T5, **changes):
     tree["model"] |= {"pretrained": False, "architecture": architecture, "tokenizer": "bytes"}
     tree["data"] |= {
         "train": [{"path": "builtin:instructions"}],
-        "source_length": 32, "target_length": 16, "sequence_length": 48, "packing": False,
-    }  # fmt: skip
+        "packing": False,
+    }
+    seq2seq = architecture["model_type"] == "t5"
+    tree["data"] |= {"source_length": 32, "target_length": 16} if seq2seq else {"sequence_length": 48}
     tree["train"] |= {"batch_size": 16, "duration": "100 steps"}
     tree["mesh"] |= {"data": 2, "fsdp": 2, "tensor": 2}
     for name, value in changes.items():
@@ -147,7 +149,6 @@ def test_the_planned_step_is_the_step_of_the_loop(tmp_path, monkeypatch):
         ({}, 0, Shape(1, 32, 16), 16),
         ({"train__batch_size": 9}, 0, Shape(1, 32, 16), 12),
         ({"train__micro_batches": 3}, 0, Shape(1, 32, 16), 24),
-        ({"data__packed_source_length": 96, "data__packed_target_length": 24}, 0, Shape(1, 32, 16), 16),
         (
             {"data__packed_source_length": 96, "data__packed_target_length": 24, "data__packing": True},
             5, Shape(3, 32, 24), 8,
@@ -274,7 +275,7 @@ def test_a_plan_is_written_as_json_too(tmp_path, capsys):
     "arguments, message",
     [
         (("--topology", "v5e"), "--topology v5e is not one; write for example v5e:8x8"),
-        (("--topology", "cpu:x"), "--topology cpu:x is not one"),
+        (("--topology", "cpu:x"), "--topology cpu:x with --slices 1 is none of"),
         (("--topology", "cpu:8", "--config.mesh.tensor=3"), "config.mesh: tensor=3 does not fit 8 device(s)"),
         (("--topology", "cpu:4096"), "--topology cpu:4096: this process has 8 CPU device(s), and 4096 are asked for"),
     ],

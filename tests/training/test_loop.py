@@ -26,13 +26,16 @@ def make_config(tmp_path, **changes):
     tree["data"] |= {
         "train": [{"path": "builtin:instructions", "limit": 60}],
         "eval": [{"path": "builtin:instructions", "split": "test", "limit": 10}],
-        "source_length": 128, "target_length": 64, "cache_dir": str(tmp_path / "cache"), "max_truncated": 1.0,
-    }  # fmt: skip
+        "cache_dir": str(tmp_path / "cache"),
+        "max_truncated": 1.0,
+    }
     tree["train"] |= {"duration": "6 steps", "batch_size": 8, "log_every": "1 steps", "checkpoint_every": "3 steps"}
     tree["mesh"] |= {"data": 2, "fsdp": 2, "tensor": 2}
     for name, value in changes.items():
         section, _, field = name.partition("__")
         tree[section][field] = value
+    if tree["model"]["architecture"]["model_type"] == "t5":
+        tree["data"] |= {"source_length": 128, "target_length": 64}
     return resolve(tree)
 
 
@@ -121,7 +124,7 @@ def test_every_optimizer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tm
 )
 def test_a_causal_run_is_evaluated_and_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path, lora):
     config = make_config(
-        tmp_path, model__architecture=LLAMA, model__lora=lora, data__sequence_length=192, data__source_length=512,
+        tmp_path, model__architecture=LLAMA, model__lora=lora, data__sequence_length=192,
         eval__every="6 steps",
         eval__max_new_tokens=4, eval__metrics=["rougeL"],
     )  # fmt: skip
