@@ -27,7 +27,7 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("prompt", ["a\udc80", (Turn("user", "\ud83d"),)])
 def test_half_a_character_in_a_prompt_is_refused_with_its_number(prompt):
-    with pytest.raises(UserError, match=r"^prompt 2 holds '\\u[a-f0-9]+', half a character: no Unicode text$"):
+    with pytest.raises(UserError, match=r"^prompt 2 has '\\u[a-f0-9]+', half of a surrogate pair, which is not text$"):
         _encode(None, None, ["fine", prompt])
 
 
