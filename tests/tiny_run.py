@@ -139,10 +139,10 @@ def _compiled() -> str:
 
 def losses(run: Path) -> list[dict[str, float]]:
     """What metrics.jsonl says of each step, but for what the clock has measured."""
-    timed = {"tokens_per_second", "examples_per_second", "seconds_per_step", "flops_per_second", "data_share"} | {
-        "goodput",
+    timed = {
+        "tokens_per_second", "examples_per_second", "seconds_per_step", "flops_per_second", "data_share", "goodput",
         "host_memory",
-    }
+    }  # fmt: skip
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [{name: value for name, value in line.items() if name not in timed} for line in lines]
 

@@ -44,7 +44,8 @@ class Commands:
     def __init__(self, folder: Path):
         """`folder` keeps the compiled programs, so that a second command with the same program compiles nothing."""
         environment = os.environ | {
-            "XLA_FLAGS": xla.flags(devices=2),
+            # With several devices, XLA's CPU programs that come from the cache wait for each other for ever.
+            "XLA_FLAGS": xla.flags(devices=1),
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
