@@ -6,7 +6,8 @@ VENV ?= .venv
 # The first supported Python; another one: make test VENV=.venv312 PYTHON=python3.12
 PYTHON ?= $(shell for p in $(VENV)/bin/python python3 python3.13 python3.12 python3.11; do \
 	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
-PYTEST_ARGS ?= -n 2
+# For two cores: some tests wait for processes of their own.
+PYTEST_ARGS ?= -n 3
 constraints = constraints/$$($(1)/bin/python -c 'import sys; print("py%d%d" % sys.version_info[:2])').txt
 
 SEED ?= 0
