@@ -51,10 +51,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         leave(2, str(error))
     except Interrupted as stopped:
         _say(options.command, stopped)
-        leave(stopped.code, "has stopped")  # 75 is BSD's EX_TEMPFAIL: to be tried again
+        leave(stopped.code, "has stopped", at_once=arguments is None)  # 75 is BSD's EX_TEMPFAIL: to be tried again
     except KeyboardInterrupt:
         _say(options.command, "stopped by Ctrl-C before it was done; nothing half-written is left")
-        leave(130, "was interrupted")
+        leave(130, "was interrupted", at_once=arguments is None)
     except BrokenPipeError:
         leave(141, "has stopped")
     except Exception as error:
@@ -72,17 +72,29 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     leave(0)
 
 
-def leave(code: int, message: str = "") -> NoReturn:
-    """Ends the process and, where it is one of several, the others; one that has not joined them yet just ends."""
+def leave(code: int, message: str = "", at_once: bool = False) -> NoReturn:
+    """Ends the process and, where it is one of several, the others; one that has not joined them yet just ends.
+
+    `at_once` skips Python's own shutdown: a signal may have interrupted a library between the start of a thread and
+    the note of it by which the thread would be told to end, and the shutdown would wait for it for ever.
+    """
     if (reason := _lost_output()) and code == 0:
         if reason == os.strerror(errno.EPIPE):  # nobody reads on: be quiet about it
             code, message = 141, "has stopped"
         else:
             code, message = 2, f"cannot write to standard output: {reason}"
             _say("", message)
-    if hosts := sys.modules.get("jax_it.hosts"):
-        hosts.leave(code, message)
-    sys.exit(code)
+    try:
+        if hosts := sys.modules.get("jax_it.hosts"):
+            hosts.leave(code, message)
+        sys.exit(code)
+    except SystemExit:
+        if not at_once:
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def _say(command: str, what: object) -> None:

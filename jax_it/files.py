@@ -29,6 +29,7 @@ from jax_it.errors import UserError
 BACKENDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package, and our extra that installs it
 FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))  # of a disk without space
 NAME = 255  # bytes of a file's name
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can escape one, and UTF-8 has none
 UPLOAD = 30  # seconds between what others see of a growing file in an object store
 
 
@@ -323,6 +324,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:100]!r} occurs twice; remove one")
+    for key, value in pairs:
+        if any(isinstance(text, str) and _SURROGATE.search(text) for text in (key, value)):
+            raise ValueError(f"{key[:100]!a} has half of a surrogate pair, which is not text")
     return values
 
 

@@ -170,6 +170,25 @@ def test_an_interrupt_is_130_and_one_line(capsys, raising):
     )
 
 
+@pytest.mark.parametrize("error, code", [("Interrupted('stopped')", 75), ("KeyboardInterrupt", 130)])
+def test_a_stopped_command_waits_for_no_thread_that_nothing_ends(error, code):
+    """A signal that interrupts the start of a thread pool leaves such a thread."""
+    script = f"""
+import sys, threading
+from jax_it import cli, export
+from jax_it.errors import Interrupted
+threading.Thread(target=threading.Event().wait).start()
+def stop(*arguments):
+    print("so far")
+    raise {error}
+export.export = stop
+sys.argv = ["jax-it", *{COMMAND}]
+cli.main()
+"""
+    done = python("-c", script, timeout=60)
+    assert done[:2] == (code, "so far\n") and "stopped" in done[2]
+
+
 def test_python_m_jax_it_is_the_command():
     code, out, err = python("-m", "jax_it", "--help")
     assert code == 0 and out.startswith("usage: jax-it") and err == ""

@@ -232,10 +232,6 @@ def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
     if model.prefix_lm and family.kind != "causal":
         raise UserError(f"config.model.prefix_lm: {kind} is an encoder-decoder, which reads both ways anyway")
     config = family.read_config(values, where)
-    if family.kind == "seq2seq":
-        for name, token in (("decoder_start_token_id", config.start_token), ("pad_token_id", config.pad_token)):
-            if not 0 <= token < config.vocabulary:
-                raise UserError(f"{where}: {name} is {token}, and the embedding has rows 0 to {config.vocabulary - 1}")
     dtype = {"auto": default_dtype(), "float32": jnp.float32, "bfloat16": jnp.bfloat16}
     dropout = config.dropout if model.dropout is None else model.dropout
     on_tpu = jax.default_backend() == "tpu"

@@ -119,4 +119,5 @@ if __name__ == "__main__":
     for name, values in json.loads(sys.argv[1]).items():
         faults = {"nan": nan, "huge": huge, "stall": stall, "signal": send, "pause": pause, "killed_in": killed_in}
         faults[name](*values)
-    main(sys.argv[2:])
+    del sys.argv[1]
+    main()

@@ -189,8 +189,14 @@ def test_any_damage_to_a_safetensors_file_is_refused_or_read_as_finite_weights(s
 @pytest.mark.parametrize(
     "values, problem",
     [
-        ({"decoder_start_token_id": 10_000}, "decoder_start_token_id is 10000, and the embedding has rows 0 to "),
-        ({"pad_token_id": -1, "decoder_start_token_id": 0}, "pad_token_id is -1, and the embedding has rows 0 to "),
+        (
+            {"decoder_start_token_id": 10_000},
+            "decoder_start_token_id is 10000; it must be in the vocabulary, from 0 to ",
+        ),
+        (
+            {"pad_token_id": -1, "decoder_start_token_id": 0},
+            "pad_token_id is -1; it must be in the vocabulary, from 0 to ",
+        ),
         ({"model_type": None}, "model_type is missing"),
         ({"model_type": ["t5"]}, "model_type ['t5'] is not supported"),
     ],

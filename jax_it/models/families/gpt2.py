@@ -43,8 +43,11 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
         positions=settings.size("n_positions", 1024),
         dropout=rate,
     )
-    summary = ("type", "use_proj", "activation", "proj_to_labels", "first_dropout")
-    settings.finish(ignored=("n_ctx", "reorder_and_upcast_attn", *(f"summary_{name}" for name in summary)))
+    # Of a head for summaries, which a language model does not have.
+    for name, default in {"type": "", "use_proj": True, "activation": "", "proj_to_labels": True}.items():
+        settings.get(f"summary_{name}", type(default), default)
+    settings.get("summary_first_dropout", float, 0.1)
+    settings.finish(ignored=("n_ctx", "reorder_and_upcast_attn"))
     return config
 
 
