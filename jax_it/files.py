@@ -93,8 +93,8 @@ def _local(text: str, shown: str) -> Path:
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             raise UserError(f"{shown}: {error.strerror}; give another path") from None
-    except ValueError as error:  # a null byte
-        raise UserError(f"{shown}: no file can have this name ({error})") from None
+    except ValueError:
+        raise UserError(f"{shown}: no file can have a name with a null byte; give another path") from None
     return Path(home)
 
 

@@ -671,7 +671,7 @@ def test_a_config_file_that_is_absent_or_no_python_is_refused(tmp_path):
     for name, message in {
         "fifo.py": "is no file but a device or pipe", "folder.py": "is no file but a folder",
         "loop.py": "Too many levels of symbolic links",
-        "x" * 300 + ".py": "File name too long", "a\0.py": "no file can have this name",
+        "x" * 300 + ".py": "File name too long", "a\0.py": "no file can have a name with a null byte",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=f"^config file .* {message}"):
             settings.load(f"{tmp_path}/{name}")

@@ -53,7 +53,7 @@ def test_a_name_without_a_bucket_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         ("gs:/bucket/run", "--workdir gs:/bucket/run: write gs://bucket/run for the object store"),
         ("az://bucket", "--workdir az://bucket: unknown scheme az://; give a local folder, gs:// or s3://"),
         ("file:///tmp", "--workdir file:///tmp: unknown scheme file://; give a local folder, gs:// or s3://"),
-        ("a\0b", "--workdir a\0b: no file can have this name (embedded null byte)"),
+        ("a\0b", "--workdir a\0b: no file can have a name with a null byte"),
         ("\ud800", "--workdir \ud800: this name is not UTF-8; give another path"),
         ("é" * 128, f"--workdir {'é' * 128}: File name too long; give another path"),
     ],

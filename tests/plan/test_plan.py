@@ -48,7 +48,7 @@ def make_config(architecture=T5, **changes):
         "train": [{"path": "builtin:instructions"}],
         "packing": False,
     }
-    seq2seq = architecture["model_type"] == "t5"
+    seq2seq = architecture.get("model_type", "t5") == "t5"
     tree["data"] |= {"source_length": 32, "target_length": 16} if seq2seq else {"sequence_length": 48}
     tree["train"] |= {"batch_size": 16, "duration": "100 steps"}
     tree["mesh"] |= {"data": 2, "fsdp": 2, "tensor": 2}
