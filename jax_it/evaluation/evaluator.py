@@ -104,7 +104,7 @@ def read(config: Config, tokenizer: Tokenizer, format: Format) -> Needed:
     for number, task in enumerate(config.eval.tasks):
         found[task.name] = _read_task(number, task, config, tokenizer, format)
         if task.score == "generate":
-            metrics.check(task.metrics)
+            metrics.check(task.metrics, f"config.eval.tasks.{number}.metrics")
     return Needed(examples, found)
 
 

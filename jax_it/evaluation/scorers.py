@@ -106,7 +106,7 @@ class Generated:
     """score="generate": metrics of generated text against references. Of several samples each text counts as one."""
 
     def __init__(self, task: Task, examples: Sequence[TaskExample], setting: Setting):
-        metrics.check(task.metrics)
+        metrics.check(task.metrics, f"the metrics of task {task.name}")
         self._task, self._examples = task, examples
         self._samples = Samples(task, examples, setting)
 

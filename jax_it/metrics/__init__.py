@@ -150,8 +150,11 @@ class _Own:
         return custom.call(self._name, [self._predictions[i] for i in chosen], [self._references[i] for i in chosen])
 
 
-def check(names: Sequence[str]) -> None:
-    """Refuses a metric that is unknown, or whose packages or function are not there: called before a run starts."""
+def check(names: Sequence[str], where: str = "config.eval.metrics") -> None:
+    """Refuses a metric that is unknown, or whose packages or function are missing: called before a run starts.
+
+    `where` is the setting that names the metrics.
+    """
     lower = {name.lower(): name for name in METRICS}
     for name in names:
         if is_custom(name):
@@ -163,7 +166,7 @@ def check(names: Sequence[str]) -> None:
             close = difflib.get_close_matches(name.lower(), lower, n=1)
             hint = f"did you mean {lower[close[0]]!r}? " if close else ""
             there = f"there are: {', '.join(METRICS)}, and your own as FILE.py:FUNCTION"
-            raise UserError(f"metric {name!r} is not known; {hint}{there}")
+            raise UserError(f"{where}: metric {name!r} is not known; {hint}{there}")
 
 
 def lower_is_better(name: str) -> bool:

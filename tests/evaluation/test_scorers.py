@@ -235,7 +235,7 @@ def test_a_task_that_fails_costs_no_other_its_scores(parts, folder, monkeypatch)
     assert reasons["absent"].startswith("config.eval.tasks.0.data: data file")
     assert "broken.jsonl, line 1: there is no reference to compare with" in reasons["broken"]
     assert "more than 32; raise config.data.source_length or config.eval.tasks.2.length" in reasons["long"]
-    assert reasons["unknown"].startswith("metric 'rougel' is not known; did you mean 'rougeL'?")
+    assert reasons["unknown"].startswith("the metrics of task unknown: metric 'rougel' is not known; did you mean")
     assert reasons["fault"] == "RuntimeError: out of memory"
     assert "LookupError" in scored.errors["own"][f"{folder}/own.py:raises"]
     assert list(scored.metrics["own"]) == ["rougeL", "n", "unfinished"]

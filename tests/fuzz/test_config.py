@@ -203,7 +203,10 @@ def config_file(rng: random.Random, folder: Path) -> Path:
 
 
 # What a refusal may say in the place of a setting's name.
-CALLED = {"source_length": "truncated", "target_length": "truncated", "sequence_length": "truncated", "path": ".jsonl"}
+CALLED = {
+    **dict.fromkeys(("source_length", "target_length", "sequence_length"), "truncated"),
+    **dict.fromkeys(("path", "format", "template", "records"), ".jsonl"),  # the file that cannot be read so
+}
 
 
 def names_the_fault(line: str, cause: list[Override]) -> bool:
