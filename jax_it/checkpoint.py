@@ -62,7 +62,13 @@ class Checkpoints:
             save_interval_steps=1 if writing else 0,
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # of a _CHECKPOINT_METADATA, which it reads
+            raise UserError(
+                f"the metadata of a checkpoint in {self.folder} is damaged ({_reason(error)}); remove that "
+                "checkpoint, or restore it from a copy"
+            ) from error
 
     def _check_metadata(self) -> None:
         """Refuses what Orbax's manager, which reads these files of all checkpoints, would not come to the end of."""

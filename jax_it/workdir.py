@@ -290,7 +290,7 @@ class Workdir:
             )
         return saved
 
-    def _check_files(self, part: str) -> None:
+    def check_files(self, part: str) -> None:
         """Refuses files of model/ or tokenizer/ that are not those which the run was started with."""
         try:
             expected = dict(self._read().get("files", {}).get(part, {}))
@@ -330,13 +330,13 @@ class Workdir:
             return None
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        self._check_files("tokenizer")
+        self.check_files("tokenizer")
         with files.read_locally(self.path / "tokenizer") as folder:
             return tokenizers.load(str(folder))
 
     def model(self, config: Config, derived: Derived) -> Model:
         """The run's model, without weights."""
-        self._check_files("model")
+        self.check_files("model")
         file = self.path / "model" / "config.json"
         try:
             values = files.read_json(file)

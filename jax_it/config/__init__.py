@@ -6,6 +6,7 @@ is a `UserError` that names the field.
 """
 
 import dataclasses
+import inspect
 import os
 import stat
 import types
@@ -95,6 +96,8 @@ def read(path: str) -> dict[str, Any]:
         # What it returns may be of any type, whose methods raise anything.
         config = get_config(arg)
         tree = to_dict(config)
+        if inspect.iscoroutine(config):
+            config.close()  # or Python warns that nobody awaited it
         if not isinstance(tree, dict):
             raise UserError(
                 f"{file}: get_config({arg!r}) returned {_what(config)}, not a config; end it with 'return config'"

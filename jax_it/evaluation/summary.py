@@ -35,6 +35,8 @@ def summarize(workdir: str | Path, request: Request = OWN) -> Summary:
     """The scores of the run's own evaluation, or of that which is asked for. Raises UserError where there is no run."""
     place = Workdir(files.locate(workdir))
     metric = request.resolve(place.open()[0]).eval.best
+    if (place.path / "model").is_dir():  # a copy of the scores alone does without
+        place.check_files("model")
     scores: dict[int, Scores] = {}
     unread: dict[str, str] = {}
     for step in _steps(place, request):

@@ -206,3 +206,13 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(capfd, config, finis
     assert "none of the checkpoints" in line and "restore one from a copy, or start over in another --workdir" in line
     assert sorted(f.name for f in (run / "checkpoints").iterdir()) == ["45", "60"]
     assert losses(run) == losses(finished)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"custom_metadata": 5}', '{"init_timestamp_nsecs": "x", "commit_timestamp_nsecs": []}']
+)
+def test_metadata_of_wrong_types_is_named(saved, tmp_path, content):
+    folder = copy(saved, tmp_path / "checkpoints")
+    (folder / "1" / "_CHECKPOINT_METADATA").write_text(content)
+    with pytest.raises(UserError, match=r"the metadata of a checkpoint in .*/checkpoints is damaged \(Object must be"):
+        Checkpoints(folder, keep=1)

@@ -206,6 +206,7 @@ def config_file(rng: random.Random, folder: Path) -> Path:
 CALLED = {
     **dict.fromkeys(("source_length", "target_length", "sequence_length"), "truncated"),
     **dict.fromkeys(("path", "format", "template", "records"), ".jsonl"),  # the file that cannot be read so
+    "architecture": "encoder-decoder",  # the kind of model that a setting is not for
 }
 
 

@@ -92,6 +92,8 @@ def as_csv(records: list[Any], rng: random.Random) -> bytes:
     sink = io.StringIO()
     names = list(dict.fromkeys(name for record in records for name in record))
     quoting = rng.choice([csv.QUOTE_ALL, csv.QUOTE_MINIMAL, csv.QUOTE_NONE])
+    if len(names) == 1:  # the writer refuses an empty line
+        quoting = csv.QUOTE_ALL
     writer = csv.writer(sink, quoting=quoting, escapechar="\\" if quoting == csv.QUOTE_NONE else None)
     for row in [names, *([record.get(name) for name in names] for record in records)]:
         writer.writerow(row)
