@@ -200,6 +200,8 @@ def wrong(case: Case, base: Base, run: Path, folder: Path, done: Result) -> str:
         return "" if lines == logged else f"it has logged {lines}"
     found = outcome(case.kind, run, folder, done)
     there = [step for step in (4, 2) if (run / "checkpoints" / str(step)).is_dir()]
+    if not there:
+        return "it has run without a checkpoint"
     if found == base.expected(case.kind, there[0]):
         return ""
     return f"it has made something else: {str(found)[:300]}"
