@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from jax_it import files, typed
-from jax_it.errors import Interrupted, UserError, first_line, shorten
+from jax_it.errors import Interrupted, UserError, exit_now, first_line, shorten
 
 MAX_SEED = (1 << 32) - 1  # JAX draws from the lowest 32 bits: a larger seed would repeat a smaller one
 LINE = 1500  # characters of a message at most
@@ -91,10 +91,7 @@ def leave(code: int, message: str = "", at_once: bool = False) -> NoReturn:
     except SystemExit:
         if not at_once:
             raise
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
+        exit_now(code)
 
 
 def _say(command: str, what: object) -> None:

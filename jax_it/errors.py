@@ -1,5 +1,10 @@
 """What ends a run that is no fault of ours, and what other libraries' errors say, in one line."""
 
+import os
+import sys
+from contextlib import suppress
+from typing import NoReturn
+
 
 class UserError(Exception):
     """Bad input, said in one line: what is wrong, where (file, line, field) and how to mend it.
@@ -28,3 +33,11 @@ def shorten(text: str, length: int = 80) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that has any, or the error's type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def exit_now(code: int) -> NoReturn:
+    """Ends the process without Python's own shutdown, which waits for all threads and runs other libraries' code."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)

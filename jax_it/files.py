@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shorten
 
 BACKENDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package, and our extra that installs it
 FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))  # of a disk without space
@@ -42,7 +42,7 @@ def locate(path: str | Path, option: str = "") -> Any:
     text = os.fspath(path)
     if not text:
         raise UserError(f"{option or 'a path'} is empty; name a folder or a file")
-    shown = f"{option} {_short(text)}".strip()
+    shown = f"{option} {shorten(text, 200)}".strip()
     scheme = _scheme(text)
     if not scheme:
         return _local(text, shown)
@@ -64,7 +64,7 @@ def locate(path: str | Path, option: str = "") -> Any:
 def locate_local(path: str | Path, option: str) -> Path:
     """The same where only a local folder or file will do. Raises UserError for one in an object store."""
     if scheme := _scheme(os.fspath(path)):
-        shown = f"{option} {_short(os.fspath(path))}".strip()
+        shown = f"{option} {shorten(os.fspath(path), 200)}".strip()
         raise UserError(f"{shown}: {scheme}:// is not supported here; give a local path")
     local: Path = locate(path, option)
     return local
@@ -81,7 +81,9 @@ def _local(text: str, shown: str) -> Path:
     home = os.path.expanduser(text)
     if home.startswith("~"):
         user = text.partition("/")[0]
-        raise UserError(f"{shown}: {user} is nobody's home folder; write ./{_short(text)} for a file of that name")
+        raise UserError(
+            f"{shown}: {user} is nobody's home folder; write ./{shorten(text, 200)} for a file of that name"
+        )
     try:
         text.encode()
     except UnicodeEncodeError:  # the libraries that read and write files take no other names
@@ -96,10 +98,6 @@ def _local(text: str, shown: str) -> Path:
     except ValueError:
         raise UserError(f"{shown}: no file can have a name with a null byte; give another path") from None
     return Path(home)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:100]}…{text[-99:]}"
 
 
 def matches(pattern: Any) -> list[Any]:

@@ -14,8 +14,8 @@ from typing import NoReturn
 
 import jax
 
-from jax_it.errors import Interrupted, UserError, first_line
-from jax_it.hosts.group import Group, exit_now, explain_aborts
+from jax_it.errors import Interrupted, UserError, exit_now, first_line
+from jax_it.hosts.group import Group, explain_aborts
 from jax_it.hosts.rendezvous import meet
 from jax_it.hosts.surroundings import LOST_AFTER, START_TIMEOUT, find_place, seconds
 

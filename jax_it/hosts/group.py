@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import os
 import select
 import selectors
 import signal
@@ -16,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from jax_it.errors import Interrupted, UserError
+from jax_it.errors import Interrupted, UserError, exit_now
 from jax_it.hosts.surroundings import LOST_AFTER, Place, seconds
 
 GRACE = 20.0  # seconds that this process has to end by itself when another one has ended
@@ -245,10 +244,3 @@ def explain_aborts(group: Group) -> None:
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(explain)
     _on_abort.append(handler)
     libc.signal(int(signal.SIGABRT), handler)
-
-
-def exit_now(code: int) -> NoReturn:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
-    os._exit(code)

@@ -21,8 +21,8 @@ from jax_it.models.layers import apart
 from jax_it.models.linear import dense
 from jax_it.models.lora import Adapter
 from jax_it.models.quantized import Quantized
-from jax_it.models.settings import shown
 from jax_it.models.weights import Weight, flatten, is_vector, unflatten
+from jax_it.typed import shown
 
 Params = dict[str, Any]  # nested dicts of arrays
 

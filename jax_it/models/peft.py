@@ -19,6 +19,7 @@ from jax_it.models import Model, Params
 from jax_it.models.lora import Adapter, Target, choose_targets, is_linear, module_name, split_axes
 from jax_it.models.tensors import DTYPES, Tensors, fetch, find_folder, read_weight, write_weights
 from jax_it.models.weights import Weight, flatten, tensor_shapes, unflatten
+from jax_it.typed import shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -66,14 +67,14 @@ def read_adapter(path: str, model: Model) -> tuple[Adapter, Path]:
         given = value != [] and value is not None if key == "layers_to_transform" else bool(value)
         if value not in _ONLY[key] if key in _ONLY else (given and key not in _READ):
             only = f"only {_ONLY[key][0]!r} is" if key in _ONLY else "it must be empty"
-            raise UserError(f"{where}: {key}={_short(value)} is not supported by jax_it; {only}")
+            raise UserError(f"{where}: {key}={shown(value)} is not supported by jax_it; {only}")
     for key in ("use_rslora", "use_dora", "fan_in_fan_out"):
         if not isinstance(values.get(key), bool | None):
-            raise UserError(f"{where}: {key}={_short(values[key])} must be true or false")
+            raise UserError(f"{where}: {key}={shown(values[key])} must be true or false")
     dropout = values.get("lora_dropout")
     dropout = 0.0 if dropout is None else dropout
     if not _is_number(dropout) or not 0 <= dropout < 1:
-        raise UserError(f"{where}: lora_dropout={_short(dropout)} must be a number of at least 0 and below 1")
+        raise UserError(f"{where}: lora_dropout={shown(dropout)} must be a number of at least 0 and below 1")
     layers = model.depths
     paths = choose_targets(_named(values, where), model.weights, layers, where)
     patterns = {key: _patterns(values, key, where) for key in ("rank_pattern", "alpha_pattern")}
@@ -86,9 +87,7 @@ def _named(values: Mapping[str, Any], where: str) -> list[str]:
     named = values.get("target_modules")
     listed = [named] if isinstance(named, str) else named
     if not isinstance(listed, list) or not listed or not all(isinstance(name, str) and name for name in listed):
-        raise UserError(
-            f"{where}: target_modules={_short(named)} must be a module's name, a pattern or a list of names"
-        )
+        raise UserError(f"{where}: target_modules={shown(named)} must be a module's name, a pattern or a list of names")
     return sorted(listed)
 
 
@@ -97,22 +96,17 @@ def _patterns(values: Mapping[str, Any], key: str, where: str) -> dict[str, Any]
     patterns = values.get(key)
     patterns = {} if patterns is None else patterns
     if not isinstance(patterns, dict):
-        raise UserError(f"{where}: {key}={_short(patterns)} must map modules to numbers")
+        raise UserError(f"{where}: {key}={shown(patterns)} must map modules to numbers")
     for pattern in patterns:
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(f"{where}: {key}: {_short(pattern)} is no regular expression: {error}") from None
+            raise UserError(f"{where}: {key}: {shown(pattern)} is no regular expression: {error}") from None
     return patterns
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def read(
@@ -296,9 +290,9 @@ def _target(path: str, weight: Weight, layers: int, values: Mapping[str, Any], w
         raise UserError(f"{where}: {weight.name} has another rank or alpha in some layers; jax_it needs one for all")
     rank, alpha = found[0]
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= _MAX_RANK:
-        raise UserError(f"{where}: rank {_short(rank)} of {names[0]} must be a whole number from 1 to {_MAX_RANK}")
+        raise UserError(f"{where}: rank {shown(rank)} of {names[0]} must be a whole number from 1 to {_MAX_RANK}")
     if not _is_number(alpha) or not 0 < alpha < _MAX_ALPHA:
-        raise UserError(f"{where}: lora_alpha {_short(alpha)} of {names[0]} must be a positive number")
+        raise UserError(f"{where}: lora_alpha {shown(alpha)} of {names[0]} must be a positive number")
     return Target(path, rank, alpha / (math.sqrt(rank) if values.get("use_rslora") else rank))
 
 
@@ -335,7 +329,7 @@ def _check_base(wanted: str, name: str, folder: Path) -> None:
     revision = _read_values(folder).get("revision")
     if on_hub(name) and revision not in (None, "", "main"):
         raise UserError(
-            f"{folder / CONFIG}: the adapter is for revision {_short(revision)} of {wanted}; fetch that one into a "
+            f"{folder / CONFIG}: the adapter is for revision {shown(revision)} of {wanted}; fetch that one into a "
             "folder and name the folder as the base model"
         )
 

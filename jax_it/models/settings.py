@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from jax_it.errors import UserError
+from jax_it.typed import shown
 
 T = TypeVar("T")
 
@@ -155,12 +156,3 @@ class Settings:
 def is_int(value: Any) -> bool:
     """Whether it is an integer, which True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def shown(value: Any) -> str:
-    """A value in a message: on one line, and not too long."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer of thousands of digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= 100 else f"{text[:100]}…"
