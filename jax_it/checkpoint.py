@@ -142,7 +142,7 @@ class Checkpoints:
             for other, reason in damaged.items():
                 print(
                     f"checkpoint {self.folder / str(other)} cannot be read: {reason}; it is now "
-                    f"{self._set_aside(other)}, and the run goes on from step {step}",
+                    f"{self._set_aside(other)}, and the run continues from step {step}",
                     file=sys.stderr,
                 )
             return step, found["params"], found["training"], found["position"]
@@ -209,10 +209,9 @@ class Checkpoints:
             if not (reason := disk_error(error)):
                 raise
             whole = sorted(int(f.name) for f in self.folder.iterdir() if f.name.isdigit())
-            after = f"goes on from step {whole[-1]}" if whole else "starts over"
+            how = f"continue from step {whole[-1]}" if whole else "start over"
             raise UserError(
-                f"could not save a checkpoint to {self.folder}: {reason}; "
-                f"mend that and run the same command, which {after}"
+                f"could not save a checkpoint to {self.folder}: {reason}; fix that and run the same command to {how}"
             ) from error
 
 

@@ -23,9 +23,9 @@ ON_DEVICES = ("train", "eval", "generate", "export")  # on several hosts, the sa
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Exits with 0: done, 2: the user can mend it, 1: a fault of ours.
+    """Exits with 0: done, 2: the user can fix it, 1: a fault of ours.
 
-    Or with 75, and 130 after Ctrl-C: stopped with nothing lost, and the same command goes on.
+    Or with 75, and 130 after Ctrl-C: stopped with nothing lost; the same command continues.
     """
     # Read by the libraries when they are imported: no advice for other frameworks, no threads after a fork.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

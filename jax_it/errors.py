@@ -7,14 +7,14 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Bad input, said in one line: what is wrong, where (file, line, field) and how to mend it.
+    """Bad input, said in one line: what is wrong, where (file, line, field) and how to fix it.
 
     The command line prints it to standard error without a traceback and exits with code 2.
     """
 
 
 class Interrupted(Exception):
-    """The run has stopped before its end and nothing is lost: the same command goes on with it.
+    """The run has stopped before its end and nothing is lost: the same command continues it.
 
     `code` is the exit code: 75, or 130 after Ctrl-C.
     """
@@ -25,7 +25,7 @@ class Interrupted(Exception):
 
 
 def shorten(text: str, length: int = 80) -> str:
-    """A text in one line of so many characters at most."""
+    """Shorten a text to one line of at most that many characters."""
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[: length // 2]}…{text[1 - length // 2 :]}"
 

@@ -230,7 +230,7 @@ def write_output(file: Any, content: Any, option: str) -> None:
 
 def remedy(reason: object) -> str:
     """What to do about a file that could not be written, for what the operating system said of it."""
-    return "free space" if str(reason) in FULL else "mend that"
+    return "free space" if str(reason) in FULL else "fix that"
 
 
 def to_json(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
@@ -329,7 +329,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def remove(folder: Any) -> None:

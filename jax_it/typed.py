@@ -143,7 +143,7 @@ def _float(value: int) -> float:
 def _check_text(text: str, where: str) -> None:
     """Refuses what no file, name or tokenizer takes: NUL, and half a surrogate pair, as a byte that is no UTF-8."""
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise UserError(f"{where}: {shown(text)} has a character that is no text (NUL, or bytes that are no UTF-8)")
+        raise UserError(f"{where}: {shown(text)} has a character that is not text (NUL, or bytes that are not UTF-8)")
 
 
 def _json_value(value: Any, where: str, depth: int) -> Any:
@@ -170,7 +170,7 @@ def _json_value(value: Any, where: str, depth: int) -> Any:
 
 
 def _literal(text: str) -> Any:
-    """The value that a text from the command line stands for; the text itself where it is no literal."""
+    """Parse a value from the command line; return the text itself if it is not a literal."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:

@@ -281,7 +281,7 @@ class Workdir:
         except ValueError as error:
             raise _damaged(file, f"{type(error).__name__}: {first_line(error)}") from None
         if not isinstance(saved, dict):
-            raise _damaged(file, "it is no object")
+            raise _damaged(file, "it is not an object")
         checksum = saved.pop("checksum", None)
         if checksum is not None and checksum != _checksum(saved):
             raise UserError(
@@ -395,7 +395,7 @@ class Workdir:
             ) from error
 
     def go_on(self) -> None:
-        """Takes that back where training goes on, on the first host."""
+        """Take that back if training continues, on the first host."""
         if hosts.is_first():
             with suppress(OSError):
                 (self.path / "ended.json").unlink()
@@ -538,7 +538,7 @@ def score_in(found: Any, metric: str) -> float | None:
     try:
         task, _, name = ("all", "", metric) if metric in found.get("all", {}) else metric.rpartition("/")
         value = found[task][name]
-        value = math.nan if value is None else float(value + 0)  # a text is no score
+        value = math.nan if value is None else float(value + 0)  # a string is not a score
     except (KeyError, TypeError, AttributeError, OverflowError):
         return None
     return -value if metrics.lower_is_better(name) else value

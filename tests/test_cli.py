@@ -135,16 +135,16 @@ def test_what_is_asked_for_is_handed_on_and_the_format_is_named(capsys, monkeypa
 
 
 def test_an_error_that_the_user_can_mend_is_2_and_one_line(capfd, raising):
-    raising(UserError("file x, line 3:\n   broken; mend it"))
-    assert fails(capfd, *COMMAND) == "jax-it export: file x, line 3: broken; mend it"
+    raising(UserError("file x, line 3:\n   broken; fix it"))
+    assert fails(capfd, *COMMAND) == "jax-it export: file x, line 3: broken; fix it"
 
 
 def test_with_debug_the_traceback_comes_before_the_line(capsys, raising):
-    raising(UserError("broken; mend it"))
+    raising(UserError("broken; fix it"))
     assert exit_code(*COMMAND, "--debug") == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):" and "in export" in "".join(lines)
-    assert lines[-1] == "jax-it export: broken; mend it"
+    assert lines[-1] == "jax-it export: broken; fix it"
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("by 0"), KeyError("a"), OSError(5, "lost"), AssertionError()])
@@ -157,9 +157,9 @@ def test_a_fault_of_ours_is_1_and_shows_its_traceback(capsys, raising, error):
 
 
 def test_a_run_that_stopped_and_goes_on_with_the_same_command_is_75_and_one_line(capsys, raising):
-    raising(Interrupted("stopped after step 3;\n  the same command goes on"))
+    raising(Interrupted("stopped after step 3;\n  run the same command to continue"))
     assert exit_code(*COMMAND) == 75
-    assert capsys.readouterr() == ("", "jax-it export: stopped after step 3; the same command goes on\n")
+    assert capsys.readouterr() == ("", "jax-it export: stopped after step 3; run the same command to continue\n")
 
 
 def test_an_interrupt_is_130_and_one_line(capsys, raising):

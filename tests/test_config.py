@@ -377,10 +377,10 @@ def test_an_override_is_read_as_its_field_s_type_asks(file, name, text, read, va
         ("model.architecture.d_model", "1e999", "config.model.architecture.d_model: inf is not a finite number"),
         ("model.architecture.d_model", "9" * 400, "config.model.architecture.d_model: 999"),
         ("model.architecture.d_model", "b'x'", "config.model.architecture.d_model: b'x' is of type bytes, which JSON"),
-        ("model.path", "a\0b", "config.model.path: 'a\\x00b' has a character that is no text"),
+        ("model.path", "a\0b", "config.model.path: 'a\\x00b' has a character that is not text"),
         ("data.train.0.path", "\udcff.jsonl", "config.data.train.0.path: '\\udcff.jsonl' has a character that is no"),
         ("data.train.0.template", "x\ud800 ||| y", "config.data.train.0.template.0: 'x\\ud800 ||| y' has a character"),
-        ("model.architecture.\ud800", "1", "config.model.architecture: '\\ud800' has a character that is no text"),
+        ("model.architecture.\ud800", "1", "config.model.architecture: '\\ud800' has a character that is not text"),
         ("eval.generate", "yes", "config.eval.generate: expected True or False, got 'yes'"),
         ("train.loss", "None", "config.train.loss: 'None' is not one of 'cross_entropy', 'squared_error'"),
         ("train.duration", "[1]", "config.train.duration: '[1]' is not a duration"),
@@ -531,7 +531,7 @@ RANK = {"name": "quiz", "data": {"path": "a.jsonl"}, "score": "rank", "options":
         ({"seed": 5}, ".seed has no effect without a temperature above 0; leave it out"),
         ({"temperature": -1}, ".temperature: -1.0 must be 0 or at least 0.0001"),
         ({"temperature": 1, "top_p": 1.5}, ".top_p: 1.5 must be in (0, 1]"),
-        ({"answer": "("}, ".answer: '(' is no regular expression: missing )"),
+        ({"answer": "("}, ".answer: '(' is not a regular expression: missing )"),
         ({"answer": "(a)(b)"}, ".answer: '(a)(b)' has 2 groups; keep the one that is the answer"),
         ({"shot": 1}, ".shot is not a setting; did you mean 'shots'?"),
     ],
@@ -669,13 +669,13 @@ def test_a_config_file_that_is_absent_or_no_python_is_refused(tmp_path):
     (tmp_path / "folder.py").mkdir()
     (tmp_path / "loop.py").symlink_to(tmp_path / "loop.py")
     for name, message in {
-        "fifo.py": "is no file but a device or pipe", "folder.py": "is no file but a folder",
+        "fifo.py": "is not a file, but a device or pipe", "folder.py": "is not a file, but a folder",
         "loop.py": "Too many levels of symbolic links",
         "x" * 300 + ".py": "File name too long", "a\0.py": "no file can have a name with a null byte",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=f"^config file .* {message}"):
             settings.load(f"{tmp_path}/{name}")
-    with pytest.raises(UserError, match=r"^config file /dev/null is no file but a device or pipe"):
+    with pytest.raises(UserError, match=r"^config file /dev/null is not a file, but a device or pipe"):
         settings.load("/dev/null")
     (tmp_path / "config.yaml").write_text("a: 1")
     with pytest.raises(UserError, match=r"config file .*/config\.yaml is not Python; its name must end in \.py"):

@@ -127,7 +127,7 @@ def test_an_output_is_refused_before_the_work_and_its_failure_afterwards_is_one_
     assert capsys.readouterr().err == f"--json: {long} was there and has been replaced\n"
     with pytest.raises(UserError, match="--json: cannot write /dev/full: No space left on device; free space or name"):
         files.write_output(Path("/dev/full"), "x", "--json")
-    with pytest.raises(UserError, match="Is a directory; mend that or name another file"):
+    with pytest.raises(UserError, match="Is a directory; fix that or name another file"):
         files.write_output(tmp_path, "x", "--json")
 
 

@@ -217,7 +217,7 @@ def test_a_file_that_is_there_is_not_written_over(capfd, run, tmp_path):
         (("--output", "{here}/out.jsonl", "--temperature", "1e-40"), "temperature 1e-40: it must be 0 (greedy), or"),
         (("--output", "{here}/out.jsonl", "--repetition-penalty", "1e-300"), "repetition_penalty 1e-300: it must be"),
         (("--output", "{here}/out.jsonl", "--num-beams", "2", "--length-penalty", "15"), "128 tokens to this power"),
-        (("--output", "/proc/out.jsonl"), "cannot write /proc/out.jsonl: No such file or directory; mend that or name"),
+        (("--output", "/proc/out.jsonl"), "cannot write /proc/out.jsonl: No such file or directory; fix that or name"),
         (("--output", "{here}/out.jsonl", "--num-beams", "0"), "0 is not from 1 to"),
     ],
 )

@@ -66,7 +66,7 @@ def test_a_run_in_a_bucket_goes_on_is_scored_and_exported(
     )
     store.objects[cut] = (store.objects[cut][0][:-1], store.objects[cut][1])
     text = run(environment, *train, "gs://runs/tiny")
-    assert "gs://runs/tiny/damaged-checkpoint-8, and the run goes on from step 4" in text
+    assert "gs://runs/tiny/damaged-checkpoint-8, and the run continues from step 4" in text
     assert [line["loss"] for line in lines()] == [line["loss"] for line in wanted]
     assert any(name.startswith("runs/tiny/damaged-checkpoint-8/") for name in store.objects)
 

@@ -4,8 +4,8 @@
 #   tpu/gke.sh VERB --name NAME [OPTIONS] [-- JAX-IT OPTIONS]
 #
 # Verbs:
-#   run      apply, then watch, or only watch where it is there already. Exit code: 0 done; 1 a fault of jax_it; 2 yours
-#            to mend; 75 gave up
+#   run      apply, then watch, or only watch where it is there already. Exit code: 0 done; 1 a fault of jax_it; 2 for
+#            you to fix; 75 gave up
 #   render   print the JobSet          apply    hand it to the cluster
 #   watch    until the run ends        status   the JobSet and its pods
 #   logs     of the first host         delete   the JobSet and its pods

@@ -5,7 +5,7 @@
 #
 # Verbs:
 #   run      all of it: create, wait, set up, start, watch; again after a pre-emption; fetch the logs, delete. Called
-#            again it takes up where the run is. Exit code: 0 done; 1 a fault of jax_it; 2 yours to mend; 75 gave up.
+#            again it continues the run. Exit code: 0 done; 1 a fault of jax_it; 2 something you can fix; 75 gave up.
 #   create   ask for the TPU                        wait     until it is there
 #   setup    install jax_it on all workers          start    start the run on all workers, in the background
 #   watch    until the run ends; its exit code      status   one line a worker
@@ -459,7 +459,7 @@ do_run() {
                 fi
                 ;;
             setup)
-                ((setups++ < 3)) || fail "the set-up failed three times; $NAME is kept: mend it and run this again"
+                ((setups++ < 3)) || fail "the set-up failed three times; $NAME is kept: fix it and run this again"
                 ((RUNNING == 0)) || do_stop || true
                 if do_setup; then
                     do_start || say "the start failed on some workers"

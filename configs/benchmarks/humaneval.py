@@ -9,8 +9,8 @@ no network, start no process, reach no files of yours, and that is ended after 1
 
 Data: openai/openai_humaneval of the hub, or a file of github.com/openai/human-eval (MIT licence). The argument is a
 list of: that file; a number of samples of each problem, drawn at temperature 0.8 for pass@10 and pass@100 (without it
-the likeliest program, for pass@1); "chat", for models that answer in a conversation. A model goes on from the text of
-the prompt to one of the paper's stop strings; of an answer in a conversation the first block of code counts.
+the likeliest program, for pass@1); "chat", for models that answer in a conversation. A model continues the
+prompt up to one of the paper's stop strings; in a conversation the answer's first code block counts.
 
 To reproduce: Code Llama 7B pass@1 33.5, pass@10 59.6, pass@100 85.9 (Rozière et al. 2023, table 2); Llama 2 7B pass@1
 12.8 (Touvron et al. 2023); with "chat" SmolLM2-1.7B-Instruct pass@1 28.1 (its model card, whose prompt is not known).

@@ -119,7 +119,9 @@ def _get_config(file: str) -> Any:
         name = file if file.isprintable() and len(file) <= 300 else typed.shown(file)
         raise UserError(f"config file {name} {reason}") from None
     if not stat.S_ISREG(kind):
-        raise UserError(f"config file {file} is no file but a {'folder' if stat.S_ISDIR(kind) else 'device or pipe'}")
+        raise UserError(
+            f"config file {file} is not a file, but a {'folder' if stat.S_ISDIR(kind) else 'device or pipe'}"
+        )
     if not file.endswith(".py"):
         raise UserError(f"config file {file} is not Python; its name must end in .py")
     module = types.ModuleType("jax_it_config_file")

@@ -379,7 +379,7 @@ def _check_answer(pattern: str, where: str) -> None:
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
-        raise UserError(f"{where}: {pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}") from None
     if groups > 1:
         raise UserError(f"{where}: {pattern!r} has {groups} groups; keep the one that is the answer, others as (?:…)")
 

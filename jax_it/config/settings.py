@@ -116,7 +116,7 @@ class Source:
     format: Literal["auto", "json", "csv", "parquet", "datasets", "builtin"] = "auto"
     subset: str = ""  # the hub data set's configuration
     split: str = "train"  # of hub and built-in data sets
-    revision: str = ""  # of hub data sets: a branch, tag or commit; "": the newest, which a run goes on reading
+    revision: str = ""  # of hub data sets: a branch, tag or commit; "": the newest, which a run keeps reading
     template: tuple[str, ...] = ("auto",)  # names of data/templates.py, or Jinja text "prompt ||| completion"
     weight: float = 1.0  # for mixing="weights"
     limit: int = 0  # examples, from the start; 0: all
@@ -226,7 +226,7 @@ class Task:
     preamble: str = ""  # Jinja text
     preamble_file: str = ""  # or the text of this file, whose path is Jinja: "prompts/{{task}}.txt"
     separator: str = "\n\n"
-    delimiter: str = " "  # between a prompt and its answer, in shots and where a causal model goes on from plain text
+    delimiter: str = " "  # between a prompt and its answer, in shots and where a causal model continues plain text
     chat: bool = True  # by the model's chat template, if it has one: all of the prompt is one turn of the user
     length: int = 0  # tokens of the longest prompt (and answer, of causal models); 0: that of `data`
     truncate: Literal["refuse", "shots", "end", "start"] = "refuse"  # longer ones lose shots, or tokens at an end
@@ -249,7 +249,7 @@ class Eval:
     every: Duration = Duration(0, "steps")  # within training; the end of the run too where it is not 0
     at_start: bool = False  # also before the first step
     best: str = "loss"  # the metric that ranks checkpoints, of data.eval; or "TASK/METRIC" of one of `tasks`
-    patience: int = 0  # evaluations without a better `best` after which training ends; 0: it goes on to its end
+    patience: int = 0  # evaluations without a better `best` after which training ends; 0: never
     batch_size: int = 64  # examples
     generate: bool = True  # text for data.eval's examples; False: the loss alone
     max_new_tokens: int = 0  # 0: data.target_length

@@ -81,7 +81,7 @@ def _printable(record: sources.Record, name: str) -> Any:
     try:
         str(value).encode()
     except (UnicodeEncodeError, RecursionError, ValueError):  # half a surrogate pair; nesting; thousands of digits
-        raise UserError(f"{record.where}: the field {name!r} cannot be written as text; mend or remove it") from None
+        raise UserError(f"{record.where}: the field {name!r} cannot be written as text; fix or remove it") from None
     return value
 
 

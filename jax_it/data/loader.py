@@ -148,7 +148,7 @@ class TrainData:
         return Placed(example.source, example.target, member.block, example.learnt)
 
     def _row_after(self, epochs: float) -> int:
-        """The row at which so many epochs end, the first at least."""
+        """Return the row at which that many epochs end (at least the first row)."""
         whole = int(epochs)
         before = self._rows_until(whole)
         if epochs > whole:

@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
 class Mixture:
     """Sources mixed by rate, each shuffled anew in each of its own epochs.
 
-    An epoch of the mixture takes `counts[i]` examples from source i, in an order of its own, and goes on
+    An epoch of the mixture takes `counts[i]` examples from source i, in an order of its own, and continues
     where the last epoch left that source. With mixing="all" that is every example once.
     """
 

@@ -72,7 +72,7 @@ def digest(source: Source, where: str = "config.data") -> str:
 
 
 def commit(source: Source, where: str = "config.data") -> str:
-    """The commit that the revision of a hub data set stands for now; "" for other data, and offline."""
+    """Return the commit that a hub data set's revision refers to now; "" for other data, and offline."""
     if _kind(source, where) != "datasets" or Path(source.path).is_dir() or _COMMIT.fullmatch(source.revision):
         return ""
     import huggingface_hub
@@ -379,7 +379,7 @@ def _read_object(file: Path, field: str) -> Iterator[Record]:
         except (ValueError, RecursionError) as error:
             if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
                 raise UserError(
-                    f"{file}: `records` is for a file that holds one JSON object, and this one goes on after it in "
+                    f"{file}: `records` is for a file that holds one JSON object, and this one continues after it, in "
                     f"line {error.lineno}; leave it out for JSON lines"
                 ) from None
             raise _malformed(error, str(file), "file") from None
@@ -435,7 +435,7 @@ def _malformed(error: Exception, where: str, what: str) -> UserError:
     if isinstance(error, _Repeated):
         return UserError(f"{where}: an object has the key {error} more than once; keep one of them")
     reason = "nested too deeply" if isinstance(error, RecursionError) else error
-    return UserError(f"{where}: not valid JSON ({reason}); mend or remove the {what}")
+    return UserError(f"{where}: not valid JSON ({reason}); fix or remove the {what}")
 
 
 def _record(fields: Any, where: str) -> Record:
@@ -458,11 +458,11 @@ def _read_csv(file: Path) -> Iterator[Record]:
             for fields in reader:
                 where = f"{file}, line {reader.line_num}"
                 if None in fields or None in fields.values():
-                    raise UserError(f"{where}: expected {len(names)} columns; mend the line")
+                    raise UserError(f"{where}: expected {len(names)} columns; fix the line")
                 yield Record(fields, where)
         except csv.Error as error:
             where = f"{file}, line {reader.line_num + 1}"  # line_num is where the last whole record ended
-            raise UserError(f"{where}: not valid CSV ({error}); mend the line") from None
+            raise UserError(f"{where}: not valid CSV ({error}); fix the line") from None
 
     return _read_text(file, parse)
 
@@ -498,7 +498,7 @@ def _unreadable(file: Path, row: int, batch: Any, error: Exception) -> str:
                 column[number].as_py()
             except Exception as found:  # as to_pylist raises
                 reason = f"{type(found).__name__}: {first_line(found)}"
-                return f"{file}, row {row + number + 1}, column {name!r} cannot be read: {reason}; mend or remove it"
+                return f"{file}, row {row + number + 1}, column {name!r} cannot be read: {reason}; fix or remove it"
     return f"{file}, after row {row}: {type(error).__name__}: {first_line(error)}"
 
 

@@ -1,6 +1,6 @@
 """What a task asks: prompts with their shots and options, as texts and as token ids.
 
-Without a chat template a causal model goes on from plain text, and an option is tokenised together with the prompt:
+Without a chat template a causal model continues plain text, and an option is tokenised together with the prompt:
 its tokens are those beyond as many as the prompt has by itself, as the Language Model Evaluation Harness splits them.
 """
 
@@ -19,7 +19,7 @@ from jax_it.errors import UserError
 
 class Option(NamedTuple):
     text: str
-    prompt: list[int]  # what it goes on from
+    prompt: list[int]  # what the model continues
     tokens: list[int]  # those that count: with the end mark for an encoder-decoder, and without for a causal model
 
 
@@ -78,10 +78,10 @@ def _question(task: Task, number: int, record: Record, template: str, shots: "_S
     example = templates.render(record, template)
     asked = example.turns[-2]
     if not asked.text.strip():
-        raise UserError(f"{record.where}: the prompt is empty; mend or remove the record")
+        raise UserError(f"{record.where}: the prompt is empty; fix or remove the record")
     references = tuple(text.strip() for text in example.references if text.strip())
     if not references and task.score != "run":
-        raise UserError(f"{record.where}: there is no reference to compare with; mend or remove the record")
+        raise UserError(f"{record.where}: there is no reference to compare with; fix or remove the record")
     options: tuple[str, ...] = ()
     if task.score == "rank":
         options = tuple(templates.texts(record, task.options))
@@ -117,7 +117,7 @@ class _Shots:
         for record in sources.read(task.shots, f"{where}.shots"):
             example = templates.render(record, task.shots.template[0])
             if not example.prompt.strip() or not example.completion.strip():
-                raise UserError(f"{record.where}: a shot needs a prompt and an answer; mend or remove the record")
+                raise UserError(f"{record.where}: a shot needs a prompt and an answer; fix or remove the record")
             text = f"{example.prompt}{task.delimiter}{example.completion.strip()}"
             self._by_value.setdefault(self._value(record), []).append((record, text))
 

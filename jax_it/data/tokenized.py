@@ -214,7 +214,7 @@ def _check_limits(item: Tokenized, data: Data) -> None:
     for limit, number, of, what in shares:
         if number / of > getattr(data, limit):
             raise UserError(
-                f"data set {item.name}: {number} of {of} {what}, {number / of:.1%}; mend the data, "
+                f"data set {item.name}: {number} of {of} {what}, {number / of:.1%}; fix the data, "
                 f"or allow it with config.data.{limit}={math.ceil(1000 * number / of) / 1000} or more"
             )
 

@@ -26,7 +26,7 @@ class Tokenizer:
 
     `start` begins a text where the tokenizer sets such a mark by itself (Llama, Gemma), `end` closes it,
     `pad` fills rows (the end mark, where there is none of its own: segments tell padding apart), `unknown`
-    stands for what the vocabulary lacks (None where nothing is lacking, as with bytes). All ids are below `size`.
+    replaces what the vocabulary lacks (None where nothing is lacking, as with bytes). All ids are below `size`.
     """
 
     def __init__(self, backend: Any, source: str):

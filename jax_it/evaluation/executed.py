@@ -19,7 +19,7 @@ from jax_it.evaluation.scorers import Found, Samples, Setting, ask, over_groups,
 from jax_it.metrics.metric import percent
 from jax_it.models import Params
 
-FIELDS = ("prompt", "test", "entry_point")  # of a record: text that the model goes on with, tests, and what they call
+FIELDS = ("prompt", "test", "entry_point")  # of a record: text that the model continues, tests, and what they call
 CHUNK = 256  # programs between two questions whether to go on
 FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)  # Markdown's, that of a model that chats
 

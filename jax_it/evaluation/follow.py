@@ -1,6 +1,6 @@
 """A process beside training that scores each of a run's checkpoints once, in their order, until the run has ended.
 
-That a step is scored its metrics.json says, which is written last and whole: a follower that is killed goes on
+A step is scored if it has a metrics.json, which is written last and atomically: a follower that is killed continues
 where it was. One follower writes to a folder; it tells training how far it is (see `following`).
 """
 
@@ -25,7 +25,7 @@ from jax_it.workdir import SCORES, Workdir
 APPEARS = 600.0  # seconds in which a run's folder should come to be
 POLL = 0.2, 10.0  # seconds between two looks at the folder, at first and at most
 TRIES = 3  # readings of a checkpoint: one that is being deleted may look damaged for a moment
-STOPPED = "; the same command goes on with the checkpoint that has no scores yet"
+STOPPED = "; run the same command to continue"
 
 Report = Callable[[int, Scored], None]
 
@@ -45,7 +45,7 @@ def follow(
     with on_signals("eval", STOPPED) as stopping:
         if hosts.from_first(lambda: _wait_for(place, timeout or APPEARS)) != "there":
             raise UserError(
-                f"{place.path} holds no run after {timeout or APPEARS:.0f} s; start one with jax-it train, or mend "
+                f"{place.path} holds no run after {timeout or APPEARS:.0f} s; start one with jax-it train, or fix "
                 "--workdir"
             )
         with _alone(place, request) as followed:
@@ -58,7 +58,7 @@ def follow(
                     return failed
                 if what == "quiet":
                     raise Interrupted(
-                        f"nothing new has come to {place.path} for {timeout:.0f} s; the same command goes on"
+                        f"nothing new has come to {place.path} for {timeout:.0f} s; run the same command to continue"
                     )
                 if what == "anew":
                     _say(f"{place.path} holds another run now")
@@ -124,7 +124,7 @@ def _alone(place: Workdir, request: Request) -> Iterator[Position | None]:
             folder.mkdir(parents=True, exist_ok=True)
             stream = file.open("a+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}; mend that, or name an --output") from error
+            raise UserError(f"cannot write to {folder}: {error.strerror}; fix that, or name an --output") from error
         with stream:
             files.lock(stream, f"follows the run in {place.path} already; stop it, or name another --output")
             yield own

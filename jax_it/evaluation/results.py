@@ -61,7 +61,7 @@ def read(folder: Any) -> dict[str, dict[str, Any]] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
-        raise ValueError("it is no object of objects")
+        raise ValueError("it is not an object of objects")
     return {task: {name: _read(value) for name, value in values.items()} for task, values in found.items()}
 
 

@@ -28,7 +28,7 @@ TOKENS = 16384  # in a batch of rows that the loss is taken on, of a model whose
 
 # Of the settings of an evaluation, those that do not change its scores.
 NOT_OF_SCORES = ("every", "at_start", "best", "patience", "batch_size", "run_model_code")
-STOPPED = " before all was scored; the same command goes on"
+STOPPED = " before all was scored; run the same command to continue"
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def ask(go_on: Callable[[], bool]) -> None:
 
 
 class Samples:
-    """The texts that a model goes on with: `task.samples` for each example, cut at the task's stop strings."""
+    """The texts that a model generates: `task.samples` for each example, cut at the task's stop strings."""
 
     def __init__(self, task: Task, examples: Sequence[TaskExample], setting: Setting):
         model, tokenizer, config = setting.model, setting.tokenizer, setting.config

@@ -40,7 +40,7 @@ class Text(NamedTuple):
 class Generator:
     """Generates for one model and one way of choosing tokens; it keeps what was compiled.
 
-    Prompts are token ids: an encoder-decoder's source with its end mark, or what a causal model goes on from. They
+    Prompts are token ids: an encoder-decoder's source with its end mark, or the text a causal model continues. They
     come in sorted by length, shortest first, some at a time, whenever as many slots of the batch are done; so short
     texts wait for no long ones, and prompts of like length are padded together. A text ends at one of the model's end
     tokens or of the `ends` given beside them, at its limit, or as soon as `stop(tokens)` says so, which is not asked of

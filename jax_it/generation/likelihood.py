@@ -28,7 +28,7 @@ STEP = 4
 
 
 class Request(NamedTuple):
-    """Token ids: an encoder-decoder's source with its end mark, or what a causal model goes on from."""
+    """Token ids: an encoder-decoder's source with its end mark, or the text a causal model continues."""
 
     prompt: Sequence[int]
     continuations: Sequence[Sequence[int]]  # of one token or more

@@ -158,7 +158,7 @@ class OneByOne:
     def advance(
         self, text: State, logits_BV: jax.Array, number_B: jax.Array, limit_B: jax.Array, done_B: jax.Array
     ) -> tuple[State, jax.Array, None, jax.Array]:
-        """(the texts with a token more, that token, None: each goes on in its row, whether it was the last).
+        """(the texts with a token more, that token, None: each stays in its row, whether it was the last).
 
         `number_B` tokens are made already, and `limit_B` at most. A text that is done stays as it is.
         """

@@ -14,7 +14,7 @@ BATCH = "32"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Exits with 0: done, 2: the user can mend it, or with lm_eval's own codes."""
+    """Exits with 0: done, 2: the user can fix it, or with lm_eval's own codes."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:

@@ -19,7 +19,7 @@ from jax_it.errors import Interrupted, UserError, exit_now
 from jax_it.hosts.surroundings import LOST_AFTER, Place, seconds
 
 GRACE = 20.0  # seconds that this process has to end by itself when another one has ended
-GO_ON = "the same command on all hosts goes on from the last checkpoint"
+GO_ON = "run the same command on all hosts to continue from the last checkpoint"
 
 
 class Connection:

@@ -28,7 +28,7 @@ def is_custom(name: str) -> bool:
 
 @cache  # once in a process: a file that is edited during a run would change what its scores mean
 def load(name: str) -> Function:
-    """The function that a metric's name stands for. A relative FILE is looked for in the current folder.
+    """Return the function that a metric's name refers to. A relative FILE is looked for in the current folder.
 
     Raises UserError where there is none, or where it does not take (predictions, references).
     """

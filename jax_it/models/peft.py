@@ -101,7 +101,7 @@ def _patterns(values: Mapping[str, Any], key: str, where: str) -> dict[str, Any]
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(f"{where}: {key}: {shown(pattern)} is no regular expression: {error}") from None
+            raise UserError(f"{where}: {key}: {shown(pattern)} is not a regular expression: {error}") from None
     return patterns
 
 

@@ -113,5 +113,5 @@ class Log:
         except OSError as error:
             raise UserError(
                 f"cannot write to {self._workdir.path}: {error.strerror}; {remedy(error.strerror)} and run the "
-                "same command, which goes on from the last checkpoint"
+                "same command to continue from the last checkpoint"
             ) from error

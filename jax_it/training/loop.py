@@ -40,14 +40,14 @@ from jax_it.workdir import Derived, Workdir, check_vocabulary, make_format
 FLOPS_OF_A_SCORE = 2000
 MOST_STEPS = 2**31 - 1  # which the state counts in 32 bits
 MOST_EPOCHS_A_STEP = 100
-STOPPED = " before there was a new step to save; the same command goes on from where the run stood"
+STOPPED = " before there was a new step to save; run the same command to continue from where the run stood"
 
 
 def train(config: Config, workdir: str | Path) -> TrainState:
-    """Trains to the end of the config's duration, from where the run in `workdir` stands, if there is one.
+    """Train to the end of the config's duration, continuing the run in `workdir` if there is one.
 
-    Raises UserError for whatever the user can mend, and Interrupted where the run was stopped, which the same call
-    goes on with; what was saved before stays usable.
+    Raises UserError for whatever the user can fix, and Interrupted if the run was stopped: the same call continues it.
+    What was saved before stays usable.
     """
     began = time.time()
     hosts.start()
@@ -137,7 +137,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                 if stop and (scoring or not last):
                     checkpoints.wait()
                     raise stopping.interrupted(
-                        f" after step {number}, which is saved; the same command goes on from there"
+                        f" after step {number}, which is saved; run the same command to continue from there"
                     )
                 if (saving or scoring) and not last and (why := patience.over(number)):
                     if not saving:

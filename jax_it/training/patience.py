@@ -15,7 +15,7 @@ class Patience:
         self._scores: dict[int, float] = {}  # larger is better
 
     def over(self, step: int) -> str:
-        """Why training ends at this step, "" where it goes on. All hosts must ask, and get the same answer.
+        """Return why training ends at this step, "" if it does not. All hosts must ask, and get the same answer.
 
         Scores of later steps, which a run that is resumed finds from before it was stopped, do not count yet.
         """

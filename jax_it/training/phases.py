@@ -17,12 +17,12 @@ Phase = Literal["starting", "compiling", "stepping", "waiting", "saving", "evalu
 class Phases:
     """The phase that the run is in, and the seconds of each one.
 
-    A checkpoint carries `position`. What came after it, until the process that goes on from it started, is lost:
+    A checkpoint carries `position`. What came after it, until the process that continues from it started, is lost:
     steps that are taken again, and the time in which nothing ran. Goodput is the share of steps that count.
     """
 
     def __init__(self, began: float, position: Mapping[str, Any] | None = None):
-        """`began` is the time.time() of this start; `position` is that of the checkpoint which it goes on from."""
+        """`began` is the time.time() of this start; `position` is that of the checkpoint from which it continues."""
         self.seconds: dict[str, float] = dict.fromkeys(get_args(Phase), 0.0)
         self.phase: Phase = "starting"
         self.changes = 0  # by which the watchdog sees that the run is alive
@@ -61,7 +61,7 @@ class Phases:
 
 
 def since_first_start(place: Workdir, began: float, position: Mapping[str, Any]) -> Phases:
-    """The phases of a run that goes on from a checkpoint's position, or that had started and has no checkpoint yet."""
+    """Return the phases of a run that continues from a checkpoint, or that was started but has no checkpoint yet."""
     with suppress(KeyError, TypeError, ValueError):
         return Phases(began, position["phases"])
     try:

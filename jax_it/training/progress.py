@@ -18,7 +18,7 @@ class Progress:
     """Logs steps and looks whether they were skipped, one step behind the loop until `settle`.
 
     The logged loss is the mean over the target tokens of all steps since the last one that was logged, without those
-    that were skipped. `sums` are those of the checkpoint's position which the run goes on from.
+    that were skipped. `sums` are those of the checkpoint's position from which the run continues.
     """
 
     def __init__(

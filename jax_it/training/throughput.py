@@ -28,8 +28,8 @@ def step_flops(model: Model, rows: float, shape: Shape) -> float:
 class Throughput:
     """Rates since the last `report`; `flops` are the model's, forward and backward, without recomputation.
 
-    Time that is no training, as that of a compilation or an evaluation, is left out. `position` is that of the
-    checkpoint which the run goes on from: the first report then counts the steps before it too.
+    Time spent on anything but training, such as compiling or evaluating, is left out. `position` is that of the
+    checkpoint from which the run continues: the first report then counts the steps before it too.
     """
 
     def __init__(self, peak: float | None, phases: Phases, position: Mapping[str, Any] | None = None):

@@ -56,7 +56,7 @@ def _end(phases: Phases, still: float, place: Workdir) -> None:
         thread.start()
         thread.join(30)
         said += f"where each thread stands is above and in {report}; "
-    print(f"{said}the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+    print(f"{said}run the same command to continue from the last checkpoint", file=sys.stderr, flush=True)
     os._exit(CODE)  # the main thread may be where no exception reaches it
 
 

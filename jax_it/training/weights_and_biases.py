@@ -43,4 +43,4 @@ def start(place: Workdir, config: Config) -> Any:
         )
     except Exception as error:  # of its own, of the network, of the account
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"config.train.wandb: {reason}; mend that, or set WANDB_MODE=offline") from error
+        raise UserError(f"config.train.wandb: {reason}; fix that, or set WANDB_MODE=offline") from error

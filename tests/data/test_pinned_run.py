@@ -1,4 +1,4 @@
-"""A run on a data set of the hub, whose calls are replaced, goes on with the commit that it was started with."""
+"""A run on a data set of the hub, whose calls are replaced, keeps the commit it was started with."""
 
 import json
 import types

@@ -204,7 +204,7 @@ def test_malformed_json_is_refused_with_its_line_and_a_remedy(write, suffix):
     pack = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zst}[suffix]
     path = write(f"a.{suffix}", pack(content))
     assert refusal(path).startswith(f"{path}, line 4: not valid JSON (Expecting value: line 1 column 31")
-    assert refusal(path).endswith("mend or remove the line")
+    assert refusal(path).endswith("fix or remove the line")
 
 
 @pytest.mark.parametrize("content, kind", [(b"5", "int"), (b'"text"', "str"), (b"null", "NoneType")])
@@ -264,7 +264,7 @@ def test_text_that_is_not_utf8_is_refused_with_its_line(write, suffix):
 )
 def test_a_csv_line_that_does_not_fit_is_refused(write, content, line, reason):
     path = write("a.csv", content)
-    assert refusal(path).startswith(f"{path}, line {line}: {reason}") and refusal(path).endswith("mend the line")
+    assert refusal(path).startswith(f"{path}, line {line}: {reason}") and refusal(path).endswith("fix the line")
 
 
 def test_a_parquet_file_that_is_none_is_refused(write):
@@ -358,7 +358,7 @@ def test_parquet_decimals_dates_and_nested_values_are_read(write):
 def test_json_that_is_nested_too_deeply_is_refused(write, suffix):
     deep = b"[" * 100_000 + b"]" * 100_000
     path = write(f"a.{suffix}", b'{"a": ' + deep + b"}" if suffix == "jsonl" else deep)
-    assert "not valid JSON (nested too deeply); mend or remove the" in refusal(path)
+    assert "not valid JSON (nested too deeply); fix or remove the" in refusal(path)
 
 
 def test_what_is_no_regular_file_is_refused_and_never_waited_for(write, tmp_path):

@@ -181,8 +181,8 @@ FIELD = "{{options | join('|||')}}"
 @pytest.mark.parametrize(
     "changes, given, message",
     [
-        ({"question": " "}, {"template": ("{{question}} ||| x",)}, "the prompt is empty; mend or remove the record"),
-        ({"choices": ["one", " "]}, {}, "there is no reference to compare with; mend or remove the record"),
+        ({"question": " "}, {"template": ("{{question}} ||| x",)}, "the prompt is empty; fix or remove the record"),
+        ({"choices": ["one", " "]}, {}, "there is no reference to compare with; fix or remove the record"),
         ({"answer": 2}, {}, "has no element 2"),
         ({"choices": None}, {"score": "rank"}, "None has no element 1"),
         ({"answer": None}, {"template": ("{{question}} ||| {{answer}}",)}, "a value that it prints is null"),

@@ -61,7 +61,7 @@ def test_characters_that_the_tokenizer_drops_are_counted_and_blanks_alone_are_ne
     lost = {"\n": 1, "  ": 1, "\x01": 1, "\x02": 2}
     assert run(path, cache, it, max_unknown=0.215).counts.lost == lost
     assert refusal(path, cache, it, max_unknown=0.1) == (
-        "data set b: 3 of 14 characters dropped by the tokenizer ('\\x02' 2 times, '\\x01' 1 times), 21.4%; mend the "
+        "data set b: 3 of 14 characters dropped by the tokenizer ('\\x02' 2 times, '\\x01' 1 times), 21.4%; fix the "
         "data, or allow it with config.data.max_unknown=0.215 or more"
     )
 
@@ -163,11 +163,11 @@ def test_texts_for_training_a_tokenizer_are_those_of_all_sources_and_templates(t
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"max_dropped": 0.3}, "1 of 3 examples dropped (1 with an empty completion, 0 too long), 33.3%; mend the "
+        ({"max_dropped": 0.3}, "1 of 3 examples dropped (1 with an empty completion, 0 too long), 33.3%; fix the "
          "data, or allow it with config.data.max_dropped=0.334 or more"),
         ({"truncate": "drop", "max_dropped": 0.5}, "2 of 3 examples dropped (1 with an empty completion, 1 too long)"),
-        ({"max_truncated": 0.3}, "1 of 3 examples truncated, 33.3%; mend the data, or allow it with config.data"),
-        ({"max_unknown": 0.05}, "1 of 19 tokens unknown to the tokenizer, 5.3%; mend the data, or allow it with "
+        ({"max_truncated": 0.3}, "1 of 3 examples truncated, 33.3%; fix the data, or allow it with config.data"),
+        ({"max_unknown": 0.05}, "1 of 19 tokens unknown to the tokenizer, 5.3%; fix the data, or allow it with "
          "config.data.max_unknown=0.053 or more"),
     ],
 )  # fmt: skip
@@ -309,7 +309,7 @@ def test_a_cache_that_cannot_be_written_is_refused_with_its_setting(tmp_path, ca
 
     with monkeypatch.context() as patch:  # the mode of a folder means nothing to root, who may run the tests
         patch.setattr("tempfile.mkdtemp", refuse)
-        assert refusal(path, cache).endswith(": Read-only file system; mend that or name another")
+        assert refusal(path, cache).endswith(": Read-only file system; fix that or name another")
 
     def full(folder: Path, pairs: Any) -> None:
         (folder / "source_tokens.bin").write_bytes(b"part")

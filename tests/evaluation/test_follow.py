@@ -135,7 +135,7 @@ def test_a_checkpoint_that_is_being_written_is_left_alone(run):
 
 def test_a_run_that_has_stopped_before_its_end_is_waited_for(run, capfd):
     cut(run)
-    with pytest.raises(Interrupted, match=r"nothing new has come to .*run for 3 s; the same command goes on"):
+    with pytest.raises(Interrupted, match=r"nothing new has come to .*run for 3 s; run the same command to continue"):
         followed(run, timeout=3)
     assert list(scored(run)) == [45]
     assert "1 checkpoint scored; waiting for the next checkpoint" in capfd.readouterr().err
@@ -205,7 +205,7 @@ def test_sigterm_stops_between_two_batches_and_the_step_is_scored_by_the_next_ca
 def test_sigterm_ends_the_waiting_at_once(run):
     cut(run)
     begin = time.monotonic()
-    with pytest.raises(Interrupted, match="stopped by SIGTERM; the same command goes on"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; run the same command to continue"):
         follow(run, report=lambda step, _: threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start())
     assert time.monotonic() < begin + 20
 

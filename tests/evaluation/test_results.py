@@ -97,7 +97,7 @@ def test_half_a_surrogate_pair_does_not_lose_the_predictions(tmp_path):
 
 def test_metrics_come_last_so_that_they_say_that_the_step_is_scored(tmp_path):
     (tmp_path / "metrics.json").mkdir()  # in the way
-    with pytest.raises(UserError, match=rf"cannot write {tmp_path}: .*; mend that and evaluate again"):
+    with pytest.raises(UserError, match=rf"cannot write {tmp_path}: .*; fix that and evaluate again"):
         write(tmp_path, SCORED)
     assert (tmp_path / "predictions.jsonl").is_file()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.json", "predictions.jsonl"]

@@ -1,4 +1,4 @@
-"""Bad input: one line that says what, where and how to mend it, exit code 2, and nothing lost or half-made."""
+"""Bad input: one line that says what, where and how to fix it, exit code 2, and nothing lost or half-made."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def has(line, *parts):
 def test_malformed_json_is_named_with_its_line(refused):
     lines = [json.dumps(row) for row in GOOD]
     lines[16] = '{"prompt": "add'
-    has(refused("\n".join(lines)), "data.jsonl, line 17", "not valid JSON", "mend or remove")
+    has(refused("\n".join(lines)), "data.jsonl, line 17", "not valid JSON", "fix or remove")
 
 
 def test_a_missing_field_is_named_with_its_line(refused):

@@ -75,7 +75,7 @@ def test_no_file_can_be_lost_or_cut_without_notice(saved, tmp_path, capfd, damag
         used.append(restored(folder))
         if used[-1] == 1:
             line = capfd.readouterr().err.splitlines()[-1]
-            assert f"{folder}/2 cannot be read" in line and "goes on from step 1" in line
+            assert f"{folder}/2 cannot be read" in line and "continues from step 1" in line
             assert (folder.parent / "damaged-checkpoint-2").is_dir() and not (folder / "2").exists()
         else:
             assert equal(Checkpoints(folder).restore_params(2, shapes(state(2)[0])), state(2)[0])
@@ -191,7 +191,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_repeats_its_
     output = done.communicate()[0]
     assert done.returncode == 0, output
     first, second = output.splitlines()[:2]
-    assert f"{run}/checkpoints/60 cannot be read" in first and "goes on from step 45" in first
+    assert f"{run}/checkpoints/60 cannot be read" in first and "continues from step 45" in first
     assert "steps 46 to 60" in second
     assert losses(run) == losses(finished)
     assert sorted(f.name for f in (run / "checkpoints").iterdir()) == ["45", "60"]

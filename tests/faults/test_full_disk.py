@@ -1,4 +1,4 @@
-"""A disk that is full: what was there stays, one line says what to do, and the same command then goes on."""
+"""A disk that is full: what was there stays, one line says what to do, and the same command then continues."""
 
 import resource
 import shutil
@@ -35,7 +35,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_the_run_goes_o
     assert full.returncode == 2, output
     last = output.splitlines()[-1]
     assert last.startswith(f"jax-it train: could not save a checkpoint to {run}/checkpoints: File too large; ")
-    assert last.endswith("run the same command, which goes on from step 45")
+    assert last.endswith("run the same command to continue from step 45")
     assert "Traceback" not in output
     assert Workdir(run).checkpoints().steps() == [45]
     done = start("train", "--config", config, "--workdir", run)
@@ -48,7 +48,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_the_run_goes_o
 def test_an_old_checkpoint_is_not_deleted_before_the_new_one_is_whole(tmp_path):
     params = {"matrix": jax.random.normal(jax.random.key(0), (100, 100))}
     with (
-        pytest.raises(UserError, match="File too large; mend that and run the same command, which goes on from step 1"),
+        pytest.raises(UserError, match="File too large; fix that and run the same command to continue from step 1"),
         Checkpoints(tmp_path, keep=1) as checkpoints,
     ):
         checkpoints.save(1, params, params, {})

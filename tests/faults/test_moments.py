@@ -83,7 +83,7 @@ def stop_and_go_on(undisturbed, tmp_path, seed, number):
             else:
                 last = output.splitlines()[-1]
                 assert code == 75 and last.startswith("jax-it train: stopped by SIGTERM "), output
-                assert "; the same command goes on from " in last
+                assert "; run the same command to continue from " in last
         if code == 0:
             assert_same(run, reference)
             run = tmp_path / str(int(run.name) + 1)

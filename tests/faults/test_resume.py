@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere, by anything, goes on with the same command and repeats the losses bit for bit."""
+"""A run that is stopped anywhere, by anything, continues with the same command and repeats the losses bit for bit."""
 
 import os
 import random
@@ -28,7 +28,7 @@ def wait_for(process, run, pattern):
 
 
 def stop(process, how=signal.SIGKILL):
-    """Its output. Where it is told to stop, it must end with the code that says that the same command goes on."""
+    """Its output. Where it is told to stop, it must end with the code that means "run the same command to continue"."""
     process.send_signal(how)
     output = process.communicate()[0]
     assert process.returncode == {signal.SIGTERM: 75, signal.SIGHUP: 75, signal.SIGINT: 130}.get(how, -how), output
@@ -69,7 +69,7 @@ def test_a_run_that_is_stopped_again_and_again_is_the_run_that_was_not(config, f
 
     process = start("train", "--config", config, "--workdir", run)
     assert f"steps 1 to {STEPS}" in process.stdout.readline()  # the first step is being compiled
-    assert "before there was a new step to save; the same command goes on" in stop(process, signal.SIGTERM)
+    assert "before there was a new step to save; run the same command to continue" in stop(process, signal.SIGTERM)
     assert losses(run) == []
 
     for step, how, name in ((3, signal.SIGTERM, "SIGTERM"), (19, signal.SIGINT, "Ctrl-C")):
@@ -78,7 +78,10 @@ def test_a_run_that_is_stopped_again_and_again_is_the_run_that_was_not(config, f
             assert process.poll() is None
         output = stop(process, how)
         saved = len(losses(run))
-        assert f"stopped by {name} after step {saved}, which is saved; the same command goes on from there" in output
+        assert (
+            f"stopped by {name} after step {saved}, which is saved; run the same command to continue from there"
+            in output
+        )
         assert Workdir(run).checkpoints().steps()[-1] == saved < STEPS
 
     process = start("train", "--config", config, "--workdir", run)
@@ -130,7 +133,9 @@ def test_sigterm_during_an_evaluation_saves_its_step_and_the_evaluation_is_done_
     monkeypatch.setattr(training.step, "make_train_step", lambda *arguments: step)
     run = tmp_path / "run"
     changes = {"eval.every": "4 steps", "train.checkpoint_every": "3 steps", "train.duration": "6 steps"}
-    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 4, which is saved; the same command goes on"):
+    with pytest.raises(
+        Interrupted, match="stopped by SIGTERM after step 4, which is saved; run the same command to continue"
+    ):
         training.train(settings.load(str(config), changes), run)
     assert Workdir(run).checkpoints().steps() == [3, 4] and not (run / "eval" / "4").exists()
     assert [line["step"] for line in losses(run)] == [1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""SIGTERM in every phase, a step that hangs, gradients that are not finite: what the run says, and how it goes on."""
+"""SIGTERM in every phase, a step that hangs, gradients that are not finite: what the run says, and how it continues."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_sigterm_before_the_first_step_ends_the_run_at_once_and_the_same_call_st
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(training.loop, place, told_to_stop)
-    with pytest.raises(Interrupted, match="the same command goes on"):
+    with pytest.raises(Interrupted, match="run the same command to continue"):
         training.train(settings.load(str(config)), tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is before
     if place in ("load_tokenizer", "_load_model", "build_data", "_derive"):
@@ -121,7 +121,9 @@ def test_a_step_that_hangs_is_noticed_and_the_run_goes_on_from_its_last_checkpoi
     assert "in never_ending" in stacks and "in train" in stacks and "never_ending" in output
     last = output.splitlines()[-1]
     assert last.startswith("jax-it train: step 52 hangs: stepping for 1 s; ")
-    assert last.endswith(f"is above and in {run}/hang-52.txt; the same command goes on from the last checkpoint")
+    assert last.endswith(
+        f"is above and in {run}/hang-52.txt; run the same command to continue from the last checkpoint"
+    )
     finish(config, run)
     assert_same_run(run, finished)
 
@@ -147,7 +149,7 @@ def test_gradients_that_are_not_finite_end_the_run_past_a_limit_and_name_the_dat
         assert f"step {line['step']} is skipped: its gradient is not finite (loss nan); it has record" in output
         assert f"{numbers} of {line['examples'][0]['source']}" in output
 
-    # The fault is mended: the run goes on from the checkpoint before it as if it had never been.
+    # The fault is mended: the run continues from the checkpoint before it, as if nothing had happened.
     assert Workdir(run).checkpoints().steps() == [15]
     finish(config, run)
     assert_same_run(run, finished)

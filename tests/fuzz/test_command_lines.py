@@ -82,7 +82,7 @@ CHANGES = ("", ".", "=", ".x=1", ".train.seed", ".train.seed=\ud800", ".eval.lim
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a finished run, its config, and what is no file; a case works in a copy."""
+    """A folder with a finished run, its config, and paths that are not files; each case works on a copy."""
     folder = tiny_run.copy(tiny_run.finished(tmp_path_factory).parent, tmp_path_factory.mktemp("lines") / "work")
     (folder / "file").write_text("x")
     (folder / "in.jsonl").write_text('{"prompt": "say red 1"}\n')

@@ -227,14 +227,14 @@ def test_a_size_that_is_no_number_is_said_in_one_line(folders, name):
 
 def test_the_command_says_a_users_error_in_one_line(capsys, monkeypatch):
     def fails():
-        raise UserError("what is wrong,\nand how to mend it")
+        raise UserError("what is wrong,\nand how to fix it")
 
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(command, "run", fails)
     with pytest.raises(SystemExit) as exit:
         command.main(["--tasks", "choose"])
     assert exit.value.code == 2
-    assert capsys.readouterr().err == "jax_it.harness: what is wrong, and how to mend it\n"
+    assert capsys.readouterr().err == "jax_it.harness: what is wrong, and how to fix it\n"
 
 
 def test_a_tasks_settings_are_read_strictly():

@@ -155,7 +155,7 @@ def test_an_error_is_at_most_half_the_widest_gap_times_the_scale(kind, values):
     q = quantize(array, kind)
     widest = np.diff(levels(kind)).max()
     errors = np.abs(np.asarray(q.dequantize(jnp.float32), np.float64) - array)
-    # The product of level and scale is rounded to float32; what a scale of 0 stands for is below its smallest.
+    # The product of level and scale is rounded to float32; a scale of 0 represents a value below its smallest.
     largest_step = 1 if kind == "nf4" else 127
     bound = widest / 2 * scale_of_each(q) + 2.0**-23 * np.abs(array) + largest_step * np.finfo(np.float32).tiny
     assert (errors <= bound).all()

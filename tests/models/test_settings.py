@@ -254,8 +254,8 @@ def test_texts_end_where_transformers_says_if_the_file_does_not(kind):
     [
         ('{"d_model": 32, "d_model": 64}', "'d_model' occurs twice"),
         ('{"a": {"b": 1, "b": 2}}', "'b' occurs twice"),
-        ('{"dropout_rate": NaN}', "NaN is no JSON number"),
-        ('{"dropout_rate": -Infinity}', "-Infinity is no JSON number"),
+        ('{"dropout_rate": NaN}', "NaN is not a JSON number"),
+        ('{"dropout_rate": -Infinity}', "-Infinity is not a JSON number"),
         ("[" * 200_000, "nested too deeply"),
         ('{"a":' * 200_000, "nested too deeply"),
         ('{"d_model": ' + "9" * 5000 + "}", "is not valid JSON"),

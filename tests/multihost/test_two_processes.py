@@ -27,7 +27,9 @@ def test_a_run_on_two_hosts_survives_the_death_of_one_and_its_losses_are_those_o
     first, _ = processes.ends(pair)
     assert first.code == 75
     last = first.text.splitlines()[-1]
-    assert re.search(r"host \S+ \(process 1\) was lost: .*; the same command on all hosts goes on from the last", last)
+    assert re.search(
+        r"host \S+ \(process 1\) was lost: .*; run the same command on all hosts to continue from the last", last
+    )
     assert len(losses(run)) < STEPS
 
     first, second = train(2, recipes["t5"], run, FSDP_AND_TENSOR)
@@ -159,5 +161,5 @@ def test_a_checkpoint_that_one_host_cannot_read_is_passed_over_by_both(
     done = processes.ends(pair)
     assert [end.code for end in done] == [0, 0], done
     first = done[0]
-    assert "damaged-checkpoint-8, and the run goes on from step 4" in first.text
+    assert "damaged-checkpoint-8, and the run continues from step 4" in first.text
     assert (run / "damaged-checkpoint-8").is_dir() and losses(run) == before

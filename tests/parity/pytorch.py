@@ -111,7 +111,7 @@ def continued(
     first_token: int | None = None,
     **settings: Any,
 ) -> np.ndarray:
-    """The tokens [prompt, T] that `generate` goes on with, as above, but all prompts in a batch: padded on the left
+    """The tokens [prompt, T] that `generate` produces, as above, but all prompts in a batch: padded on the left
     for a causal model.
 
     Settings are those of `Sampling`. `noise` is the largest error that is added to each of the model's logits.

@@ -113,7 +113,7 @@ else:
 """
 
 # What a run does: settings["runs"] has an entry for each start, with what each worker does in it. A number is an exit
-# code, which all workers that have one reach together; "hang" goes on until SIGTERM; "preempt" takes the TPU away.
+# code, which all workers that have one reach together; "hang" runs until SIGTERM; "preempt" takes the TPU away.
 JAX_IT = r"""
 import json, os, pathlib, signal, sys, time
 if sys.argv[1:] == ["--help"]:

@@ -69,7 +69,7 @@ def test_what_weights_and_biases_refuses_is_said_in_one_line(tmp_path, monkeypat
         raise RuntimeError("no key\nset one")
 
     wandb.init = init
-    with pytest.raises(UserError, match=r"^config.train.wandb: no key set one; mend that, or set WANDB_MODE=offline$"):
+    with pytest.raises(UserError, match=r"^config.train.wandb: no key set one; fix that, or set WANDB_MODE=offline$"):
         train(with_train(make_config(tmp_path), wandb="tuning"), tmp_path / "run")
 
 
