@@ -400,11 +400,17 @@ class Workdir:
                 (self.path / "ended.json").unlink()
 
     def ended(self) -> int | None:
-        """The step at which training has come to its end; None where it has not."""
+        """The step at which training has come to its end; None where it has not. Raises UserError."""
+        file = self.path / "ended.json"
         try:
-            return int(files.read_json(self.path / "ended.json")["step"])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            step = files.read_json(file)["step"]
+            if type(step) is int:
+                return step
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise UserError(f"{file} is damaged, so it does not tell whether training has ended; restore it or remove it")
 
     def choose_step(self, which: str, metric: str) -> int:
         """The step of checkpoint "latest", "best" or a number. Raises UserError that lists what there is."""
