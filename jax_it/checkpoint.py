@@ -1,5 +1,6 @@
 """A run's checkpoints, by Orbax: whole or absent, written in the background, restored on any mesh."""
 
+import copy
 import importlib.metadata
 import json
 import os
@@ -99,6 +100,7 @@ class Checkpoints:
 
     def save(self, step: int, params: Any, training: Any, position: dict[str, Any]) -> None:
         """Starts writing a checkpoint; an error of the one before is raised now."""
+        position = copy.deepcopy(position)  # it is written while the loop counts on
         checksums = {"params": int(_checksum(params)), "training": int(_checksum(training))}
         checksums |= {"position": _checksum_of_json(position), "step": step}
         items = ocp.args.Composite(

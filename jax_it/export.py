@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import stat
 import tempfile
 from collections import deque
@@ -93,19 +92,14 @@ def _write_whole(output: Path, write: Callable[[Path], None]) -> None:
     output = Path(os.path.realpath(output))  # a link is not replaced
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{output.name[:60]}-", dir=output.parent))
-    except OSError as error:
-        raise UserError(f"cannot write to {output.parent}: {error.strerror}") from error
-    try:
-        write(part)
-        _share(part)
-        part.replace(output)
+        with files.new_folder(output.parent, f".{output.name}-") as part:
+            write(part)
+            _share(part)
+            part.replace(output)
     except Exception as error:
         if not (reason := disk_error(error)):
             raise
         raise UserError(f"cannot write {output}: {reason}; {files.remedy(reason)} and export again") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _check_free(output: Path) -> None:

@@ -134,14 +134,8 @@ def write_atomically(file: Any, content: Any) -> None:
             stream.write(encoded)
         return
     file = Path(os.path.realpath(file))
-    # So much of the name that the longest one still fits into 255 bytes.
-    here = f".{os.fsdecode(os.fsencode(file.name)[:120])}.{platform.node()[:64]}"
-    part = file.with_name(f"{here}.{os.getpid()}.part")  # two processes may write the same file
+    part = file.with_name(f"{_own_names(file.parent, f'.{file.name}.')}part")  # two may write the same file
     try:
-        for other in file.parent.glob(f"{glob.escape(here)}.*.part"):
-            process = other.name.split(".")[-2]
-            if process.isdecimal() and not _runs(int(process)):  # it was killed while it wrote
-                other.unlink(missing_ok=True)
         part.write_bytes(encoded)
         if file.exists():
             shutil.copymode(file, part)
@@ -149,6 +143,30 @@ def write_atomically(file: Any, content: Any) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder with a name of its own, to be filled and renamed: at the end it is removed if it is still there.
+
+    Those that killed processes have left are removed as well.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=_own_names(parent, prefix), dir=parent))
+    try:
+        yield folder
+    finally:
+        remove(folder)
+
+
+def _own_names(folder: Path, prefix: str) -> str:
+    """How the names of this process's temporary files begin; what has one of a process that was killed is removed."""
+    # So much of the name that the longest one still fits into 255 bytes.
+    here = f"{os.fsdecode(os.fsencode(prefix)[:120])}{platform.node()[:64]}."
+    for other in folder.glob(f"{glob.escape(here)}*"):
+        process = other.name.removeprefix(here).partition(".")[0]
+        if process.isdecimal() and not _runs(int(process)):
+            remove(other)
+    return f"{here}{os.getpid()}."
 
 
 def is_stream(file: Any) -> bool:
@@ -286,7 +304,7 @@ def _runs(process: int) -> bool:
     """Whether this machine has such a process."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:  # another user's
         pass

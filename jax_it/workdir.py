@@ -231,7 +231,7 @@ class Workdir:
                 "versions": {"python": platform.python_version(), **versions},
                 "files": {part: files.digests(self.path / part) for part in BEGUN},
             }
-            write_atomically(self.path / "config.json", saved | {"checksum": _checksum(json.loads(to_json(saved)))})
+            write_atomically(self.path / "config.json", with_checksum(saved))
             (self.path / CREATING).unlink(missing_ok=True)
         except BaseException as error:
             self._remove_begun()
@@ -282,8 +282,7 @@ class Workdir:
             raise _damaged(file, f"{type(error).__name__}: {first_line(error)}") from None
         if not isinstance(saved, dict):
             raise _damaged(file, "it is not an object")
-        checksum = saved.pop("checksum", None)
-        if checksum is not None and checksum != _checksum(saved):
+        if _is_changed(saved):
             raise UserError(
                 f"{file} has been changed since the run was started; restore it, or remove its line with the checksum "
                 "if the change is meant"
@@ -378,7 +377,7 @@ class Workdir:
     def measured(self, step: int, metric: str) -> float | None:
         """The same, NaN where that was measured."""
         try:
-            return score_in(files.read_json(self.eval(step) / SCORES), metric)
+            return score_in(read_scores(self.eval(step)), metric)
         except (OSError, ValueError):
             return None
 
@@ -401,11 +400,17 @@ class Workdir:
                 (self.path / "ended.json").unlink()
 
     def ended(self) -> int | None:
-        """The step at which training has come to its end; None where it has not."""
+        """The step at which training has come to its end; None where it has not. Raises UserError."""
+        file = self.path / "ended.json"
         try:
-            return int(files.read_json(self.path / "ended.json")["step"])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            step = files.read_json(file)["step"]
+            if type(step) is int:
+                return step
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise UserError(f"{file} is damaged, so it does not tell whether training has ended; restore it or remove it")
 
     def choose_step(self, which: str, metric: str) -> int:
         """The step of checkpoint "latest", "best" or a number. Raises UserError that lists what there is."""
@@ -415,6 +420,7 @@ class Workdir:
         if which == "latest":
             return steps[-1]
         if which == "best":
+            self._tell_damaged_scores(steps)
             scores = {step: score for step in steps if (score := self.scores(metric)(step)) is not None}
             if not scores:
                 raise UserError(f"no checkpoint of {self.path} has a score ({metric}); run jax-it eval first")
@@ -430,6 +436,15 @@ class Workdir:
                 f"--checkpoint {shorten(which)}: {self.path} has {', '.join(map(str, steps))}, latest and best"
             )
         return int(which)
+
+    def _tell_damaged_scores(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            try:
+                read_scores(self.eval(step))
+            except (FileNotFoundError, NotADirectoryError):  # not scored yet
+                pass
+            except (OSError, ValueError) as error:
+                print(f"{self.eval(step) / SCORES} cannot be read: {error}; it counts as none", file=sys.stderr)
 
     def params(self, model: Model, config: Config, step: int, mesh: jax.sharding.Mesh) -> Params:
         """The weights of a checkpoint, sharded over the mesh, beside those that the run has not trained."""
@@ -533,6 +548,20 @@ def make_format(model: Model, tokenizer: tokenizers.Tokenizer) -> Format:
     return Seq2SeqFormat(model.config.start_token, model.config.pad_token)
 
 
+def read_scores(folder: Any) -> dict[str, dict[str, Any]]:
+    """What metrics.json in a folder holds.
+
+    Raises OSError where it cannot be read, and ValueError where it is damaged.
+    """
+    found = files.read_json(folder / SCORES)
+    # A task can have this name, and its scores are no text; an older version wrote no checksum.
+    if isinstance(found, dict) and isinstance(found.get("checksum"), str) and _is_changed(found):
+        raise ValueError("it has been changed; evaluate again, or remove its line with the checksum if that is meant")
+    if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
+        raise ValueError("it is not an object of objects")
+    return found
+
+
 def score_in(found: Any, metric: str) -> float | None:
     """The score by `metric` in what a metrics.json holds, larger is better; None where there is none."""
     try:
@@ -566,9 +595,19 @@ def _damaged(file: Any, reason: str) -> UserError:
     return UserError(f"{file} is not that of a run, or damaged ({reason}); restore it, or name another --workdir")
 
 
-def _checksum(saved: Any) -> str:
-    """A hash of what config.json holds, by which a change is noticed."""
-    return hashlib.blake2b(json.dumps(saved, sort_keys=True).encode(), digest_size=8).hexdigest()
+def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file is to hold, with a hash by which a later change is noticed, unless that key is taken."""
+    return {**values, "checksum": _checksum(json.loads(to_json(values)))} | dict(values)
+
+
+def _is_changed(values: dict[str, Any]) -> bool:
+    """Whether this is no longer what was written, where it has a checksum, which is taken out."""
+    checksum = values.pop("checksum", None)
+    return checksum is not None and checksum != _checksum(values)
+
+
+def _checksum(values: Any) -> str:
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _as_mapping(value: Any) -> Any:

@@ -1,5 +1,9 @@
 """Which checkpoints are kept, and how they are written and read. Damaged ones: tests/faults/test_damage.py."""
 
+import json
+import threading
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +73,23 @@ def test_all_that_was_saved_comes_back(tmp_path):
         assert jax.tree.structure(found) == jax.tree.structure(expected)
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def test_a_position_that_changes_while_it_is_written_is_kept_as_it_was(tmp_path, monkeypatch):
+    dumps = json.dumps
+
+    def dumps_late(*arguments, **named):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.3)
+        return dumps(*arguments, **named)
+
+    monkeypatch.setattr(json, "dumps", dumps_late)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        position = {"steps": 0, "totals": {}}
+        checkpoints.save(1, PARAMS, TRAINING, position)
+        position["totals"]["examples"] = 8
+    found = Checkpoints(tmp_path).restore_newest(placed(PARAMS), placed(TRAINING))
+    assert found[3] == {"steps": 0, "totals": {}}
 
 
 def test_a_checkpoint_can_be_restored_on_any_mesh(tmp_path):

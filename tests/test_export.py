@@ -2,7 +2,10 @@
 
 import json
 import os
+import platform
 import stat
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +129,14 @@ def test_what_interrupts_an_export_leaves_nothing(loaded, output, monkeypatch, e
     with pytest.raises(error):
         save(output, *loaded)
     assert not list(output.parent.iterdir())
+
+
+def test_what_a_killed_export_has_left_goes_with_the_next_one(loaded, output):
+    with subprocess.Popen([sys.executable, "-c", ""]) as killed:
+        pass
+    (output.parent / f".out-{platform.node()}.{killed.pid}.abc").mkdir(parents=True)
+    save(output, *loaded)
+    assert [file.name for file in output.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("value", [jnp.nan, -jnp.inf])

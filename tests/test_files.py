@@ -217,6 +217,24 @@ def test_what_a_killed_process_left_of_a_file_goes_when_the_file_is_written_agai
     assert list(tmp_path.iterdir()) == [file] and file.read_text() == "again"
 
 
+def test_what_killed_processes_left_of_a_folder_goes_with_the_next_and_that_of_a_running_one_stays(tmp_path):
+    killed = "import os, signal, sys; from pathlib import Path; from jax_it import files\n"
+    killed += "with files.new_folder(Path(sys.argv[1]), '.out-') as folder:\n"
+    killed += " (folder / 'half').write_text(''); os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", killed, tmp_path], check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    others = [tmp_path / name for name in (".out-elsewhere.1.x", f".outer-{platform.node()}.0.x", ".out-x")]
+    for other in others:
+        other.mkdir()
+    with files.new_folder(tmp_path, ".out-") as first, files.new_folder(tmp_path, ".out-") as second:
+        assert first != second and left.name.startswith(f".out-{platform.node()}.")
+        assert set(tmp_path.iterdir()) == {first, second, *others}
+        first.rename(tmp_path / "out")
+    assert set(tmp_path.iterdir()) == {tmp_path / "out", *others}
+    with files.new_folder(tmp_path, "." + 127 * "é" + "-") as longest:
+        assert longest.is_dir()
+
+
 def test_readers_never_see_half_a_file(tmp_path):
     file = tmp_path / "file.json"
     contents = [{"key": str(i) * 50_000} for i in range(2)]

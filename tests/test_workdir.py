@@ -294,7 +294,8 @@ def test_a_file_in_the_place_of_a_folder_is_named_before_a_run_goes_on(place):
         make(place.path / "ended.json")
         with pytest.raises(UserError, match=r"run/ended.json is not a regular file; remove it"):
             place.check_parts()
-        assert place.ended() is None
+        with pytest.raises(UserError, match=r"run/ended.json is damaged"):
+            place.ended()
         shutil.rmtree(place.path / "ended.json") if make is Path.mkdir else (place.path / "ended.json").unlink()
 
 
@@ -330,10 +331,12 @@ def test_a_new_run_that_fails_before_its_first_step_leaves_nothing(tmp_path, err
         assert place.holds_a_run()
 
 
-@pytest.mark.parametrize("content", ['{"step": 1e999}', "[]", '{"step": "three"}', "", "\0", '{"step": null}'])
-def test_a_damaged_end_is_none(place, content):
-    (place.path / "ended.json").write_text(content)
+@pytest.mark.parametrize("content", ['{"step": 1e999}', "[]", '{"step": "3"}', "", "\0", '{"step": null}', "{}"])
+def test_a_damaged_end_is_named(place, content):
     assert place.ended() is None
+    (place.path / "ended.json").write_text(content)
+    with pytest.raises(UserError, match=r"run/ended.json is damaged, so it does not tell whether training has ended"):
+        place.ended()
 
 
 def test_lines_of_the_log_that_cannot_be_read_are_removed_with_a_word(place, capfd):

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -120,8 +119,7 @@ def _write(
     folder: Path, source: Source, where: str, template: str, data: Data, tokenizer: Tokenizer, format: Format
 ) -> None:
     try:
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=folder.parent, ignore_cleanup_errors=True) as name:
-            part = Path(name)
+        with files.new_folder(folder.parent, ".part-") as part:
             counts = Counts()
             _write_tokens(part, _encode(source, where, template, data, tokenizer, format, counts))
             checksums = {array: _checksum(_map(part, array)) for array in _ARRAYS}

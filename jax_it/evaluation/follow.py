@@ -144,6 +144,7 @@ class _Watch:
         self._seen: set[int] = set()  # steps that had a checkpoint and no scores
         self._tried: dict[tuple[float, ...], int] = {}
         self._changed = time.monotonic()
+        self._doubted = ""
 
     def _config_text(self) -> str:
         try:
@@ -172,6 +173,7 @@ class _Watch:
             return ""
         if config != self._config:
             return "anew"
+        ended = self._ended()  # before the steps: its checkpoint is there when it is written
         steps = self._checkpoints.steps()
         missing = [step for step in steps if not self._is_scored(step)]
         for step in sorted(self._seen.difference(steps)):
@@ -187,11 +189,29 @@ class _Watch:
                 return f"score {step}"
         if self._followed and steps:
             self._followed.move(steps[-1] + 1)
-        ended = self._place.ended()
-        if steps and (steps[-1] >= self._total or (ended is not None and steps[-1] <= ended)):
+        newest = steps[-1] if steps else 0
+        if steps and (newest >= self._total or newest == ended):
             _say(f"{self._scored()}, and training has ended")
             return "ended"
+        if ended is not None:
+            self._doubt(
+                f"{self._place.path / 'ended.json'} says that training ended at step {ended}, but the newest "
+                f"checkpoint is that of step {newest}; waiting: remove it, or restore what is missing"
+            )
         return ""
+
+    def _ended(self) -> int | None:
+        try:
+            return self._place.ended()
+        except UserError as error:
+            self._doubt(str(error))
+            return None
+
+    def _doubt(self, text: str) -> None:
+        """Says once why this still waits where training may have ended."""
+        if text != self._doubted:
+            _say(text)
+        self._doubted = text
 
     def unreadable(self, step: int, error: Unreadable) -> str:
         """Notes that a checkpoint could not be read; why not, where it is still there and not tried again."""

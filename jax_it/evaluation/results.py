@@ -10,8 +10,8 @@ from typing import Any
 from jax_it import hosts, tensorboard
 from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import ALL, TASK, TRUNCATED, UNFINISHED, WITHOUT_REFERENCE, Scored
-from jax_it.files import is_remote, read_json, remedy, to_json, write_atomically
-from jax_it.workdir import SCORES
+from jax_it.files import is_remote, remedy, to_json, write_atomically
+from jax_it.workdir import SCORES, read_scores, with_checksum
 
 PREDICTIONS = "predictions.jsonl"
 GROUPS = 12  # of a task, that a table shows
@@ -32,7 +32,7 @@ def write(folder: Any, scored: Scored, board: Any = None, step: int = 0) -> None
             write_atomically(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines))
             tasks = dict.fromkeys([*scored.metrics, *scored.errors])
             found = {task: _with_intervals(scored, task) for task in tasks}
-            write_atomically(folder / SCORES, found)
+            write_atomically(folder / SCORES, with_checksum(found))
             if board is not None:
                 show(board, step, found)
         except OSError as error:
@@ -57,11 +57,9 @@ def read(folder: Any) -> dict[str, dict[str, Any]] | None:
     Raises OSError where it cannot be read, and ValueError where it is damaged.
     """
     try:
-        found = read_json(folder / SCORES)
+        found = read_scores(folder)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
-        raise ValueError("it is not an object of objects")
     return {task: {name: _read(value) for name, value in values.items()} for task, values in found.items()}
 
 

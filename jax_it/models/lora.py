@@ -13,13 +13,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import regex
 
 from jax_it.config import Lora
 from jax_it.errors import UserError
 from jax_it.models.linear import Adapted, column_norm, dense, merge
 from jax_it.models.weights import Weight, flatten, is_vector, unflatten
+from jax_it.typed import shown
 
 ALL_LINEAR = "all-linear"
+# Of a pattern and one name: seconds, and characters once its {n} are written out, as `regex` compiles them.
+_SECONDS, _LONGEST = 1.0, 100_000
 
 
 class Target(NamedTuple):
@@ -110,9 +114,12 @@ def make_adapter(config: Lora, weights: Mapping[str, Weight], layers: Mapping[st
 
 
 def choose_targets(
-    targets: Sequence[str], weights: Mapping[str, Weight], layers: Mapping[str, int], where: str = "config.model.lora"
+    targets: Sequence[str],
+    weights: Mapping[str, Weight],
+    layers: Mapping[str, int],
+    field: str = "config.model.lora.targets",
 ) -> list[str]:
-    """The paths of the weights that the targets name.
+    """The paths of the weights that the targets, which `field` holds, name.
 
     A target is "all-linear", the end of a module's name in Transformers ("q_proj", "self_attn.q_proj"), or
     a regular expression of the whole name.
@@ -123,27 +130,36 @@ def choose_targets(
         found = False
         for path, weight in candidates.items():
             for layer in range(layers[path]):
-                if target == ALL_LINEAR or _matches(target, module_name(weight, layer), where):
+                name = module_name(weight, layer)
+                if target in (ALL_LINEAR, name) or name.endswith(f".{target}") or matches(target, name, field):
                     hits.setdefault(path, set()).add(layer)
                     found = True
         if not found:
             names = sorted({weight.name.split(".")[-2] for weight in candidates.values()})
-            raise UserError(f"{where}.targets: {target!r} matches no weight; there are {', '.join(names)}, all-linear")
+            raise UserError(f"{field}: {target!r} matches no weight; there are {', '.join(names)}, all-linear")
     for path, found_layers in hits.items():
         if len(found_layers) < layers[path]:
             name = candidates[path].name
             named = f"{len(found_layers)} of {layers[path]}"
-            raise UserError(f"{where}.targets: {name} is named in {named} layers; name all")
+            raise UserError(f"{field}: {name} is named in {named} layers; name all")
     return sorted(hits)
 
 
-def _matches(target: str, name: str, where: str) -> bool:
-    if name == target or name.endswith(f".{target}"):
-        return True
+def matches(pattern: str, name: str, field: str) -> bool:
+    """Whether a regular expression, which may be a stranger's, matches the whole of a module's name.
+
+    Raises UserError, which names the field that holds the pattern, where it is none or is too costly.
+    """
+    counts = [int(count[:9]) for braces in re.findall(r"{[^{}]*}", pattern) for count in re.findall(r"\d+", braces)]
     try:
-        return re.fullmatch(target, name) is not None
-    except re.error as error:
-        raise UserError(f"{where}.targets: {target!r} is no name and no regular expression: {error}") from None
+        re.compile(pattern)  # `regex` knows more, such as patterns within themselves
+        if len(pattern) * math.prod(max(1, count) for count in counts) > _LONGEST:
+            raise TimeoutError
+        return regex.fullmatch(pattern, name, timeout=_SECONDS) is not None
+    except TimeoutError:
+        raise UserError(f"{field}: {shown(pattern)} takes too long to match; write a simpler pattern") from None
+    except (re.error, regex.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{field}: {shown(pattern)} is neither a name nor a regular expression: {error}") from None
 
 
 def module_name(weight: Weight, layer: int) -> str:

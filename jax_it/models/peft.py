@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from jax_it.errors import UserError
 from jax_it.files import read_json_object
 from jax_it.models import Model, Params
-from jax_it.models.lora import Adapter, Target, choose_targets, is_linear, module_name, split_axes
+from jax_it.models.lora import Adapter, Target, choose_targets, is_linear, matches, module_name, split_axes
 from jax_it.models.tensors import DTYPES, Tensors, fetch, find_folder, read_weight, write_weights
 from jax_it.models.weights import Weight, flatten, tensor_shapes, unflatten
 from jax_it.typed import shown
@@ -76,7 +76,7 @@ def read_adapter(path: str, model: Model) -> tuple[Adapter, Path]:
     if not _is_number(dropout) or not 0 <= dropout < 1:
         raise UserError(f"{where}: lora_dropout={shown(dropout)} must be a number of at least 0 and below 1")
     layers = model.depths
-    paths = choose_targets(_named(values, where), model.weights, layers, where)
+    paths = choose_targets(_named(values, where), model.weights, layers, f"{where}: target_modules")
     patterns = {key: _patterns(values, key, where) for key in ("rank_pattern", "alpha_pattern")}
     targets = tuple(_target(path, model.weights[path], layers[path], values | patterns, where) for path in paths)
     return Adapter(targets, bool(values.get("use_dora")), float(dropout)), folder
@@ -97,11 +97,6 @@ def _patterns(values: Mapping[str, Any], key: str, where: str) -> dict[str, Any]
     patterns = {} if patterns is None else patterns
     if not isinstance(patterns, dict):
         raise UserError(f"{where}: {key}={shown(patterns)} must map modules to numbers")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(f"{where}: {key}: {shown(pattern)} is not a regular expression: {error}") from None
     return patterns
 
 
@@ -281,8 +276,8 @@ def _target(path: str, weight: Weight, layers: int, values: Mapping[str, Any], w
     names = [module_name(weight, i) for i in range(layers)]
     found = [
         (
-            _pattern(values["rank_pattern"], name, values.get("r", 8)),
-            _pattern(values["alpha_pattern"], name, values.get("lora_alpha", 8)),
+            _of_module(name, values, "rank_pattern", "r", where),
+            _of_module(name, values, "alpha_pattern", "lora_alpha", where),
         )
         for name in names
     ]
@@ -296,12 +291,14 @@ def _target(path: str, weight: Weight, layers: int, values: Mapping[str, Any], w
     return Target(path, rank, alpha / (math.sqrt(rank) if values.get("use_rslora") else rank))
 
 
-def _pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value for a module of PEFT's `rank_pattern` or `alpha_pattern`: the first whose key ends its name."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", name):
+def _of_module(name: str, values: Mapping[str, Any], key: str, default: str, where: str) -> Any:
+    """A module's value in PEFT's `rank_pattern` or `alpha_pattern`: the first whose pattern matches the name's end."""
+    parts = name.split(".")
+    ends = [".".join(parts[i:]) for i in range(len(parts))]
+    for pattern, value in values[key].items():
+        if any(matches(pattern, end, f"{where}: {key}") for end in ends):
             return value
-    return default
+    return values.get(default, 8)
 
 
 def _target_modules(model: Model) -> list[str]:

@@ -42,13 +42,11 @@ class Settings:
         self._asked: set[str] = set()
 
     def get(self, key: str, kind: type[T], default: T) -> T:
-        """The value, of the given type (a list of one stands for its item)."""
+        """The value, of the given type."""
         self._asked.add(key)
         value = self._values.get(key)
         if value is None:
             return default
-        if isinstance(value, list) and len(value) == 1 and kind is int:
-            value = value[0]
         if kind in (int, float) and is_int(value) and abs(value) > LARGEST:
             raise self.bad(key, f"it must be between -{LARGEST} and {LARGEST}")
         if kind is float and is_int(value):
@@ -115,7 +113,7 @@ class Settings:
         return tuple(ids)
 
     def get_token(self, key: str, vocabulary: int) -> int | None:
-        """One token id of the vocabulary; None where there is none."""
+        """One token id of the vocabulary, alone or in a list; None where there is none."""
         ids = self.get_tokens(key, vocabulary)
         if len(ids) != 1 and self._values.get(key) is not None:
             raise self.bad(key, "it must be of type int")

@@ -33,7 +33,7 @@ from jax_it.training.state import TrainState, start
 from jax_it.training.step import Prepared, prepare
 from jax_it.training.throughput import Throughput, peak_flops, step_flops
 from jax_it.training.watchdog import watching
-from jax_it.workdir import Derived, Workdir, check_vocabulary, make_format
+from jax_it.workdir import Derived, Workdir, make_format
 
 # What bias, mask, softmax and dropout cost for one attention score, in matmul FLOPs of the same time: they are
 # bound by memory. Measured on two CPU cores at 512 positions; an H100's ratio of the two is of the same order.
@@ -166,7 +166,7 @@ def load_tokenizer(config: Config) -> tokenizers.Tokenizer:
 
 
 def check_model(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -> None:
-    """Refuses settings that the model cannot follow, and a tokenizer that is not its own."""
+    """Refuses settings that the model cannot follow, and a tokenizer with other marks than the model's."""
     check_read(config, model.kind)
     positions, length = model.config.positions, config.data.sequence_length
     if positions and length > positions:
@@ -174,7 +174,6 @@ def check_model(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -
     check_room(model, config)
     if config.train.balance_loss and not model.config.experts:
         raise UserError("config.train.balance_loss is for mixtures of experts, which this model is not; leave it at 0")
-    check_vocabulary(model, tokenizer)
     if model.kind == "causal":  # segments mark its padding, and texts end where the tokenizer says
         return
     if tokenizer.end not in model.config.end_tokens:

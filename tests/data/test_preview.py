@@ -79,6 +79,11 @@ def test_it_refuses_what_training_would_refuse_before_its_first_step(tmp_path, s
     assert str(caught.value).startswith(f"config.{section}.{message}")
 
 
+def test_a_tokenizer_with_more_ids_than_the_models_embedding_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"the tokenizer has 384 ids and the model's embedding 99 rows"):
+        shown(tmp_path, sections={"model": {"architecture": ARCHITECTURE | {"vocab_size": 99}}})
+
+
 def test_the_shortest_durations_are_one_step(tmp_path):
     for duration in ("1e-12 steps", "1e-12 epochs", "1e-12 tokens"):
         train = {"duration": duration, "optimizer": {"warmup": "1e-12 steps"}}

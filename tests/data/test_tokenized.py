@@ -271,7 +271,7 @@ tokenized.tokenize(Source(sys.argv[1]), "", data, Letters(), Seq2SeqFormat(0, 0)
 """
 
 
-def test_what_a_killed_process_left_is_not_used(tmp_path, cache):
+def test_what_a_killed_process_left_is_not_used_and_goes(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", pairs("abc>xy"))
     root = Path(__file__).parents[2]
     killed = subprocess.run([sys.executable, "-c", KILLED, path, str(cache)], cwd=root, check=False)
@@ -280,6 +280,7 @@ def test_what_a_killed_process_left_is_not_used(tmp_path, cache):
     assert left.startswith(".part-")
     tokenizer = Letters()
     assert read(run(path, cache, tokenizer)) == [marked("abc", "xy")] and tokenizer.encoded == 2
+    assert not any(name.startswith(".part-") for name in folders(cache))
 
 
 def test_two_that_build_the_same_cache_at_once_both_succeed(tmp_path, cache, monkeypatch):

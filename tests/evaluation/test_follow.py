@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jax_it import evaluate
+from jax_it.checkpoint import Checkpoints
 from jax_it.errors import Interrupted, UserError
 from jax_it.evaluation import Evaluator
 from jax_it.evaluation import follow as following
@@ -145,6 +146,39 @@ def test_a_run_that_has_ended_early_is_not_waited_for(run):
     cut(run)
     (run / "ended.json").write_text('{"step": 45, "why": "no better loss"}')
     assert followed(run) == ([45], {})
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("[]", "ended.json is damaged, so it does not tell whether training has ended; restore it or remove it\n"),
+        ('{"step": 60, "why": "its duration is over"}', "ended.json says that training ended at step 60, but the"),
+        ('{"step": 15, "why": "no better loss"}', "ended.json says that training ended at step 15, but the"),
+    ],
+)
+def test_an_end_that_cannot_be_is_named_once_and_not_believed(run, capfd, content, said):
+    cut(run)
+    (run / "ended.json").write_text(content)
+    with pytest.raises(Interrupted, match="nothing new has come"):
+        followed(run, timeout=1)
+    assert list(scored(run)) == [45] and capfd.readouterr().err.count(said) == 1
+
+
+def test_a_run_that_ends_between_two_looks_has_its_last_checkpoint_scored(run, monkeypatch):
+    """The checkpoint and the word that it is the last come after the steps were read."""
+    whole, ended = copy(run / "checkpoints" / "60", run.parent / "60"), (run / "ended.json").read_text()
+    cut(run)
+    steps = Checkpoints.steps
+
+    def steps_then_the_end(self):
+        found = steps(self)
+        if (run / "eval" / "45" / "metrics.json").is_file() and whole.is_dir():
+            whole.rename(run / "checkpoints" / "60")
+            (run / "ended.json").write_text(ended)
+        return found
+
+    monkeypatch.setattr(Checkpoints, "steps", steps_then_the_end)
+    assert followed(run) == ([45, 60], {})
 
 
 def test_a_run_that_is_not_there_yet_is_waited_for(run, capfd):

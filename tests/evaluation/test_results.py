@@ -51,7 +51,8 @@ def test_the_examples_show_the_first_of_each_task_on_one_line_each():
 
 def test_what_is_written_is_read_back_as_it_was(tmp_path):
     write(tmp_path / "eval" / "3", SCORED)
-    assert json.loads((tmp_path / "eval" / "3" / "metrics.json").read_text(encoding="utf-8")) == SCORED.metrics
+    written = json.loads((tmp_path / "eval" / "3" / "metrics.json").read_text(encoding="utf-8"))
+    assert written.pop("checksum") and written == SCORED.metrics == read(tmp_path / "eval" / "3")
     lines = (tmp_path / "eval" / "3" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == SCORED.predictions
     assert "à" in lines[1]
@@ -89,6 +90,27 @@ def test_damaged_scores_are_no_scores(tmp_path, content):
     assert not (tmp_path / "board").exists()
 
 
+def test_a_digit_that_has_changed_is_noticed_and_a_file_of_an_older_version_is_read(tmp_path, capfd):
+    place = Workdir(tmp_path)
+    for step, loss in ((3, 1.25), (4, 1.5), (5, 1.75)):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+        write(place.eval(step), Scored({"all": {"loss": loss}, "checksums": {"loss": math.nan}}, []))
+    assert place.choose_step("best", "loss") == 3 and capfd.readouterr().err == ""
+    file = place.eval(3) / "metrics.json"
+    file.write_text(file.read_text().replace("1.25", "1.26"))
+    with pytest.raises(ValueError, match="it has been changed; evaluate again, or remove its line with the checksum"):
+        read(place.eval(3))
+    assert place.measured(3, "loss") is None and place.choose_step("best", "loss") == 4
+    assert capfd.readouterr().err.startswith(f"{file} cannot be read: it has been changed; ")
+    file.write_text('{"all": {"loss": 1.26}}')
+    assert read(place.eval(3)) == {"all": {"loss": 1.26}} and place.choose_step("best", "loss") == 3
+
+
+def test_a_task_may_be_called_checksum(tmp_path):
+    write(tmp_path, Scored({"checksum": {"loss": 1.0}}, []))
+    assert read(tmp_path) == {"checksum": {"loss": 1.0}}
+
+
 def test_half_a_surrogate_pair_does_not_lose_the_predictions(tmp_path):
     write(tmp_path, Scored(SCORED.metrics, [row("sums", 1, prediction="\ud83d")]))
     (line,) = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -124,7 +146,7 @@ WITH_INTERVALS = Scored(
 def test_intervals_stand_beside_their_scores_and_errors_below_them(tmp_path):
     write(tmp_path, WITH_INTERVALS)
     written = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
-    assert written == {
+    assert written.pop("checksum") and written == {
         "sums": {"rougeL": 50.0, "rougeL_ci": [10.0, 90.5], "own.py:ratio": 0.12345, "n": 2.0},
         "all": {
             "loss": 1.23456, "n": 3.0, "rougeL": 33.3333, "rougeL_ci": [12.25, 61.0], "without_reference": 1.0,

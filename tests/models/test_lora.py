@@ -236,7 +236,8 @@ def test_targets_are_named_by_the_end_of_a_name_or_a_pattern(targets, expected, 
         ("query", "'query' matches no weight; there are down_proj, gate_proj, "),
         ("embed_tokens", "matches no weight"),
         ("model.layers.0.mlp.up_proj", "is named in 1 of 2 layers"),
-        ("(", "is no name and no regular expression"),
+        ("(", "is neither a name nor a regular expression"),
+        ("(.|..|...)+[!?]", "takes too long to match; write a simpler pattern"),
     ],
 )
 def test_a_target_that_is_none_is_refused(target, problem, folders):
@@ -321,6 +322,9 @@ def rewrite(folder: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+ENDLESS = "(.|..|...)+[!?]"  # for a name of some thirty characters
+
+
 @pytest.mark.parametrize(
     "changes, problem",
     [
@@ -333,7 +337,11 @@ def rewrite(folder: Path, **changes) -> None:
         ({"lora_alpha": 0}, "lora_alpha 0 of "),
         ({"lora_alpha": float("nan")}, "NaN is not a JSON number"),
         ({"alpha_pattern": {"q_proj": "4"}}, "lora_alpha '4' of "),
-        ({"alpha_pattern": {"(": 4}}, "alpha_pattern: '(' is not a regular expression"),
+        ({"alpha_pattern": {"(": 4}}, "alpha_pattern: '(' is neither a name nor a regular expression"),
+        ({"target_modules": ENDLESS}, "target_modules: '(.|..|...)+[!?]' takes too long to match; write a simpler"),
+        ({"rank_pattern": {ENDLESS: 4}}, "rank_pattern: '(.|..|...)+[!?]' takes too long to match"),
+        ({"alpha_pattern": {"((a{999}){999}){999}": 4}}, "alpha_pattern: '((a{999}){999}){999}' takes too long"),
+        ({"alpha_pattern": {"(?R)": 4}}, "alpha_pattern: '(?R)' is neither a name nor a regular expression"),
         ({"rank_pattern": [1]}, "rank_pattern=[1] must map modules to numbers"),
         ({"lora_dropout": 2}, "lora_dropout=2 must be"),
         ({"lora_dropout": "0.1"}, "lora_dropout='0.1' must be"),

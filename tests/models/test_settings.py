@@ -26,6 +26,7 @@ def read(values):
         ("num_layers", "2", "must be of type int"),
         ("num_layers", 2.0, "must be of type int"),
         ("num_layers", True, "must be of type int"),
+        ("num_layers", [1], "must be of type int"),
         ("eos_token_id", "1", "must be a token id or a list of them"),
         ("eos_token_id", [1, "2"], "must be a token id or a list of them"),
         ("eos_token_id", [True], "must be a token id or a list of them"),
@@ -70,7 +71,7 @@ def test_a_text_may_end_at_one_token_or_at_any_of_a_list(value, tokens):
     assert read(VALUES | {"eos_token_id": value}).end_tokens == tokens
 
 
-def test_a_list_of_one_number_stands_for_it_elsewhere_and_a_longer_one_is_refused():
+def test_a_list_of_one_token_stands_for_it_and_a_longer_one_is_refused():
     assert read(VALUES | {"pad_token_id": [7]}).pad_token == 7
     with pytest.raises(UserError, match="pad_token_id is \\[7, 8\\]; it must be of type int"):
         read(VALUES | {"pad_token_id": [7, 8]})
@@ -154,7 +155,7 @@ def test_no_size_of_a_family_may_be_zero_or_negative_or_no_integer(kind):
     base = FAMILY[kind][half] if half else FAMILY[kind]
     unread = set() if kind == "gpt2" else {"n_positions"}
     for key in base.keys() & set(SIZES) - unread:
-        for value in (0, -1, "32", 1.5, float("nan"), 10**400, [1, 2], {}):
+        for value in (0, -1, "32", 1.5, float("nan"), 10**400, [1], [1, 2], {}):
             values = {**base, key: value}
             with pytest.raises(UserError) as refusal:
                 read({**FAMILY[kind], half: values} if half else values)
