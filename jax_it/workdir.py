@@ -544,7 +544,7 @@ def make_format(model: Model, tokenizer: tokenizers.Tokenizer) -> Format:
     """How this model sees examples. Raises UserError where it is not the model's tokenizer."""
     check_vocabulary(model, tokenizer)
     if model.kind == "causal":
-        return CausalFormat(tokenizer.pad, model.run.prefix_lm)
+        return CausalFormat(tokenizer.pad, model.options.prefix_lm)
     return Seq2SeqFormat(model.config.start_token, model.config.pad_token)
 
 

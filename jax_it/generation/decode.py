@@ -80,7 +80,7 @@ class Generator:
         self._advance = jax.jit(
             partial(_advance, model, search), donate_argnums=1, out_shardings=(None, sharding.replicated(mesh))
         )
-        self._ready = jax.jit(model.ready)
+        self._ready = jax.jit(model.prepare_for_decoding)
         self._widen = jax.jit(widen, static_argnums=1)
         self._keep = jax.jit(partial(keep, search))
 

@@ -20,7 +20,7 @@ from jax_it.errors import UserError
 from jax_it.generation import widths
 from jax_it.generation.sampling import likeliest
 from jax_it.models import Model, Params
-from jax_it.models.cache import take_rows
+from jax_it.models.kv_cache import take_rows
 
 # What a token costs in a step, in tokens of a row that is computed as a whole: about 4 on two CPU cores with a model of
 # 135M parameters and 32 rows. Where steps cost more than that, long continuations are stepped that need not be.
@@ -103,7 +103,7 @@ class Likelihoods:
         # Sources and targets, or prompts with continuations behind them, a row for each continuation.
         batch: CausalBatch | Seq2SeqBatch
         if self._model.kind == "causal":
-            batch, first_B = _causal_rows(requests, width, tokens_BCT, lengths_BC, self._model.run.prefix_lm)
+            batch, first_B = _causal_rows(requests, width, tokens_BCT, lengths_BC, self._model.options.prefix_lm)
         else:
             batch, first_B = _seq2seq_rows(requests, width, tokens_BCT, lengths_BC, self._model.config.start_token)
         arrays = sharding.place((batch, first_B, tokens_BCT, lengths_BC), self._mesh)
@@ -155,7 +155,7 @@ def _step(
     """Sums of log-probabilities [B, C], and whether every token is the likeliest."""
     rows, number, length = tokens_BCT.shape
     first_B, start_B, cache = model.prefill(params, prompts_BS, segments_BS, length)
-    step = model.stepper(model.ready(params))
+    step = partial(model.decode_step, model.prepare_for_decoding(params))
     logits_BV, cache = step(first_B, start_B, cache)
     found = _of_tokens(logits_BV, tokens_BCT[:, :, 0])
     if length == 1:

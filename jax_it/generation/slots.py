@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax_it import sharding
 from jax_it.generation.beam import Beams
 from jax_it.generation.sampling import OneByOne
-from jax_it.models import Model, Params, Ready
-from jax_it.models.cache import Cache, change, insert, lengthen, prompt_room, rows, select, take_rows
+from jax_it.models import Model, Params, Prepared
+from jax_it.models.kv_cache import KVCache, grow, insert, map_axes, rows_of, select, take_rows
 
 Search = OneByOne | Beams
 
@@ -24,7 +24,7 @@ class Slots(NamedTuple):
     A slot whose prompt is done, or that never had one, stays as it is.
     """
 
-    cache: Cache
+    cache: KVCache
     last_B: jax.Array  # the token that the next step takes, a row
     start_B: jax.Array  # the position of the first one, a slot
     number_B: jax.Array  # tokens made so far, the end mark among them
@@ -62,7 +62,7 @@ def empty(model: Model, search: Search, number: int, width: int, params: Params)
             leaf.dtype,
         )
 
-    cache = change(zeros(search.beams), shapes, of_memory=zeros(1))
+    cache = map_axes(zeros(search.beams), shapes, of_source=zeros(1))
     nothing_B = jnp.zeros(number, jnp.int32)
     texts = search.begin(nothing_B, nothing_B, _nothing_seen(model, search, number))
     last_B = jnp.zeros(number * search.beams, jnp.int32)
@@ -86,11 +86,13 @@ def fill(model: Model, search: Search, params: Params, slots: Slots, new: Arriva
         else:
             seen_PV = seen_PV.at[each, first_P[:, None]].set(True)
     begun = search.begin(first_R, new.rows_R, None if seen_PV is None else seen_PV[new.prompts_R])
-    cache = lengthen(cache, prompt_room(slots.cache) - prompt_room(cache))
+    cache = grow(cache, slots.cache.prompt_capacity - cache.prompt_capacity)
     return _placed(
         Slots(
             cache=insert(slots.cache, cache, new.slots_R, new.prompts_R, search.beams),
-            last_B=slots.last_B.at[rows(new.slots_R, search.beams)].set(jnp.repeat(first_R, search.beams), mode="drop"),
+            last_B=slots.last_B.at[rows_of(new.slots_R, search.beams)].set(
+                jnp.repeat(first_R, search.beams), mode="drop"
+            ),
             start_B=put(slots.start_B, start_P[new.prompts_R]),
             number_B=put(slots.number_B, 0),
             limit_B=put(slots.limit_B, new.limits_R),
@@ -101,13 +103,12 @@ def fill(model: Model, search: Search, params: Params, slots: Slots, new: Arriva
 
 
 def advance(
-    model: Model, search: Search, ready: Ready, slots: Slots, idle_B: Any, until_done: Any, steps: Any
+    model: Model, search: Search, ready: Prepared, slots: Slots, idle_B: Any, until_done: Any, steps: Any
 ) -> Slots:
     """The slots after as many steps as it takes until so many of them are done, or after `steps`.
 
     Those of `idle_B` are done already.
     """
-    step = model.stepper(ready)
 
     def unfinished(carry: tuple) -> jax.Array:
         count, slots = carry
@@ -116,7 +117,7 @@ def advance(
     def body(carry: tuple) -> tuple:
         count, slots = carry
         positions_B = jnp.repeat(slots.start_B + slots.number_B, search.beams)
-        logits_BV, cache = step(slots.last_B, positions_B, slots.cache)
+        logits_BV, cache = model.decode_step(ready, slots.last_B, positions_B, slots.cache)
         texts, last_B, rows_B, over_B = search.advance(
             slots.texts, logits_BV, slots.number_B, slots.limit_B, slots.done_B
         )
@@ -138,13 +139,13 @@ def advance(
 
 def widen(slots: Slots, by: int) -> Slots:
     """The slots with room for prompts that are longer by so many tokens."""
-    return _placed(slots._replace(cache=lengthen(slots.cache, by)))
+    return _placed(slots._replace(cache=grow(slots.cache, by)))
 
 
 def keep(search: Search, slots: Slots, slots_B: Any) -> Slots:
     """Some of the slots, in this order."""
     start_B, number_B, limit_B, done_B, texts = jax.tree.map(lambda array: array[slots_B], tuple(slots[2:]))
-    cache, last_B = select(slots.cache, slots_B, search.beams), slots.last_B[rows(slots_B, search.beams)]
+    cache, last_B = select(slots.cache, slots_B, search.beams), slots.last_B[rows_of(slots_B, search.beams)]
     return _placed(Slots(cache, last_B, start_B, number_B, limit_B, done_B, texts))
 
 
@@ -157,7 +158,7 @@ def _nothing_seen(model: Model, search: Search, number: int) -> jax.Array | None
 
 def _placed(slots: Slots) -> Slots:
     """The slots shared out to the devices: each has the rows of its part of a batch."""
-    cache = change(_constrain, slots.cache)
+    cache = map_axes(_constrain, slots.cache)
     return Slots(cache, *jax.tree.map(lambda array: _constrain("B" + "." * (array.ndim - 1), array), tuple(slots[1:])))
 
 

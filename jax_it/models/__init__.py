@@ -13,14 +13,15 @@ from flax import nnx
 from jax_it import losses
 from jax_it.config import Model as ModelConfig
 from jax_it.errors import UserError
-from jax_it.models.cache import Cache, Step, by_layer
+from jax_it.models.config import ComputeOptions
 from jax_it.models.experts import Routing
 from jax_it.models.families import FAMILIES
-from jax_it.models.family import Family, Kind, Run
-from jax_it.models.layers import apart
+from jax_it.models.family import Family, FamilyConfig, Kind, Module
+from jax_it.models.kv_cache import KVCache, unstack_layers
 from jax_it.models.linear import dense
 from jax_it.models.lora import Adapter
 from jax_it.models.quantized import Quantized
+from jax_it.models.stack import group_layers
 from jax_it.models.weights import Weight, flatten, is_vector, unflatten
 from jax_it.typed import shown
 
@@ -29,10 +30,10 @@ Params = dict[str, Any]  # nested dicts of arrays
 ADAPTER = "adapter"  # the params' entry that holds the adapters
 
 
-class Ready(NamedTuple):
-    """Weights for decoding, in the computation's dtype."""
+class Prepared(NamedTuple):
+    """Weights prepared for decoding, in the computation's dtype."""
 
-    module: Any  # the family's, without an encoder; on CPUs and GPUs each layer by itself
+    module: Module  # without an encoder; on CPUs and GPUs each layer by itself
     head_VD: jax.Array
 
 
@@ -46,8 +47,8 @@ class Model:
 
     values: Mapping[str, Any]  # config.json
     family: Family
-    config: Any  # the family's
-    run: Run
+    config: FamilyConfig
+    options: ComputeOptions
     adapter: Adapter | None = None
 
     @property
@@ -131,20 +132,20 @@ class Model:
 
     def apply(self, params: Params, batch: Any, key: jax.Array | None = None) -> jax.Array:
         """States before the head [B, T, D] for every target position; dropout where a key is given."""
-        return self._module(params, key)(batch, self.run, key)
+        return self._module(params, key).states(batch, self.options, key)[0]
 
     def routing(self, params: Params, batch: Any) -> Routing:
         """How a mixture of experts sends a batch's tokens, without a gradient."""
-        return jax.lax.stop_gradient(self._module(params).states(batch, self.run)[1])
+        return jax.lax.stop_gradient(self._module(params).states(batch, self.options)[1])
 
     def head(self, params: Params) -> jax.Array:
         """The weights that `logits` takes, [V, D]."""
         weight = params["embedding" if self.config.tied else "head"]
-        return dense(weight, self.run.dtype) if isinstance(weight, Quantized) else weight
+        return dense(weight, self.options.dtype) if isinstance(weight, Quantized) else weight
 
     def logits(self, head_VD: jax.Array, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of states [..., D]."""
-        return self.family.head_logits(self.config, head_VD, hidden)
+        return self.family.logits(self.config, head_VD, hidden)
 
     def loss_sum(
         self,
@@ -159,11 +160,7 @@ class Model:
 
         `balance_X` is what a unit of each expert's router probability costs beside that, in a mixture of experts.
         """
-        module = self._module(params, key)
-        if balance_X is None:
-            hidden_BTD = module(batch, self.run, key)
-        else:
-            hidden_BTD, routing = module.states(batch, self.run, key)
+        hidden_BTD, routing = self._module(params, key).states(batch, self.options, key)
         head_VD = self.head(params)
         total, weight = losses.chunked_sum(
             loss, self.logits, chunk, head_VD, hidden_BTD, batch.targets_BT, batch.weights_BT, self.adapter is None
@@ -174,43 +171,40 @@ class Model:
 
     def prefill(
         self, params: Params, prompts_BS: jax.Array, segments_BS: jax.Array, length: int
-    ) -> tuple[jax.Array, jax.Array, Cache]:
+    ) -> tuple[jax.Array, jax.Array, KVCache]:
         """(the tokens [B] that the first step takes, their positions [B], the cache).
 
         The cache holds at most `length` new tokens of each prompt, or source; segment 0 is padding.
         """
-        first_B, start_B, cache = self._module(params).prefill(prompts_BS, segments_BS, length, self.run)
-        return first_B, start_B, by_layer(cache) if self.run.unrolled else cache
-
-    def ready(self, params: Params) -> Ready:
-        """What `stepper` takes of the weights, made ready for many steps: call it once, outside of loops."""
         module = self._module(params)
-        stack = module
+        first_B, start_B, cache = module.prefill(prompts_BS, segments_BS, length, self.options)
+        if self.options.unrolled:
+            decoder = module.decoder.config
+            cache = unstack_layers(cache, decoder.layers, len(decoder.layer_kinds))
+        return first_B, start_B, cache
+
+    def prepare_for_decoding(self, params: Params) -> Prepared:
+        """Prepare weights for many steps of `decode_step`: call it once, outside of loops."""
+        module = self._module(params)
         if self.kind == "seq2seq":
             del module.encoder
-            stack = module.decoder
-        if self.run.unrolled:
-            stack.layers = apart(stack.layers)
-        return Ready(module, self.head(params))
+        stack = module.decoder
+        stack.layers = group_layers(stack.layers, len(stack.config.layer_kinds), self.options.unrolled)
+        return Prepared(module, self.head(params))
 
-    def stepper(self, ready: Ready) -> Step:
-        """`step(tokens_B, positions_B, cache)`: logits [B, V] after one more token a row, which stands at that row's
-        position, and the new cache.
-        """
-        step = ready.module.stepper(self.run)
-
-        def with_head(tokens_B: jax.Array, positions_B: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-            hidden_BD, cache = step(tokens_B, positions_B, cache)
-            return self.logits(ready.head_VD, hidden_BD), cache
-
-        return with_head
+    def decode_step(
+        self, prepared: Prepared, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """Return the logits [B, V] after one more token a row, at that row's position, and the new cache."""
+        states_BD, cache = prepared.module.decode_step(tokens_B, positions_B, cache, self.options)
+        return self.logits(prepared.head_VD, states_BD), cache
 
     def _module(self, params: Params, key: jax.Array | None = None) -> Any:
         """The module with its weights in the computation's dtype; norms and biases stay float32."""
 
         def cast(letters: str, weight: Any) -> Any:
             keeps = isinstance(weight, Quantized) or is_vector(letters) or "E" in letters
-            return weight if keeps else weight.astype(self.run.dtype)
+            return weight if keeps else weight.astype(self.options.dtype)
 
         trained, frozen = self.split(params)
         if self.adapter is None:
@@ -236,13 +230,12 @@ def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
     dropout = config.dropout if model.dropout is None else model.dropout
     on_tpu = jax.default_backend() == "tpu"
     fused = model.attention == "auto" and on_tpu
-    # All positions of a text may have to be computed again, which goes through stacked layers.
-    again = family.kind == "causal" and config.computed_again and bool(config.original_length)
-    if again and model.prefix_lm:
+    if model.prefix_lm and config.recompute_longrope and config.longrope_length:
         raise UserError(f"config.model.prefix_lm: the longrope of {where} is computed for causal attention alone")
-    unrolled = not (on_tpu or again)
-    run = Run(dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, fused, unrolled=unrolled)
-    return Model(values, family, config, run)
+    options = ComputeOptions(
+        dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, fused, unrolled=not on_tpu
+    )
+    return Model(values, family, config, options)
 
 
 def default_dtype() -> Any:

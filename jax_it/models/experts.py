@@ -9,8 +9,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jax_it import sharding
-from jax_it.models import layers
-from jax_it.models.linear import dense
+from jax_it.models.linear import ACTIVATIONS, dense, normal
 from jax_it.models.quantized import Quantized
 from jax_it.sharding import constrain
 
@@ -46,10 +45,10 @@ class ExpertsMlp(nnx.Module):
     def __init__(self, width: int, experts: Experts, activation: str, *, rngs: nnx.Rngs):
         self.experts, self.activation = experts, activation
         number, inner = experts.number, experts.feed_forward
-        self.router = layers.normal(rngs, (width, number), width**-0.5)
-        self.gate = layers.normal(rngs, (number, width, inner), width**-0.5)
-        self.up = layers.normal(rngs, (number, width, inner), width**-0.5)
-        self.down = layers.normal(rngs, (number, inner, width), inner**-0.5)
+        self.router = normal(rngs, (width, number), width**-0.5)
+        self.gate = normal(rngs, (number, width, inner), width**-0.5)
+        self.up = normal(rngs, (number, width, inner), width**-0.5)
+        self.down = normal(rngs, (number, inner, width), inner**-0.5)
 
     def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, Routing]:
         """The experts' weighted sum, and how the tokens were sent. `real_BT` is false for padding."""
@@ -59,7 +58,7 @@ class ExpertsMlp(nnx.Module):
         if self.experts.normalised:
             weights_BTC /= weights_BTC.sum(-1, keepdims=True)
         matrices = Matrices(*(param.get_value() for param in (self.gate, self.up, self.down)))
-        act = layers.ACTIVATIONS[self.activation]
+        act = ACTIVATIONS[self.activation]
         out_BTD = _on_own_experts(act, x_BTD, chosen_BTC, weights_BTC, matrices, self.experts.number)
         return constrain(out_BTD, "B T D"), Routing.of(probabilities_BTX, chosen_BTC, real_BT)
 

@@ -2,37 +2,86 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, Protocol
 
+import jax
+
+from jax_it.models.config import ComputeOptions
+from jax_it.models.experts import Experts
+from jax_it.models.kv_cache import KVCache
+from jax_it.models.stack import Stack
 from jax_it.models.weights import Weight
 
 Kind = Literal["seq2seq", "causal"]
 
 
-class Run(NamedTuple):
-    """How a forward pass is computed: nothing of it changes what the model is."""
+class FamilyConfig(Protocol):
+    """What every family's config offers."""
 
-    dtype: Any
-    remat: bool = False
-    dropout: float = 0.0  # the rate where a key is given
-    prefix_lm: bool = False  # the prompt's positions see each other, also in `prefill`
-    fused: bool | Literal["interpret"] = False  # attention by the TPU's kernel, where it can compute the rows
-    unrolled: bool = False  # decoding goes through the layers one by one, which takes longer to compile than a scan
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+
+    @property
+    def start_token(self) -> int | None:
+        """What a target starts with, or a causal model's text."""
+
+    @property
+    def pad_token(self) -> int | None: ...
+    @property
+    def end_tokens(self) -> tuple[int, ...]: ...
+    @property
+    def positions(self) -> int:
+        """How many positions have a learned embedding; 0: positions are not learned, and not limited."""
+
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def experts(self) -> Experts | None: ...
+    def flops(self, source_length: int, length: int, source_blocks: int = ..., /) -> float:
+        """Count the matmul FLOPs of one row's forward pass."""
+
+    def scores(self, source_length: int, length: int, source_blocks: int = ..., /) -> float:
+        """Count the attention scores of one row's forward pass."""
+
+
+class Module(Protocol):
+    """What every family's module offers; it is made as `module(config, rngs=...)`."""
+
+    embedding: Any
+    decoder: Stack
+
+    def states(self, batch: Any, options: ComputeOptions, key: jax.Array | None = None) -> tuple[jax.Array, Any]:
+        """Compute all of a batch: states before the head [B, T, D], and how experts were chosen, summed over layers.
+
+        A key is for dropout.
+        """
+
+    def prefill(
+        self, prompts_BS: jax.Array, segments_BS: jax.Array, max_new_tokens: int, options: ComputeOptions
+    ) -> tuple[jax.Array, jax.Array, KVCache]:
+        """Read prompts, or sources: the tokens [B] that the first step takes, their positions [B], and the cache."""
+
+    def decode_step(
+        self, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache, options: ComputeOptions
+    ) -> tuple[jax.Array, KVCache]:
+        """Compute one more token a row, at its own position: states [B, D], and the new cache."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type`. Its module, made as `module(config, rngs=…)`, is called with (batch, run, key).
-
-    It also has `prefill` and `stepper`, for generation; see `Model` for what each of them takes and returns.
-    """
+    """One `model_type`."""
 
     kind: Kind
     architecture: str  # Transformers' class
     read_config: Callable[[Mapping[str, Any], str], Any]
     weight_table: Callable[[Any], dict[str, Weight]]
-    module: type
-    head_logits: Callable[..., Any]  # (config, head_VD, hidden) -> float32 logits
+    module: Callable[..., Any]
+    logits: Callable[..., jax.Array]  # (config, head_VD, states) -> float32 logits
     embedding: str  # Transformers' name of the embedding, which a tied head repeats
     head: str
     aliases: Mapping[str, str] | None = None  # names under which a checkpoint may repeat a weight: the same bytes

@@ -92,7 +92,7 @@ def storage(model: Model, config: ModelConfig) -> dict[str, str]:
         elif config.quantize != "none" and matrix and weight.letters not in _NEVER_QUANTIZED and block_size(last):
             kept[path] = config.quantize
         else:
-            kept[path] = jnp.dtype(model.run.dtype).name if matrix else "float32"
+            kept[path] = jnp.dtype(model.options.dtype).name if matrix else "float32"
     return kept
 
 

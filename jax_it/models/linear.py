@@ -4,6 +4,7 @@ A module writes `project(x, self.query, "BTD,DNH->BTNH")` and need not know whic
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,24 @@ from flax import nnx
 from jax_it.models.quantized import Quantized
 
 DenseWeight = jax.Array | Quantized
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
+    """Draw a float32 weight from a normal distribution."""
+    return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def split_key(key: jax.Array | None, number: int) -> list[jax.Array | None]:
+    """Split a key, if there is one, into a list of keys."""
+    return [None] * number if key is None else list(jax.random.split(key, number))
 
 
 @jax.tree_util.register_dataclass

@@ -43,40 +43,32 @@ class Rope:
     long_frequencies: Frequencies = ()  # of LongRoPE, for texts of more than `original_length` positions
     original_length: int = 0
 
-    def angles(self, positions_BT: jax.Array, extents_BT: jax.Array | None) -> jax.Array:
-        """Radians [B, T, pairs], float32; `extents_BT` says how many positions the text of each has in all."""
+    interleaved: bool = False  # pairs are (2i, 2i + 1), not (i, i + the number of pairs)
+
+    def cos_sin(self, positions_BT: jax.Array, lengths_BT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Return cosines and sines [B, T, pairs], float32; `lengths_BT`: how many positions each one's text has."""
         frequencies = jnp.asarray(self.frequencies, jnp.float32)
         if self.long_frequencies:
-            assert extents_BT is not None
+            assert lengths_BT is not None
             long = jnp.asarray(self.long_frequencies, jnp.float32)
-            frequencies = jnp.where(extents_BT[..., None] > self.original_length, long, frequencies)
-        return positions_BT[..., None].astype(jnp.float32) * frequencies
+            frequencies = jnp.where(lengths_BT[..., None] > self.original_length, long, frequencies)
+        angles = positions_BT[..., None].astype(jnp.float32) * frequencies
+        return jnp.cos(angles) * self.scale, jnp.sin(angles) * self.scale
 
 
-def rotations(
-    ropes: tuple[Rope | None, ...], positions_BT: jax.Array, extents_BT: jax.Array | None
-) -> list[tuple[jax.Array, jax.Array]]:
-    """Cosine and sine [B, T, pairs] of each rope, all of one size; (1, 0) for None, which rotates nothing."""
-    found = []
-    for rope in ropes:
-        if rope is None:
-            pairs = len(next(other for other in ropes if other is not None).frequencies)
-            shape = (*positions_BT.shape, pairs)
-            found.append((jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)))
-        else:
-            angles = rope.angles(positions_BT, extents_BT)
-            found.append((jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale))
-    return found
-
-
-def rotate(x_BTNH: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array) -> jax.Array:
-    """Each pair (i, i + pairs) of a head's first entries turned by its angle; the entries after them stay."""
+def rotate(x_BTNH: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array, interleaved: bool = False) -> jax.Array:
+    """Rotate each pair of a head's first entries by its angle; the entries after them stay as they are."""
     pairs = cos_BTP.shape[-1]
     cos, sin = cos_BTP[:, :, None], sin_BTP[:, :, None]
     x = x_BTNH.astype(jnp.float32)
-    first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
-    return turned.astype(x_BTNH.dtype)
+    if interleaved:
+        first, second, rest = x[..., : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2], x[..., 2 * pairs :]
+    else:
+        first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    rotated = first * cos - second * sin, second * cos + first * sin
+    if interleaved:
+        rotated = (jnp.stack(rotated, axis=-1).reshape(*x.shape[:-1], 2 * pairs),)
+    return jnp.concatenate([*rotated, rest], axis=-1).astype(x_BTNH.dtype)
 
 
 def read(

@@ -53,7 +53,7 @@ def build_step(config: Config, topology: Topology, rows: int = 0) -> Step:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         model = find_model(config)
         if config.model.attention == "auto" and topology.is_tpu:
-            model = dataclasses.replace(model, run=model.run._replace(fused=True))
+            model = dataclasses.replace(model, options=model.options._replace(fused=True))
         frozen = _frozen_shapes(model, config)
         # Any length of the schedule gives the same program.
         prepared = prepare(model, config, mesh, frozen, 1000, 10, 10)
@@ -110,7 +110,7 @@ def _frozen_shapes(model: Model, config: Config) -> Any:
 
 def _format(model: Model) -> Format:
     if model.kind == "causal":
-        return CausalFormat(0, model.run.prefix_lm)
+        return CausalFormat(0, model.options.prefix_lm)
     return Seq2SeqFormat(model.config.start_token, model.config.pad_token)
 
 

@@ -73,7 +73,7 @@ def make_train_step(
         return loss_sum(model.join(params, frozen), *rest)
 
     gradient = jax.value_and_grad(of_trained, has_aux=True)
-    dropout = bool(model.run.dropout or (model.adapter and model.adapter.dropout))
+    dropout = bool(model.options.dropout or (model.adapter and model.adapter.dropout))
     balance = config.balance_loss if model.config.experts else 0.0
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:

@@ -48,7 +48,8 @@ def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass_at_each_step(t
     @jax.jit
     def full_pass(tokens_BT: jax.Array) -> jax.Array:
         ones_BT = jnp.ones((rows, LENGTH), jnp.int32)
-        batch = Seq2SeqBatch(source[:, None], segments[:, None], None, tokens_BT, ones_BT, ones_BT, ones_BT, None)
+        positions = np.broadcast_to(np.arange(width), segments.shape)[:, None]
+        batch = Seq2SeqBatch(source[:, None], segments[:, None], positions, tokens_BT, ones_BT, ones_BT, ones_BT, None)
         return tiny.model.logits(tiny.model.head(tiny.params), tiny.model.apply(tiny.params, batch)).argmax(-1)
 
     tokens_BT = np.full((rows, LENGTH + 1), tiny.model.config.start_token)
@@ -145,18 +146,13 @@ def test_no_sources_give_no_texts(tiny, generators):
 def test_rows_that_fill_up_a_batch_keep_nobody_waiting(tiny, monkeypatch, name):
     """Decoding ends with the last row that was asked for, though the batch has rows to spare."""
     steps: list[int] = []
-    plain = type(tiny.model).stepper
+    decode_step = type(tiny.model).decode_step
 
-    def stepper(self, ready):
-        step = plain(self, ready)
+    def counted(self, prepared, tokens_B, positions_B, cache):
+        jax.debug.callback(lambda position: steps.append(int(position)), positions_B[0])
+        return decode_step(self, prepared, tokens_B, positions_B, cache)
 
-        def counted(tokens_B, positions_B, cache):
-            jax.debug.callback(lambda position: steps.append(int(position)), positions_B[0])
-            return step(tokens_B, positions_B, cache)
-
-        return counted
-
-    monkeypatch.setattr(type(tiny.model), "stepper", stepper)
+    monkeypatch.setattr(type(tiny.model), "decode_step", counted)
     short = tiny.sources[11]
     ((_, _, text, _, _),) = Generator(tiny.model, tiny.mesh, LENGTH, 3, SAMPLINGS[name])(tiny.params, [short])
     jax.effects_barrier()
@@ -177,7 +173,7 @@ def likeliest(tiny, length, ends):
     def full_pass(tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
         places_BT = jnp.broadcast_to(jnp.arange(width), tokens_BT.shape)
         segments_BT, prompt_BT = places_BT <= last_B[:, None], places_BT < starts[:, None]
-        prefix_BT = prompt_BT.astype(jnp.int32) if tiny.model.run.prefix_lm else None
+        prefix_BT = prompt_BT.astype(jnp.int32) if tiny.model.options.prefix_lm else None
         batch = CausalBatch(tokens_BT, None, None, segments_BT.astype(jnp.int32), places_BT, prefix_BT)
         hidden_BTD = tiny.model.apply(tiny.params, batch)
         return tiny.model.logits(tiny.model.head(tiny.params), hidden_BTD[jnp.arange(len(starts)), last_B]).argmax(-1)
@@ -190,7 +186,7 @@ def likeliest(tiny, length, ends):
 
 @pytest.mark.parametrize("prefix_lm", [False, True])
 def test_greedy_tokens_of_a_causal_model_are_the_likeliest_of_the_full_forward_pass(llama, prefix_lm):
-    model = dataclasses.replace(llama.model, run=llama.model.run._replace(prefix_lm=prefix_lm))
+    model = dataclasses.replace(llama.model, options=llama.model.options._replace(prefix_lm=prefix_lm))
     expected = likeliest(llama._replace(model=model), LENGTH, model.config.end_tokens)
     assert by_prompt(Generator(model, llama.mesh, LENGTH, 8)(llama.params, llama.sources)) == dict(enumerate(expected))
     assert len({tuple(text) for text in expected}) >= 10

@@ -166,7 +166,7 @@ def test_a_prompt_or_a_continuation_without_a_token_is_an_error(tiny, request_):
 
 
 def test_a_prefix_lm_s_prompt_is_read_both_ways_either_way(llama, how):
-    model = dataclasses.replace(llama.model, run=llama.model.run._replace(prefix_lm=True))
+    model = dataclasses.replace(llama.model, options=llama.model.options._replace(prefix_lm=True))
     other = llama._replace(model=model)
     requests = [Request(llama.sources[1], [[3, 4, 5], [6, 7]])]
     found, _ = scored(other, requests)

@@ -14,6 +14,8 @@ from jax_it.data.packing import Shape
 from jax_it.errors import UserError
 from jax_it.generation import Generator, Sampling
 from jax_it.models import Model, Params, build
+from jax_it.models.config import LayerKind
+from jax_it.models.rope import Rope
 from tests.generation.conftest import by_prompt
 
 LLAMA = {
@@ -34,7 +36,7 @@ def example(seed: int, prompt: int, answer: int) -> Placed:
 
 
 def states(model: Model, params: Params, examples: list[Placed], length: int) -> np.ndarray:
-    batch = CausalFormat(0, model.run.prefix_lm).batch([examples], Shape(0, 0, length))
+    batch = CausalFormat(0, model.options.prefix_lm).batch([examples], Shape(0, 0, length))
     return np.asarray(jax.jit(model.apply)(params, batch))[0]
 
 
@@ -101,10 +103,11 @@ def test_layers_that_differ_are_computed_by_their_own_window_and_rope():
         "rope_theta": 1e6, "rope_local_base_freq": 1e4, "layer_types": ["sliding_attention", "full_attention"],
     }  # fmt: skip
     model, params = make(values)
-    assert model.config.windows == (3, 0) and model.config.layer_ropes == (1, 0)
+    kinds = model.config.layer_kinds
+    assert [kind.window for kind in kinds] == [3, 0] and kinds[0].rope != kinds[1].rope
     one = example(0, 8, 4)
     both = states(model, params, [one], 12)
-    swapped = dataclasses.replace(model.config, windows=(0, 3), layer_ropes=(0, 1))
+    swapped = dataclasses.replace(model.config, layer_kinds=kinds[::-1])
     other = states(dataclasses.replace(model, config=swapped), params, [one], 12)
     assert np.abs(both - other).max() > 1e-2
     # With equal weights in both layers, swapping the layers' weights changes nothing, and their kinds does.
@@ -156,11 +159,11 @@ def test_longrope_generates_by_the_length_that_the_text_has_then():
         assert long[i][:3] == short[i]
         for number, token in enumerate(long[i]):
             assert token == likeliest([*prompt, *long[i][:number]]), (len(prompt), number)
-    unlike = dataclasses.replace(model, config=dataclasses.replace(model.config, computed_again=False))
+    unlike = dataclasses.replace(model, config=dataclasses.replace(model.config, recompute_longrope=False))
     assert by_prompt(Generator(unlike, mesh, 8, 6, ends=(0,))(params, prompts)) != long, "the test says nothing"
 
 
-def test_a_prefix_lm_is_not_computed_again():
+def test_a_prefix_lm_with_longrope_is_refused():
     with pytest.raises(UserError, match=r"^config.model.prefix_lm: the longrope of test"):
         make(LONGROPE, prefix_lm=True)
 
@@ -175,8 +178,9 @@ def test_layers_that_are_all_of_the_second_rope_rotate_by_it(kind):
     else:
         values |= {"layer_types": ["sliding_attention"] * 2, "sliding_window": 64, "rope_local_base_freq": 10.0}
     model, params = make(values)
-    second = model.config.ropes[1]
-    alone = dataclasses.replace(model.config, ropes=(second,) if second else (), layer_ropes=())
+    frequencies = np.float32(10) ** (-np.arange(0, 8, 2, dtype=np.float32) / 8)
+    second = None if kind == "smollm3" else Rope(tuple(frequencies.tolist()))
+    alone = dataclasses.replace(model.config, layer_kinds=(LayerKind(rope=second),))
     one = example(0, 8, 4)
     expected = states(dataclasses.replace(model, config=alone), params, [one], 12)
     np.testing.assert_allclose(states(model, params, [one], 12), expected, rtol=0, atol=1e-6)

@@ -81,6 +81,10 @@ def test_an_integer_may_stand_for_a_float():
     assert read(VALUES | {"dropout_rate": 0}).dropout == 0.0
 
 
+def is_scaled(config):
+    return config.decoder.output_scale == config.decoder.embed_dim**-0.5
+
+
 @pytest.mark.parametrize("kind", ["t5", "mt5", "umt5"])
 def test_the_defaults_are_those_of_transformers(kind):
     import transformers
@@ -88,18 +92,20 @@ def test_the_defaults_are_those_of_transformers(kind):
     theirs = transformers.AutoConfig.for_model(kind)
     ours = read({"model_type": kind})
     assert ours.vocabulary == theirs.vocab_size
-    assert (ours.width, ours.heads, ours.head_size) == (theirs.d_model, theirs.num_heads, theirs.d_kv)
-    assert ours.feed_forward == theirs.d_ff
-    assert (ours.encoder_layers, ours.decoder_layers) == (theirs.num_layers, theirs.num_decoder_layers)
-    assert ours.buckets == theirs.relative_attention_num_buckets
-    assert ours.max_distance == theirs.relative_attention_max_distance
-    assert (ours.activation, ours.gated) == (theirs.dense_act_fn, theirs.is_gated_act)
-    assert (ours.epsilon, ours.dropout) == (theirs.layer_norm_epsilon, theirs.dropout_rate)
+    for half in (ours.encoder, ours.decoder):
+        assert (half.embed_dim, half.num_heads, half.head_dim) == (theirs.d_model, theirs.num_heads, theirs.d_kv)
+        assert half.num_kv_heads == half.num_heads and half.mlp_dim == theirs.d_ff
+        assert half.relative_bias.buckets == theirs.relative_attention_num_buckets
+        assert half.relative_bias.max_distance == theirs.relative_attention_max_distance
+        assert (half.activation, half.gated_mlp) == (theirs.dense_act_fn, theirs.is_gated_act)
+        assert (half.norm_eps, half.dropout) == (theirs.layer_norm_epsilon, theirs.dropout_rate)
+    assert (ours.encoder.layers, ours.decoder.layers) == (theirs.num_layers, theirs.num_decoder_layers)
+    assert ours.dropout == theirs.dropout_rate
     assert ours.tied == theirs.tie_word_embeddings
     assert (ours.pad_token, ours.end_tokens) == (theirs.pad_token_id, (theirs.eos_token_id,))
     assert ours.start_token == 0
     # Read for T5 alone: mT5 and umT5 have no such setting.
-    assert ours.scaled == getattr(theirs, "scale_decoder_outputs", kind == "umt5")
+    assert is_scaled(ours) == getattr(theirs, "scale_decoder_outputs", kind == "umt5")
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
@@ -110,7 +116,7 @@ def test_a_config_that_transformers_wrote_anew_reads_as_the_published_one(case):
     rewritten = transformers.AutoConfig.for_model(**case.values).to_dict()
     # It writes that every head is tied; whether one is follows from the weights.
     assert read(rewritten) == read(
-        case.values | {"tie_word_embeddings": True, "scale_decoder_outputs": published.scaled}
+        case.values | {"tie_word_embeddings": True, "scale_decoder_outputs": is_scaled(published)}
     )
 
 
@@ -118,7 +124,7 @@ def test_settings_of_the_run_override_those_of_the_file(folder):
     model = config.Model(path=str(folder), architecture={"num_layers": 1, "dropout_rate": 0.3}, pretrained=False)
     values, where = hf.read_values(model)
     read_back = build(values, where, model).config
-    assert (read_back.encoder_layers, read_back.dropout, read_back.width) == (1, 0.3, 32)
+    assert (read_back.encoder.layers, read_back.dropout, read_back.encoder.embed_dim) == (1, 0.3, 32)
 
 
 def test_a_missing_config_is_named(tmp_path):

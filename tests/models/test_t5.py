@@ -12,7 +12,7 @@ from jax_it import config
 from jax_it.data.batches import Placed
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.packing import Shape
-from jax_it.models import build, layers
+from jax_it.models import attention, build
 from tests.parity import cases
 
 FORMAT = Seq2SeqFormat(start=0, pad=0)
@@ -115,7 +115,7 @@ def test_recomputing_layers_gives_the_same_gradients(t5_1_1):
     batch = packed([1, 2, 3])
 
     def gradient(remat):
-        with_remat = dataclasses.replace(model, run=model.run._replace(remat=remat))
+        with_remat = dataclasses.replace(model, options=model.options._replace(remat=remat))
         traced = jax.jit(jax.grad(lambda params: jnp.square(with_remat.apply(params, batch)).sum())).trace(params)
         assert ("remat" in str(traced.jaxpr) or "checkpoint" in str(traced.jaxpr)) == remat
         return jax.tree.leaves(traced.lower().compile()(params))
@@ -128,7 +128,7 @@ def test_recomputing_layers_gives_the_same_gradients(t5_1_1):
 def test_dropout_depends_on_the_key_alone(t5_1_1, apply):
     model, params = t5_1_1
     batch = packed([1, 2, 3])
-    assert model.run.dropout == 0.1
+    assert model.options.dropout == 0.1
     drop = jax.jit(lambda key: model.apply(params, batch, key))
     first, again, second = (np.asarray(drop(jax.random.key(seed))) for seed in (0, 0, 1))
     there = batch.segments_BT > 0
@@ -180,7 +180,7 @@ LARGE = dict(cases.BY_NAME["t5_1_1"].values) | {"d_model": 512, "d_kv": 64, "d_f
     ],
 )
 def test_counted_flops_are_those_that_xla_counts(values, blocks, source_length, target_length, monkeypatch):
-    monkeypatch.setattr(layers, "FEWEST", 1 << 30)  # by custom masked scores count too
+    monkeypatch.setattr(attention, "MIN_BLOCK", 1 << 30)  # by custom masked scores count too
     # XLA counts a scan's body once, however many layers it runs over: one layer, then.
     values = values | {"num_layers": 1, "num_decoder_layers": 1}
     model, traced = forward(values, blocks, source_length, target_length)
@@ -208,5 +208,7 @@ def test_every_layer_is_counted():
     values = LARGE | {"num_layers": 5, "num_decoder_layers": 2}
     model, traced = forward(values, 2, 64, 32)
     c = model.config
-    bias = 2 * (2 * 64 + 2 * 32) * c.buckets * c.heads  # picked out of its table by a small product
+    bias = (
+        2 * (2 * 64 + 2 * 32) * c.encoder.relative_bias.buckets * c.encoder.num_heads
+    )  # picked out of its table by a small product
     assert matmul_flops(traced.jaxpr.jaxpr) == c.flops(64, 32, 2) + bias

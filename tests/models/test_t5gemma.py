@@ -10,8 +10,8 @@ from jax.extend.core import jaxprs_in_params
 
 from jax_it import config, sharding
 from jax_it.errors import UserError
-from jax_it.models import build, hf, layers
-from jax_it.models.cache import take_rows
+from jax_it.models import attention, build, hf
+from jax_it.models.kv_cache import take_rows
 from jax_it.models.lora import is_linear
 from jax_it.models.weights import flatten
 from tests.models.test_t5 import LENGTHS, forward, matmul_flops, packed, padded
@@ -91,7 +91,7 @@ def test_the_encoders_window_is_as_wide_to_either_side():
     def encode(source_BS):
         module = model._module(params)
         positions_BS = np.arange(12)[None]
-        return module.encode(source_BS[:, None], ones[:, None], positions_BS[:, None], model.run)
+        return module.encode(source_BS[:, None], ones[:, None], positions_BS[:, None], model.options)
 
     changed = source_BS.copy()
     changed[0, 6] = 50
@@ -123,7 +123,7 @@ def test_single_steps_give_the_logits_of_all_positions_at_once(copies, t5gemma):
     )
     np.testing.assert_array_equal(first_B, model.config.start_token)
     cache, positions_B = take_rows(cache, rows_B), positions_B[rows_B]
-    step = jax.jit(lambda params, *arguments: model.stepper(model.ready(params))(*arguments))
+    step = jax.jit(lambda params, *arguments: model.decode_step(model.prepare_for_decoding(params), *arguments))
     for position in range(12):
         logits_BV, cache = step(params, tokens_BT[:, position], positions_B + position, cache)
         np.testing.assert_allclose(logits_BV, full_BTV[:, position], rtol=0, atol=ROUNDING)
@@ -134,7 +134,7 @@ def test_recomputing_layers_gives_the_same_gradients_with_dropout_too(folder):
     batch, key = packed([1, 2, 3]), jax.random.key(0)
 
     def gradient(remat):
-        with_remat = dataclasses.replace(model, run=model.run._replace(remat=remat))
+        with_remat = dataclasses.replace(model, options=model.options._replace(remat=remat))
         traced = jax.jit(jax.grad(lambda params: jnp.square(with_remat.apply(params, batch, key)).sum())).trace(params)
         assert ("remat" in str(traced.jaxpr) or "checkpoint" in str(traced.jaxpr)) == remat
         return jax.tree.leaves(traced.lower().compile()(params))
@@ -227,7 +227,7 @@ def large(encoder_layers, decoder_layers):
 
 @pytest.mark.parametrize("blocks, source_length, target_length", [(1, 256, 128), (4, 256, 512), (1, 1024, 128)])
 def test_counted_flops_are_those_that_xla_counts(blocks, source_length, target_length, monkeypatch):
-    monkeypatch.setattr(layers, "FEWEST", 1 << 30)  # by custom masked scores count too
+    monkeypatch.setattr(attention, "MIN_BLOCK", 1 << 30)  # by custom masked scores count too
     # XLA counts a scan's body once, however many layers it runs over: one layer, then.
     model, traced = forward(large(1, 1), blocks, source_length, target_length)
     counted = traced.lower().cost_analysis()["flops"]
@@ -253,9 +253,13 @@ def test_a_half_has_transformers_defaults_and_a_null_cap_is_none():
     half = {"model_type": "t5_gemma_module", "attn_logit_softcapping": None, "num_attention_heads": None}
     found = read(encoder=half, decoder={"bos_token_id": 5})
     assert dataclasses.astuple(found.encoder)[1:8] == (256000, 2304, 26, 8, 4, 256, 9216)
-    assert (found.encoder.score_cap, found.decoder.score_cap, found.decoder.logit_cap) == (0.0, 50.0, 30.0)
-    assert found.encoder.windows == (4097, 0) * 13  # the token itself, and 4096 to either side
-    assert found.decoder.windows == (4096, 0) * 13
+    assert (found.encoder.attn_logit_softcap, found.decoder.attn_logit_softcap, found.decoder.final_logit_softcap) == (
+        0.0,
+        50.0,
+        30.0,
+    )
+    assert [kind.window for kind in found.encoder.layer_kinds] == [4097, 0]  # the token itself, and 4096 to either side
+    assert [kind.window for kind in found.decoder.layer_kinds] == [4096, 0]
     assert (found.start_token, found.pad_token) == (5, 0)
     assert found.tied and found.decoder.memory_width == 2304
 

@@ -33,11 +33,11 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass_at_every_posi
 
     @jax.jit
     def decode(params):
-        step_model = model.stepper(model.ready(params))
+        prepared = model.prepare_for_decoding(params)
 
         def step(cache, number):
             positions_B = jnp.clip(firsts_B + number - delays_B, firsts_B, lengths_B - 1)
-            logits_BV, cache = step_model(tokens_BT[rows, positions_B], positions_B, cache)
+            logits_BV, cache = model.decode_step(prepared, tokens_BT[rows, positions_B], positions_B, cache)
             return cache, logits_BV
 
         first_tokens_B, first_positions_B, cache = model.prefill(params, prompts_BS, segments_BS, steps)

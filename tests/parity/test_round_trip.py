@@ -115,5 +115,5 @@ def test_a_head_of_its_own_is_read_whatever_config_json_says_of_tying(tmp_path):
         json.dumps(said | {"tie_word_embeddings": True, "scale_decoder_outputs": False})
     )
     model, params = cases.load(folder)
-    assert not model.config.tied and not model.config.scaled
+    assert not model.config.tied and model.config.decoder.output_scale == 1
     np.testing.assert_array_equal(model.head(params), cases.tensors(case)["lm_head.weight"])

@@ -350,8 +350,8 @@ def test_between_slices_go_the_gradients_of_each_chips_part():
 @needs_libtpu
 def test_auto_means_bfloat16_on_a_tpu():
     on_tpu = build_step(make_config(mesh__tensor=1, mesh__fsdp=-1, mesh__data=1), find("v5e:2x2"))
-    assert on_tpu.model.run.dtype == jnp.bfloat16
-    assert build_step(make_config(), find("cpu:8")).model.run.dtype == jnp.float32
+    assert on_tpu.model.options.dtype == jnp.bfloat16
+    assert build_step(make_config(), find("cpu:8")).model.options.dtype == jnp.float32
 
 
 @pytest.mark.slow

@@ -68,7 +68,7 @@ def expected(tiny_mixtral, probabilities_IX, without):
     @jax.jit
     @jax.grad
     def gradient(params):
-        _, routing = model._module(params).states(batch, model.run)
+        _, routing = model._module(params).states(batch, model.options)
         return len(share_X) * jnp.dot(share_X.astype(np.float32), routing.probabilities_X) / len(probabilities_IX)
 
     added = jax.tree.map(lambda g, b: g + COEFFICIENT * np.asarray(b), without[1], gradient(params))

@@ -58,7 +58,7 @@ def test_a_non_finite_gradient_changes_nothing_and_is_counted(tiny):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_keeps_the_types_of_bfloat16_weights_and_memory(tiny, name, micro_batches, dtype):
     """Else a checkpoint could not be restored into the state that a restart makes."""
-    model = dataclasses.replace(tiny.model, run=tiny.model.run._replace(dtype=jnp.dtype(dtype)))
+    model = dataclasses.replace(tiny.model, options=tiny.model.options._replace(dtype=jnp.dtype(dtype)))
     config = Config(
         model=Model(param_dtype="bfloat16"), train=Train(micro_batches=micro_batches, optimizer=Optimizer(name=name))
     )

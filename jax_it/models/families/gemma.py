@@ -9,9 +9,9 @@ from typing import Any
 
 from jax_it.errors import UserError
 from jax_it.models import rope
+from jax_it.models.config import Config, LayerKind, shortest_period
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
-from jax_it.models.transformer import Config
 
 TANH = "gelu_pytorch_tanh"
 
@@ -31,7 +31,8 @@ def _read_common(settings: Settings, act: str, key_heads: int, whole_heads: bool
     bias = settings.get("attention_bias", bool, False)
     return common | {
         "norm": "rms_plus_one",
-        "embedding_scale": common["width"] ** 0.5,
+        "embedding_scale": common["embed_dim"] ** 0.5,
+        "embedding_init": common["embed_dim"] ** -0.5,
         "attention_bias": bias,
         "output_bias": bias,
     }
@@ -44,7 +45,7 @@ def read_gemma(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
     common = _read_common(settings, "hidden_act", key_heads=16, whole_heads=False)
     settings.expect(hidden_activation=TANH)
-    config = Config(**common, ropes=(rope.read(settings, common["head_size"]),))
+    config = Config(**common, layer_kinds=(LayerKind(rope=rope.read(settings, common["head_dim"])),))
     settings.finish()
     return config
 
@@ -54,19 +55,19 @@ def _read_newer(settings: Settings, act: str = "hidden_activation") -> dict[str,
     common = _read_common(settings, act, key_heads=4, whole_heads=True)
     settings.expect(cache_implementation="hybrid", hidden_act=TANH)
     scalar = settings.size("query_pre_attn_scalar", 256)
-    return common | {"placement": "both", "score_scale": scalar**-0.5}
+    return common | {"norm_placement": "sandwich_norm", "attn_scale": scalar**-0.5}
 
 
 def read_gemma2(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
     common = _read_newer(settings)
-    window = _read_window(settings)
+    window, rotation = _read_window(settings), rope.read(settings, common["head_dim"])
+    windows = llama.read_windows(settings, common["layers"], window, ("sliding_attention", "full_attention"))
     config = Config(
         **common,
-        score_cap=_cap(settings, "attn_logit_softcapping", 50.0),
-        logit_cap=_cap(settings, "final_logit_softcapping", 30.0),
-        ropes=(rope.read(settings, common["head_size"]),),
-        windows=llama.read_windows(settings, common["layers"], window, ("sliding_attention", "full_attention")),
+        attn_logit_softcap=_cap(settings, "attn_logit_softcapping", 50.0),
+        final_logit_softcap=_cap(settings, "final_logit_softcapping", 30.0),
+        layer_kinds=shortest_period([LayerKind(window, rotation) for window in windows]),
     )
     settings.expect(sliding_window_size=window)
     settings.finish()
@@ -96,13 +97,12 @@ def read_gemma3_text(values: Mapping[str, Any], where: str) -> Config:
         settings, common["layers"], _read_window(settings),
         ("sliding_attention",) * (pattern - 1) + ("full_attention",),
     )  # fmt: skip
+    full, sliding = _read_ropes(settings, common["head_dim"])
     config = Config(
         **common,
-        head_norm="each",
-        logit_cap=_cap(settings, "final_logit_softcapping", None),
-        ropes=_read_ropes(settings, common["head_size"]),
-        layer_ropes=tuple(1 if window else 0 for window in windows),
-        windows=windows,
+        qk_norm="head",
+        final_logit_softcap=_cap(settings, "final_logit_softcapping", None),
+        layer_kinds=shortest_period([LayerKind(window, sliding if window else full) for window in windows]),
     )
     settings.finish()
     return config

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jax_it.models import layers
+from jax_it.models.config import Config
 from jax_it.models.families import llama
+from jax_it.models.linear import ACTIVATIONS
 from jax_it.models.settings import Settings
-from jax_it.models.transformer import Config
 from jax_it.models.weights import Weight
 
 
@@ -16,7 +16,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     if width % heads:
         raise settings.bad("n_embd", f"n_head, {heads}, must divide it")
     vocabulary = settings.size("vocab_size")
-    activation = settings.choose("activation_function", list(layers.ACTIVATIONS), "gelu_new")
+    activation = settings.choose("activation_function", list(ACTIVATIONS), "gelu_new")
     rate = settings.rate("resid_pdrop", 0.1)
     for key in ("embd_pdrop", "attn_pdrop"):
         if settings.get(key, float, 0.1) != rate:
@@ -25,17 +25,17 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     config = Config(
         model_type=settings.need("model_type", str),
         vocabulary=vocabulary,
-        width=width,
+        embed_dim=width,
         layers=settings.size("n_layer"),
-        heads=heads,
-        key_heads=heads,
-        head_size=width // heads,
-        feed_forward=settings.size("n_inner", 4 * width),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        mlp_dim=settings.size("n_inner", 4 * width),
         activation=activation,
-        epsilon=settings.positive("layer_norm_epsilon", 1e-5),
+        norm_eps=settings.positive("layer_norm_epsilon", 1e-5),
         tied=settings.get("tie_word_embeddings", bool, True),
         **llama.read_marks(settings, vocabulary, (50256, 50256, None)),
-        gated=False,
+        gated_mlp=False,
         norm="layer",
         attention_bias=True,
         output_bias=True,
@@ -65,7 +65,7 @@ def weight_table(c: Config) -> dict[str, Weight]:
     }
     for i, path in enumerate(("query", "key", "value")):
         heads = "K" if i else "N"
-        part = f"{i * c.width}+({heads} H)+{(2 - i) * c.width}"
+        part = f"{i * c.embed_dim}+({heads} H)+{(2 - i) * c.embed_dim}"
         table[f"layers.attention.{path}"] = Weight(f"L D {heads} H", f"{layer}.attn.c_attn.weight", f"D {part}")
         table[f"layers.attention.{path}_bias"] = Weight(f"L {heads} H", f"{layer}.attn.c_attn.bias", part)
     for path, letters, name in (

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jax_it.models import layers, rope
+from jax_it.models import rope
+from jax_it.models.config import Config, LayerKind
 from jax_it.models.families import llama
+from jax_it.models.linear import ACTIVATIONS
 from jax_it.models.settings import Settings
-from jax_it.models.transformer import Config
 from jax_it.models.weights import Weight
 
 
@@ -16,29 +17,32 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     if width % heads:
         raise settings.bad("hidden_size", f"num_attention_heads, {heads}, must divide it")
     vocabulary = settings.size("vocab_size")
-    activation = settings.choose("hidden_act", list(layers.ACTIVATIONS), "gelu")
+    activation = settings.choose("hidden_act", list(ACTIVATIONS), "gelu")
     settings.expect(attention_dropout=0.0, hidden_dropout=0.0)
     bias = settings.get("attention_bias", bool, True)
+    rotation = rope.read(
+        settings, width // heads, share=0.25, theta_key="rotary_emb_base", share_key="rotary_pct"
+    )  # fmt: skip
     config = Config(
         model_type=settings.need("model_type", str),
         vocabulary=vocabulary,
-        width=width,
+        embed_dim=width,
         layers=settings.size("num_hidden_layers"),
-        heads=heads,
-        key_heads=heads,
-        head_size=width // heads,
-        feed_forward=settings.size("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=width // heads,
+        mlp_dim=settings.size("intermediate_size"),
         activation=activation,
-        epsilon=settings.positive("layer_norm_eps", 1e-5),
+        norm_eps=settings.positive("layer_norm_eps", 1e-5),
         tied=settings.get("tie_word_embeddings", bool, False),
         **llama.read_marks(settings, vocabulary, (0, 2, None)),
-        gated=False,
+        gated_mlp=False,
         norm="layer",
-        placement="parallel" if settings.get("use_parallel_residual", bool, True) else "before",
+        norm_placement="parallel" if settings.get("use_parallel_residual", bool, True) else "pre_norm",
         attention_bias=bias,
         output_bias=bias,
         mlp_bias=True,
-        ropes=(rope.read(settings, width // heads, share=0.25, theta_key="rotary_emb_base", share_key="rotary_pct"),),
+        layer_kinds=(LayerKind(rope=rotation),),
     )
     settings.finish(ignored=("classifier_dropout", "is_decoder", "rope_theta", "partial_rotary_factor"))
     return config

@@ -6,10 +6,11 @@ Most families have Llama's names for their settings and weights; they begin with
 from collections.abc import Mapping
 from typing import Any
 
-from jax_it.models import decoder, layers, rope
+from jax_it.models import causal_lm, rope
+from jax_it.models.config import Config, LayerKind
 from jax_it.models.family import Family
+from jax_it.models.linear import ACTIVATIONS
 from jax_it.models.settings import Settings
-from jax_it.models.transformer import Config
 from jax_it.models.weights import Weight
 
 Marks = tuple[int | None, int | None, int | None]  # the tokens that begin, end and fill texts
@@ -32,7 +33,7 @@ def read_common(
     with its own. `whole_heads` says that
     Transformers refuses a width that the heads do not divide even where they have a size of their own.
     """
-    activation = settings.choose(act[0], list(layers.ACTIVATIONS), act[1])
+    activation = settings.choose(act[0], list(ACTIVATIONS), act[1])
     settings.expect(attention_dropout=0.0, is_encoder_decoder=False, add_cross_attention=False)
     settings.expect(is_decoder=False, chunk_size_feed_forward=0)
     width, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
@@ -49,14 +50,14 @@ def read_common(
     return {
         "model_type": settings.need("model_type", str),
         "vocabulary": vocabulary,
-        "width": width,
+        "embed_dim": width,
         "layers": settings.size("num_hidden_layers"),
-        "heads": heads,
-        "key_heads": key_heads,
-        "head_size": settings.size("head_dim", head_size or width // heads),
-        "feed_forward": settings.size("intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": key_heads,
+        "head_dim": settings.size("head_dim", head_size or width // heads),
+        "mlp_dim": settings.size("intermediate_size"),
         "activation": activation,
-        "epsilon": smallest,
+        "norm_eps": smallest,
         "tied": settings.get("tie_word_embeddings", bool, tied),
         **read_marks(settings, vocabulary, marks),
     }
@@ -111,58 +112,73 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
         attention_bias=bias,
         output_bias=bias,
         mlp_bias=settings.get("mlp_bias", bool, False),
-        ropes=(rope.read(settings, common["head_size"]),),
+        layer_kinds=(LayerKind(rope=rope.read(settings, common["head_dim"])),),
     )
     settings.expect(rope_interleaved=False)
     settings.finish(ignored=("is_llama_config", "transformers.js_config"))
     return config
 
 
-def weight_table(c: Config) -> dict[str, Weight]:
-    """The weights under Llama's names, for whichever of them the config asks."""
-    layer, ours = "model.layers.{L}", "layers"
-    table = {
-        "embedding": Weight("V D", "model.embed_tokens.weight", "V D"),
-        "norm.scale": Weight("D", "model.norm.weight", "D"),
-    }
-    if not c.tied:
-        table["head"] = Weight("V D", "lm_head.weight", "V D")
-    attention = f"{layer}.self_attn"
-    for path, name, heads in (("query", "q_proj", "N"), ("key", "k_proj", "K"), ("value", "v_proj", "K")):
-        table[f"{ours}.attention.{path}"] = Weight(f"L D {heads} H", f"{attention}.{name}.weight", f"({heads} H) D")
-        if c.attention_bias:
-            bias = Weight(f"L {heads} H", f"{attention}.{name}.bias", f"({heads} H)")
-            table[f"{ours}.attention.{path}_bias"] = bias
-    table[f"{ours}.attention.output"] = Weight("L N H D", f"{attention}.o_proj.weight", "D (N H)")
-    if c.output_bias:
-        table[f"{ours}.attention.output_bias"] = Weight("L D", f"{attention}.o_proj.bias", "D")
-    for path, heads in (("query", "N"), ("key", "K")):
-        norm = f"{ours}.attention.{path}_norm.scale"
-        if c.head_norm == "each":
-            table[norm] = Weight("L H", f"{attention}.{path[0]}_norm.weight", "H")
-        elif c.head_norm == "all":
-            table[norm] = Weight(f"L {heads} H", f"{attention}.{path[0]}_norm.weight", f"({heads} H)")
-    if not c.experts:
-        for path, letters, layout in (("gate", "D F", "F D"), ("up", "D F", "F D"), ("down", "F D", "D F")):
-            table[f"{ours}.mlp.{path}"] = Weight(f"L {letters}", f"{layer}.mlp.{path}_proj.weight", layout)
-            if c.mlp_bias:
-                out = letters[-1]
-                table[f"{ours}.mlp.{path}_bias"] = Weight(f"L {out}", f"{layer}.mlp.{path}_proj.bias", out)
-    for path, name in _NORMS[c.placement].items():
-        table[f"{ours}.{path}.scale"] = Weight("L D", f"{layer}.{name}.weight", "D")
-    return table
-
-
-_NORMS = {
-    "before": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
-    "after": {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
-    "both": {
+# The norms' names in Transformers, by where they stand.
+NORMS = {
+    "pre_norm": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "post_norm": {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"},
+    "sandwich_norm": {
         "attention_norm": "input_layernorm",
         "attention_post_norm": "post_attention_layernorm",
         "mlp_norm": "pre_feedforward_layernorm",
         "mlp_post_norm": "post_feedforward_layernorm",
     },
 }
+
+
+def weight_table(c: Config) -> dict[str, Weight]:
+    """The weights under Llama's names, for whichever of them the config asks."""
+    table = {
+        "embedding": Weight("V D", "model.embed_tokens.weight", "V D"),
+        "norm.scale": Weight("D", "model.norm.weight", "D"),
+    }
+    if not c.tied:
+        table["head"] = Weight("V D", "lm_head.weight", "V D")
+    layer = "model.layers.{L}"
+    table |= attention_weights(c, "layers.attention", f"{layer}.self_attn")
+    if not c.experts:
+        table |= mlp_weights(c, "layers.mlp", f"{layer}.mlp")
+    return table | norm_weights("layers", layer, NORMS[c.norm_placement])
+
+
+def attention_weights(c: Config, ours: str, theirs: str) -> dict[str, Weight]:
+    """The weights of one kind of attention."""
+    table = {}
+    for path, name, heads in (("query", "q_proj", "N"), ("key", "k_proj", "K"), ("value", "v_proj", "K")):
+        table[f"{ours}.{path}"] = Weight(f"L D {heads} H", f"{theirs}.{name}.weight", f"({heads} H) D")
+        if c.attention_bias:
+            table[f"{ours}.{path}_bias"] = Weight(f"L {heads} H", f"{theirs}.{name}.bias", f"({heads} H)")
+    table[f"{ours}.output"] = Weight("L N H D", f"{theirs}.o_proj.weight", "D (N H)")
+    if c.output_bias:
+        table[f"{ours}.output_bias"] = Weight("L D", f"{theirs}.o_proj.bias", "D")
+    for path, heads in (("query", "N"), ("key", "K")):
+        norm = f"{ours}.{path}_norm.scale"
+        if c.qk_norm == "head":
+            table[norm] = Weight("L H", f"{theirs}.{path[0]}_norm.weight", "H")
+        elif c.qk_norm == "all_heads":
+            table[norm] = Weight(f"L {heads} H", f"{theirs}.{path[0]}_norm.weight", f"({heads} H)")
+    return table
+
+
+def mlp_weights(c: Config, ours: str, theirs: str) -> dict[str, Weight]:
+    """The weights of the feed-forward layers."""
+    table = {}
+    for path, letters, layout in (("gate", "D F", "F D"), ("up", "D F", "F D"), ("down", "F D", "D F")):
+        table[f"{ours}.{path}"] = Weight(f"L {letters}", f"{theirs}.{path}_proj.weight", layout)
+        if c.mlp_bias:
+            table[f"{ours}.{path}_bias"] = Weight(f"L {letters[-1]}", f"{theirs}.{path}_proj.bias", letters[-1])
+    return table
+
+
+def norm_weights(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, Weight]:
+    """The scales of a layer's norms, whose names in Transformers are given."""
+    return {f"{ours}.{path}.scale": Weight("L D", f"{theirs}.{name}.weight", "D") for path, name in names.items()}
 
 
 def make_family(architecture: str, read_config: Any, weight_table: Any = weight_table, **changes: Any) -> Family:
@@ -178,8 +194,8 @@ def make_family(architecture: str, read_config: Any, weight_table: Any = weight_
         architecture=architecture,
         read_config=read_config,
         weight_table=weight_table,
-        module=decoder.Decoder,
-        head_logits=decoder.head_logits,
+        module=causal_lm.CausalLM,
+        logits=causal_lm.logits,
         **(common | changes),
     )
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
+from jax_it.models.config import Config, LayerKind
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
-from jax_it.models.transformer import Config
 
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
@@ -15,8 +15,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     window = llama.read_window(settings, 4096)
     config = Config(
         **common,
-        ropes=(rope.read(settings, common["head_size"]),),
-        windows=(window,) * common["layers"] if window else (),
+        layer_kinds=(LayerKind(window, rope.read(settings, common["head_dim"])),),
     )
     settings.finish()
     return config

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
+from jax_it.models.config import Config, LayerKind
 from jax_it.models.experts import Experts
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
-from jax_it.models.transformer import Config
 from jax_it.models.weights import Weight
 
 
@@ -20,9 +20,8 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     kinds = tuple(rope.KEYS) if settings.has("head_dim") else ("default", "linear", "llama3")
     config = Config(
         **common,
-        ropes=(rope.read(settings, common["head_size"], theta=1e6, kinds=kinds),),
-        windows=(window,) * common["layers"] if window else (),
-        experts=read_experts(settings, "num_local_experts", 8, 2, common["feed_forward"], normalised=True),
+        layer_kinds=(LayerKind(window, rope.read(settings, common["head_dim"], theta=1e6, kinds=kinds)),),
+        experts=read_experts(settings, "num_local_experts", 8, 2, common["mlp_dim"], normalised=True),
     )
     settings.finish()
     return config

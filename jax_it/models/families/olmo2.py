@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
+from jax_it.models.config import Config, LayerKind
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
-from jax_it.models.transformer import Config
 
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
@@ -15,11 +15,11 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     bias = settings.get("attention_bias", bool, False)
     config = Config(
         **common,
-        placement="after",
-        head_norm="all",
+        norm_placement="post_norm",
+        qk_norm="all_heads",
         attention_bias=bias,
         output_bias=bias,
-        ropes=(rope.read(settings, common["head_size"]),),
+        layer_kinds=(LayerKind(rope=rope.read(settings, common["head_dim"])),),
     )
     settings.finish()
     return config

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
+from jax_it.models.config import Config, LayerKind
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
-from jax_it.models.transformer import Config
 from jax_it.models.weights import Weight
 
 
@@ -15,11 +15,11 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     common = llama.read_common(settings, epsilon=1e-5, marks=(1, 32000, 32000))
     settings.expect(resid_pdrop=0.0, embd_pdrop=0.0, attention_bias=False, mlp_bias=False, lm_head_bias=False)
     window = llama.read_window(settings)
+    rotation = rope.read(settings, common["head_dim"], share=1.0, original=4096, kinds=("default", "longrope"))
     config = Config(
         **common,
-        ropes=(rope.read(settings, common["head_size"], share=1.0, original=4096, kinds=("default", "longrope")),),
-        computed_again=True,
-        windows=(window,) * common["layers"] if window else (),
+        layer_kinds=(LayerKind(window, rotation),),
+        recompute_longrope=True,
     )
     # The code of its own that a checkpoint brings computes what this family does.
     settings.finish(ignored=("auto_map", "full_attn_mod", "interpolate_factor"))
@@ -29,7 +29,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
 def weight_table(c: Config) -> dict[str, Weight]:
     layer = "model.layers.{L}"
     qkv, up = f"{layer}.self_attn.qkv_proj.weight", f"{layer}.mlp.gate_up_proj.weight"
-    queries, keys, inner = c.heads * c.head_size, c.key_heads * c.head_size, c.feed_forward
+    queries, keys, inner = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.mlp_dim
     return llama.weight_table(c) | {
         "layers.attention.query": Weight("L D N H", qkv, f"(N H)+{2 * keys} D"),
         "layers.attention.key": Weight("L D K H", qkv, f"{queries}+(K H)+{keys} D"),

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
+from jax_it.models.config import Config, LayerKind, shortest_period
 from jax_it.models.experts import Experts
 from jax_it.models.families import llama
 from jax_it.models.families.mixtral import read_experts
 from jax_it.models.settings import Settings
-from jax_it.models.transformer import Config
 from jax_it.models.weights import Weight
 
 
@@ -18,8 +18,7 @@ def _read_windows(settings: Settings, number: int) -> tuple[int, ...]:
     if not settings.get("use_sliding_window", bool, False):
         window = 0
     default = tuple("sliding_attention" if window and i >= first else "full_attention" for i in range(number))
-    windows = llama.read_windows(settings, number, window, default)
-    return windows if any(windows) else ()
+    return llama.read_windows(settings, number, window, default)
 
 
 def _key_heads(settings: Settings) -> int:
@@ -31,7 +30,9 @@ def read_qwen2(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
     common = llama.read_common(settings, key_heads=_key_heads(settings))
     windows = _read_windows(settings, common["layers"])
-    config = Config(**common, attention_bias=True, ropes=(rope.read(settings, common["head_size"]),), windows=windows)
+    rotation = rope.read(settings, common["head_dim"])
+    kinds = shortest_period([LayerKind(window, rotation) for window in windows])
+    config = Config(**common, attention_bias=True, layer_kinds=kinds)
     settings.expect(use_mrope=False)
     settings.finish()
     return config
@@ -59,7 +60,7 @@ def read_qwen3_moe(values: Mapping[str, Any], where: str) -> Config:
     window = llama.read_window(settings, 4096)
     if not settings.get("use_sliding_window", bool, False):
         window = 0
-    windows = (window,) * common["layers"] if window else ()
+    windows = (window,) * common["layers"]
     if settings.has("layer_types"):  # a note beside that: the layers do not read it
         kinds = llama.read_windows(settings, common["layers"], window)
         if set(kinds) != {window}:
@@ -73,13 +74,13 @@ def _make_qwen3(
     settings: Settings, common: dict[str, Any], windows: tuple[int, ...], experts: Experts | None = None
 ) -> Config:
     bias = settings.get("attention_bias", bool, False)
+    rotation = rope.read(settings, common["head_dim"])
     return Config(
         **common,
         attention_bias=bias,
         output_bias=bias,
-        head_norm="each",
-        ropes=(rope.read(settings, common["head_size"]),),
-        windows=windows,
+        qk_norm="head",
+        layer_kinds=shortest_period([LayerKind(window, rotation) for window in windows]),
         experts=experts,
     )
 

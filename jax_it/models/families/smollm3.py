@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
+from jax_it.models.config import Config, LayerKind, shortest_period
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
-from jax_it.models.transformer import Config
 
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
@@ -32,14 +32,14 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     else:
         windows = llama.read_windows(settings, number, window)
     bias = settings.get("attention_bias", bool, False)
+    rotation = rope.read(settings, common["head_dim"], theta=2e6)
+    kinds = [LayerKind(window, rotation if r else None) for window, r in zip(windows, rotates, strict=True)]
     config = Config(
         **common,
         attention_bias=bias,
         output_bias=bias,
         mlp_bias=settings.get("mlp_bias", bool, False),
-        ropes=(rope.read(settings, common["head_size"], theta=2e6), None),
-        layer_ropes=tuple(0 if r else 1 for r in rotates),
-        windows=windows if any(windows) else (),
+        layer_kinds=shortest_period(kinds),
     )
     settings.finish(ignored=("max_window_layers",))
     return config

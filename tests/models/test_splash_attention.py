@@ -10,8 +10,8 @@ import pytest
 from jax_it import config, losses, sharding
 from jax_it.config import Mesh
 from jax_it.data.batches import CausalBatch
-from jax_it.models import build, fused, layers
-from jax_it.models.decoder import causal_mask
+from jax_it.models import build, splash_attention
+from jax_it.models.attention import Scores, attend, causal_mask
 
 ROWS, LENGTH, HEADS, KEY_HEADS, SIZE = 2, 256, 4, 2, 128
 
@@ -28,12 +28,14 @@ def arrays():
 
 def plain(query, key, value, segments, window, cap):
     distance = jnp.arange(LENGTH)[:, None] - jnp.arange(LENGTH)
-    mask = causal_mask(segments) & (distance < window)
-    return layers.attend(query, key, value, mask_BTS=mask, scale=SIZE**-0.5, cap=cap)
+    mask = causal_mask(segments) & (distance < (window or LENGTH))
+    return attend(query, key, value, Scores(SIZE**-0.5, cap), mask_BTS=mask)
 
 
 def by_kernel(query, key, value, segments, window, cap):
-    return fused.attend(query, key, value, segments, window=window, scale=SIZE**-0.5, cap=cap, interpret=True)
+    return splash_attention.attend(
+        query, key, value, segments, window=window, scale=SIZE**-0.5, softcap=cap, interpret=True
+    )
 
 
 def with_gradients(attend, query, key, value, segments, window, cap):
@@ -50,9 +52,9 @@ def with_gradients(attend, query, key, value, segments, window, cap):
 @pytest.mark.parametrize(
     ("window", "cap", "mesh"),
     [
-        (1 << 30, 0.0, None),
+        (0, 0.0, None),
         pytest.param(70, 0.0, None, marks=pytest.mark.slow),
-        pytest.param(1 << 30, 5.0, None, marks=pytest.mark.slow),
+        pytest.param(0, 5.0, None, marks=pytest.mark.slow),
         (70, 5.0, Mesh(data=2, tensor=2)),
     ],
 )
@@ -81,13 +83,20 @@ def test_the_kernel_gives_the_same_states_and_gradients(arrays, window, cap, mes
 )
 def test_it_is_taken_where_its_lengths_and_heads_allow(shape, mesh, fits):
     with jax.set_mesh(sharding.make_mesh(mesh)):
-        assert fused.fits(*shape) == fits
+        assert splash_attention.fits(*shape) == fits
 
 
-def test_a_model_whose_layers_differ_in_rope_takes_it_and_learns_the_same():
-    values = {
-        "model_type": "smollm3", "no_rope_layers": [1, 0], "tie_word_embeddings": False, "vocab_size": 64,
-        "hidden_size": 32, "head_dim": 128, "intermediate_size": 32,
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "smollm3", "no_rope_layers": [1, 0], "tie_word_embeddings": False},
+        {"model_type": "gemma3_text", "sliding_window": 50, "sliding_window_pattern": 2, "rope_local_base_freq": 10.0},
+    ],
+    ids=lambda values: values["model_type"],
+)
+def test_a_model_whose_layers_differ_in_rope_or_window_takes_it_and_learns_the_same(values):
+    values |= {
+        "vocab_size": 64, "hidden_size": 32, "head_dim": 128, "intermediate_size": 32,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     }  # fmt: skip
     model = build(values, "the test", config.Model(pretrained=False))
@@ -98,8 +107,10 @@ def test_a_model_whose_layers_differ_in_rope_takes_it_and_learns_the_same():
     batch = CausalBatch(tokens, np.roll(tokens, -1, 1), (segments > 0).astype(np.float32), segments, places)
 
     def learn(fused):
-        other = dataclasses.replace(model, run=model.run._replace(fused=fused))
+        other = dataclasses.replace(model, options=model.options._replace(fused=fused))
         compute = jax.jit(jax.value_and_grad(lambda params: other.loss_sum(losses.cross_entropy, 64, params, batch)[0]))
+        # Forward, and the backward pass of queries and of keys, in both layers of the period.
+        assert str(compute.trace(params).jaxpr).count("name=splash") >= 2 * bool(fused)
         assert ("splash" in str(compute.trace(params).jaxpr)) == bool(fused)
         return compute(params)
 

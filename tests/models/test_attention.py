@@ -7,8 +7,11 @@ import pytest
 
 from jax_it import sharding
 from jax_it.config import Mesh
-from jax_it.models import layers
-from jax_it.models.families import t5
+from jax_it.models import attention
+from jax_it.models.attention import Scores, attend
+from jax_it.models.linear import dropout
+from jax_it.models.norm import Norm
+from jax_it.models.relative_bias import RelativeBias
 from tests.parity import cases
 
 BOTH_WAYS = pytest.mark.parametrize("bidirectional", [True, False], ids=["encoder", "decoder"])
@@ -41,55 +44,51 @@ def bucket(distance, bidirectional, buckets, max_distance):
 def test_relative_buckets_are_those_of_the_definition(buckets, max_distance, bidirectional):
     distances = np.arange(-600, 601)
     wanted = [bucket(int(d), bidirectional, buckets, max_distance) for d in distances]
-    ours = layers.relative_buckets(
-        jnp.asarray(distances), bidirectional=bidirectional, buckets=buckets, max_distance=max_distance
-    )
+    ours = RelativeBias(buckets, max_distance, bidirectional, False).bucket(jnp.asarray(distances))
     np.testing.assert_array_equal(ours, wanted)
     assert set(wanted) == set(range(buckets)) - ({buckets // 2} if bidirectional else set())  # +0 is no distance
 
 
-def gathered(c, table_EN, length, *, bidirectional):
+def gathered(bias, table_EN, length):
     distance_TS = jnp.arange(length)[None, :] - jnp.arange(length)[:, None]
-    buckets_TS = layers.relative_buckets(
-        distance_TS, bidirectional=bidirectional, buckets=c.buckets, max_distance=c.max_distance
-    )
-    return jnp.moveaxis(table_EN[buckets_TS], -1, 0)
+    return jnp.moveaxis(table_EN[bias.bucket(distance_TS)], -1, 0)
+
+
+def bias_of(model, bidirectional):
+    half = model.config.encoder if bidirectional else model.config.decoder
+    assert half.relative_bias.bidirectional == bidirectional
+    return half.relative_bias, half.num_heads
 
 
 @BOTH_WAYS
 @pytest.mark.parametrize("length", [1, 2, 40])
 def test_the_bias_is_the_tables_entry_of_each_pairs_bucket(length, bidirectional, t5_1_1):
-    c = t5_1_1[0].config
-    table_EN = jax.random.normal(jax.random.key(0), (c.buckets, c.heads))
+    bias, heads = bias_of(t5_1_1[0], bidirectional)
+    table_EN = jax.random.normal(jax.random.key(0), (bias.buckets, heads))
     ours, wanted = (
-        jax.jit(lambda table_EN, f=f: f(c, table_EN, length, bidirectional=bidirectional))(table_EN)
-        for f in (t5._relative_bias, gathered)
+        jax.jit(lambda table_EN, f=f: f(bias, table_EN, length))(table_EN) for f in (RelativeBias.square, gathered)
     )
     np.testing.assert_array_equal(ours, wanted)
 
 
 @BOTH_WAYS
 def test_the_biass_gradient_is_that_of_the_gather(bidirectional, t5_1_1):
-    c, length = t5_1_1[0].config, 40
+    (bias, heads), length = bias_of(t5_1_1[0], bidirectional), 40
     table_EN, weights_NTS = (
         jax.random.normal(jax.random.key(i), shape)
-        for i, shape in enumerate([(c.buckets, c.heads), (c.heads, length, length)])
+        for i, shape in enumerate([(bias.buckets, heads), (heads, length, length)])
     )
     ours, wanted = (
-        jax.jit(
-            jax.grad(lambda table_EN, f=f: (f(c, table_EN, length, bidirectional=bidirectional) * weights_NTS).sum())
-        )(table_EN)
-        for f in (t5._relative_bias, gathered)
+        jax.jit(jax.grad(lambda table_EN, f=f: (f(bias, table_EN, length) * weights_NTS).sum()))(table_EN)
+        for f in (RelativeBias.square, gathered)
     )
     # Sums of up to 1,600 numbers of order 1, in two orders: 6e-8 × √1600 of values up to some √1600.
     np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-4)
 
 
 def test_the_bias_is_picked_without_rounding_where_matmuls_round_by_default(t5_1_1):
-    c = t5_1_1[0].config
-    program = jax.make_jaxpr(lambda table_EN: t5._relative_bias(c, table_EN, 9, bidirectional=True))(
-        jnp.zeros((c.buckets, c.heads))
-    )
+    bias, heads = bias_of(t5_1_1[0], True)
+    program = jax.make_jaxpr(lambda table_EN: bias.square(table_EN, 9))(jnp.zeros((bias.buckets, heads)))
     (product,) = [equation for equation in program.eqns if equation.primitive.name == "dot_general"]
     assert product.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
 
@@ -98,11 +97,13 @@ def test_a_norm_is_over_the_root_mean_square_and_computed_in_float32():
     random = np.random.RandomState(0)
     x, scale = random.standard_normal((3, 64)), random.standard_normal(64)
     wanted = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
-    ours = layers.rms_norm(jnp.asarray(x, jnp.float32), jnp.asarray(scale, jnp.float32), 1e-6)
+    norm = Norm("rms", (64,), 1e-6)
+    norm.scale[...] = jnp.asarray(scale, jnp.float32)
+    ours = norm(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(ours, wanted, rtol=1e-5)
     even = jnp.full((1, 64), 256.0, jnp.bfloat16)
-    assert layers.rms_norm(even, jnp.ones(64), 1e-6).dtype == jnp.bfloat16
-    np.testing.assert_array_equal(layers.rms_norm(even, jnp.ones(64), 1e-6), jnp.ones((1, 64), jnp.bfloat16))
+    assert Norm("rms", (64,), 1e-6)(even).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(Norm("rms", (64,), 1e-6)(even), jnp.ones((1, 64), jnp.bfloat16))
 
 
 def test_a_query_that_may_attend_to_nothing_gets_numbers():
@@ -110,7 +111,7 @@ def test_a_query_that_may_attend_to_nothing_gets_numbers():
     mask = jnp.array([[[True, False, False], [False, False, False], [False, True, True]]])
 
     def total(x):
-        return layers.attend(x, x, x, mask_BTS=mask).sum()
+        return attend(x, x, x, Scores(), mask_BTS=mask).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(total))(x)
     assert np.isfinite(value) and np.isfinite(gradient).all()
@@ -124,14 +125,14 @@ def test_attention_is_the_softmax_of_scores_and_bias_without_scaling():
     weights = np.exp(np.where(mask[:, None], scores, -np.inf))
     wanted = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), value)
     arrays = (jnp.asarray(array, jnp.float32) for array in (query, key, value))
-    ours = layers.attend(*arrays, mask_BTS=jnp.asarray(mask), bias=jnp.asarray(bias, jnp.float32))
+    ours = attend(*arrays, Scores(), mask_BTS=jnp.asarray(mask), bias=jnp.asarray(bias, jnp.float32))
     np.testing.assert_allclose(ours, wanted, rtol=0, atol=5e-6)  # sums of 7 terms of order 1, after exp
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.01, 0.1, 0.5, 0.999])
 def test_dropout_drops_at_its_rate_and_preserves_the_mean(rate):
     shape = (2000, 99)  # 99: not a multiple of the four elements that share a random word
-    dropped = np.asarray(layers.dropout(jnp.ones(shape), rate, jax.random.key(0)))
+    dropped = np.asarray(dropout(jnp.ones(shape), rate, jax.random.key(0)))
     deviation = (rate / (1 - rate) / dropped.size) ** 0.5  # of the mean of independent values, 0 or 1 / (1 - rate)
     assert abs(dropped.mean() - 1) < 4 * deviation
     spread = (rate * (1 - rate) / dropped.size) ** 0.5
@@ -141,12 +142,12 @@ def test_dropout_drops_at_its_rate_and_preserves_the_mean(rate):
 
 @pytest.mark.parametrize("rate, kept", [(1e-12, 99), (1 - 1e-12, 0)])
 def test_dropout_of_nearly_nothing_or_everything_is_finite(rate, kept):
-    dropped = np.asarray(layers.dropout(jnp.ones(99), rate, jax.random.key(0)))
+    dropped = np.asarray(dropout(jnp.ones(99), rate, jax.random.key(0)))
     assert np.isfinite(dropped).all() and (dropped > 0).sum() == kept
 
 
 def test_dropout_drops_neighbours_independently():
-    dropped = np.asarray(layers.dropout(jnp.ones((1000, 100)), 0.5, jax.random.key(0))) == 0
+    dropped = np.asarray(dropout(jnp.ones((1000, 100)), 0.5, jax.random.key(0))) == 0
     for shift in range(1, 9):
         both = (dropped[:, shift:] & dropped[:, :-shift]).mean()
         assert abs(both - 0.25) < 4 * (0.25 * 0.75 / 92_000) ** 0.5  # four deviations of a share of 92,000 pairs
@@ -154,8 +155,8 @@ def test_dropout_drops_neighbours_independently():
 
 def test_without_a_key_or_a_rate_nothing_is_dropped():
     x = jax.random.normal(jax.random.key(0), (100,))
-    assert layers.dropout(x, 0.5, None) is x
-    assert layers.dropout(x, 0.0, jax.random.key(1)) is x
+    assert dropout(x, 0.5, None) is x
+    assert dropout(x, 0.0, jax.random.key(1)) is x
 
 
 def test_the_bucket_of_a_case_is_used_in_full():
@@ -173,14 +174,14 @@ def test_attention_of_some_queries_at_a_time_is_that_of_all_at_once(length, with
     bias = jnp.float32(random.standard_normal((4, length, 9))) if with_bias else None
 
     def attended(query, key, value):
-        return layers.attend(query, key, value, mask_BTS=mask, bias=bias, scale=0.5, cap=3.0)
+        return attend(query, key, value, Scores(0.5, softcap=3.0), mask_BTS=mask, bias=bias)
 
     def compute():
         gradient = jax.grad(lambda *arrays: jnp.square(attended(*arrays)).sum(), argnums=(0, 1, 2))
         return attended(query, key, value), *gradient(query, key, value)
 
     whole = compute()
-    monkeypatch.setattr(layers, "QUERIES", 5)
+    monkeypatch.setattr(attention, "MAX_QUERIES", 5)
     assert "scan" in str(jax.make_jaxpr(attended)(query, key, value))
     for one, other in zip(compute(), whole, strict=True):
         # The same sums for each query; keys and values add up their gradients in another order.
@@ -198,7 +199,7 @@ def test_causal_attention_leaves_out_keys_that_no_query_sees(length, with_bias, 
 
     def compute(causal):
         def attended(query, key, value):
-            return layers.attend(query, key, value, mask_BTS=mask, causal=causal, bias=bias, scale=0.5)
+            return attend(query, key, value, Scores(0.5), mask_BTS=mask, causal=causal, bias=bias)
 
         def squares(*arrays):
             return jnp.square(attended(*arrays)).sum()
@@ -207,7 +208,7 @@ def test_causal_attention_leaves_out_keys_that_no_query_sees(length, with_bias, 
         return cost, attended(query, key, value), *jax.jit(jax.grad(squares, argnums=(0, 1, 2)))(query, key, value)
 
     cost, *found = compute(True)
-    monkeypatch.setattr(layers, "QUERIES", 2048)
+    monkeypatch.setattr(attention, "MAX_QUERIES", 2048)
     whole_cost, *whole = compute(False)
     assert cost < whole_cost * {128: 1.01, 129: 1.0, 300: 0.75, 1100: 0.6}[length]
     for one, other in zip(found, whole, strict=True):
@@ -223,15 +224,15 @@ def test_attention_with_queries_on_several_devices_is_that_on_one(length, querie
 
     def attended(query, key, value):
         query = sharding.constrain(query, "B T N H")
-        key, value = (layers.keys_of_all(array, len(query)) for array in (key, value))
-        return layers.attend(query, key, value, mask_BTS=mask, bias=bias, scale=0.5)
+        key, value = (attention.gather_kv(array, len(query)) for array in (key, value))
+        return attend(query, key, value, Scores(0.5), mask_BTS=mask, bias=bias)
 
     def compute(*arrays):
         gradient = jax.grad(lambda *arrays: jnp.square(attended(*arrays)).sum(), argnums=(0, 1, 2))
         return attended(*arrays), *gradient(*arrays)
 
     alone = jax.jit(compute)(query, key, value)
-    monkeypatch.setattr(layers, "QUERIES", queries)
+    monkeypatch.setattr(attention, "MAX_QUERIES", queries)
     with jax.set_mesh(sharding.make_mesh(Mesh(data=2, context=4))):
         together = jax.jit(compute).lower(query, key, value).compile()
         assert "all-gather" in together.as_text()

@@ -1,0 +1,128 @@
+"""A causal language model: an embedding, a stack of layers and a head."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_it.models import kv_cache
+from jax_it.models.attention import causal_mask
+from jax_it.models.config import ComputeOptions, Config
+from jax_it.models.experts import Routing
+from jax_it.models.kv_cache import KVCache, LongTexts
+from jax_it.models.linear import look_up, normal
+from jax_it.models.stack import Stack
+from jax_it.sharding import constrain
+
+
+class CausalLM(Stack):
+    """See `family.Module` for what its methods take and return."""
+
+    def __init__(self, c: Config, *, rngs: nnx.Rngs):
+        self.embedding = normal(rngs, (c.vocabulary, c.embed_dim), c.embedding_init)
+        if c.positions:
+            self.positions = normal(rngs, (c.positions, c.embed_dim), 0.02)
+        if not c.tied:
+            self.head = normal(rngs, (c.vocabulary, c.embed_dim), c.embed_dim**-0.5)
+        super().__init__(c, rngs=rngs)
+
+    @property
+    def decoder(self) -> Stack:
+        return self
+
+    def states(
+        self, batch: Any, options: ComputeOptions, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing | None]:
+        mask_BTS = causal_mask(batch.segments_BT, batch.prefix_BT)
+        x_BTD = self._embed(batch.tokens_BT, batch.positions_BT, options)
+        lengths_BT = None
+        if self.config.longrope_length:
+            lengths_BT = (batch.segments_BT[:, :, None] == batch.segments_BT[:, None]).sum(-1)
+        x_BTD, _, routing = self(
+            x_BTD, batch.positions_BT, batch.segments_BT, mask_BTS, options, key, lengths_BT=lengths_BT
+        )
+        return x_BTD, routing
+
+    def prefill(
+        self, tokens_BS: jax.Array, segments_BS: jax.Array, max_new_tokens: int, options: ComputeOptions
+    ) -> tuple[jax.Array, jax.Array, KVCache]:
+        """The first step takes a prompt's last token, whose state it computes again."""
+        last_B = jnp.maximum((segments_BS > 0).sum(1) - 1, 0)
+        cache = self._read(tokens_BS, segments_BS, last_B, options)
+        first_B = jnp.take_along_axis(tokens_BS, last_B[:, None], axis=1)[:, 0]
+        return first_B, last_B, kv_cache.grow(cache, max_new_tokens)
+
+    def decode_step(
+        self, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache, options: ComputeOptions
+    ) -> tuple[jax.Array, KVCache]:
+        if cache.long_texts:
+            cache = self._recompute_grown(tokens_B, positions_B, cache, options)
+        return self.decode(self._embed(tokens_B[:, None], positions_B[:, None], options), positions_B, cache, options)
+
+    def _read(
+        self, tokens_BS: jax.Array, segments_BS: jax.Array, last_B: jax.Array, options: ComputeOptions
+    ) -> KVCache:
+        """Compute all positions of texts that end at `last_B`, and return the cache that holds them."""
+        positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
+        mask_BTS = causal_mask(segments_BS, segments_BS if options.prefix_lm else None)
+        _, keys_values, _ = self(
+            self._embed(tokens_BS, positions_BS, options), positions_BS, segments_BS, mask_BTS, options,
+            lengths_BT=last_B[:, None] + 1, keep_kv=True,
+        )  # fmt: skip
+        windows = self.windows(len(keys_values))
+        groups = tuple(
+            kv_cache.from_prompt(*each, last_B, window) for each, window in zip(keys_values, windows, strict=True)
+        )
+        long_texts = None
+        if self.config.recompute_longrope and self.config.longrope_length:
+            long_texts = LongTexts(tokens_BS, last_B >= self.config.longrope_length)
+        return KVCache(groups, tokens_BS.shape[1], windows, long_texts=long_texts)
+
+    def _recompute_grown(
+        self, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache, options: ComputeOptions
+    ) -> KVCache:
+        """Compute again the texts that outgrow LongRoPE's original length with this token.
+
+        As Transformers does: all of a text rotates by the same frequencies.
+        """
+        assert cache.long_texts is not None
+        tokens_BT = cache.long_texts.tokens.at[jnp.arange(tokens_B.size), positions_B].set(tokens_B)
+        cache = dataclasses.replace(cache, long_texts=LongTexts(tokens_BT, cache.long_texts.is_long))
+        grown_B = (positions_B >= self.config.longrope_length) & ~cache.long_texts.is_long
+
+        def recompute(cache: KVCache) -> KVCache:
+            segments_BT = (jnp.arange(cache.capacity) <= positions_B[:, None]).astype(jnp.int32)
+            new = self._read(tokens_BT, segments_BT, positions_B, options)
+
+            def choose(axes: str, old: jax.Array, new: jax.Array) -> jax.Array:
+                grown = grown_B.reshape([-1 if axis == "B" else 1 for axis in axes])
+                return jnp.where(grown, new.astype(old.dtype), old)
+
+            return kv_cache.map_axes(choose, cache, new)
+
+        return jax.lax.cond(grown_B.any(), recompute, lambda cache: cache, cache)
+
+    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array, options: ComputeOptions) -> jax.Array:
+        x_BTD = embed(self.config, self.embedding, tokens_BT, options.dtype)
+        if self.config.positions:
+            x_BTD += look_up(self.positions, positions_BT, options.dtype)
+        return constrain(x_BTD, "B T D")
+
+
+def embed(c: Config, embedding: nnx.Param, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    """Return the tokens' rows of an embedding, scaled if the model scales them."""
+    x_BTD = look_up(embedding, tokens_BT, dtype)
+    if c.embedding_scale != 1:
+        x_BTD *= jnp.asarray(c.embedding_scale, dtype)  # rounded to the dtype, as Gemma was trained
+    return constrain(x_BTD, "B T D")
+
+
+def logits(c: Config, head_VD: jax.Array, states: jax.Array) -> jax.Array:
+    """Return the float32 logits [..., V] of states [..., D]."""
+    if c.output_scale != 1:
+        states = states * jnp.asarray(c.output_scale, states.dtype)
+    logits = jnp.einsum("...D,VD->...V", states, head_VD.astype(states.dtype), preferred_element_type=jnp.float32)
+    cap = c.final_logit_softcap
+    return cap * jnp.tanh(logits / cap) if cap else logits

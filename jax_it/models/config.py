@@ -1,0 +1,160 @@
+"""What a model computes: its sizes, the kinds of its layers, and the FLOPs that follow from them.
+
+The letters that name every axis, in array names, einsums and weight tables:
+
+    B batch        T target or query position   S source or key position   D model
+    N heads        K key-value heads            H head dimension           F feed-forward
+    V vocabulary   L layers                     E relative-position buckets
+    R adapter rank X experts                    G source blocks of a row
+    P learned positions
+
+A packed row's source is G blocks of S positions each, and no example crosses a block's border, so self-attention in the
+encoder costs no more than in padded batches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from jax_it.models.experts import Experts
+from jax_it.models.norm import NormKind
+from jax_it.models.relative_bias import RelativeBias
+from jax_it.models.rope import Rope
+
+# Where a layer's norms stand: before attention and feed-forward, after each, or both. "parallel": before, and both read
+# the layer's input.
+NormPlacement = Literal["pre_norm", "post_norm", "sandwich_norm", "parallel"]
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What may differ between the layers of one model; all of it is static."""
+
+    window: int = 0  # how many positions a token sees, itself included; 0: all
+    rope: Rope | None = None
+
+
+def shortest_period(kinds: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
+    """Return the shortest sequence that gives `kinds` when it is repeated and cut to their number."""
+    lengths = range(1, len(kinds) + 1)
+    return tuple(kinds[: next(n for n in lengths if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))])
+
+
+class ComputeOptions(NamedTuple):
+    """How a forward pass is computed; none of it changes what the model is."""
+
+    dtype: Any
+    remat: bool = False
+    dropout: float = 0.0  # the rate, if a key is given
+    prefix_lm: bool = False  # the prompt's positions see each other, also in `prefill`
+    fused: bool | Literal["interpret"] = False  # attention by the TPU kernel, if it can compute the rows
+    unrolled: bool = False  # decoding takes the layers one by one: faster than a scan, but slower to compile
+
+
+@dataclass(frozen=True)
+class Config:
+    """A stack of layers with its embedding and head: a causal model, or half of an encoder-decoder."""
+
+    model_type: str
+    vocabulary: int  # V
+    embed_dim: int  # D
+    layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    mlp_dim: int  # F
+    activation: str
+    norm_eps: float
+    tied: bool  # the head is the embedding
+    end_tokens: tuple[int, ...] = ()
+    pad_token: int | None = None
+    start_token: int | None = None  # "beginning of text"
+    layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # a period: layer i is of kind i % len(layer_kinds)
+    gated_mlp: bool = True
+    norm: NormKind = "rms"
+    norm_placement: NormPlacement = "pre_norm"
+    qk_norm: Literal["", "head", "all_heads"] = ""  # over each head's entries, or over those of all heads together
+    attention_bias: bool = False  # of queries, keys and values
+    output_bias: bool = False
+    mlp_bias: bool = False
+    positions: int = 0  # P, learned ones; 0: rotary or relative
+    relative_bias: RelativeBias | None = None
+    recompute_longrope: bool = False  # a text that outgrows LongRoPE's original length is computed again
+    bidirectional: bool = False  # an encoder; its windows are as wide to either side, the token itself counted in both
+    encoder_dim: int = 0  # of the states that cross-attention reads; 0: no cross-attention
+    attn_scale: float | None = None  # None: H ** -0.5
+    attn_logit_softcap: float = 0.0
+    final_logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and feed-forward add
+    output_scale: float = 1.0  # of the states that the head reads
+    embedding_init: float = 0.02  # standard deviation
+    dropout: float = 0.0
+    dropout_in: tuple[Literal["attention", "mlp"], ...] = ("attention",)  # beside embeddings and residuals
+    experts: Experts | None = None
+
+    @property
+    def scale(self) -> float:
+        """What attention's products are multiplied by."""
+        return self.head_dim**-0.5 if self.attn_scale is None else self.attn_scale
+
+    @property
+    def longrope_length(self) -> int:
+        """The length of texts beyond which LongRoPE rotates by other frequencies; 0 without LongRoPE."""
+        return max((kind.rope.original_length for kind in self.layer_kinds if kind.rope), default=0)
+
+    def flops(self, source_length: int, length: int, source_blocks: int = 0) -> float:
+        """Count the matmul FLOPs of one row's forward pass over `length` positions, those of masked scores included."""
+        return self.stack_flops(length) + length * 2 * self.embed_dim * self.vocabulary
+
+    def stack_flops(self, length: int, source_length: int = 0) -> float:
+        """Count those of the layers alone, whose cross-attention reads `source_length` positions."""
+        attention = 2 * self.embed_dim * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        score = 4 * self.num_heads * self.head_dim
+        mlp = 2 * self.embed_dim * self.mlp_dim * (3 if self.gated_mlp else 2)
+        if self.experts:
+            each = 6 * self.embed_dim * self.experts.feed_forward
+            mlp = 2 * self.embed_dim * self.experts.number + self.experts.per_token * each
+        cross = 0
+        if self.encoder_dim:
+            cross = source_length * 4 * self.encoder_dim * self.num_kv_heads * self.head_dim
+            cross += length * (4 * self.embed_dim * self.num_heads * self.head_dim + source_length * score)
+        return self.layers * (length * (attention + length * score + mlp) + cross)
+
+    def scores(self, source_length: int, length: int, source_blocks: int = 0) -> float:
+        """Count the attention scores of one row's forward pass, over all heads and layers."""
+        read = source_blocks * source_length if self.encoder_dim else 0
+        return self.layers * self.num_heads * length * (length + read)
+
+
+@dataclass(frozen=True)
+class EncoderDecoderConfig:
+    """An encoder-decoder: two stacks, of which the decoder reads the encoder's states."""
+
+    model_type: str
+    encoder: Config
+    decoder: Config
+    tied: bool  # the head is the decoder's embedding
+    shared_embedding: bool  # encoder and decoder have one
+    dropout: float
+    start_token: int
+    pad_token: int
+    end_tokens: tuple[int, ...]
+    experts: None = None
+    positions: int = 0
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of ids that both halves know."""
+        return min(self.encoder.vocabulary, self.decoder.vocabulary)
+
+    def flops(self, source_length: int, target_length: int, source_blocks: int = 1) -> float:
+        """Count the matmul FLOPs of one forward pass: a target row and `source_blocks` blocks of `source_length`."""
+        encoder = source_blocks * self.encoder.stack_flops(source_length)
+        head = 2 * target_length * self.decoder.embed_dim * self.decoder.vocabulary
+        return encoder + self.decoder.stack_flops(target_length, source_blocks * source_length) + head
+
+    def scores(self, source_length: int, target_length: int, source_blocks: int = 1) -> float:
+        """Count the attention scores of one row's forward pass, over all heads and layers."""
+        encoder = source_blocks * self.encoder.scores(0, source_length)
+        return encoder + self.decoder.scores(source_length, target_length, source_blocks)

@@ -1,0 +1,212 @@
+"""The key-value cache: what decoding carries from step to step, for encoder-decoders and causal models alike.
+
+Keys are stored as K H S and values as K S H: a step reads them head by head, and both of its products go along rows of
+memory. Layers are cached in groups: group j of p holds layers j, j + p, j + 2p …, one after another along L. A layer
+with a window keeps the window's positions only: position t is stored at t % capacity.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_it.models.attention import by_head
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KeyValue:
+    """Keys and values of a group's layers, of the tokens so far."""
+
+    key: jax.Array = field(metadata={"axes": "LBKHT"})
+    value: jax.Array = field(metadata={"axes": "LBKTH"})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CrossKeyValue:
+    """Keys and values of a source, which cross-attention reads."""
+
+    key: jax.Array = field(metadata={"axes": "LBKHS"})
+    value: jax.Array = field(metadata={"axes": "LBKSH"})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Source:
+    """A source's keys and values in every group, and each position's segment, 0 for padding."""
+
+    groups: tuple[CrossKeyValue, ...]
+    segments: jax.Array = field(metadata={"axes": "BS"})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LongTexts:
+    """What computing a text again takes, once it outgrows LongRoPE's original length."""
+
+    tokens: jax.Array = field(metadata={"axes": "BT"})
+    is_long: jax.Array = field(metadata={"axes": "B"})  # those that have been computed again
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Row b holds the tokens before its position. With n times as many rows as sources, row b reads source b // n."""
+
+    groups: tuple[KeyValue, ...]
+    capacity: int = field(metadata={"static": True})  # positions of a row
+    windows: tuple[int, ...] = field(metadata={"static": True})  # of each group; 0: none
+    source: Source | None = None
+    long_texts: LongTexts | None = None
+
+    @property
+    def prompt_capacity(self) -> int:
+        """How many positions there are for prompts: a source's, or those of new tokens among them."""
+        return self.source.segments.shape[1] if self.source else self.capacity
+
+
+class LayerCache(NamedTuple):
+    """One layer's part of the cache."""
+
+    group: KeyValue
+    index: Any  # of the layer in its group
+    cross: CrossKeyValue | None = None
+    source_segments_BS: jax.Array | None = None
+
+    @property
+    def keys_values(self) -> tuple[jax.Array, jax.Array]:
+        """The layer's keys [B, K, H, T] and values [B, K, T, H]."""
+        return self.group.key[self.index], self.group.value[self.index]
+
+    @property
+    def cross_keys_values(self) -> tuple[jax.Array, jax.Array]:
+        """Those of the source."""
+        assert self.cross is not None
+        return self.cross.key[self.index], self.cross.value[self.index]
+
+    def positions(self, positions_B: jax.Array) -> jax.Array:
+        """Return the position that each entry holds, [B, T], after `positions_B` were written; below 0: none."""
+        capacity = self.group.key.shape[-1]
+        return positions_B[:, None] - (positions_B[:, None] - jnp.arange(capacity)) % capacity
+
+    def write(self, positions_B: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array) -> "LayerCache":
+        """Return the cache with one more token a row, T = 1, at its position.
+
+        Written in place into the whole group: a cache that a scan took apart and put together would be copied.
+        """
+        key, value = self.group.key, self.group.value
+        row, head = jnp.arange(key_BTKH.shape[0])[:, None], jnp.arange(key_BTKH.shape[2])
+        at = positions_B[:, None] % key.shape[-1]
+        key = key.at[self.index, row, head, :, at].set(key_BTKH[:, 0])
+        value = value.at[self.index, row, head, at].set(value_BTKH[:, 0])
+        return self._replace(group=KeyValue(key, value))
+
+
+def init_group(layers: int, rows: int, kv_heads: int, head_dim: int, capacity: int, dtype: Any) -> KeyValue:
+    """Return a group that holds no token yet."""
+    value = jnp.zeros((layers, rows, kv_heads, capacity, head_dim), dtype)
+    return KeyValue(jnp.swapaxes(value, 3, 4), value)
+
+
+def from_prompt(key_LBTKH: jax.Array, value_LBTKH: jax.Array, last_B: jax.Array, window: int) -> KeyValue:
+    """Cache a prompt's keys and values in a group; of a window, those that it sees from position `last_B`."""
+    if window and window < key_LBTKH.shape[2]:
+        at_BT = last_B[:, None] - (last_B[:, None] - jnp.arange(window)) % window
+        at_BT = jnp.maximum(at_BT, 0)[None, :, :, None, None]  # what is below 0 is never read
+        key_LBTKH, value_LBTKH = (jnp.take_along_axis(x, at_BT, axis=2) for x in (key_LBTKH, value_LBTKH))
+    return KeyValue(*jax.vmap(by_head)(key_LBTKH, value_LBTKH))
+
+
+def unstack_layers(cache: KVCache, layers: int, period: int) -> KVCache:
+    """Return the cache with a group for each of the layers, of which the first whole periods are grouped."""
+    repeats = layers // period
+
+    def each(groups: tuple) -> tuple:
+        def one(layer: int) -> Any:
+            if layer >= repeats * period:
+                return groups[layer - repeats * period + period]
+            return jax.tree.map(lambda array: array[layer // period][None], groups[layer % period])
+
+        return tuple(map(one, range(layers)))
+
+    source = cache.source and dataclasses.replace(cache.source, groups=each(cache.source.groups))
+    windows = tuple(cache.windows[layer % period] for layer in range(layers))
+    return dataclasses.replace(cache, groups=each(cache.groups), windows=windows, source=source)
+
+
+def grow(cache: KVCache, by: int) -> KVCache:
+    """Return the cache with room for prompts that are longer by `by` tokens: sources, or what precedes new tokens."""
+    if cache.source:
+        return dataclasses.replace(cache, source=map_axes(lambda axes, x: _pad(axes, x, "S", by), cache.source))
+    groups = []
+    for group, window in zip(cache.groups, cache.windows, strict=True):
+        held = group.key.shape[-1]
+        more = by if not window else min(held + by, window) - held
+        groups.append(map_axes(lambda axes, x, more=more: _pad(axes, x, "T", more), group))
+    long_texts = map_axes(lambda axes, x: _pad(axes, x, "T", by), cache.long_texts)
+    return dataclasses.replace(cache, groups=tuple(groups), capacity=cache.capacity + by, long_texts=long_texts)
+
+
+def _pad(axes: str, x: jax.Array, axis: str, by: int) -> jax.Array:
+    return jnp.pad(x, [(0, by * (letter == axis)) for letter in axes])
+
+
+def take_rows(cache: KVCache, rows_B: jax.Array) -> KVCache:
+    """Return the cache whose row b is row `rows_B[b]` of this one. Sources stay, so no row may change its source."""
+    return map_axes(_taker(rows_B), cache, of_source=lambda axes, array: array)
+
+
+def select(cache: KVCache, sources_B: jax.Array, copies: int = 1) -> KVCache:
+    """Return the cache with the `copies` rows of each of these sources, and what they read."""
+    return map_axes(_taker(rows_of(sources_B, copies)), cache, of_source=_taker(sources_B))
+
+
+def insert(cache: KVCache, new: KVCache, at_R: jax.Array, from_R: jax.Array, copies: int = 1) -> KVCache:
+    """Return the cache with sources `from_R` of another one, which has a row for each, at the places `at_R`.
+
+    There each gets `copies` rows, which are alike. Places that do not exist take none.
+    """
+
+    def put(at_R: jax.Array, from_R: jax.Array) -> Callable[..., jax.Array]:
+        def one(axes: str, old: jax.Array, new: jax.Array) -> jax.Array:
+            axis = axes.index("B")
+            return old.at[(slice(None),) * axis + (at_R,)].set(new.take(from_R, axis), mode="drop")
+
+        return one
+
+    put_rows = put(rows_of(at_R, copies), jnp.repeat(from_R, copies))
+    return map_axes(put_rows, cache, new, of_source=put(at_R, from_R))
+
+
+def rows_of(sources_B: jax.Array, copies: int) -> jax.Array:
+    """Return the rows of some sources that have `copies` each."""
+    return (sources_B[:, None] * copies + jnp.arange(copies)).reshape(-1)
+
+
+def map_axes(function: Callable[..., Any], tree: Any, *others: Any, of_source: Callable[..., Any] | None = None) -> Any:
+    """Return the cache with `function(axes, array, *arrays)` for each array, given its axes and those of other caches.
+
+    `of_source`, if given, takes the place of the function for the arrays of a source.
+    """
+    if tree is None:
+        return None
+    if isinstance(tree, tuple):
+        return tuple(map_axes(function, *each, of_source=of_source) for each in zip(tree, *others, strict=True))
+    if of_source and isinstance(tree, Source):
+        return map_axes(of_source, tree, *others)
+    changes = {}
+    for one in dataclasses.fields(tree):
+        if one.metadata.get("static"):
+            continue
+        values = [getattr(each, one.name) for each in (tree, *others)]
+        axes = one.metadata.get("axes")
+        changes[one.name] = function(axes, *values) if axes else map_axes(function, *values, of_source=of_source)
+    return dataclasses.replace(tree, **changes)
+
+
+def _taker(rows_B: jax.Array) -> Callable[[str, jax.Array], jax.Array]:
+    return lambda axes, array: array.take(rows_B, axes.index("B"))
