@@ -40,9 +40,10 @@ fuzz: $(VENV)-parity/stamp ## thousands of hostile inputs, some of them against 
 parity: $(VENV)-parity/stamp ## the comparisons with PyTorch, in an environment of their own, .venv-parity
 	JAX_IT_TEST_CODE_GENERATOR=default $(VENV)-parity/bin/python -m pytest -m parity $(PYTEST_ARGS)
 
-lint: setup ## style and types
+lint: setup ## style, the layers of modules, and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache --no-logo
 	$(VENV)/bin/mypy
 
 libtpu: setup ## TPU's compiler (700 MB), into .venv: with it `make test` compiles for TPU slices too

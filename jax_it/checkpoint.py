@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jax_it import files, hosts
@@ -38,7 +39,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: Any,
+        folder: epath.Path,
         keep: int = 0,
         keep_best: int = 0,
         scores: Scores = lambda step: None,
@@ -46,7 +47,7 @@ class Checkpoints:
     ):
         self.folder = files.absolute(folder)
         writing = keep > 0
-        if not files.is_remote(self.folder) and os.path.lexists(self.folder) and not self.folder.is_dir():
+        if files.is_there(self.folder) and not self.folder.is_dir():
             raise UserError(f"{self.folder} is not a folder; remove it, or restore it from a copy")
         self._check_metadata()
         if writing and hosts.is_first():
@@ -57,7 +58,7 @@ class Checkpoints:
         policy = _NewestAndBest(keep, keep_best, scores, waiting) if writing else preservation_policy.PreserveAll()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
-            temporary_path_class=_teach_orbax_s3() if os.fspath(self.folder).startswith("s3://") else None,
+            atomicity_options=_teach_orbax_s3() if os.fspath(self.folder).startswith("s3://") else None,
             read_only=not writing,
             create=writing,
             save_interval_steps=1 if writing else 0,
@@ -73,16 +74,12 @@ class Checkpoints:
 
     def _check_metadata(self) -> None:
         """Refuses what Orbax's manager, which reads these files of all checkpoints, would not come to the end of."""
-        if files.is_remote(self.folder) or not self.folder.is_dir():
-            return
-        for file in self.folder.glob("*/*"):
-            try:
-                if not file.is_dir():
-                    files.check_regular(file)
-            except OSError as error:
-                raise UserError(
-                    f"{file} cannot be read: {error.strerror}; remove it, or restore its checkpoint from a copy"
-                ) from None
+        try:
+            files.check_all_regular(self.folder, "*/*")
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} cannot be read: {error.strerror}; remove it, or restore its checkpoint from a copy"
+            ) from None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -164,7 +161,7 @@ class Checkpoints:
         found: dict[str, Any] = {}
         failure: Exception | None = None
         try:
-            _check_regular(self.folder / str(step))
+            files.check_all_regular(self.folder / str(step))
             for name, arrays in abstract.items():
                 reader = ocp.StandardCheckpointHandler()
                 found[name] = reader.restore(self.folder / str(step) / name, args=ocp.args.StandardRestore(arrays))
@@ -187,12 +184,12 @@ class Checkpoints:
                 raise ValueError(f"its {name} differ from what was saved")
         return found
 
-    def _set_aside(self, step: int) -> Any:
+    def _set_aside(self, step: int) -> epath.Path:
         place = self.folder.parent / f"damaged-checkpoint-{step}"
         with hosts.first_then_others():
             if hosts.is_first():
                 files.remove(place)
-                files.move(self.folder / str(step), place)
+                (self.folder / str(step)).rename(place)
         self._manager.reload()
         return place
 
@@ -218,17 +215,17 @@ class Checkpoints:
 
 
 @cache
-def _teach_orbax_s3() -> Any:
-    """Has Orbax write arrays to s3:// by TensorStore, as it does to gs://; of itself it takes that for a local path.
+def _teach_orbax_s3() -> ocp.options.AtomicityOptions:
+    """Has Orbax write arrays to s3:// by TensorStore, as it does to gs://; otherwise it takes that for a local path.
 
-    Returns its class for folders that nobody renames: a file in them says that they are whole.
+    Returns the options of checkpoints that are not renamed when they are whole, but get a file that says so.
     """
     try:
-        from orbax.checkpoint._src.path import atomicity, gcs_utils
+        from orbax.checkpoint._src.path import gcs_utils
         from orbax.checkpoint._src.serialization import tensorstore_utils
 
         of_gs, normalize = gcs_utils.get_kvstore_for_gcs, tensorstore_utils._normalize_path
-        whole, _ = atomicity.CommitFileTemporaryPath, tensorstore_utils._use_gcs_driver
+        _ = tensorstore_utils._use_gcs_driver
     except (ImportError, AttributeError):
         version = importlib.metadata.version("orbax-checkpoint")
         raise UserError(
@@ -248,7 +245,7 @@ def _teach_orbax_s3() -> Any:
     gcs_utils.get_kvstore_for_gcs = kvstore
     tensorstore_utils._use_gcs_driver = lambda path: path.startswith(("gs://", "s3://"))
     tensorstore_utils._normalize_path = lambda path: normalize(path).replace("s3:/", "s3://")
-    return whole
+    return ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
 
 
 class _NewestAndBest(preservation_policy.PreservationPolicy):
@@ -284,14 +281,6 @@ def _checksum(tree: Any) -> jax.Array:
 
 def _checksum_of_json(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
-
-
-def _check_regular(folder: Any) -> None:
-    """Raises OSError where a folder holds something that is neither a file nor a folder: reading it may never end."""
-    if not files.is_remote(folder):
-        for parent, _, names in os.walk(folder):
-            for name in names:
-                files.check_regular(os.path.join(parent, name))
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

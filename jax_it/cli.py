@@ -14,6 +14,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
+from etils import epath
+
 from jax_it import files, typed
 from jax_it.errors import Interrupted, UserError, exit_now, first_line, shorten
 
@@ -307,7 +309,7 @@ def _stop(text: str) -> str:
     return re.sub(r"\\[ntr\\]", lambda found: escapes[found[0]], _text(text))
 
 
-def _path(text: str, locate: Callable[[str, str], Any] = files.locate) -> str:
+def _path(text: str, locate: Callable[[str, str], object] = files.locate) -> str:
     """Refuses what can be no path, before anything is imported or read."""
     try:
         locate(text, "")
@@ -398,9 +400,9 @@ def _summarize(options: argparse.Namespace, request: Any) -> None:
         print(summary.text(found))
 
 
-def _outputs(options: dict[str, str | None]) -> dict[str, Any]:
+def _outputs(options: dict[str, str | None]) -> dict[str, epath.Path]:
     """The files that options name, by option. Raises UserError where one cannot be written, or two are the same."""
-    found: dict[str, Any] = {}
+    found: dict[str, epath.Path] = {}
     for option, path in options.items():
         if path is None:
             continue

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from jax_it import files, hosts, sharding
 from jax_it.checkpoint import disk_error
@@ -49,7 +50,12 @@ def export(
 
 
 def save(
-    output: str | Path, model: Model, params: Params, tokenizer: Tokenizer, extras: Path | None = None, dtype: str = ""
+    output: str | Path,
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    extras: Path | epath.Path | None = None,
+    dtype: str = "",
 ) -> None:
     """Writes config.json, weights, tokenizer and generation settings: whole or not at all. Adapters are merged."""
     model, params = model.merge(params)

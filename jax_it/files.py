@@ -1,13 +1,15 @@
-"""Files of a local folder, or of one in an object store: gs:// and s3:// by etils.epath, as Orbax reads them.
+"""Files in local folders and in object stores (gs://, s3://).
 
-An object store has no append, no lock, and no folder that could be renamed; a file in it is written whole,
-and there or not.
+A path that may lie in an object store is an `epath.Path`, as in Orbax; a `pathlib.Path` is always local. An object
+store cannot append to a file, lock it or link to it, and it shows a file only when all of it has been written. `local`
+tells the two kinds of path apart.
 """
 
 import errno
 import fcntl
 import glob
 import hashlib
+import io
 import json
 import math
 import os
@@ -22,7 +24,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
+
+from etils import epath
 
 from jax_it.errors import UserError, shorten
 
@@ -33,11 +37,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can escape on
 UPLOAD = 30  # seconds between what others see of a growing file in an object store
 
 
-def locate(path: str | Path, option: str = "") -> Any:
-    """A folder or file: a pathlib.Path, or an epath.Path where the name begins with gs:// or s3://.
+def locate(path: str | os.PathLike[str], option: str = "") -> epath.Path:
+    """Returns the path of a folder or file, local or in an object store (gs://, s3://).
 
     `~` and `~USER` are home folders. `option` is what names the path, for messages. Raises UserError for a name that
-    can be no file's, for an unknown scheme, and for one whose library is not installed.
+    no file can have, for an unknown scheme, and for one whose library is not installed.
     """
     text = os.fspath(path)
     if not text:
@@ -45,7 +49,7 @@ def locate(path: str | Path, option: str = "") -> Any:
     shown = f"{option} {shorten(text, 200)}".strip()
     scheme = _scheme(text)
     if not scheme:
-        return _local(text, shown)
+        return _epath(_local(text, shown))
     rest = text.partition(":")[2]
     if scheme not in BACKENDS:
         raise UserError(f"{shown}: unknown scheme {scheme}://; give a local folder, gs:// or s3://")
@@ -56,18 +60,38 @@ def locate(path: str | Path, option: str = "") -> Any:
         raise UserError(f"{shown} needs {package}: pip install 'jax-it[{extra}]'")
     if not rest.strip("/"):
         raise UserError(f"{shown} names no bucket; give {scheme}://BUCKET/FOLDER")
-    from etils import epath
+    from fsspec.config import conf  # slow to import, and needed for object stores alone
 
+    # By default a process never sees what others add to a folder that it has listed once.
+    conf.setdefault(scheme, {})["use_listings_cache"] = False
     return epath.Path(text)
 
 
-def locate_local(path: str | Path, option: str) -> Path:
-    """The same where only a local folder or file will do. Raises UserError for one in an object store."""
-    if scheme := _scheme(os.fspath(path)):
-        shown = f"{option} {shorten(os.fspath(path), 200)}".strip()
+def locate_local(path: str | os.PathLike[str], option: str) -> Path:
+    """Does the same where only a local folder or file will do. Raises UserError for one in an object store."""
+    text = os.fspath(path)
+    if scheme := _scheme(text):
+        shown = f"{option} {shorten(text, 200)}".strip()
         raise UserError(f"{shown}: {scheme}:// is not supported here; give a local path")
-    local: Path = locate(path, option)
-    return local
+    return Path(locate(text, option))
+
+
+def local(path: os.PathLike[str]) -> Path | None:
+    """Returns a local path, for what only the operating system can do with it; None for one in an object store."""
+    text = os.fspath(path)
+    return None if "://" in text else Path(text)  # a path has no // inside
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """Returns the absolute path; epath's own method takes gs://BUCKET for the name of a local folder."""
+    found = local(path)
+    return path if found is None else _epath(found.absolute())
+
+
+def _epath(path: Path) -> epath.Path:
+    """Returns a local path as an epath.Path, which takes /gs/x for gs://x but leaves //gs/x, the same folder, alone."""
+    found = epath.Path(path)
+    return found if local(found) else epath.Path(f"/{path}")
 
 
 def _scheme(text: str) -> str:
@@ -100,33 +124,26 @@ def _local(text: str, shown: str) -> Path:
     return Path(home)
 
 
-def matches(pattern: Any) -> list[Any]:
-    """What a path with wildcards names but for folders, in order. Raises UserError where a store knows none such."""
-    if not is_remote(pattern):
-        return sorted(file for name in glob.glob(str(pattern), recursive=True) if not (file := Path(name)).is_dir())
-    scheme, _, rest = os.fspath(pattern).partition("://")
-    bucket, _, inside = rest.partition("/")
-    if "**" in inside:
+def matches(pattern: epath.Path) -> list[epath.Path]:
+    """Returns the files that a path with wildcards names, in order. Raises UserError for ** in an object store."""
+    path = local(pattern)
+    if path is not None:
+        found = [_epath(Path(name)) for name in glob.glob(str(path), recursive=True)]
+    elif "**" in str(pattern):
         raise UserError(f"{pattern}: ** is for local folders; name each folder, with *")
-    return sorted(file for file in locate(f"{scheme}://{bucket}").glob(inside) if file.is_file())
+    else:
+        found = list(pattern.parent.glob(pattern.name))
+    return sorted(file for file in found if not file.is_dir())
 
 
-def is_remote(path: Any) -> bool:
-    return "://" in os.fspath(path)
-
-
-def absolute(path: Any) -> Any:
-    return path if is_remote(path) else path.absolute()
-
-
-def write_atomically(file: Any, content: Any) -> None:
+def write_atomically(file: Path | epath.Path, content: Any) -> None:
     """Writes JSON (or text, as it is): whole or not at all.
 
     What a symbolic link points to is replaced, not the link. A device or a pipe is written to as it is.
     """
     text = content if isinstance(content, str) else to_json(content, indent=2) + "\n"
     encoded = text.encode("utf-8", errors="backslashreplace")  # half a surrogate pair, as JSON has it
-    if is_remote(file):
+    if local(file) is None:
         file.write_bytes(encoded)  # which puts the object there when all of it has come
         return
     if is_stream(file):
@@ -169,9 +186,9 @@ def _own_names(folder: Path, prefix: str) -> str:
     return f"{here}{os.getpid()}."
 
 
-def is_stream(file: Any) -> bool:
+def is_stream(file: os.PathLike[str]) -> bool:
     """Whether it is there and neither a regular file nor a folder: a device or a pipe, such as /dev/stdout."""
-    if is_remote(file):
+    if local(file) is None:
         return False
     if _descriptor(file) is not None:
         return True
@@ -182,14 +199,14 @@ def is_stream(file: Any) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def _descriptor(file: Any) -> int | None:
+def _descriptor(file: os.PathLike[str]) -> int | None:
     """The number of the open file that /dev/stdout and its like stand for, which may be a regular one."""
     names = {"/dev/stdout": "1", "/dev/stderr": "2"}
     text = names.get(os.fspath(file)) or (re.match(r"/(?:dev|proc/self)/fd/(\d+)$", os.fspath(file)) or ["", ""])[1]
     return int(text) if text and len(text) < 10 else None
 
 
-def _open_stream(file: Any) -> BinaryIO:
+def _open_stream(file: os.PathLike[str]) -> BinaryIO:
     """Raises OSError for a pipe that nobody reads, which would be waited for."""
     descriptor = _descriptor(file)
     if descriptor is None:
@@ -201,13 +218,13 @@ def _open_stream(file: Any) -> BinaryIO:
     return os.fdopen(opened, "wb")
 
 
-def locate_output(path: str | Path, option: str) -> Any:
-    """The file that an option names to be written, before the work whose result it gets.
+def locate_output(path: str | os.PathLike[str], option: str) -> epath.Path:
+    """Returns the file that an option names to be written, before the work whose result it gets.
 
     Raises UserError where it could not be written.
     """
     file = locate(path, option)
-    if is_remote(file) or is_stream(file):
+    if local(file) is None or is_stream(file):
         return file
     folder = Path(os.path.realpath(file)).parent
     if file.is_dir() or not folder.is_dir():
@@ -217,9 +234,9 @@ def locate_output(path: str | Path, option: str) -> Any:
     return file
 
 
-def unwritable(folder: Any) -> str:
-    """Why a local folder cannot be written to, or made, "" if it can; it is not made."""
-    if is_remote(folder):
+def unwritable(folder: Path | epath.Path) -> str:
+    """Says why a local folder cannot be written to, or made, "" if it can; it is not made."""
+    if local(folder) is None:
         return ""
     there = Path(os.path.realpath(folder))
     while not os.path.lexists(there):
@@ -231,7 +248,7 @@ def unwritable(folder: Any) -> str:
     return ""
 
 
-def write_output(file: Any, content: Any, option: str) -> None:
+def write_output(file: Path | epath.Path, content: Any, option: str) -> None:
     """Writes what `locate_output` has returned, and says so where it takes the place of another file.
 
     Raises UserError where that fails.
@@ -264,7 +281,13 @@ def _with_nulls(value: Any) -> Any:
     return [_with_nulls(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def read_text(file: Any) -> str:
+def open_binary(file: Path | epath.Path, mode: str = "rb") -> io.BufferedIOBase:
+    """Opens a file of bytes; epath's own method is declared to open one of text."""
+    stream: Any = file.open(mode)
+    return stream
+
+
+def read_text(file: Path | epath.Path) -> str:
     """The text of a file. Raises OSError, also where it is not a regular file (reading a FIFO never ends), and
     ValueError where it is not UTF-8.
     """
@@ -272,7 +295,7 @@ def read_text(file: Any) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def read_json(file: Any) -> Any:
+def read_json(file: Path | epath.Path) -> Any:
     """The JSON value in a file. Raises OSError as `read_text` does, and ValueError where it is not JSON."""
     try:
         return json.loads(read_text(file))
@@ -280,22 +303,41 @@ def read_json(file: Any) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def check_regular(file: Any) -> None:
-    """Raises OSError where this is not a regular file."""
-    if is_remote(file):
+def check_regular(file: os.PathLike[str]) -> None:
+    """Raises OSError where this is not a regular file: reading a pipe may never end."""
+    path = local(file)
+    if path is None:
         return
-    mode = os.stat(file).st_mode
+    mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "Not a regular file", str(file))
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
-def digests(folder: Any) -> dict[str, str]:
-    """A hash of each file in a folder, by name. Raises OSError."""
+def check_all_regular(folder: epath.Path, pattern: str = "**/*") -> None:
+    """Raises OSError where a local folder holds something that is neither a regular file nor a folder."""
+    path = local(folder)
+    for file in sorted(path.glob(pattern)) if path else ():
+        if not file.is_dir():
+            check_regular(file)
+
+
+def is_regular(file: epath.Path) -> bool:
+    """Whether this is a regular file; epath's `is_file` takes a pipe for one."""
+    return file.is_file() if local(file) is None else os.path.isfile(file)
+
+
+def is_there(path: epath.Path) -> bool:
+    """Whether there is anything of this name, even a link to nowhere."""
+    return path.exists() if local(path) is None else os.path.lexists(path)
+
+
+def digests(folder: epath.Path) -> dict[str, str]:
+    """Returns a hash of each file in a folder, by name. Raises OSError."""
     found = {}
     for file in sorted(folder.iterdir()):
-        if file.is_file() and not file.name.startswith("."):
+        if is_regular(file) and not file.name.startswith("."):
             found[file.name] = hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
     return found
 
@@ -311,7 +353,7 @@ def _runs(process: int) -> bool:
     return True
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
+def read_json_object(file: Path | epath.Path) -> dict[str, Any]:
     """Reads a JSON object. Raises FileNotFoundError, and UserError for anything else that is wrong with the file.
 
     A key that occurs twice is an error, where Python would take the last one, and so are NaN and Infinity.
@@ -350,44 +392,35 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def remove(folder: Any) -> None:
+def remove(path: Path | epath.Path) -> None:
     """Removes a folder and all in it, or a file, as far as that can be done."""
-    if not is_remote(folder):
-        if folder.is_symlink() or not folder.is_dir():
-            with suppress(OSError):
-                folder.unlink()
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    with suppress(Exception):  # each library has its own errors
-        folder.rmtree(missing_ok=True)
+    found = local(path)
+    if found is None:
+        with suppress(Exception):  # each library has its own errors
+            epath.Path(path).rmtree()
+    elif found.is_dir() and not found.is_symlink():
+        shutil.rmtree(found, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            found.unlink()
 
 
-def move(folder: Any, to: Any) -> None:
-    """Renames a folder within its file system; `to` must not be there."""
-    if not is_remote(folder):
-        folder.rename(to)
-        return
-    copy(folder, to)
-    folder.rmtree()
-
-
-def copy(folder: Any, to: Any) -> None:
+def copy(folder: Path | epath.Path, to: Path | epath.Path) -> None:
     """Copies a folder's files, into or out of an object store too."""
     to.mkdir(parents=True, exist_ok=True)
     for item in folder.iterdir():
         if item.is_dir():
             copy(item, to / item.name)
             continue
-        with item.open("rb") as source, (to / item.name).open("wb") as target:
+        with open_binary(item) as source, open_binary(to / item.name, "wb") as target:
             shutil.copyfileobj(source, target, 1 << 22)
 
 
 @contextmanager
-def read_locally(folder: Any) -> Iterator[Path]:
-    """The folder, or a local copy of one in an object store, for libraries that read local files."""
-    if not is_remote(folder):
-        yield folder
+def read_locally(folder: epath.Path) -> Iterator[Path]:
+    """Yields the folder, or a local copy of one in an object store, for libraries that read local files."""
+    if path := local(folder):
+        yield path
         return
     with tempfile.TemporaryDirectory(prefix="jax_it-") as name:
         if folder.is_dir():
@@ -396,11 +429,11 @@ def read_locally(folder: Any) -> Iterator[Path]:
 
 
 @contextmanager
-def written_locally(folder: Any) -> Iterator[Path]:
-    """A folder to write to: this one, or a local one whose files are copied into the object store at the end."""
-    if not is_remote(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
+def written_locally(folder: epath.Path) -> Iterator[Path]:
+    """Yields the folder to write to, or a local one whose files are copied into the object store at the end."""
+    if path := local(folder):
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
         return
     with tempfile.TemporaryDirectory(prefix="jax_it-") as name:
         yield Path(name)
@@ -413,19 +446,18 @@ class Appending:
     `flush` does so at most every 30 s. Raises OSError, as files do.
     """
 
-    def __init__(self, file: Any):
+    def __init__(self, file: epath.Path):
         self._file, self._changed, self._uploaded = file, False, time.monotonic()
-        self._place: Any = None
-        local = file
-        if is_remote(file):
-            self._place = tempfile.TemporaryDirectory(prefix="jax_it-")
-            local = Path(self._place.name) / file.name
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        path = local(file)
+        if path is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="jax_it-")
+            path = Path(self._temporary.name) / file.name
             with suppress(FileNotFoundError):
-                local.write_bytes(file.read_bytes())
+                path.write_bytes(file.read_bytes())
         else:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = local.open("ab")
-        self._local: Path = local
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._stream = path, path.open("ab")
 
     def write(self, content: str | bytes) -> None:
         self._stream.write(content.encode() if isinstance(content, str) else content)
@@ -433,42 +465,55 @@ class Appending:
 
     def flush(self) -> None:
         self._stream.flush()
-        if self._place and self._changed and time.monotonic() > self._uploaded + UPLOAD:
+        if self._temporary and self._changed and time.monotonic() > self._uploaded + UPLOAD:
             self._upload()
 
     def close(self) -> None:
         self._stream.close()
-        if self._place:
+        if self._temporary:
             if self._changed:
                 self._upload()
-            self._place.cleanup()
-            self._place = None
+            self._temporary.cleanup()
+            self._temporary = None
 
     def _upload(self) -> None:
-        self._file.write_bytes(self._local.read_bytes())
+        self._file.write_bytes(self._path.read_bytes())
         self._changed, self._uploaded = False, time.monotonic()
 
 
-def lock(stream: TextIO, refusal: str) -> None:
-    """Locks an open file for this process and writes into it who that is.
+@contextmanager
+def locked(file: epath.Path, refusal: str, advice: str) -> Iterator[None]:
+    """Locks a file for this process, and writes into it who that is; does nothing in an object store.
 
-    Raises UserError where another one holds it: who that is, and the refusal.
+    The lock is the operating system's: it ends with the process, however that ends. Raises UserError where another
+    process holds it (who that is, and the `refusal`), and with the `advice` where the file cannot be written.
     """
+    path = local(file)
+    if path is None:
+        yield
+        return
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {platform.node()}")
-        stream.flush()
-    except BlockingIOError:
-        stream.seek(0)
-        owner = stream.read() or "another process"
-        raise UserError(f"{owner} {refusal}") from None
-    except OSError:  # a file system without locks, or a full one, which the next file will tell
-        pass
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror or error}; {advice}") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {platform.node()}")
+            stream.flush()
+        except BlockingIOError:
+            stream.seek(0)
+            owner = stream.read() or "another process"
+            raise UserError(f"{owner} {refusal}") from None
+        except OSError:  # a file system without locks, or a full one, which the next file will tell
+            pass
+        yield
 
 
-def lines(file: Any) -> Iterator[str]:
+def lines(file: epath.Path) -> Iterator[str]:
     """The lines of a text file, with their ends; what is no UTF-8 is replaced."""
-    with file.open("rb") as stream:
+    with open_binary(file) as stream:
         for line in stream:
             yield line.decode("utf-8", errors="replace")

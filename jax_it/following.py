@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+
+from etils import epath
 
 from jax_it.files import read_json, write_atomically
 
@@ -16,7 +17,7 @@ BEAT = 30.0  # seconds between two writes
 ALIVE = 600.0  # seconds after the last one in which a process counts as running; clocks may differ by minutes
 
 
-def waiting(folder: Any, steps: Sequence[int], most: int) -> Sequence[int]:
+def waiting(folder: epath.Path, steps: Sequence[int], most: int) -> Sequence[int]:
     """The first so many of these steps that a running process has yet to read. Its files lie in `folder`."""
     needed: set[int] = set()
     for first in _positions(folder):
@@ -24,7 +25,7 @@ def waiting(folder: Any, steps: Sequence[int], most: int) -> Sequence[int]:
     return sorted(needed)[:most]
 
 
-def _positions(folder: Any) -> Iterator[int]:
+def _positions(folder: epath.Path) -> Iterator[int]:
     try:
         files = [file for file in folder.iterdir() if file.name.endswith(".json")]
     except Exception:  # there is none; each object store's library has its own errors
@@ -39,7 +40,7 @@ def _positions(folder: Any) -> Iterator[int]:
 class Position:
     """This process's file. What cannot be written is left: checkpoints may then go before they are scored."""
 
-    def __init__(self, file: Any):
+    def __init__(self, file: epath.Path):
         self._file, self._step = file, 0
         self._writing = threading.Lock()
         self._over = threading.Event()
@@ -66,7 +67,7 @@ class Position:
 
 
 @contextmanager
-def position(file: Any) -> Iterator[Position]:
+def position(file: epath.Path) -> Iterator[Position]:
     """Within it the file says that this process follows, whatever it is busy with; at first from step 0 on."""
     found = Position(file)
     found.write()

@@ -57,6 +57,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"config.mesh.{config.across_slices}: {across} devices cannot be shared out to {len(slices)} slices; make "
             f"it a multiple of {len(slices)}, or name the axis that is one with config.mesh.across_slices"
         )
+    # As mesh_utils.create_hybrid_device_mesh, which does not take the slices of devices that do not tell theirs (CPUs).
     inner = sizes | {config.across_slices: across // len(slices)}
     parts = [
         mesh_utils.create_device_mesh(tuple(inner.values()), each, allow_split_physical_axes=True) for each in slices

@@ -13,17 +13,17 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from jax_it import config as settings
 from jax_it import files, following, hosts, metrics, sharding
@@ -33,7 +33,7 @@ from jax_it.data import tokenizer as tokenizers
 from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
 from jax_it.errors import Interrupted, UserError, first_line, shorten
-from jax_it.files import Appending, remedy, to_json, write_atomically
+from jax_it.files import Appending, is_there, remedy, to_json, write_atomically
 from jax_it.models import Model, Params, build, hf, peft, with_tied_head
 from jax_it.models.families import FAMILIES
 from jax_it.models.lora import Adapter, Target
@@ -73,18 +73,18 @@ class Derived:
 
 @dataclass(frozen=True)
 class Workdir:
-    path: Any  # as `files.locate` returns it
+    path: epath.Path
 
     @property
-    def tensorboard(self) -> Any:
+    def tensorboard(self) -> epath.Path:
         return self.path / "tensorboard"
 
     @property
-    def metrics(self) -> Any:
+    def metrics(self) -> epath.Path:
         return self.path / "metrics.jsonl"
 
     @property
-    def skipped(self) -> Any:
+    def skipped(self) -> epath.Path:
         return self.path / "skipped.jsonl"
 
     def appending(self, name: str) -> Appending:
@@ -92,18 +92,18 @@ class Workdir:
         return Appending(self.path / name)
 
     @property
-    def followers(self) -> Any:
+    def followers(self) -> epath.Path:
         """See `following`."""
         return self.path / "eval" / "followers"
 
-    def eval(self, step: int) -> Any:
+    def eval(self, step: int) -> epath.Path:
         return self.path / "eval" / str(step)
 
     def is_scored(self, step: int) -> bool:
-        return (self.eval(step) / SCORES).is_file()
+        return files.is_regular(self.eval(step) / SCORES)
 
     def holds_a_run(self) -> bool:
-        return _is_there(self.path / "config.json")
+        return is_there(self.path / "config.json")
 
     def is_recognized(self) -> bool:
         """Whether this is the folder of a run, of which parts may be lost, and not of a model."""
@@ -115,7 +115,7 @@ class Workdir:
                 return True
         except (OSError, ValueError, TypeError):
             pass
-        return _is_there(self.path / "model" / "config.json") or _is_there(self.path / "checkpoints")
+        return is_there(self.path / "model" / "config.json") or is_there(self.path / "checkpoints")
 
     def check_new(self) -> None:
         """Refuses to start a run in a folder that has parts of another one. All hosts must call it."""
@@ -127,7 +127,7 @@ class Workdir:
 
     def _parts(self) -> list[str]:
         """The parts of a run that are here, but for those that a start which was killed has left half-made."""
-        begun = BEGUN if _is_there(self.path / CREATING) else ()
+        begun = BEGUN if is_there(self.path / CREATING) else ()
         try:
             names = {item.name for item in self.path.iterdir()}
         except OSError:
@@ -136,11 +136,9 @@ class Workdir:
 
     def check_parts(self) -> None:
         """Refuses a run's folder in which a file stands in the place of a folder, or the other way round."""
-        if files.is_remote(self.path):
-            return
         for name, folder in PARTS.items():
             part = self.path / name
-            if _is_there(part) and not (part.is_dir() if folder else part.is_file()):
+            if is_there(part) and not (part.is_dir() if folder else files.is_regular(part)):
                 expected = "folder" if folder else "regular file"
                 raise UserError(f"{part} is not a {expected}; remove it, or restore it from a copy")
 
@@ -148,13 +146,14 @@ class Workdir:
     def locked(self) -> Iterator[None]:
         """Holds the folder for one training process. Raises UserError where another one trains in it.
 
-        The lock is the operating system's: it ends with the process, however that ends. An object store has no
-        locks. A folder that has become no run is left as it was found: a run that fails before its first step is none.
+        A folder that has not become a run is left as it was found, and a run that fails before its first step is not
+        one.
         """
         if not hosts.is_first():  # the first host's lock is that of the run
             yield
             return
-        with nullcontext() if files.is_remote(self.path) else self._lock():
+        refusal = f"trains in {self.path}; wait for it or stop it, or name another --workdir"
+        with files.locked(self.path / ".lock", refusal, "name another --workdir"):
             new = not self.holds_a_run()
             try:
                 yield
@@ -162,33 +161,18 @@ class Workdir:
                 if new and not isinstance(error, Interrupted):
                     self._discard()
                 raise
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        file = self.path / ".lock"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            stream = file.open("a+", encoding="utf-8")
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {self.path}: {error.strerror or error}; name another --workdir"
-            ) from error
-        with stream:
-            files.lock(stream, f"trains in {self.path}; wait for it or stop it, or name another --workdir")
-            try:
-                yield
             finally:
-                if not self.holds_a_run():
-                    file.unlink(missing_ok=True)
+                if (path := files.local(self.path)) and not self.holds_a_run():
+                    (path / ".lock").unlink(missing_ok=True)
                     with suppress(OSError):  # it holds something else
-                        self.path.rmdir()
+                        path.rmdir()
 
     def _discard(self) -> None:
         """Removes a new run that has come to nothing: without a checkpoint, a score, or a step in its log."""
         if not self.holds_a_run() or self.checkpoints().steps() or self.scored_steps():
             return
         for file in (self.metrics, self.skipped):
-            if _is_there(file) and file.read_bytes():
+            if is_there(file) and file.read_bytes():
                 return
         for name in ("config.json", *PARTS):  # config.json first: without it no other process takes this for a run
             files.remove(self.path / name)
@@ -215,8 +199,7 @@ class Workdir:
         came_from: Path | None,
     ) -> None:
         try:
-            if not files.is_remote(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / CREATING, "")
             self._remove_begun()
             with files.written_locally(self.path / "model") as folder:
@@ -361,7 +344,7 @@ class Workdir:
         """The steps that have a folder of scores, in order, which may not be whole yet."""
         try:
             found = [folder for folder in (self.path / "eval").iterdir() if folder.name.isdecimal()]
-            return sorted(int(folder.name) for folder in found if files.is_remote(folder) or folder.is_dir())
+            return sorted(int(folder.name) for folder in found if folder.is_dir())
         except OSError:
             return []
 
@@ -481,7 +464,7 @@ class Workdir:
         if not hosts.is_first():
             return
         for file in (self.metrics, self.skipped):
-            if not _is_there(file):
+            if not is_there(file):
                 continue
             try:
                 files.check_regular(file)
@@ -545,7 +528,7 @@ def make_format(model: Model, tokenizer: tokenizers.Tokenizer) -> Format:
     check_vocabulary(model, tokenizer)
     if model.kind == "causal":
         return CausalFormat(tokenizer.pad, model.options.prefix_lm)
-    return Seq2SeqFormat(model.config.start_token, model.config.pad_token)
+    return Seq2SeqFormat(*model.start_and_pad)
 
 
 def read_scores(folder: Any) -> dict[str, dict[str, Any]]:
@@ -582,16 +565,11 @@ def _step_of(line: str) -> float:
     return step if type(step) is int else math.inf
 
 
-def _is_there(path: Any) -> bool:
-    """Whether there is anything of this name, a link to nowhere too."""
-    return path.exists() if files.is_remote(path) else os.path.lexists(path)
-
-
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
 
 
-def _damaged(file: Any, reason: str) -> UserError:
+def _damaged(file: epath.Path, reason: str) -> UserError:
     return UserError(f"{file} is not that of a run, or damaged ({reason}); restore it, or name another --workdir")
 
 

@@ -123,6 +123,11 @@ class _Handler(BaseHTTPRequestHandler):
         path, query, body = self._path(), self._query(), self._body()
         if path == "/batch/storage/v1":
             return self._batch(body)
+        if found := re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)", path):
+            source, target = (f"{found[1]}/{unquote(name)}" for name in found.groups()[1:])
+            if source not in self.store.objects:
+                return 404, {"error": {"code": 404, "message": "Not Found"}}
+            return 200, self.store.put(target, self.store.objects.pop(source)[0])
         found = re.fullmatch(r"/upload/storage/v1/b/([^/]+)/o", path)
         if not found:
             return 404, {"error": {"code": 404, "message": path}}

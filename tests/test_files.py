@@ -18,7 +18,15 @@ from jax_it.errors import UserError
 
 def test_a_local_name_is_a_path_and_needs_no_library() -> None:
     assert files.locate("runs/a") == Path("runs/a")
-    assert not files.is_remote(files.locate("runs/a"))
+    assert files.local(files.locate("runs/a")) == Path("runs/a")
+
+
+def test_a_local_folder_is_not_taken_for_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("/gs/run", "/s3/run", "/hf/run"):
+        assert os.fspath(files.locate(name)) == f"/{name}" and files.local(files.locate(name)) == Path(f"/{name}")
+    assert files.local(files.locate("a/b://c")) == Path("a/b:/c")
+    monkeypatch.setattr(os, "getcwd", lambda: "/gs/runs")
+    assert files.local(files.absolute(files.locate("a")) / "b") == Path("//gs/runs/a/b")
 
 
 @pytest.mark.parametrize(
@@ -179,13 +187,11 @@ def test_a_growing_local_file_is_appended_to(tmp_path: Path) -> None:
     assert list(files.lines(tmp_path / "folder" / "file")) == ["1\n", "2\n"]
 
 
-def test_folders_are_copied_and_moved_whole(tmp_path: Path) -> None:
+def test_folders_are_copied_whole(tmp_path: Path) -> None:
     (tmp_path / "a" / "inner").mkdir(parents=True)
     (tmp_path / "a" / "inner" / "file").write_bytes(bytes(range(256)))
     files.copy(tmp_path / "a", tmp_path / "b")
-    files.move(tmp_path / "b", tmp_path / "c")
-    assert (tmp_path / "c" / "inner" / "file").read_bytes() == bytes(range(256))
-    assert not (tmp_path / "b").exists()
+    assert (tmp_path / "b" / "inner" / "file").read_bytes() == bytes(range(256))
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -90,6 +90,27 @@ def test_a_run_in_a_bucket_goes_on_is_scored_and_exported(
 
 
 @pytest.mark.slow
+def test_a_process_sees_what_others_add_to_a_folder(bucket: tuple[object_store.Store, dict[str, str]]) -> None:
+    store, environment = bucket
+    store.put("runs/growing/1/a", b"")
+    script = (
+        "from jax_it import files; folder = files.locate('gs://runs/growing'); "
+        "[print(*sorted(item.name for item in folder.iterdir()), flush=True) or input() for _ in range(2)]"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        env=os.environ | environment | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdin and process.stdout
+        assert process.stdout.readline() == "1\n"
+        store.put("runs/growing/2/a", b"")
+        print(file=process.stdin, flush=True)
+        assert process.stdout.readline() == "1 2\n"
+        process.communicate("\n")
+
+
+@pytest.mark.slow
 def test_data_in_a_bucket_is_read(bucket: tuple[object_store.Store, dict[str, str]]) -> None:
     store, environment = bucket
     rows = [{"prompt": f"say {i}", "completion": f"word {i}"} for i in range(6)]

@@ -8,11 +8,15 @@ import itertools
 import json
 import os
 import re
+import stat
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from jax_it import files
 from jax_it.config import Source
@@ -64,7 +68,7 @@ def digest(source: Source, where: str = "config.data") -> str:
             # Commas and tabs are told apart by the ending, and tasks by the name.
             parts.update((file.name if source.records else _suffix(file)).encode())
             try:
-                with file.open("rb") as stream:
+                with files.open_binary(file) as stream:
                     parts.update(hashlib.file_digest(stream, "blake2b").digest())
             except OSError as error:
                 raise UserError(f"{where}: {file} cannot be read: {error.strerror}") from error
@@ -109,7 +113,7 @@ def _kind(source: Source, where: str) -> str:
         return "builtin"
     path = files.locate(source.path, f"{where}.path")
     if not path.exists() and not files.matches(path):
-        if _suffix(path) in _SUFFIXES or source.path.startswith((".", "/", "~")) or files.is_remote(path):
+        if _suffix(path) in _SUFFIXES or source.path.startswith(".") or path.is_absolute():
             raise UserError(f"{where}: data file {source.path} does not exist")
         if path.suffix:
             raise UserError(
@@ -143,11 +147,11 @@ def _check_settings(source: Source, kind: str, where: str) -> None:
             raise UserError(f"{where}.{name} is for {known}, not for {what.get(kind, f'{kind} files')}; leave it out")
 
 
-def _suffix(file: Path) -> str:
+def _suffix(file: epath.Path) -> str:
     return Path(file.stem).suffix if file.suffix in (".gz", ".zst") else file.suffix
 
 
-def _files(source: Source, where: str) -> list[Path]:
+def _files(source: Source, where: str) -> list[epath.Path]:
     path = files.locate(source.path, f"{where}.path")
     if source.listed:
         return _listed(path, source.listed, where)
@@ -166,7 +170,7 @@ def _files(source: Source, where: str) -> list[Path]:
     if not found:
         raise UserError(f"{where}: no data file matches {source.path}")
     for file in found:
-        if not file.is_file():
+        if not files.is_regular(file):
             raise UserError(f"{where}: {file} is {_what(file)}, not a regular file, which can be read again")
     return found
 
@@ -175,7 +179,7 @@ def read_text(name: str, where: str) -> str:
     """A text file's content. Raises UserError that begins with `where`."""
     file = files.locate(name, where)
     try:
-        if file.exists() and not file.is_file():
+        if file.exists() and not files.is_regular(file):
             raise OSError(f"it is {_what(file)}")
         text: str = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -183,16 +187,16 @@ def read_text(name: str, where: str) -> str:
     return text
 
 
-def _what(file: Path) -> str:
+def _what(file: epath.Path) -> str:
     """What stands in a data file's place."""
     if file.is_dir():
         return "a folder"
-    if file.is_fifo():
-        return "a pipe"
-    return "a device or socket" if file.exists() else "a broken link"
+    if not file.exists():
+        return "a broken link"
+    return "a pipe" if stat.S_ISFIFO(os.stat(file).st_mode) else "a device or socket"
 
 
-def _listed(folder: Path, names: str, where: str) -> list[Path]:
+def _listed(folder: epath.Path, names: str, where: str) -> list[epath.Path]:
     """The files of a folder that a text file names, a line each, without their ending."""
     lines = read_text(names, f"{where}.listed").split()
     if not lines:
@@ -200,7 +204,7 @@ def _listed(folder: Path, names: str, where: str) -> list[Path]:
     found = []
     for line in lines:
         there = [folder / f"{line}{suffix}{packed}" for suffix in _SUFFIXES for packed in ("", ".gz", ".zst")]
-        file = next((file for file in there if os.path.isfile(file)), None)
+        file = next((file for file in there if files.is_regular(file)), None)
         if file is None:
             raise UserError(f"{where}.listed: {names} names {line!r}, and {folder} has no such data file")
         found.append(file)
@@ -234,31 +238,33 @@ def _not_loaded(source: Source, where: str, error: Exception) -> UserError:
     )
 
 
-def _open(file: Path) -> gzip.GzipFile | io.BufferedReader:
-    """A file's bytes, unpacked on the fly where its name says so."""
-    if file.suffix == ".gz":
-        return gzip.open(file.open("rb") if files.is_remote(file) else file, "rb")
-    if file.suffix == ".zst":
-        return io.BufferedReader(_Chunks(_unzstd(file)), 1 << 17)
-    return file.open("rb")
+@contextmanager
+def _open(file: epath.Path) -> Iterator[Any]:
+    """Yields a stream of a file's bytes, unpacked on the fly where its name says so."""
+    with files.open_binary(file) as stream:
+        if file.suffix == ".gz":
+            yield gzip.GzipFile(fileobj=stream)
+        elif file.suffix == ".zst":
+            yield io.BufferedReader(_Chunks(_unzstd(stream)), 1 << 17)
+        else:
+            yield stream
 
 
-def _unzstd(file: Path) -> Iterator[bytes]:
-    """A .zst file unpacked. zstandard's own reader takes a truncated file for a whole one."""
+def _unzstd(stream: io.BufferedIOBase) -> Iterator[bytes]:
+    """Unpacks a .zst file. zstandard's own reader takes a truncated file for a whole one."""
     import zstandard
 
     unpacker: Any = None  # of the frame that is being read; a file may hold several
     packed = b""
-    with file.open("rb") as stream:
-        while packed or (packed := stream.read(1 << 10)):  # which may unpack to 32,000 times as much
-            unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                yield unpacker.decompress(packed)
-            except zstandard.ZstdError as error:
-                raise OSError(str(error)) from error
-            packed = unpacker.unused_data
-            if unpacker.eof:
-                unpacker = None
+    while packed or (packed := stream.read(1 << 10)):  # which may unpack to 32,000 times as much
+        unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
+        try:
+            yield unpacker.decompress(packed)
+        except zstandard.ZstdError as error:
+            raise OSError(str(error)) from error
+        packed = unpacker.unused_data
+        if unpacker.eof:
+            unpacker = None
     if unpacker is not None:
         raise EOFError("Compressed file ended before the end of its last frame")
 
@@ -283,7 +289,7 @@ class _Chunks(io.RawIOBase):
         return size
 
 
-def _read_text(file: Path, parse: Callable[[io.TextIOBase], Iterator[Record]]) -> Iterator[Record]:
+def _read_text(file: epath.Path, parse: Callable[[io.TextIOBase], Iterator[Record]]) -> Iterator[Record]:
     try:
         # With or without the byte order mark that Excel writes.
         with _open(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
@@ -294,7 +300,7 @@ def _read_text(file: Path, parse: Callable[[io.TextIOBase], Iterator[Record]]) -
         raise UserError(f"{file} cannot be read: {error}; restore or remove the file") from error
 
 
-def _undecodable(file: Path) -> int:
+def _undecodable(file: epath.Path) -> int:
     """The first line that is not UTF-8."""
     number = 0
     try:
@@ -307,7 +313,7 @@ def _undecodable(file: Path) -> int:
     return number
 
 
-def _lines(stream: io.TextIOBase, file: Path) -> Iterator[str]:
+def _lines(stream: io.TextIOBase, file: epath.Path) -> Iterator[str]:
     """The lines of a file. Raises UserError for one so long that it is none."""
     number = 0
     while line := stream.readline(_LONGEST):
@@ -317,14 +323,14 @@ def _lines(stream: io.TextIOBase, file: Path) -> Iterator[str]:
         yield line
 
 
-def _whole(stream: io.TextIOBase, file: Path) -> str:
+def _whole(stream: io.TextIOBase, file: epath.Path) -> str:
     text = stream.read(_LONGEST_LIST)
     if len(text) == _LONGEST_LIST:
         raise UserError(f"{file}: more than {_LONGEST_LIST} characters in one JSON value; write a record on each line")
     return text
 
 
-def _read_json(file: Path) -> Iterator[Record]:
+def _read_json(file: epath.Path) -> Iterator[Record]:
     """JSON lines, or one JSON list of records."""
 
     def parse(stream: io.TextIOBase) -> Iterator[Record]:
@@ -342,7 +348,7 @@ def _read_json(file: Path) -> Iterator[Record]:
     return _read_text(file, parse)
 
 
-def _read_json_list(file: Path, text: str) -> Iterator[Record]:
+def _read_json_list(file: epath.Path, text: str) -> Iterator[Record]:
     """The records of a JSON list, one after another."""
     number, at = 0, _blanks(text, text.index("[") + 1)
     closed = text[at : at + 1] == "]"
@@ -370,7 +376,7 @@ def _blanks(text: str, at: int) -> int:
     return match.end()
 
 
-def _read_object(file: Path, field: str) -> Iterator[Record]:
+def _read_object(file: epath.Path, field: str) -> Iterator[Record]:
     """The records that one JSON object holds in a list; each gets its other fields, and the file's name as `task`."""
 
     def parse(stream: io.TextIOBase) -> Iterator[Record]:
@@ -394,7 +400,7 @@ def _read_object(file: Path, field: str) -> Iterator[Record]:
     return _read_text(file, parse)
 
 
-def _stem(file: Path) -> str:
+def _stem(file: epath.Path) -> str:
     return file.name.removesuffix(file.suffix if file.suffix in (".gz", ".zst") else "").rpartition(".")[0]
 
 
@@ -444,7 +450,7 @@ def _record(fields: Any, where: str) -> Record:
     return Record(fields, where)
 
 
-def _read_csv(file: Path) -> Iterator[Record]:
+def _read_csv(file: epath.Path) -> Iterator[Record]:
     """CSV, or tab-separated where the name ends in .tsv; the first line names the fields."""
 
     def parse(stream: io.TextIOBase) -> Iterator[Record]:
@@ -467,7 +473,7 @@ def _read_csv(file: Path) -> Iterator[Record]:
     return _read_text(file, parse)
 
 
-def _read_parquet(file: Path) -> Iterator[Record]:
+def _read_parquet(file: epath.Path) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
@@ -490,7 +496,7 @@ def _read_parquet(file: Path) -> Iterator[Record]:
         raise UserError(f"{file} cannot be read after row {row}: {first_line(error)}") from error
 
 
-def _unreadable(file: Path, row: int, batch: Any, error: Exception) -> str:
+def _unreadable(file: epath.Path, row: int, batch: Any, error: Exception) -> str:
     """Which value of a batch has no counterpart in Python, `row` rows after the file's beginning."""
     for number in range(batch.num_rows):
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
@@ -502,7 +508,7 @@ def _unreadable(file: Path, row: int, batch: Any, error: Exception) -> str:
     return f"{file}, after row {row}: {type(error).__name__}: {first_line(error)}"
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[epath.Path], Iterator[Record]]] = {
     "json": _read_json,
     "csv": _read_csv,
     "parquet": _read_parquet,

@@ -163,7 +163,7 @@ def load(path: str) -> Tokenizer:
         return Tokenizer(transformers.ByT5Tokenizer(), path)
     if path.endswith(".model"):
         try:
-            check_regular(path)
+            check_regular(Path(path))
             return _from_sentencepiece(Path(path).read_bytes(), path, extra_ids=100)
         except OSError as error:
             raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from None

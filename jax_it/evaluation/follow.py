@@ -4,6 +4,7 @@ A step is scored if it has a metrics.json, which is written last and atomically:
 where it was. One follower writes to a folder; it tells training how far it is (see `following`).
 """
 
+import os
 import sys
 import time
 import zlib
@@ -117,16 +118,8 @@ def _alone(place: Workdir, request: Request) -> Iterator[Position | None]:
     folder = files.locate(request.output) if request.output else place.path / "eval"
     file = folder / f".follow{'-' * bool(request.name)}{request.name}.lock"
     with position(place.followers / f"{zlib.crc32(str(file).encode()):08x}.json") as own:
-        if files.is_remote(file):  # an object store has no locks
-            yield own
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stream = file.open("a+", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}; fix that, or name an --output") from error
-        with stream:
-            files.lock(stream, f"follows the run in {place.path} already; stop it, or name another --output")
+        refusal = f"follows the run in {place.path} already; stop it, or name another --output"
+        with files.locked(file, refusal, "fix that, or name an --output"):
             yield own
 
 
@@ -228,7 +221,7 @@ class _Watch:
         self._changed = time.monotonic()
 
     def _is_scored(self, step: int) -> bool:
-        return (self._request.folder(self._place, step) / SCORES).is_file()
+        return files.is_regular(self._request.folder(self._place, step) / SCORES)
 
     def _scored(self) -> str:
         number = sum(map(self._is_scored, {*self._place.scored_steps(), *self._checkpoints.steps()}))
@@ -237,9 +230,9 @@ class _Watch:
     def _key(self, step: int) -> tuple[float, ...]:
         """A checkpoint's folder: a run that is resumed may make it anew, or somebody restore it from a copy."""
         try:
-            found = (self._checkpoints.folder / str(step)).stat()
+            found = os.stat(self._checkpoints.folder / str(step))
             return step, found.st_ino, found.st_mtime
-        except Exception:  # it is gone, or lies in an object store
+        except OSError:  # it is gone, or lies in an object store
             return (step,)
 
 

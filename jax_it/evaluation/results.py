@@ -7,17 +7,19 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from etils import epath
+
 from jax_it import hosts, tensorboard
 from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import ALL, TASK, TRUNCATED, UNFINISHED, WITHOUT_REFERENCE, Scored
-from jax_it.files import is_remote, remedy, to_json, write_atomically
+from jax_it.files import remedy, to_json, write_atomically, written_locally
 from jax_it.workdir import SCORES, read_scores, with_checksum
 
 PREDICTIONS = "predictions.jsonl"
 GROUPS = 12  # of a task, that a table shows
 
 
-def write(folder: Any, scored: Scored, board: Any = None, step: int = 0) -> None:
+def write(folder: epath.Path, scored: Scored, board: epath.Path | None = None, step: int = 0) -> None:
     """predictions.jsonl and then metrics.json, whose presence says that the step is scored.
 
     `board` is a folder of TensorBoard's, which gets them as well. The first host writes; all return when the files
@@ -51,7 +53,7 @@ def _with_intervals(scored: Scored, task: str) -> dict[str, Any]:
     return values | ({"errors": dict(errors)} if errors else {})
 
 
-def read(folder: Any) -> dict[str, dict[str, Any]] | None:
+def read(folder: epath.Path) -> dict[str, dict[str, Any]] | None:
     """What metrics.json in a folder holds; None where there is none. A null is a NaN.
 
     Raises OSError where it cannot be read, and ValueError where it is damaged.
@@ -77,7 +79,7 @@ def failures(scored: Scored) -> dict[str, str]:
     return {task: errors[TASK] for task, errors in scored.errors.items() if TASK in errors}
 
 
-def show(board: Any, step: int, found: Mapping[str, Mapping[str, Any]]) -> None:
+def show(board: epath.Path, step: int, found: Mapping[str, Mapping[str, Any]]) -> None:
     """A step's scores for TensorBoard, as "eval/TASK/METRIC".
 
     Each step has a file of its own, which is written whole: evaluated again it is not shown twice, and no
@@ -89,27 +91,23 @@ def show(board: Any, step: int, found: Mapping[str, Mapping[str, Any]]) -> None:
         for name, value in scores.items()
         if isinstance(value, (int, float))
     }
-    point = tensorboard.point(step, values)
-    if is_remote(board):
-        _point(board, step).write_bytes(point)
-        return
-    board.mkdir(parents=True, exist_ok=True)
-    part = board / f".{step}.part"  # TensorBoard would read one that has the name of the file in it
-    part.write_bytes(point)
-    part.replace(_point(board, step))
+    with written_locally(board) as folder:
+        part = folder / f".{step}.part"  # TensorBoard would read one that has the name of the file in it
+        part.write_bytes(tensorboard.point(step, values))
+        part.replace(folder / _point(step))
 
 
-def _point(board: Any, step: int) -> Any:
-    return board / f"events.out.tfevents.{step:010d}.scores"  # TensorBoard reads a folder's files by their names
+def _point(step: int) -> str:
+    return f"events.out.tfevents.{step:010d}.scores"  # TensorBoard reads a folder's files by their names
 
 
-def complete(board: Any, folders: Mapping[int, Any]) -> None:
+def complete(board: epath.Path, folders: Mapping[int, epath.Path]) -> None:
     """Shows the steps whose process was killed before it did. `folders` are those of the scores."""
     if not hosts.is_first():
         return
     for step, folder in folders.items():
         with suppress(OSError, ValueError):  # a damaged one is not shown
-            if not _point(board, step).is_file() and (found := read(folder)) is not None:
+            if not (board / _point(step)).is_file() and (found := read(folder)) is not None:
                 show(board, step, found)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from jax_it import config as settings
 from jax_it import data, files, hosts, metrics, sharding
@@ -54,13 +55,13 @@ class Request:
         """The settings of the config's file, which runs once."""
         return settings.read(self.config) if self.config else {}
 
-    def folder(self, place: Workdir, step: int) -> Any:
+    def folder(self, place: Workdir, step: int) -> epath.Path:
         """Where a step's scores go: eval/STEP/ in the run's folder, eval/STEP/NAME/ or OUTPUT/STEP/."""
         if self.output:
             return files.locate(self.output) / str(step)
         return place.eval(step) / self.name if self.name else place.eval(step)
 
-    def board(self, place: Workdir) -> Any:
+    def board(self, place: Workdir) -> epath.Path | None:
         """The folder that TensorBoard reads them from; None where they go to a folder outside the run's."""
         return None if self.output else place.tensorboard / "eval" / self.name
 
@@ -200,7 +201,7 @@ def check_room(model: Model, config: Config) -> None:
         )
 
 
-def check_unused(folder: Any) -> None:
+def check_unused(folder: epath.Path) -> None:
     """Refuses a folder that holds scores or cannot be written to, before anything is computed."""
     with hosts.first_then_others():
         for name in (SCORES, PREDICTIONS) if hosts.is_first() else ():
@@ -209,7 +210,7 @@ def check_unused(folder: Any) -> None:
     check_writable(folder)
 
 
-def check_writable(folder: Any) -> None:
+def check_writable(folder: epath.Path) -> None:
     """Refuses a folder for scores that cannot be made or written to; it is made when there are some."""
     with hosts.first_then_others():
         if hosts.is_first() and (reason := files.unwritable(folder)):

@@ -105,7 +105,7 @@ class Likelihoods:
         if self._model.kind == "causal":
             batch, first_B = _causal_rows(requests, width, tokens_BCT, lengths_BC, self._model.options.prefix_lm)
         else:
-            batch, first_B = _seq2seq_rows(requests, width, tokens_BCT, lengths_BC, self._model.config.start_token)
+            batch, first_B = _seq2seq_rows(requests, width, tokens_BCT, lengths_BC, self._model.start_and_pad[0])
         arrays = sharding.place((batch, first_B, tokens_BCT, lengths_BC), self._mesh)
         with jax.set_mesh(self._mesh):
             return self._force(params, *arrays)

@@ -55,6 +55,13 @@ class Model:
     def kind(self) -> Kind:
         return self.family.kind
 
+    @property
+    def start_and_pad(self) -> tuple[int, int]:
+        """The tokens that start and fill an encoder-decoder's targets."""
+        start, pad = self.config.start_token, self.config.pad_token
+        assert start is not None and pad is not None
+        return start, pad
+
     def init(self, key: jax.Array) -> Params:
         """Random float32 weights of the base model, with the distributions that its authors trained from."""
         return nnx.to_pure_dict(nnx.state(self.family.module(self.config, rngs=nnx.Rngs(params=key))))
@@ -247,4 +254,5 @@ def with_tied_head(model: Model, tied: bool) -> Model:
     """The same model whose head is, or is not, its embedding: what the checkpoint's weights say."""
     if model.config.tied == tied:
         return model
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, tied=tied))
+    config: Any = model.config
+    return dataclasses.replace(model, config=dataclasses.replace(config, tied=tied))

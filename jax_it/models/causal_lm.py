@@ -73,7 +73,8 @@ class CausalLM(Stack):
         )  # fmt: skip
         windows = self.windows(len(keys_values))
         groups = tuple(
-            kv_cache.from_prompt(*each, last_B, window) for each, window in zip(keys_values, windows, strict=True)
+            kv_cache.from_prompt(key, value, last_B, window)
+            for (key, value), window in zip(keys_values, windows, strict=True)
         )
         long_texts = None
         if self.config.recompute_longrope and self.config.longrope_length:
@@ -89,8 +90,9 @@ class CausalLM(Stack):
         """
         assert cache.long_texts is not None
         tokens_BT = cache.long_texts.tokens.at[jnp.arange(tokens_B.size), positions_B].set(tokens_B)
-        cache = dataclasses.replace(cache, long_texts=LongTexts(tokens_BT, cache.long_texts.is_long))
-        grown_B = (positions_B >= self.config.longrope_length) & ~cache.long_texts.is_long
+        is_long_B = cache.long_texts.is_long
+        cache = dataclasses.replace(cache, long_texts=LongTexts(tokens_BT, is_long_B))
+        grown_B = (positions_B >= self.config.longrope_length) & ~is_long_B
 
         def recompute(cache: KVCache) -> KVCache:
             segments_BT = (jnp.arange(cache.capacity) <= positions_B[:, None]).astype(jnp.int32)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from jax_it import sharding
 from jax_it.config import Model as ModelConfig
@@ -227,7 +228,9 @@ def _values_to_save(model: Model, dtype: str) -> dict[str, Any]:
     return values | model.family.values_to_save(model.config)
 
 
-def save_generation_settings(source: Path | None, target: Path, model: Model, ends: Iterable[int] = ()) -> None:
+def save_generation_settings(
+    source: Path | epath.Path | None, target: Path, model: Model, ends: Iterable[int] = ()
+) -> None:
     """Writes generation_config.json: that of the folder the model came from, or the marks that decoding needs.
 
     A text ends at the model's end tokens and at those of `ends`, what it has learnt to end its answers with.

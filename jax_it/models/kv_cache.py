@@ -74,6 +74,7 @@ class LayerCache(NamedTuple):
 
     group: KeyValue
     index: Any  # of the layer in its group
+    positions_B: jax.Array  # of the tokens that are computed now
     cross: CrossKeyValue | None = None
     source_segments_BS: jax.Array | None = None
 
@@ -88,19 +89,20 @@ class LayerCache(NamedTuple):
         assert self.cross is not None
         return self.cross.key[self.index], self.cross.value[self.index]
 
-    def positions(self, positions_B: jax.Array) -> jax.Array:
-        """Return the position that each entry holds, [B, T], after `positions_B` were written; below 0: none."""
-        capacity = self.group.key.shape[-1]
-        return positions_B[:, None] - (positions_B[:, None] - jnp.arange(capacity)) % capacity
+    def mask(self) -> jax.Array:
+        """Return which entries the token may see, [B, 1, T]: all that hold a position, its own the last."""
+        position_B1, capacity = self.positions_B[:, None], self.group.key.shape[-1]
+        held_BT = position_B1 - (position_B1 - jnp.arange(capacity)) % capacity
+        return held_BT[:, None] >= 0
 
-    def write(self, positions_B: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array) -> "LayerCache":
+    def write(self, key_BTKH: jax.Array, value_BTKH: jax.Array) -> "LayerCache":
         """Return the cache with one more token a row, T = 1, at its position.
 
         Written in place into the whole group: a cache that a scan took apart and put together would be copied.
         """
         key, value = self.group.key, self.group.value
         row, head = jnp.arange(key_BTKH.shape[0])[:, None], jnp.arange(key_BTKH.shape[2])
-        at = positions_B[:, None] % key.shape[-1]
+        at = self.positions_B[:, None] % key.shape[-1]
         key = key.at[self.index, row, head, :, at].set(key_BTKH[:, 0])
         value = value.at[self.index, row, head, at].set(value_BTKH[:, 0])
         return self._replace(group=KeyValue(key, value))

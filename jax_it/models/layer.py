@@ -37,13 +37,11 @@ class Context(NamedTuple):
     cos_sin: Mapping[Rope, tuple[jax.Array, jax.Array]]
     make_bias: Callable[[jax.Array], jax.Array] | None = None  # a relative bias, of its table [E, N]
     bias: jax.Array | None = None  # the one that all layers share
-    # Of all positions at once:
+    # Without a cache:
     mask_BTS: jax.Array | None = None
     segments_BT: jax.Array | None = None
     causal: bool = False  # the mask allows no key after its query
     encoder: EncoderStates | None = None
-    # Of decoding:
-    positions_B: jax.Array | None = None  # where each row's token stands
 
 
 class Attention(nnx.Module):
@@ -176,14 +174,15 @@ class Layer(nnx.Module):
             assert context.make_bias is not None
             bias = context.make_bias(self.relative_bias[...])
         if cache is None:
+            assert context.mask_BTS is not None
             attended_BTNH = attend(
                 query_BTNH, key_BTKH, value_BTKH, scores, mask_BTS=context.mask_BTS, segments_BT=context.segments_BT,
                 causal=context.causal, window=kind.window, fused=context.options.fused, bias=bias, key=key,
             )  # fmt: skip
             return attention.project(attended_BTNH), (key_BTKH, value_BTKH)
-        cache = cache.write(context.positions_B, key_BTKH, value_BTKH)
-        mask_BTS = cache.positions(context.positions_B)[:, None] >= 0
-        return attention.project(attend_by_head(query_BTNH, *cache.keys_values, scores, mask_BTS, bias)), cache
+        cache = cache.write(key_BTKH, value_BTKH)
+        attended_BTNH = attend_by_head(query_BTNH, *cache.keys_values, scores, cache.mask(), bias)
+        return attention.project(attended_BTNH), cache
 
     def _cross_attend(
         self, x_BTD: jax.Array, context: Context, cache: Any, scores: Scores, key: jax.Array | None
@@ -191,12 +190,14 @@ class Layer(nnx.Module):
         query_BTNH = constrain(self.cross.queries(x_BTD), "B T N H")
         if context.encoder is not None:
             states_BSD, mask_BTS = context.encoder
-            keys_values = (gather_kv(x, x_BTD.shape[0]) for x in self.cross.keys_values(states_BSD))
-            return self.cross.project(attend(query_BTNH, *keys_values, scores, mask_BTS=mask_BTS, key=key))
+            key_BSKH, value_BSKH = (gather_kv(x, x_BTD.shape[0]) for x in self.cross.keys_values(states_BSD))
+            attended_BTNH = attend(query_BTNH, key_BSKH, value_BSKH, scores, mask_BTS=mask_BTS, key=key)
+            return self.cross.project(attended_BTNH)
         # The rows that read one source, if several, are taken as its query positions.
         mask_BTS = cache.source_segments_BS[:, None] > 0
         by_source = query_BTNH.reshape(len(mask_BTS), -1, *query_BTNH.shape[2:])
-        attended_BTNH = attend_by_head(by_source, *cache.cross_keys_values, scores, mask_BTS)
+        key_BKHS, value_BKSH = cache.cross_keys_values
+        attended_BTNH = attend_by_head(by_source, key_BKHS, value_BKSH, scores, mask_BTS)
         return self.cross.project(attended_BTNH.reshape(query_BTNH.shape))
 
     def _pre_norm(self, name: str, x_BTD: jax.Array) -> jax.Array:

@@ -65,9 +65,9 @@ def rotate(x_BTNH: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array, interleave
         first, second, rest = x[..., : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2], x[..., 2 * pairs :]
     else:
         first, second, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    rotated = first * cos - second * sin, second * cos + first * sin
+    rotated = [first * cos - second * sin, second * cos + first * sin]
     if interleaved:
-        rotated = (jnp.stack(rotated, axis=-1).reshape(*x.shape[:-1], 2 * pairs),)
+        rotated = [jnp.stack(rotated, axis=-1).reshape(*x.shape[:-1], 2 * pairs)]
     return jnp.concatenate([*rotated, rest], axis=-1).astype(x_BTNH.dtype)
 
 

@@ -81,14 +81,14 @@ class Stack(nnx.Module):
         distance_BS = jnp.arange(cache.capacity) - positions_B[:, None]
         context = Context(
             options, jnp.ones(x_BTD.shape[:2], bool), self._cos_sin(positions_B[:, None], positions_B[:, None] + 1),
-            positions_B=positions_B, make_bias=partial(bias.rows, distance_BS=distance_BS) if bias else None,
+            make_bias=partial(bias.rows, distance_BS=distance_BS) if bias else None,
         )  # fmt: skip
         context = self._with_shared_bias(context)
 
         def layer(carry: tuple, module: Layer, kind: LayerKind, group: int, index: Any, key: Any) -> tuple:
             x_BTD, groups = carry
             cross = (source.groups[group], source.segments) if source else ()
-            x_BTD, updated, _ = module(x_BTD, context, kind, LayerCache(groups[group], index, *cross))
+            x_BTD, updated, _ = module(x_BTD, context, kind, LayerCache(groups[group], index, positions_B, *cross))
             return (x_BTD, (*groups[:group], updated.group, *groups[group + 1 :])), None
 
         (x_BTD, groups), _ = self._run(layer, (x_BTD, cache.groups))

@@ -111,7 +111,7 @@ def _frozen_shapes(model: Model, config: Config) -> Any:
 def _format(model: Model) -> Format:
     if model.kind == "causal":
         return CausalFormat(0, model.options.prefix_lm)
-    return Seq2SeqFormat(model.config.start_token, model.config.pad_token)
+    return Seq2SeqFormat(*model.start_and_pad)
 
 
 def row_shape(config: Config, form: Format) -> Shape:

@@ -2,9 +2,11 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from jax_it import sharding
 from jax_it.config import Config
@@ -81,7 +83,7 @@ class Plan:
         return self.memory.fits
 
 
-def plan(config: Config, topology: Topology, rows: int = 0, hlo_file: Any = None) -> Plan:
+def plan(config: Config, topology: Topology, rows: int = 0, hlo_file: Path | epath.Path | None = None) -> Plan:
     """Compiles the step; where it does not fit, looks for settings of which it does, by compiling those too.
 
     `rows` are those of a step, 0 for `train.batch_size` full ones; `hlo_file` (see `files.locate_output`) gets the

@@ -347,11 +347,12 @@ def make_evaluator(
 
 def check_disk(place: Workdir, prepared: Prepared) -> None:
     """Refuses a disk on which not even one checkpoint has room."""
-    if not hosts.is_first() or files.is_remote(place.path):
+    path = files.local(place.path)
+    if not hosts.is_first() or path is None:
         return
     saved = [prepared.shapes.params, prepared.shapes.optimizer]
     need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved))
-    free = shutil.disk_usage(place.path).free
+    free = shutil.disk_usage(path).free
     if free < need:
         raise UserError(
             f"{place.path} has {free / 1e9:.1f} GB free and a checkpoint takes up to {need / 1e9:.1f} GB; free space "

@@ -1,12 +1,12 @@
 """A trace of a few steps by JAX's profiler, for TensorBoard and Perfetto."""
 
 import sys
-import tempfile
-from pathlib import Path
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 import jax
+from etils import epath
 
 from jax_it import files, hosts
 
@@ -14,9 +14,9 @@ from jax_it import files, hosts
 class Profile:
     """Records `steps` steps after step `after`, where that is not 0, on the first host."""
 
-    def __init__(self, folder: Any, after: int, steps: int):
+    def __init__(self, folder: epath.Path, after: int, steps: int):
         self._folder, self._after, self._steps = folder, after, steps
-        self._running, self._local = False, ""
+        self._running, self._local = False, ExitStack()
 
     def __call__(self, step: int, state: Any) -> None:
         """Before the step is dispatched; `state` is what it starts from."""
@@ -24,9 +24,8 @@ class Profile:
             return
         if step == self._after + 1:
             jax.block_until_ready(state)  # what came before is not part of it
-            # The profiler writes to local folders alone.
-            self._local = tempfile.mkdtemp(prefix="jax_it-") if files.is_remote(self._folder) else str(self._folder)
-            jax.profiler.start_trace(self._local)
+            folder = self._local.enter_context(files.written_locally(self._folder))  # the profiler needs a local one
+            jax.profiler.start_trace(str(folder))
             self._running = True
         elif step > self._after + self._steps and self._running:
             self._stop(state)
@@ -42,7 +41,5 @@ class Profile:
         jax.block_until_ready(state)
         self._running = False
         jax.profiler.stop_trace()
-        if files.is_remote(self._folder):
-            files.copy(Path(self._local), self._folder)
-            files.remove(Path(self._local))
+        self._local.close()
         print(f"the profile is in {self._folder}; view it with: tensorboard --logdir {self._folder}", file=sys.stderr)

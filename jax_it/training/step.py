@@ -167,8 +167,9 @@ def _balance(model: Model, state: TrainState, batch: Any, parts: Any, coefficien
     def add(counts_X: jax.Array, part: Any) -> tuple[jax.Array, None]:
         return counts_X + model.routing(params, part).counts_X, None
 
-    experts = model.config.experts.number
-    counts_X = jax.lax.scan(add, jnp.zeros(experts, jnp.float32), parts)[0]
-    tokens = jnp.maximum((batch.segments_BT > 0).sum(), 1) * model.config.layers
+    experts = model.config.experts
+    assert experts is not None
+    counts_X = jax.lax.scan(add, jnp.zeros(experts.number, jnp.float32), parts)[0]
+    tokens = jnp.maximum(counts_X.sum() / experts.per_token, 1)  # of all layers
     weight = jnp.maximum(batch.weights_BT.sum(), 1)
-    return coefficient * weight * experts * counts_X / jnp.square(tokens.astype(jnp.float32))
+    return coefficient * weight * experts.number * counts_X / jnp.square(tokens)

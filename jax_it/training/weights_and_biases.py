@@ -9,7 +9,7 @@ from jax_it import config as settings
 from jax_it import hosts
 from jax_it.config import Config
 from jax_it.errors import UserError
-from jax_it.files import is_remote, read_json, write_atomically
+from jax_it.files import local, read_json, write_atomically
 from jax_it.workdir import Workdir
 
 
@@ -39,7 +39,7 @@ def start(place: Workdir, config: Config) -> Any:
             name=place.path.name,
             resume="allow",
             config=settings.to_dict(config),
-            dir=None if is_remote(place.path) else str(place.path),
+            dir=local(place.path),
         )
     except Exception as error:  # of its own, of the network, of the account
         reason = " ".join(str(error).split()) or type(error).__name__

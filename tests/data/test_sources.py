@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from etils import epath
 
 from jax_it.config import Source
 from jax_it.data import builtin, sources
@@ -408,7 +409,8 @@ def test_a_json_list_that_is_too_long_to_hold_is_refused(write, monkeypatch):
 
 def test_a_small_zst_file_is_unpacked_in_small_pieces(write):
     path = write("a.jsonl.zst", zst(b" " * (1 << 26) + b"\n" + jsonl(RECORDS)))
-    assert max(map(len, sources._unzstd(path))) <= 1 << 25
+    with path.open("rb") as stream:
+        assert max(map(len, sources._unzstd(stream))) <= 1 << 25
 
 
 @pytest.mark.parametrize(
@@ -519,10 +521,11 @@ def test_a_digest_covers_all_that_decides_what_is_read(write):
 def test_a_file_that_may_not_be_read_is_one_clear_line(write, monkeypatch):
     path = write("a.jsonl", jsonl(RECORDS))
 
-    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
+    def refuse(self: epath.Path, *args: Any, **kwargs: Any) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", refuse)  # the mode of a file means nothing to root, who may run the tests
+    # The mode of a file means nothing to root, who may run the tests.
+    monkeypatch.setattr(type(epath.Path("a")), "open", refuse)
     with pytest.raises(UserError, match=rf"config\.data: {path} cannot be read: Permission denied"):
         digest(path)
     assert refusal(path).startswith(f"{path} cannot be read: ")

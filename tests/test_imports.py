@@ -1,0 +1,27 @@
+"""Imports by a name in a string, which import-linter (its contracts are in pyproject.toml) does not see."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "jax_it"
+
+
+def hidden_imports(source: str) -> Iterator[str]:
+    """Yields the names in `import_module("name")` and `__import__("name")`."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]):
+                if ast.unparse(function).endswith(("import_module", "__import__")):
+                    yield name
+
+
+def test_no_module_hides_an_import_that_the_layers_would_refuse() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        for name in hidden_imports(file.read_text(encoding="utf-8")):
+            assert name.split(".")[0] not in ("jax_it", "tensorflow", "torch"), f"{file}: import {name} openly"
+
+
+def test_a_name_in_a_string_is_found() -> None:
+    source = "def f():\n    importlib.import_module('jax_it.models')\n    __import__('torch')\n    import_module(name)"
+    assert list(hidden_imports(source)) == ["jax_it.models", "torch"]
