@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from jax_it import config as settings
-from jax_it import files, following, hosts, metrics, sharding
+from jax_it import files, follower_heartbeat, hosts, metrics, sharding
 from jax_it.checkpoint import Checkpoints, Unreadable, abstract, disk_error
 from jax_it.config import Config
 from jax_it.data import tokenizer as tokenizers
@@ -93,7 +93,7 @@ class Workdir:
 
     @property
     def followers(self) -> epath.Path:
-        """See `following`."""
+        """See `follower_heartbeat`."""
         return self.path / "eval" / "followers"
 
     def eval(self, step: int) -> epath.Path:
@@ -335,7 +335,7 @@ class Workdir:
         train = config.train
 
         def waiting(steps: Sequence[int]) -> Sequence[int]:
-            return following.waiting(self.followers, steps, train.keep_unscored)
+            return follower_heartbeat.waiting(self.followers, steps, train.keep_unscored)
 
         scores = self.scores(config.eval.best)
         return Checkpoints(self.path / "checkpoints", train.keep, train.keep_best, scores, waiting)

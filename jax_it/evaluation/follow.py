@@ -1,7 +1,7 @@
 """A process beside training that scores each of a run's checkpoints once, in their order, until the run has ended.
 
 A step is scored if it has a metrics.json, which is written last and atomically: a follower that is killed continues
-where it was. One follower writes to a folder; it tells training how far it is (see `following`).
+where it was. One follower writes to a folder; it tells training how far it is (see `follower_heartbeat`).
 """
 
 import os
@@ -19,7 +19,7 @@ from jax_it.errors import Interrupted, UserError
 from jax_it.evaluation.evaluator import Scored
 from jax_it.evaluation.results import complete, failures
 from jax_it.evaluation.run import OWN, Request, Scorer
-from jax_it.following import Position, position
+from jax_it.follower_heartbeat import Position, position
 from jax_it.stopping import on_signals
 from jax_it.workdir import SCORES, Workdir
 

@@ -1,11 +1,12 @@
-"""The processes of a run on several hosts: how they start together, wait for each other, and learn of each other's end.
+"""Starts the processes of a run together, makes them wait for each other, and ends all of them when one ends early.
 
-Before JAX's own coordination begins, every process connects to process 0 at the coordinator's address, so
-that one that is missing can be named. These connections stay open beside JAX's: a process that dies closes
-its own, and all others end within seconds and say so, where JAX's would wait for heartbeats or abort.
+Barriers and shared values use the key-value store of JAX's coordination client. `connections` does what that client
+cannot do, and says what was measured.
 """
 
 import atexit
+import itertools
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,121 +14,148 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import jax
+from jax._src import distributed
 
 from jax_it.errors import Interrupted, UserError, exit_now, first_line
-from jax_it.hosts.group import Group, explain_aborts
-from jax_it.hosts.rendezvous import meet
-from jax_it.hosts.surroundings import LOST_AFTER, START_TIMEOUT, find_place, seconds
+from jax_it.hosts.cluster_env import LOST_AFTER, START_TIMEOUT, detect, seconds
+from jax_it.hosts.connections import Connections, connect
 
-_NOTICE = 10.0  # seconds in which an error of JAX's and the end that caused it come together
-_group: Group | None = None
+_NOTICE = 10.0  # seconds between an error in JAX and the news of the lost process that caused it
+_connections: Connections | None = None
+_rounds = itertools.count()  # every process makes the same calls in the same order
 
 
 def start() -> None:
-    """Joins this process with the others of the run, where its surroundings say that there are others.
+    """Joins this process with the others of the run, if its environment says that there are others.
 
-    Nothing happens the second time, in a process that has called `jax.distributed.initialize` itself, and
-    where there is one process. Must come before anything that touches devices. Raises Interrupted that
-    names the hosts which do not come in time.
+    Does nothing when called again, in a process that has called `jax.distributed.initialize` itself, and when there
+    is only one process. Must be called before anything that touches devices. Raises Interrupted, naming the hosts
+    that did not come in time.
     """
-    global _group
-    if _group is not None or jax.distributed.is_initialized():
+    global _connections
+    if _connections is not None or jax.distributed.is_initialized():
         return
-    place = find_place()
-    if place is None or place.count == 1:
+    env = detect()
+    if env is None or env.num_processes == 1:
         return
-    _group = meet(place, time.monotonic() + seconds(START_TIMEOUT))
-    atexit.register(_group.leave)  # before JAX's own, which waits for all
-    # Everything is given, so that JAX detects nothing by itself: under Slurm it would take one GPU of many.
+    _connections = connect(env, time.monotonic() + seconds(START_TIMEOUT))
+    atexit.register(_connections.leave)  # runs before JAX's own handler, which waits for all processes
+    # Nothing is left for JAX to detect: under Slurm it would take one GPU of many.
     jax.distributed.initialize(
-        place.address, place.count, place.index, place.devices,
+        env.coordinator_address, env.num_processes, env.process_id, env.local_device_ids,
         cluster_detection_method="deactivate",
-        heartbeat_timeout_seconds=int(max(100, 3 * seconds(LOST_AFTER))),  # ours is to come first
+        # `connections` must notice a silent host first: JAX's heartbeats end the process without naming it.
+        heartbeat_timeout_seconds=int(max(100, 3 * seconds(LOST_AFTER))),
     )  # fmt: skip
-    explain_aborts(_group)
+    _connections.explain_aborts()
 
 
 def is_first() -> bool:
-    """Whether this process writes what all share: the run's folder, logs, reports."""
-    if _group is not None:
-        return _group.place.index == 0
-    return not jax.distributed.is_initialized() or jax.process_index() == 0  # without waking devices for nothing
+    """Returns whether this process writes what all share: the run's folder, logs, reports."""
+    if _connections is not None:
+        return _connections.env.process_id == 0
+    return distributed.global_state.process_id == 0
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes of the run have come here. Raises where one of them has ended."""
-    if _group is not None:
-        _group.barrier(name)
-    elif jax.distributed.is_initialized():  # by the caller
-        from jax.experimental import multihost_utils
+    """Returns when all processes of the run have reached it. Raises if one of them has ended.
 
-        multihost_utils.sync_global_devices(name)
+    `name` shows up in JAX's error messages.
+    """
+    _all_agree(name, True)
+
+
+def all_agree(yes: bool) -> bool:
+    """Returns whether all processes say yes; each of them must ask. Raises if one of them has ended."""
+    return _all_agree("agree", yes)
+
+
+def _all_agree(name: str, yes: bool) -> bool:
+    client = distributed.global_state.client
+    if client is None:
+        return yes
+    key = f"jax_it/{next(_rounds)}/{name}"
+    client.key_value_increment(f"{key}/yes", int(yes))
+    count = distributed.global_state.num_processes
+    if client.key_value_increment(f"{key}/arrived", 1) == count:  # the last one to arrive tells all
+        client.key_value_set(f"{key}/all", str(client.key_value_increment(f"{key}/yes", 0) == count))
+    return _wait_for(f"{key}/all") == "True"
+
+
+def from_first(make: Callable[[], str]) -> str:
+    """Returns on every process what `make` returns on the first one, which alone calls it."""
+    client = distributed.global_state.client
+    if client is None:
+        return make()
+    key = f"jax_it/{next(_rounds)}/shared"
+    if not is_first():
+        return json.loads(_wait_for(key))
+    with _failing_together():
+        made = make()
+    client.key_value_set(key, json.dumps(made))  # ASCII: names of files may not be valid UTF-8
+    return made
+
+
+def _wait_for(key: str) -> str:
+    """Returns the value of a key as soon as a process has set it. Raises if another process has ended.
+
+    It asks once a second: JAX's client can be interrupted neither in `wait_at_barrier` nor while it waits for a key.
+    """
+    while True:
+        try:
+            return distributed.global_state.client.blocking_key_value_get(key, 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if _connections is not None:
+                _connections.check()
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
 
 
 @contextmanager
 def first_then_others() -> Iterator[None]:
-    """The block runs on the first process, then on the others, which find what it has made on a shared disk.
+    """Runs the block on the first process, then on the others, which find what it has made on a shared disk.
 
-    Where it raises on the first, the others raise as well.
+    If it raises on the first process, the others raise as well.
     """
-    if is_first():
-        try:
-            yield
-        except BaseException as error:
-            if _group is not None:
-                _group.end(first_line(error), 2 if isinstance(error, UserError) else 1)
-            raise
-        barrier("first")
-    else:
+    if not is_first():
         barrier("first")
         yield
+        return
+    with _failing_together():
+        yield
+    barrier("first")
 
 
-def all_agree(yes: bool) -> bool:
-    """Whether all processes say yes; each must ask. Raises where one of them has ended."""
-    if _group is not None:
-        return _group.barrier("agree", yes)
-    if jax.distributed.is_initialized():
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(jax.numpy.array(yes)).all())
-    return yes
-
-
-def from_first(make: Callable[[], str]) -> str:
-    """What `make` returns on the first process, which alone calls it, where they were started by `start`."""
-    if _group is None:
-        return make()
-    if not is_first():
-        return _group.receive_shared()
+@contextmanager
+def _failing_together() -> Iterator[None]:
     try:
-        made = make()
+        yield
     except BaseException as error:
-        _group.end(first_line(error), 2 if isinstance(error, UserError) else 1)
+        if _connections is not None:
+            _connections.end(first_line(error), 2 if isinstance(error, UserError) else 1)
         raise
-    _group.share(made)
-    return made
 
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Turns an error of JAX's within into Interrupted, where it came from the end of another process."""
+    """Turns an error of JAX's within the block into Interrupted if the end of another process caused it."""
     try:
         yield
     except (UserError, Interrupted):
         raise
     except Exception as error:
-        if _group is not None and _group.wait_for_end(_NOTICE):
-            raise _group.error() from error
+        if _connections is not None and _connections.wait_for_end(_NOTICE):
+            raise _connections.error() from error
         raise
 
 
 def leave(code: int, message: str = "") -> NoReturn:
-    """Ends this process with an exit code; where it is not 0, the others of the run end as well and say why."""
-    if _group is None:
+    """Ends this process with an exit code; if it is not 0, the others end as well and report the message."""
+    if _connections is None:
         sys.exit(code)
     if code == 0:
-        _group.barrier("end")  # what the first one still writes may take longer than JAX waits
+        barrier("end")  # the first process may still be writing for longer than JAX would wait
         sys.exit(0)
-    _group.end(message, code)
-    exit_now(code)  # JAX's own end would wait for all processes
+    _connections.end(message, code)
+    _connections.wait_for_others()
+    exit_now(code)  # JAX's own shutdown would wait for all processes

@@ -8,7 +8,7 @@ import pytest
 
 from jax_it import hosts
 from jax_it.errors import Interrupted, UserError
-from jax_it.hosts import surroundings
+from jax_it.hosts import cluster_env
 from tests.multihost import processes
 
 VARIABLES = (
@@ -53,7 +53,7 @@ def setenv(monkeypatch: pytest.MonkeyPatch, **variables: object) -> None:
 
 
 def test_a_laptop_waits_for_nobody() -> None:
-    assert surroundings.find_place() is None
+    assert cluster_env.detect() is None
     hosts.start()
     hosts.barrier("alone")
     with hosts.first_then_others():
@@ -65,12 +65,12 @@ def test_a_laptop_waits_for_nobody() -> None:
 def test_one_slurm_task_and_a_run_of_one_process_wait_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     slurm = {"SLURM_JOB_ID": 7, "SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": 8, "SLURM_PROCID": 0, "SLURM_LOCALID": 0}
     setenv(monkeypatch, **slurm, SLURM_STEP_NUM_TASKS=1)  # srun -n 1 within a larger job
-    assert surroundings.find_place() is None
+    assert cluster_env.detect() is None
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
-    found = surroundings.find_place()
-    assert found is not None and found.count == 8
+    found = cluster_env.detect()
+    assert found is not None and found.num_processes == 8
     setenv(monkeypatch, JAX_NUM_PROCESSES=1)
-    assert surroundings.find_place() is None
+    assert cluster_env.detect() is None
 
 
 def test_slurm_tells_the_hosts_and_which_devices_are_a_tasks_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,17 +78,17 @@ def test_slurm_tells_the_hosts_and_which_devices_are_a_tasks_own(monkeypatch: py
         monkeypatch, SLURM_JOB_ID=7, SLURM_STEP_NODELIST="gpu[01-02],big", SLURM_NTASKS=5, SLURM_PROCID=3,
         SLURM_LOCALID=1, SLURM_STEP_NUM_NODES=3, SLURM_STEP_TASKS_PER_NODE="2(x2),1",
     )  # fmt: skip
-    found = surroundings.find_place()
+    found = cluster_env.detect()
     assert found is not None
-    assert (found.index, found.count, found.devices) == (3, 5, [1])
+    assert (found.process_id, found.num_processes, found.local_device_ids) == (3, 5, [1])
     assert found.names == {0: "gpu01", 1: "gpu01", 2: "gpu02", 3: "gpu02", 4: "big"}
-    assert found.address.startswith("gpu01:")
+    assert found.coordinator_address.startswith("gpu01:")
     setenv(monkeypatch, CUDA_VISIBLE_DEVICES="3")  # Slurm shows each task its own device
-    again = surroundings.find_place()
-    assert again is not None and again.devices is None
+    again = cluster_env.detect()
+    assert again is not None and again.local_device_ids is None
     setenv(monkeypatch, SLURM_STEP_NUM_NODES=5, CUDA_VISIBLE_DEVICES="0,1,2,3")  # a task for each host: all are its
-    alone = surroundings.find_place()
-    assert alone is not None and alone.devices is None
+    alone = cluster_env.detect()
+    assert alone is not None and alone.local_device_ids is None
 
 
 @pytest.mark.parametrize(
@@ -102,17 +102,17 @@ def test_slurm_tells_the_hosts_and_which_devices_are_a_tasks_own(monkeypatch: py
     ],
 )
 def test_slurms_lists_of_nodes_are_read(text: str, names: list[str]) -> None:
-    assert surroundings.expand_nodes(text) == names
+    assert cluster_env.expand_nodes(text) == names
 
 
 def test_names_come_from_the_tpus_workers_and_from_the_jobs_pods(monkeypatch: pytest.MonkeyPatch) -> None:
     setenv(monkeypatch, TPU_WORKER_HOSTNAMES="t-0,t-1", MEGASCALE_SLICE_ID=1)
-    assert surroundings.host_names(3, 4) == {2: "t-0", 3: "t-1"}  # of the other slice it is not told
+    assert cluster_env.host_names(3, 4) == {2: "t-0", 3: "t-1"}  # of the other slice it is not told
     setenv(monkeypatch, TPU_WORKER_HOSTNAMES="WARNING: could not determine TPU worker hostnames, please set it")
-    assert list(surroundings.host_names(3, 4)) == [3]  # libtpu's, where there is no TPU
+    assert list(cluster_env.host_names(3, 4)) == [3]  # libtpu's, where there is no TPU
     monkeypatch.delenv("TPU_WORKER_HOSTNAMES")
     setenv(monkeypatch, HOSTNAME="tune-workers-0-1", JOB_COMPLETION_INDEX=1)
-    assert surroundings.host_names(1, 3) == {i: f"tune-workers-0-{i}" for i in range(3)}
+    assert cluster_env.host_names(1, 3) == {i: f"tune-workers-0-{i}" for i in range(3)}
 
 
 @pytest.mark.parametrize(
@@ -127,13 +127,13 @@ def test_names_come_from_the_tpus_workers_and_from_the_jobs_pods(monkeypatch: py
 def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch, variables: dict, wanted: str) -> None:
     setenv(monkeypatch, **variables)
     with pytest.raises(UserError, match=f"^{wanted}"):
-        surroundings.find_place()
+        cluster_env.detect()
 
 
 def test_a_jobs_index_stands_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     setenv(monkeypatch, JAX_COORDINATOR_ADDRESS="h:1", JAX_NUM_PROCESSES=4, JOB_COMPLETION_INDEX=2)
-    found = surroundings.find_place()
-    assert found is not None and (found.index, found.count) == (2, 4)
+    found = cluster_env.detect()
+    assert found is not None and (found.process_id, found.num_processes) == (2, 4)
 
 
 def test_the_host_that_is_missing_is_named_to_all_that_have_come() -> None:
@@ -178,6 +178,24 @@ def test_the_others_end_with_the_line_of_a_first_that_fails() -> None:
     assert (first.code, second.code) == (2, 2)
     assert "UserError: train.jsonl, line 3: no JSON" in first.text
     assert "(process 0): train.jsonl, line 3: no JSON" in second.text
+    assert "Terminating process" not in second.text  # JAX's abort, when its coordinator goes first
+
+
+FIRST_HAS_A_FAULT = """
+    try:
+        with hosts.watched(), hosts.first_then_others():
+            1 / 0
+    except ZeroDivisionError as error:
+        print("ZeroDivisionError")
+        hosts.leave(1, str(error))
+"""
+
+
+def test_a_fault_of_the_first_is_its_own_and_stops_the_others() -> None:
+    first, second = processes.ends(join(2, (0, 1), FIRST_HAS_A_FAULT))
+    assert (first.code, second.code) == (1, 75)
+    assert "ZeroDivisionError" in first.text
+    assert "(process 0) has failed: division by zero, which its own log shows" in second.text
 
 
 ORDER = """
@@ -197,7 +215,7 @@ def test_the_others_come_after_the_first_and_get_what_it_has_made() -> None:
 
 
 def test_a_process_that_is_stuck_while_another_dies_is_ended_and_says_why() -> None:
-    stuck = "hosts.group.GRACE = 1; time.sleep(1000)"
+    stuck = "hosts.connections.GRACE = 1; time.sleep(1000)"
     pair = join(2, (0, 1), stuck)
     for process in pair:
         assert process.stdout is not None and process.stdout.readline() == "started\n"

@@ -1,7 +1,7 @@
-"""Processes that score a run's checkpoints while it trains: what they still need is not deleted under them.
+"""Tells training which checkpoints the processes that score them still need, so that it does not delete those.
 
-Each has a file, {"at": seconds since 1970, "step": the first step that it may still read}, which it writes anew
-all the time, on a local disk as in an object store.
+Each such process (`jax-it eval --follow`) keeps rewriting a file {"at": seconds since 1970, "step": the first step
+that it may still read}, on a local disk or in an object store.
 """
 
 import threading
@@ -13,12 +13,12 @@ from etils import epath
 
 from jax_it.files import read_json, write_atomically
 
-BEAT = 30.0  # seconds between two writes
-ALIVE = 600.0  # seconds after the last one in which a process counts as running; clocks may differ by minutes
+INTERVAL = 30.0  # seconds between two writes
+TIMEOUT = 600.0  # seconds since the last write after which a process counts as dead; clocks may differ by minutes
 
 
 def waiting(folder: epath.Path, steps: Sequence[int], most: int) -> Sequence[int]:
-    """The first so many of these steps that a running process has yet to read. Its files lie in `folder`."""
+    """Return the first `most` of these steps that a running process has yet to read; `folder` has the files."""
     needed: set[int] = set()
     for first in _positions(folder):
         needed |= {step for step in steps if step >= first}
@@ -28,17 +28,17 @@ def waiting(folder: epath.Path, steps: Sequence[int], most: int) -> Sequence[int
 def _positions(folder: epath.Path) -> Iterator[int]:
     try:
         files = [file for file in folder.iterdir() if file.name.endswith(".json")]
-    except Exception:  # there is none; each object store's library has its own errors
+    except Exception:  # it does not exist; each object store's library has its own errors
         return
     for file in files:
         with suppress(Exception):  # gone, or damaged
             found = read_json(file)
-            if abs(time.time() - found["at"]) < ALIVE:
+            if abs(time.time() - found["at"]) < TIMEOUT:
                 yield int(found["step"])
 
 
 class Position:
-    """This process's file. What cannot be written is left: checkpoints may then go before they are scored."""
+    """Writes this process's file. If that fails, checkpoints may be deleted before they are scored."""
 
     def __init__(self, file: epath.Path):
         self._file, self._step = file, 0
@@ -46,7 +46,7 @@ class Position:
         self._over = threading.Event()
 
     def move(self, step: int) -> None:
-        """From now on only this step and later ones are needed."""
+        """Says that only this step and later ones are still needed."""
         if step != self._step:
             self._step = step
             self.write()
@@ -57,7 +57,7 @@ class Position:
             write_atomically(self._file, {"at": time.time(), "step": self._step})
 
     def beat(self) -> None:
-        while not self._over.wait(BEAT):
+        while not self._over.wait(INTERVAL):
             self.write()
 
     def end(self) -> None:
@@ -68,7 +68,7 @@ class Position:
 
 @contextmanager
 def position(file: epath.Path) -> Iterator[Position]:
-    """Within it the file says that this process follows, whatever it is busy with; at first from step 0 on."""
+    """Keep the file up to date within the block, whatever the process is busy with; it starts from step 0."""
     found = Position(file)
     found.write()
     threading.Thread(target=found.beat, daemon=True, name="follows").start()

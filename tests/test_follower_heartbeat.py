@@ -6,9 +6,9 @@ import time
 
 import jax.numpy as jnp
 
-from jax_it import following
+from jax_it import follower_heartbeat
 from jax_it.checkpoint import Checkpoints
-from jax_it.following import position, waiting
+from jax_it.follower_heartbeat import position, waiting
 
 STEPS = [1, 2, 3, 4, 5]
 
@@ -45,7 +45,7 @@ def test_a_damaged_file_is_passed_over(tmp_path):
 
 
 def test_a_process_that_is_busy_is_heard_of_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(following, "BEAT", 0.01)
+    monkeypatch.setattr(follower_heartbeat, "INTERVAL", 0.01)
     with position(tmp_path / "a.json"):
         first = json.loads((tmp_path / "a.json").read_text())["at"]
         until = time.monotonic() + 10

@@ -1,4 +1,4 @@
-"""What the surroundings of a process say of its run: variables, Slurm, Cloud TPU, a Kubernetes Job."""
+"""Detects which process of which run this is: by JAX_… variables, Slurm, Cloud TPU or a Kubernetes Job."""
 
 import importlib.util
 import os
@@ -10,29 +10,33 @@ from typing import Any
 
 from jax_it.errors import Interrupted, UserError, first_line
 
-START_TIMEOUT = "JAX_IT_START_TIMEOUT"  # seconds that a start waits for hosts that are missing
+START_TIMEOUT = "JAX_IT_START_TIMEOUT"  # seconds that a start waits for missing hosts
 LOST_AFTER = "JAX_IT_LOST_AFTER"  # seconds after which a silent host is lost; one whose process ends is at once
 _DEFAULTS = {START_TIMEOUT: 600.0, LOST_AFTER: 60.0}
-ALONE = "start the same command on all hosts, or set JAX_NUM_PROCESSES=1 for a process on its own"
+RUN_ALONE = "start the same command on all hosts, or set JAX_NUM_PROCESSES=1 for a process on its own"
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which process of which run this is."""
+class ClusterEnv:
+    """Which process of which run this is, in the words of `jax.distributed.initialize`."""
 
-    index: int
-    count: int
-    address: str  # HOST:PORT of process 0
-    names: dict[int, str] = field(default_factory=dict)  # of the hosts, as far as they are known beforehand
-    devices: list[int] | None = None  # this process's, where several share a host
+    process_id: int
+    num_processes: int
+    coordinator_address: str  # HOST:PORT of process 0
+    names: dict[int, str] = field(default_factory=dict)  # of the hosts by process, as far as they are known
+    local_device_ids: list[int] | None = None  # this process's, if several share a host
 
     def name(self, index: int) -> str:
+        """Returns "HOST (process INDEX)", as far as the host is known."""
         known = self.names.get(index)
         return f"{known} (process {index})" if known else f"process {index}"
 
 
-def find_place() -> Place | None:
-    """What this process is told of its run: by JAX_… variables, Slurm, Cloud TPU, a Kubernetes Job; None: nothing."""
+def detect() -> ClusterEnv | None:
+    """Returns what the environment says about the run, None if it names no other process.
+
+    Raises UserError if it is incomplete, Interrupted if Slurm, Cloud TPU or Kubernetes does not tell the other hosts.
+    """
     if os.environ.get("JAX_NUM_PROCESSES") == "1":
         return None
     if os.environ.get("JAX_COORDINATOR_ADDRESS"):
@@ -41,7 +45,7 @@ def find_place() -> Place | None:
 
     kinds: list[Any] = [clusters.OmpiCluster, clusters.SlurmCluster, clusters.GkeTpuCluster, clusters.GceTpuCluster]
     if "JOB_COMPLETION_INDEX" in os.environ and importlib.util.find_spec("kubernetes"):
-        kinds.append(clusters.K8sCluster)  # it asks Kubernetes, whose other pods are on their own
+        kinds.append(clusters.K8sCluster)  # it asks Kubernetes; other pods run alone
     for kind in kinds:
         if not kind.is_env_present():
             continue
@@ -54,15 +58,15 @@ def find_place() -> Place | None:
             port = os.environ.get("JAX_COORDINATOR_PORT")
             address = kind.get_coordinator_address(int(seconds(START_TIMEOUT)), port)
         except (RuntimeError, OSError, ValueError, KeyError) as error:
-            raise Interrupted(f"cannot find the other hosts of this run: {first_line(error)}; {ALONE}") from error
+            raise Interrupted(f"cannot find the other hosts of this run: {first_line(error)}; {RUN_ALONE}") from error
         names, devices = host_names(index, count), None
         if kind is clusters.SlurmCluster:
             devices = _slurm_devices(count)
-        return Place(index, count, address, names, devices)
+        return ClusterEnv(index, count, address, names, devices)
     return None
 
 
-def _explicit(environment: Mapping[str, str]) -> Place:
+def _explicit(environment: Mapping[str, str]) -> ClusterEnv:
     address = environment["JAX_COORDINATOR_ADDRESS"]
     index = environment.get("JAX_PROCESS_ID", environment.get("JOB_COMPLETION_INDEX", ""))
     count = environment.get("JAX_NUM_PROCESSES", "")
@@ -70,14 +74,14 @@ def _explicit(environment: Mapping[str, str]) -> Place:
         raise UserError(f"JAX_COORDINATOR_ADDRESS: {address!r} is not HOST:PORT, the address of process 0")
     for name, value in (("JAX_NUM_PROCESSES", count), ("JAX_PROCESS_ID", index)):
         if not value.isdecimal():
-            raise UserError(f"{name}: {value!r} is not a number; JAX_COORDINATOR_ADDRESS needs it beside itself")
+            raise UserError(f"{name}: {value!r} is not a number; JAX_COORDINATOR_ADDRESS needs it as well")
     if int(index) >= int(count):
         raise UserError(f"JAX_PROCESS_ID: {index} must be less than JAX_NUM_PROCESSES, which is {count}")
-    return Place(int(index), int(count), address, host_names(int(index), int(count)))
+    return ClusterEnv(int(index), int(count), address, host_names(int(index), int(count)))
 
 
 def host_names(index: int, count: int) -> dict[int, str]:
-    """The names of the run's hosts by process, as far as the environment of this one tells them."""
+    """Returns the names of the run's hosts by process, as far as the environment tells them."""
     environment = os.environ
     if nodes := environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST"):
         tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
@@ -88,8 +92,8 @@ def host_names(index: int, count: int) -> dict[int, str]:
         return dict(enumerate(flat)) if len(flat) == count else {}
     if workers := environment.get("TPU_WORKER_HOSTNAMES"):
         mine = [name.strip().split(":")[0] for name in workers.split(",")]
-        first = int(environment.get("MEGASCALE_SLICE_ID") or 0) * len(mine)  # of other slices it says nothing
-        if all(re.fullmatch(r"[\w.-]+", name) for name in mine) and len(mine) > 1:  # libtpu may leave a warning there
+        first = int(environment.get("MEGASCALE_SLICE_ID") or 0) * len(mine)  # it does not name those of other slices
+        if all(re.fullmatch(r"[\w.-]+", name) for name in mine) and len(mine) > 1:  # not libtpu's warning
             return {first + i: name for i, name in enumerate(mine) if first + i < count}
     pod, number = environment.get("HOSTNAME", ""), environment.get("JOB_COMPLETION_INDEX")
     if number == str(index) and (job := re.fullmatch(rf"(.+)-{index}", pod)):  # an Indexed Job's pods
@@ -98,7 +102,7 @@ def host_names(index: int, count: int) -> dict[int, str]:
 
 
 def expand_nodes(text: str) -> list[str]:
-    """["gpu1", "n07", "n08"] from "gpu1,n[07-08]", as Slurm writes it."""
+    """Expands Slurm's list of nodes: "gpu1,n[07-08]" -> ["gpu1", "n07", "n08"]."""
     names = []
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
         made = [""]
@@ -115,13 +119,14 @@ def expand_nodes(text: str) -> list[str]:
 
 
 def _slurm_devices(count: int) -> list[int] | None:
-    """The task's own device where tasks share a host and see all its devices; None: all that it sees."""
+    """Returns the task's own device if tasks share a host and see all its devices, None for all that it sees."""
     hosts = int(os.environ.get("SLURM_STEP_NUM_NODES", count))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
     return [int(os.environ["SLURM_LOCALID"])] if count > hosts and len(visible) > 1 else None
 
 
 def seconds(name: str) -> float:
+    """Returns the value of START_TIMEOUT or LOST_AFTER."""
     text = os.environ.get(name)
     try:
         return float(text) if text else _DEFAULTS[name]
