@@ -81,13 +81,12 @@ class Ours:
     def __init__(self, folder: str):
         import jax
 
-        from jax_it import config, sharding
-        from jax_it.models import hf
+        from jax_it import config, pretrained, sharding
 
         self._compiling: list[float] = []
         jax.monitoring.register_event_duration_secs_listener(self._listen)
         self._mesh = sharding.make_mesh(config.Mesh())
-        self._model, self._params = hf.load(config.Model(path=folder), self._mesh)
+        self._model, self._params = pretrained.load(config.Model(path=folder), self._mesh)
         self._generators: dict[str, Callable[[Any, Request], list[list[int]]]] = {}
 
     def _listen(self, event: str, seconds: float, **_: Any) -> None:
@@ -402,11 +401,11 @@ def run(name: str, folder: str, built: dict[str, Request], options: Any) -> list
 
 def write_t5(folder: str, seed: int) -> None:
     """T5 1.1 small with random weights, as a folder in Transformers' format."""
-    from jax_it import config, sharding
-    from jax_it.models import hf
+    from jax_it import config, pretrained, sharding
+    from jax_it.pretrained import hf
 
     recipe = config.load(f"{Path(__file__).parents[1] / 'configs' / 't0_t5_small.py'}:random")
-    hf.save(Path(folder), *hf.load(recipe.model, sharding.make_mesh(recipe.mesh), seed))
+    hf.save(Path(folder), *pretrained.load(recipe.model, sharding.make_mesh(recipe.mesh), seed))
 
 
 def main() -> None:

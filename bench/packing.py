@@ -14,11 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_it import sharding
+from jax_it import pretrained, sharding
 from jax_it.cli import overrides
 from jax_it.config import Config, load, to_dict
 from jax_it.config import resolve as resolve_config
-from jax_it.models import hf
 from jax_it.training.loop import build_data, load_tokenizer
 from jax_it.training.optimizer import make_optimizer, make_schedule
 from jax_it.training.state import start, state_shardings
@@ -32,7 +31,7 @@ class Side:
         self.name = name
         self._data = build_data(config, model, tokenizer).train
         schedule = make_schedule(config.train.optimizer, 1000, 0, 0)
-        optimizer = make_optimizer(config.train.optimizer, schedule, model.trained_letters)
+        optimizer = make_optimizer(config.train.optimizer, schedule, model.trained_logical_axes)
         state = start(*model.split(jax.tree.map(jnp.copy, params)), optimizer)  # a copy, as the step donates its state
         shardings = state_shardings(model, state, mesh)
         self._state = jax.device_put(state, shardings)
@@ -89,7 +88,7 @@ def main() -> None:
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         tokenizer = load_tokenizer(config)
-        model, params = hf.load(config.model, mesh, config.train.seed)
+        model, params = pretrained.load(config.model, mesh, config.train.seed)
         sides = []
         for name, packing in (("packed", True), ("padded", False)):
             chosen = resolve_config({**tree, "data": {**tree["data"], "packing": packing}})

@@ -3,7 +3,7 @@
     jax-it train --config configs/llama3_1_70b.py --workdir runs/llama3_1_70b \\
         --config.data.train.0.path=train.jsonl --config.data.eval.0.path=validation.jsonl
 
-`configs/llama3_1_70b.py:lora` trains adapters alone, above weights of 4 bits (QLoRA): 38 GB.
+`configs/llama3_1_70b.py:lora` trains adapters alone, above linear layers in 4 bits (QLoRA): 41 GB.
 """
 
 import ml_collections

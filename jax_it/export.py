@@ -6,7 +6,6 @@ import stat
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ from jax_it.checkpoint import disk_error
 from jax_it.data import chat
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
-from jax_it.models import Model, Params, hf, peft, tensors
+from jax_it.models import Model, Params
+from jax_it.pretrained import hf, peft
+from jax_it.pretrained.safetensors import SINGLE, TensorReader
 from jax_it.workdir import Workdir
 
 
@@ -64,7 +65,7 @@ def save(
         hf.save(folder, model, params, dtype)
         tokenizer.save(folder)
         hf.save_generation_settings(extras, folder, model, chat.ends(tokenizer))
-        _compare(folder, tensors.SINGLE, lambda dtype: hf.tensors_of(model, params, dtype))
+        _compare(folder, SINGLE, lambda dtype: hf.tensors_of(model, params, dtype))
 
     _write_whole(files.locate_local(output, "output"), write)
 
@@ -78,7 +79,7 @@ def save_adapter(
     """
 
     def write(folder: Path) -> None:
-        peft.write(folder, model, params, base, dtype)
+        peft.save(folder, model, params, base, dtype)
         tokenizer.save(folder)
         _compare(folder, peft.WEIGHTS, lambda dtype: peft.tensors_of(model, params, dtype))
 
@@ -128,8 +129,7 @@ def _compare(folder: Path, single: str, tensors_of: Callable[[Any], Iterable[tup
     if not hosts.is_first():
         deque(tensors_of(np.float32), maxlen=0)
         return
-    with ExitStack() as stack:
-        written = tensors.Tensors(folder, stack, single)
+    with TensorReader(folder, single) as written:
         dtype = written.read(min(written.names()), ()).dtype
         for name, tensor in tensors_of(dtype):
             if not np.isfinite(tensor).all():

@@ -13,7 +13,7 @@ from jax_it.data.formats import CausalFormat
 from jax_it.data.tokenized import shown_characters
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
-from jax_it.models import build, hf
+from jax_it.pretrained import load_model
 from jax_it.training.loop import (
     build_data,
     check_mesh,
@@ -34,7 +34,7 @@ def preview(config: Config, number: int) -> str:
     metrics.check(config.eval.metrics)
     config, _ = data.pin(config)
     tokenizer = load_tokenizer(config)
-    model = hf.with_adapter(build(*hf.read_values(config.model), config.model), config.model)
+    model = load_model(config.model)
     check_model(config, model, tokenizer)
     # The run's mesh may be that of another machine.
     check_mesh(config, model, {axis: max(getattr(config.mesh, axis), 1) for axis in sharding.AXES})

@@ -1,6 +1,6 @@
-"""The mesh, and the one table from axis letters to mesh axes.
+"""The mesh, and the one table from logical axes to mesh axes.
 
-Every other file says which letters an array's axes have (`models/layers.py` declares them); this one
+Every other file says which logical_axes an array's axes have (`models/layers.py` declares them); this one
 says over which devices they are split.
 """
 
@@ -105,11 +105,11 @@ def whole_or_split(parameters: int) -> MeshConfig:
     return MeshConfig() if parameters * 4 <= WHOLE else MeshConfig(data=1, fsdp=-1)
 
 
-def spec(letters: str, shape: Sequence[int], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
-    """How an array with these axis letters ("L D N H") is split. An axis that does not divide stays whole."""
-    names = letters.split()
+def spec(logical_axes: str, shape: Sequence[int], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
+    """How an array with these logical axes ("L D N H") is split. An axis that does not divide stays whole."""
+    names = logical_axes.split()
     if len(names) != len(shape):
-        raise ValueError(f"{letters!r} does not name the axes of shape {tuple(shape)}")
+        raise ValueError(f"{logical_axes!r} does not name the axes of shape {tuple(shape)}")
     taken: set[str] = set()
     entries: list[tuple[str, ...] | None] = []
     for name, size in zip(names, shape, strict=True):
@@ -128,16 +128,16 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def shardings(letters: Any, shapes: Any, mesh: jax.sharding.Mesh) -> Any:
-    """A tree of NamedShardings for a tree of letters and one of arrays (or their shapes and dtypes).
+def shardings(logical_axes: Any, shapes: Any, mesh: jax.sharding.Mesh) -> Any:
+    """A tree of NamedShardings for a tree of logical_axes and one of arrays (or their shapes and dtypes).
 
-    Where a weight is several arrays, as a quantised one, all of them have its letters.
+    Where a weight is several arrays, as a quantised one, all of them have its logical_axes.
     """
 
     def place(names: str, weight: Any) -> Any:
         return jax.tree.map(lambda array: NamedSharding(mesh, spec(names, array.shape, mesh)), weight)
 
-    return jax.tree.map(place, letters, shapes)
+    return jax.tree.map(place, logical_axes, shapes)
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -184,12 +184,12 @@ def place(batch: Any, mesh: jax.sharding.Mesh, parts: Sequence[int] | None = Non
     return jax.tree.map(one, batch)
 
 
-def constrain(x: jax.Array, letters: str) -> jax.Array:
-    """`x` split as its letters say over the mesh of `jax.set_mesh`; as it is where none is set."""
+def constrain(x: jax.Array, logical_axes: str) -> jax.Array:
+    """`x` split as its logical_axes say over the mesh of `jax.set_mesh`; as it is where none is set."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(letters, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, spec(logical_axes, x.shape, mesh))
 
 
 def parts_of(letter: str) -> int:

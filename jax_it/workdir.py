@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from jax_it import config as settings
-from jax_it import files, follower_heartbeat, hosts, metrics, sharding
+from jax_it import files, follower_heartbeat, hosts, metrics, pretrained, sharding
 from jax_it.checkpoint import Checkpoints, Unreadable, abstract, disk_error
 from jax_it.config import Config
 from jax_it.data import tokenizer as tokenizers
@@ -34,11 +34,12 @@ from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
 from jax_it.errors import Interrupted, UserError, first_line, shorten
 from jax_it.files import Appending, is_there, remedy, to_json, write_atomically
-from jax_it.models import Model, Params, build, hf, peft, with_tied_head
+from jax_it.models import Model, Params, build, with_tied_head
 from jax_it.models.families import FAMILIES
 from jax_it.models.lora import Adapter, Target
-from jax_it.models.tensors import find_folder, fingerprint
 from jax_it.models.weights import flatten
+from jax_it.pretrained import hf, peft
+from jax_it.pretrained.folder import find_folder, fingerprint
 
 CREATING = ".creating"  # while the folder is being made: what a start that is killed leaves can then be told from a run
 # The parts of a run, and whether they are folders.
@@ -439,7 +440,7 @@ class Workdir:
         """What a checkpoint holds of them. Raises `checkpoint.Unreadable`."""
         dtype = jnp.dtype(config.model.param_dtype)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.trained_shapes)
-        placed = abstract(shapes, sharding.shardings(model.trained_letters, shapes, mesh))
+        placed = abstract(shapes, sharding.shardings(model.trained_logical_axes, shapes, mesh))
         return (checkpoints or self.checkpoints()).restore_params(step, placed)
 
     def frozen(self, model: Model, config: Config, mesh: jax.sharding.Mesh) -> Params:
@@ -453,7 +454,7 @@ class Workdir:
                     f"the weights in {config.model.path} are not those that the run in {self.path} was started from; "
                     "restore them"
                 )
-        return hf.load_base(config.model, mesh, config.train.seed)[1]
+        return pretrained.load_base(config.model, mesh, config.train.seed)[1]
 
     def rewind_metrics(self, step: int) -> None:
         """Drops logged steps after `step`, which a resumed run will take again, and what a kill cut off.
@@ -494,7 +495,7 @@ def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
         return model, params, tokenizer
 
     def read(config: settings.Model) -> tuple[Model, Params]:
-        return hf.load(config, mesh_for(build(*hf.read_values(config), config)))
+        return pretrained.load(config, mesh_for(pretrained.load_model(config)))
 
     if place.is_recognized():
         config, derived = place.open()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_it.models import peft
+from jax_it.pretrained import peft
 from tests.parity import cases
 from tests.tiny_run import copy, fails, losses, start, succeeds, write_rows
 
@@ -23,6 +23,7 @@ A: {{ message['content'] + eos_token }}{% else %}Q: {{ message['content'] + '\n'
 CONFIG = """
 from pathlib import Path
 
+from jax_it.pretrained import peft
 from jax_it import config as defaults
 
 HERE = Path(__file__).parent

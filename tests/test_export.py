@@ -15,12 +15,13 @@ import safetensors.numpy
 import transformers
 
 import jax_it
+from jax_it import pretrained
 from jax_it.config import Lora
 from jax_it.config import Model as ModelConfig
 from jax_it.errors import UserError
 from jax_it.export import export, save, save_adapter
-from jax_it.models import hf, peft
 from jax_it.models.weights import flatten
+from jax_it.pretrained import hf, peft
 from tests import tiny_run
 from tests.tiny_run import fails
 
@@ -176,7 +177,7 @@ def test_a_file_in_the_way_of_the_folder_is_named(capfd, run, tmp_path):
 def adapted(loaded):
     """The run's model with adapters of random numbers beside its weights, and its tokenizer."""
     model, base, tokenizer = loaded
-    model = hf.with_adapter(model, ModelConfig(lora=Lora(rank=2, alpha=3.0)))
+    model = pretrained.add_adapter(model, ModelConfig(lora=Lora(rank=2, alpha=3.0)))
     shapes, tree = jax.tree.flatten(model.trained_shapes)
     random = np.random.default_rng(0)
     adapter = tree.unflatten(jnp.asarray(random.normal(size=shape.shape), jnp.float32) for shape in shapes)
@@ -213,13 +214,13 @@ def test_adapters_are_written_alone_and_are_read_back_with_the_base_model_bit_fo
 
 
 def test_an_adapter_that_reads_back_otherwise_is_noticed_and_nothing_is_left(adapted, output, monkeypatch):
-    write = peft.write
+    write = peft.save
 
     def write_and_flip(folder, *arguments):
         write(folder, *arguments)
         flip(folder, peft.WEIGHTS)
 
-    monkeypatch.setattr(peft, "write", write_and_flip)
+    monkeypatch.setattr(peft, "save", write_and_flip)
     with pytest.raises(UserError, match=r"does not read back as it was written; export again"):
         save_adapter(output, *adapted, base="base")
     assert not list(output.parent.iterdir())

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from jax_it import config as settings
-from jax_it import workdir
+from jax_it import pretrained, workdir
 from jax_it.config import Mesh
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.packing import Layout, Shape
 from jax_it.errors import Interrupted, UserError
 from jax_it.files import write_atomically
-from jax_it.models import build, hf
+from jax_it.models import build
 from jax_it.models.lora import Adapter, Target
-from jax_it.models.tensors import SINGLE, fingerprint
+from jax_it.pretrained.folder import fingerprint
+from jax_it.pretrained.safetensors import SINGLE
 from jax_it.sharding import make_mesh
 from jax_it.workdir import PARTS, Derived, Workdir, load
 from tests import tiny_run
@@ -415,7 +416,7 @@ def adapted(tmp_path):
     base = cases.write(cases.BY_NAME["t5_1_1"], tmp_path / "base")
     config = resolve(model__path=str(base), model__architecture={}, model__pretrained=True, model__lora={"rank": 2})
     place = Workdir(tmp_path / "run")
-    model = hf.with_adapter(build(*hf.read_values(config.model), config.model), config.model)
+    model = pretrained.load_model(config.model)
     derived = dataclasses.replace(DERIVED, adapter=model.adapter, base_digest=fingerprint(base))
     place.create(config, derived, model, tokenizers.load("bytes"))
     return base, place, config, model

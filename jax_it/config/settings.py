@@ -104,7 +104,7 @@ class Model:
     chat_template: str = ""  # Jinja file; "": the checkpoint's own; "default": one for base models; "none": plain text
     prefix_lm: bool = False  # a causal model's attention looks both ways within the prompt
     lora: Lora = field(default_factory=Lora)
-    quantize: Literal["none", "int8", "nf4"] = "none"  # of the weights beneath adapters (QLoRA, Dettmers et al. 2023)
+    quantize: Literal["none", "int8", "nf4"] = "none"  # of linear layers beneath adapters (QLoRA, Dettmers et al. 2023)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed
@@ -101,9 +101,10 @@ def _wait_for(key: str) -> str:
 
     It asks once a second: JAX's client can be interrupted neither in `wait_at_barrier` nor while it waits for a key.
     """
+    client: Any = distributed.global_state.client
     while True:
         try:
-            return distributed.global_state.client.blocking_key_value_get(key, 1000)
+            return client.blocking_key_value_get(key, 1000)
         except jax.errors.JaxRuntimeError as error:
             if _connections is not None:
                 _connections.check()

@@ -1,4 +1,4 @@
-"""Model families. Outside this package a model is pure functions of a params tree with known axis letters."""
+"""Model families. Outside this package a model is pure functions of a params tree with known logical axes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,11 +18,10 @@ from jax_it.models.experts import Routing
 from jax_it.models.families import FAMILIES
 from jax_it.models.family import Family, FamilyConfig, Kind, Module
 from jax_it.models.kv_cache import KVCache, unstack_layers
-from jax_it.models.linear import dense
 from jax_it.models.lora import Adapter
 from jax_it.models.quantized import Quantized
 from jax_it.models.stack import group_layers
-from jax_it.models.weights import Weight, flatten, is_vector, unflatten
+from jax_it.models.weights import WeightSpec, flatten, is_vector, unflatten
 from jax_it.typed import shown
 
 Params = dict[str, Any]  # nested dicts of arrays
@@ -78,16 +77,16 @@ class Model:
         return nnx.to_pure_dict(self._abstract[1])
 
     @cached_property
-    def weights(self) -> dict[str, Weight]:
+    def weights(self) -> dict[str, WeightSpec]:
         """The base model's weight table, path by path."""
         table, paths = self.family.weight_table(self.config), flatten(self.shapes)
         assert table.keys() == paths.keys(), f"only one of table and module has {table.keys() ^ paths.keys()}"
         return table
 
     @cached_property
-    def letters(self) -> Params:
-        """The tree of `shapes` with each weight's axis letters."""
-        return unflatten({path: weight.letters for path, weight in self.weights.items()})
+    def logical_axes(self) -> Params:
+        """The tree of `shapes` with each weight's logical axes."""
+        return unflatten({path: weight.logical_axes for path, weight in self.weights.items()})
 
     @cached_property
     def depths(self) -> dict[str, int]:
@@ -96,9 +95,9 @@ class Model:
         return {path: shape.shape[0] for path, shape in flatten(self.shapes).items() if path in stacked}
 
     @cached_property
-    def trained_letters(self) -> Params:
-        """The tree of what is trained, with axis letters."""
-        return self.adapter.letters(self.weights) if self.adapter else self.letters
+    def trained_logical_axes(self) -> Params:
+        """The tree of what is trained, with logical axes."""
+        return self.adapter.logical_axes(self.weights) if self.adapter else self.logical_axes
 
     @cached_property
     def trained_shapes(self) -> Params:
@@ -147,8 +146,7 @@ class Model:
 
     def head(self, params: Params) -> jax.Array:
         """The weights that `logits` takes, [V, D]."""
-        weight = params["embedding" if self.config.tied else "head"]
-        return dense(weight, self.options.dtype) if isinstance(weight, Quantized) else weight
+        return params["embedding" if self.config.tied else "head"]
 
     def logits(self, head_VD: jax.Array, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of states [..., D]."""
@@ -209,15 +207,15 @@ class Model:
     def _module(self, params: Params, key: jax.Array | None = None) -> Any:
         """The module with its weights in the computation's dtype; norms and biases stay float32."""
 
-        def cast(letters: str, weight: Any) -> Any:
-            keeps = isinstance(weight, Quantized) or is_vector(letters) or "E" in letters
+        def cast(logical_axes: str, weight: Any) -> Any:
+            keeps = isinstance(weight, Quantized) or is_vector(logical_axes) or "E" in logical_axes
             return weight if keeps else weight.astype(self.options.dtype)
 
         trained, frozen = self.split(params)
         if self.adapter is None:
-            weights = jax.tree.map(cast, self.letters, trained)
+            weights = jax.tree.map(cast, self.logical_axes, trained)
         else:
-            base = jax.tree.map(cast, self.letters, jax.lax.stop_gradient(frozen))
+            base = jax.tree.map(cast, self.logical_axes, jax.lax.stop_gradient(frozen))
             weights = self.adapter.attach(base, trained, None if key is None else jax.random.fold_in(key, 0))
         return nnx.merge(self._abstract[0], weights)
 

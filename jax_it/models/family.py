@@ -10,7 +10,7 @@ from jax_it.models.config import ComputeOptions
 from jax_it.models.experts import Experts
 from jax_it.models.kv_cache import KVCache
 from jax_it.models.stack import Stack
-from jax_it.models.weights import Weight
+from jax_it.models.weights import WeightSpec
 
 Kind = Literal["seq2seq", "causal"]
 
@@ -79,7 +79,7 @@ class Family:
     kind: Kind
     architecture: str  # Transformers' class
     read_config: Callable[[Mapping[str, Any], str], Any]
-    weight_table: Callable[[Any], dict[str, Weight]]
+    weight_table: Callable[[Any], dict[str, WeightSpec]]
     module: Callable[..., Any]
     logits: Callable[..., jax.Array]  # (config, head_VD, states) -> float32 logits
     embedding: str  # Transformers' name of the embedding, which a tied head repeats

@@ -89,7 +89,7 @@ def dense(weight: DenseWeight, dtype: Any) -> jax.Array:
 
 def look_up(param: nnx.Param, tokens: jax.Array, dtype: Any) -> jax.Array:
     """The rows of an embedding [V, D] for the tokens."""
-    return dense(jax.tree.map(lambda array: array[tokens], param.get_value()), dtype)
+    return param.get_value()[tokens].astype(dtype)
 
 
 def column_norm(weight: DenseWeight, inputs: int) -> jax.Array:

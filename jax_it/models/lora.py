@@ -18,7 +18,7 @@ import regex
 from jax_it.config import Lora
 from jax_it.errors import UserError
 from jax_it.models.linear import Adapted, column_norm, dense, merge
-from jax_it.models.weights import Weight, flatten, is_vector, unflatten
+from jax_it.models.weights import WeightSpec, flatten, is_vector, unflatten
 from jax_it.typed import shown
 
 ALL_LINEAR = "all-linear"
@@ -40,23 +40,23 @@ class Adapter:
     dora: bool
     dropout: float
 
-    def letters(self, weights: Mapping[str, Weight]) -> dict[str, Any]:
-        """The adapter's tree with each array's axis letters."""
+    def logical_axes(self, weights: Mapping[str, WeightSpec]) -> dict[str, Any]:
+        """The adapter's tree with each array's logical axes."""
         leaves = {}
         for target in self.targets:
-            inputs, outputs = split_axes(weights[target.path].letters)
+            inputs, outputs = split_axes(weights[target.path].logical_axes)
             leaves[f"{target.path}.a"] = " ".join(["L", *inputs, "R"])
             leaves[f"{target.path}.b"] = " ".join(["L", "R", *outputs])
             if self.dora:
                 leaves[f"{target.path}.magnitude"] = " ".join(["L", *outputs])
         return unflatten(leaves)
 
-    def init(self, key: jax.Array, weights: Mapping[str, Weight], base: Mapping[str, Any]) -> dict[str, Any]:
+    def init(self, key: jax.Array, weights: Mapping[str, WeightSpec], base: Mapping[str, Any]) -> dict[str, Any]:
         """Adapters that change nothing yet: A as PEFT draws it, B zero, magnitudes those of the weights `base`."""
         leaves: dict[str, jax.Array] = {}
         found = flatten(base)
         for number, target in enumerate(self.targets):
-            inputs, _ = split_axes(weights[target.path].letters)
+            inputs, _ = split_axes(weights[target.path].logical_axes)
             weight = found[target.path]
             rows, columns = weight.shape[1 : 1 + len(inputs)], weight.shape[1 + len(inputs) :]
             limit = math.prod(rows) ** -0.5
@@ -91,19 +91,19 @@ class Adapter:
             )
         return unflatten(leaves)
 
-    def merge(self, base: Mapping[str, Any], adapters: Mapping[str, Any], weights: Mapping[str, Weight]) -> Any:
+    def merge(self, base: Mapping[str, Any], adapters: Mapping[str, Any], weights: Mapping[str, WeightSpec]) -> Any:
         """The base's tree in float32, with the adapters added to their weights."""
         leaves = flatten(self.attach(base, adapters))
         for path, leaf in leaves.items():
             if isinstance(leaf, Adapted):
-                inputs, _ = split_axes(weights[path].letters)
+                inputs, _ = split_axes(weights[path].logical_axes)
                 leaves[path] = jax.lax.map(partial(merge, inputs=len(inputs)), leaf)
             else:
                 leaves[path] = dense(leaf, jnp.float32)
         return unflatten(leaves)
 
 
-def make_adapter(config: Lora, weights: Mapping[str, Weight], layers: Mapping[str, int]) -> Adapter:
+def make_adapter(config: Lora, weights: Mapping[str, WeightSpec], layers: Mapping[str, int]) -> Adapter:
     """The adapter that the config asks for. `layers` says how many layers each stacked weight has.
 
     Raises UserError for a target that is no weight, or one of some layers alone.
@@ -115,7 +115,7 @@ def make_adapter(config: Lora, weights: Mapping[str, Weight], layers: Mapping[st
 
 def choose_targets(
     targets: Sequence[str],
-    weights: Mapping[str, Weight],
+    weights: Mapping[str, WeightSpec],
     layers: Mapping[str, int],
     field: str = "config.model.lora.targets",
 ) -> list[str]:
@@ -162,19 +162,19 @@ def matches(pattern: str, name: str, field: str) -> bool:
         raise UserError(f"{field}: {shown(pattern)} is neither a name nor a regular expression: {error}") from None
 
 
-def module_name(weight: Weight, layer: int) -> str:
+def module_name(weight: WeightSpec, layer: int) -> str:
     """The name in Transformers of the module that holds a layer of the weight."""
     return weight.name.format(L=layer).removesuffix(".weight")
 
 
-def is_linear(weight: Weight) -> bool:
+def is_linear(weight: WeightSpec) -> bool:
     """Whether a weight is a linear layer's, one in each layer: no embedding, head, bias, norm or expert."""
-    axes = weight.letters.split()
-    return axes[0] == "L" and not is_vector(weight.letters) and not {"E", "X"} & set(axes)
+    axes = weight.logical_axes.split()
+    return axes[0] == "L" and not is_vector(weight.logical_axes) and not {"E", "X"} & set(axes)
 
 
-def split_axes(letters: str) -> tuple[list[str], list[str]]:
+def split_axes(logical_axes: str) -> tuple[list[str], list[str]]:
     """A linear weight's input and output axes, without L: D | N H, N H | D, D | F."""
-    axes = letters.split()[1:]
+    axes = logical_axes.split()[1:]
     inputs = 2 if axes[0] in ("N", "K") else 1
     return axes[:inputs], axes[inputs:]

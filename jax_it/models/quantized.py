@@ -77,12 +77,6 @@ class Quantized:
         """Of codes and scales together."""
         return self.codes.nbytes + self.scales.nbytes
 
-    def __getitem__(self, index: Any) -> "Quantized":
-        """A part of the leading axes, as rows of an embedding; the last axis stays whole."""
-        if self.ndim < 2 or (isinstance(index, tuple) and (len(index) >= self.ndim or Ellipsis in index)):
-            raise IndexError(f"a quantised weight of shape {self.shape} is indexed along its leading axes only")
-        return Quantized(self.codes[index], self.scales[index], self.kind)
-
     def dequantize(self, dtype: Any) -> jax.Array:
         """The weight [..., n] in `dtype`: level times scale, computed in float32 and rounded once."""
         codes = jnp.asarray(self.codes)

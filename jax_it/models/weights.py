@@ -10,30 +10,30 @@ import numpy as np
 
 
 class _Group(NamedTuple):
-    """One axis of a tensor: our letters that are merged in it, or fixed entries ("1/3"), and what is beside them."""
+    """One axis of a tensor: our axes that are merged in it, or fixed entries ("1/3"), and what is beside them."""
 
     before: int
     axes: tuple[str, ...]
     after: int
 
 
-class Weight(NamedTuple):
+class WeightSpec(NamedTuple):
     """One weight: our axes, and Transformers' name and axes for it.
 
-    `Weight("L D N H", "model.layers.{L}.q_proj.weight", "(N H) D")` says that our array [L, D, N, H]
+    `WeightSpec("L D N H", "model.layers.{L}.q_proj.weight", "(N H) D")` says that our array [L, D, N, H]
     is a stack over L of the transposes of tensors [N * H, D]. A letter in the name is one that is stacked.
     A weight may be a part of a tensor: "64+(K H)+32 D" has 64 entries of the tensor's first axis before
     it and 32 after it, and in "(N 1/3 H) D" it is the entry 1 of 3 between N and H.
     """
 
-    letters: str
+    logical_axes: str
     name: str
     layout: str
 
     @property
     def stacked(self) -> tuple[str, ...]:
-        """The letters, the first of ours, over which tensors are stacked."""
-        return tuple(letter for letter in self.letters.split() if f"{{{letter}}}" in self.name)
+        """The logical_axes, the first of ours, over which tensors are stacked."""
+        return tuple(letter for letter in self.logical_axes.split() if f"{{{letter}}}" in self.name)
 
     @property
     def partial(self) -> bool:
@@ -66,9 +66,9 @@ class Weight(NamedTuple):
 
         It is new, and of `dtype` where one is given. Of what is read, no more than one tensor's part is held.
         """
-        letters, groups = self.letters.split(), self._groups()
+        logical_axes, groups = self.logical_axes.split(), self._groups()
         sizes = self._sizes(shape)
-        spans = {a: i.indices(n)[:2] for a, i, n in zip(letters, index, shape, strict=True)}
+        spans = {a: i.indices(n)[:2] for a, i, n in zip(logical_axes, index, shape, strict=True)}
         spans |= {axis: (0, size) for axis, size in sizes.items() if "/" in axis}
         slices = []
         for before, axes, _ in groups:
@@ -82,7 +82,7 @@ class Weight(NamedTuple):
         for number, position in enumerate(itertools.product(*(range(*spans[letter]) for letter in self.stacked))):
             part = self._as_ours(read(self._name(position), tuple(slices)), extent)
             if not number:
-                made = np.empty([extent[letter] for letter in letters], dtype or part.dtype)
+                made = np.empty([extent[letter] for letter in logical_axes], dtype or part.dtype)
             made.reshape(-1, *part.shape)[number] = part
         return made
 
@@ -106,7 +106,7 @@ class Weight(NamedTuple):
         split = tensor.reshape([sizes[axis] for axis in flat])
         split = split[tuple(int(axis.split("/")[0]) if "/" in axis else slice(None) for axis in flat)]
         flat = [axis for axis in flat if "/" not in axis]
-        inner = self.letters.split()[len(self.stacked) :]
+        inner = self.logical_axes.split()[len(self.stacked) :]
         return split.transpose([flat.index(axis) for axis in inner])
 
     def _name(self, index: Sequence[int]) -> str:
@@ -114,7 +114,7 @@ class Weight(NamedTuple):
 
     def _sizes(self, shape: Sequence[int]) -> dict[str, int]:
         fixed = {axis: int(axis.split("/")[1]) for group in self._groups() for axis in group.axes if "/" in axis}
-        return dict(zip(self.letters.split(), shape, strict=True)) | fixed
+        return dict(zip(self.logical_axes.split(), shape, strict=True)) | fixed
 
     def _groups(self) -> list[_Group]:
         groups = []
@@ -123,7 +123,7 @@ class Weight(NamedTuple):
         return groups
 
 
-def tensor_shapes(weights: Mapping[str, Weight], shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(weights: Mapping[str, WeightSpec], shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of some weights, whose own shapes are given by path."""
     return {
         name: weight.tensor_shape(shapes[path].shape)
@@ -132,12 +132,12 @@ def tensor_shapes(weights: Mapping[str, Weight], shapes: Mapping[str, Any]) -> d
     }
 
 
-def is_vector(letters: str) -> bool:
+def is_vector(logical_axes: str) -> bool:
     """Whether a weight with these axes is, for each layer, a norm's scale or a bias: no matrix.
 
     Heads and their entries count as one axis.
     """
-    axes = set(letters.split()) - {"L"}
+    axes = set(logical_axes.split()) - {"L"}
     return len(axes - {"H"} if axes & {"N", "K"} else axes) <= 1
 
 

@@ -17,9 +17,12 @@ from jax_it.config import Config
 from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError, first_line
-from jax_it.models import Model, build, hf
+from jax_it.models import Model, build
 from jax_it.plan.published import PUBLISHED
 from jax_it.plan.topology import Topology
+from jax_it.pretrained import add_adapter
+from jax_it.pretrained.hf import read_config_json
+from jax_it.pretrained.storage import cast_or_quantize, storage_dtypes
 from jax_it.training.step import Prepared, prepare
 
 
@@ -76,14 +79,14 @@ def find_model(config: Config) -> Model:
     if config.model.lora.path:
         raise UserError("config.model.lora.path: a plan needs the adapters' settings; give lora.rank instead")
     values, where = _values(config)
-    return hf.with_adapter(build(values, where, config.model), config.model)
+    return add_adapter(build(values, where, config.model), config.model)
 
 
 def _values(config: Config) -> tuple[dict[str, Any], str]:
     """config.json of the model: of a folder, of a name that is known here, or of the hub, without its weights."""
     path = config.model.path
     if not path or Path(path).is_dir():
-        return hf.read_values(config.model)
+        return read_config_json(config.model)
     if path in PUBLISHED:
         return {**PUBLISHED[path], **config.model.architecture}, path
     import huggingface_hub  # slow to import, and needed for names alone
@@ -104,8 +107,8 @@ def _frozen_shapes(model: Model, config: Config) -> Any:
     """The weights that stay as they are, as shapes; none where all are trained."""
     if model.adapter is None:
         return {}
-    kept = hf.storage(model, config.model)
-    return jax.eval_shape(lambda key: hf.keep(model.init(key), kept), jax.random.key(0))
+    dtypes = storage_dtypes(model, config.model)
+    return jax.eval_shape(lambda key: cast_or_quantize(model.init(key), dtypes), jax.random.key(0))
 
 
 def _format(model: Model) -> Format:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from jax_it import data, evaluation, files, hosts, metrics, sharding
+from jax_it import data, evaluation, files, hosts, metrics, pretrained, sharding
 from jax_it.checkpoint import abstract
 from jax_it.config import Config, Duration, check_read
 from jax_it.data import chat
@@ -19,8 +19,8 @@ from jax_it.data.loader import Part
 from jax_it.data.packing import Layout, Shape
 from jax_it.errors import UserError
 from jax_it.evaluation.run import check_room
-from jax_it.models import Model, hf
-from jax_it.models.tensors import find_folder, fingerprint
+from jax_it.models import Model
+from jax_it.pretrained.folder import find_folder, fingerprint
 from jax_it.stopping import Stopping, on_signals
 from jax_it.training import weights_and_biases
 from jax_it.training.log import Log
@@ -245,7 +245,7 @@ def _load_model(config: Config, place: Workdir, mesh: jax.sharding.Mesh, resumin
     if resuming and place.checkpoints().steps():
         model = place.model(config, place.open()[1])
         return model, None, place.frozen(model, config, mesh)
-    model, params = hf.load(config.model, mesh, config.train.seed)
+    model, params = pretrained.load(config.model, mesh, config.train.seed)
     return model, *model.split(params)
 
 

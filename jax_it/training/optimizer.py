@@ -28,28 +28,28 @@ def make_schedule(config: Optimizer, total_steps: int, warmup: int, decay: int) 
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), schedule], [warmup])
 
 
-def make_optimizer(config: Optimizer, schedule: optax.Schedule, letters: Any) -> optax.GradientTransformation:
+def make_optimizer(config: Optimizer, schedule: optax.Schedule, logical_axes: Any) -> optax.GradientTransformation:
     """The optimizer. Each step takes learning rate * weight decay of a weight away, whichever optimizer it is.
 
     Weight decay is thus decoupled from gradients and momentum (Loshchilov & Hutter 2019). It spares norms and
-    relative-position biases. `letters` is the params' tree of axis letters ("L D N H").
+    relative-position biases. `logical_axes` is the params' tree of logical axes ("L D N H").
     """
     c = config
     directions: dict[str, Callable[[], optax.GradientTransformation]] = {
         "adamw": lambda: optax.scale_by_adam(c.beta1, c.beta2, c.epsilon),
         "lion": lambda: optax.scale_by_lion(c.beta1, c.beta2),
         "sgd": lambda: optax.trace(c.beta1) if c.beta1 else optax.identity(),
-        "adafactor": lambda: _adafactor(letters),
+        "adafactor": lambda: _adafactor(logical_axes),
     }
-    decay = optax.add_decayed_weights(c.weight_decay, jax.tree.map(_decays, letters))
+    decay = optax.add_decayed_weights(c.weight_decay, jax.tree.map(_decays, logical_axes))
     return optax.chain(directions[c.name](), decay, optax.scale_by_learning_rate(schedule))
 
 
-def _decays(letters: str) -> bool:
-    return not is_vector(letters) and "E" not in letters.split()
+def _decays(logical_axes: str) -> bool:
+    return not is_vector(logical_axes) and "E" not in logical_axes.split()
 
 
-def _adafactor(letters: Any) -> optax.GradientTransformation:
+def _adafactor(logical_axes: Any) -> optax.GradientTransformation:
     """Adafactor's direction (Shazeer & Stern 2018) on each layer's matrices, before the learning rate.
 
     Our arrays stack layers and split heads. Factoring, clipping and scaling by the weights' size are
@@ -62,7 +62,7 @@ def _adafactor(letters: Any) -> optax.GradientTransformation:
 
     def init(params: Any) -> Any:
         return jax.tree.map(
-            lambda names, p: over_layers(names, of_matrix.init)(_as_matrices(names, p)), letters, params
+            lambda names, p: over_layers(names, of_matrix.init)(_as_matrices(names, p)), logical_axes, params
         )
 
     def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -71,16 +71,16 @@ def _adafactor(letters: Any) -> optax.GradientTransformation:
             update, state = over_layers(names, of_matrix.update)(*matrices)
             return update.reshape(param.shape), state
 
-        pairs = jax.tree.map(one, letters, gradients, state, params)
-        updates = jax.tree.map(lambda names, pair: pair[0], letters, pairs)
-        return updates, jax.tree.map(lambda names, pair: pair[1], letters, pairs)
+        pairs = jax.tree.map(one, logical_axes, gradients, state, params)
+        updates = jax.tree.map(lambda names, pair: pair[0], logical_axes, pairs)
+        return updates, jax.tree.map(lambda names, pair: pair[1], logical_axes, pairs)
 
     return optax.GradientTransformation(init, update)
 
 
-def _as_matrices(letters: str, array: jax.Array) -> jax.Array:
+def _as_matrices(logical_axes: str, array: jax.Array) -> jax.Array:
     """An array with the axes N and H, which are neighbours, merged."""
-    axes = letters.split()
+    axes = logical_axes.split()
     if "H" not in axes:
         return array
     at = axes.index("N" if "N" in axes else "K")

@@ -57,15 +57,15 @@ def state_shardings(model: Model, state: Any, mesh: jax.sharding.Mesh) -> Any:
     What is left, such as Adafactor's rows and columns, is small and whole on every device.
     """
     shapes = flatten(model.trained_shapes)
-    letters = flatten(model.trained_letters)
+    logical_axes = flatten(model.trained_logical_axes)
 
     def place(path: tuple, leaf: Any) -> jax.sharding.NamedSharding:
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         weight = ".".join(names)
         if weight in shapes and shapes[weight].shape == leaf.shape:
-            return jax.sharding.NamedSharding(mesh, sharding.spec(letters[weight], leaf.shape, mesh))
+            return jax.sharding.NamedSharding(mesh, sharding.spec(logical_axes[weight], leaf.shape, mesh))
         return sharding.replicated(mesh)
 
-    frozen = sharding.shardings(model.letters, state.frozen, mesh) if state.frozen else {}
+    frozen = sharding.shardings(model.logical_axes, state.frozen, mesh) if state.frozen else {}
     placed = jax.tree_util.tree_map_with_path(place, dataclasses.replace(state, frozen={}))
     return dataclasses.replace(placed, frozen=frozen)

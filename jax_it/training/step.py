@@ -45,7 +45,7 @@ def prepare(
 ) -> Prepared:
     """The step of a run of so many steps; of `frozen`, the weights that are not trained, only the shapes matter."""
     schedule = make_schedule(config.train.optimizer, total_steps, warmup, decay)
-    optimizer = make_optimizer(config.train.optimizer, schedule, model.trained_letters)
+    optimizer = make_optimizer(config.train.optimizer, schedule, model.trained_logical_axes)
     dtype = config.model.param_dtype
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.trained_shapes)
     shapes = jax.eval_shape(partial(start, optimizer=optimizer), params, frozen)

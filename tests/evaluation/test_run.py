@@ -116,7 +116,7 @@ def test_the_loss_is_that_of_every_example_alone(evaluated, parts):
 def test_the_scores_do_not_depend_on_rows_devices_or_batches(evaluated, parts, devices, layout):
     config, own, model, params, tokenizer, examples, _ = parts
     mesh = sharding.make_mesh(settings.Mesh(tensor=min(devices, 2)), jax.devices()[:devices])
-    params = jax.device_put(params, sharding.shardings(model.letters, params, mesh))
+    params = jax.device_put(params, sharding.shardings(model.logical_axes, params, mesh))
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=3))
     scored = Evaluator(model, tokenizer, examples, config, layout or own, mesh)(params)
     assert scored.predictions == evaluated[1].predictions

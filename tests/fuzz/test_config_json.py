@@ -17,14 +17,15 @@ import jax
 import numpy as np
 import pytest
 
-from jax_it import config, sharding
+from jax_it import config, pretrained, sharding
 from jax_it.data.batches import Placed
 from jax_it.data.formats import CausalFormat, Seq2SeqFormat
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError
-from jax_it.models import build, hf
+from jax_it.models import build
 from jax_it.models.families import FAMILIES
 from jax_it.models.settings import HARMLESS
+from jax_it.pretrained import hf
 from tests.fuzz.commands import Kind
 from tests.fuzz.seeds import fuzz_cases
 from tests.parity import causal_cases as causal
@@ -259,11 +260,11 @@ def their_logits(model: Any, start: int, vocabulary: int) -> np.ndarray:
 
 
 def load(model: Any, folder: Path) -> tuple[Any, Any]:
-    """The model with the folder's weights, as `hf.load` reads them; the model is made once."""
+    """The model with the folder's weights, as `pretrained.load` reads them; the model is made once."""
     settings = config.Model(path=str(folder), dropout=0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf, "build", lambda *_: model)
-        return hf.load(settings, sharding.make_mesh(config.Mesh(), jax.devices()[:1]))
+        patch.setattr(pretrained, "build", lambda *_: model)
+        return pretrained.load(settings, sharding.make_mesh(config.Mesh(), jax.devices()[:1]))
 
 
 def our_logits(model: Any, params: Any, vocabulary: int) -> np.ndarray:
@@ -291,7 +292,7 @@ def compare(kind: str, changes: dict[str, Any], folder: Path, said: str = "") ->
     (folder / "config.json").write_text(json.dumps(values))
     settings = config.Model(path=str(folder), dropout=0.0)
     try:
-        ours = build(*hf.read_values(settings), settings)
+        ours = build(*hf.read_config_json(settings), settings)
     except UserError as error:
         message = str(error)
         if "no JSON number" in message:

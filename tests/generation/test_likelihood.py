@@ -101,7 +101,7 @@ def test_each_sum_of_log_probabilities_is_that_of_the_full_forward_pass(small, r
 
 def test_the_likelihoods_do_not_depend_on_the_devices(small, requests, expected, how):
     mesh = sharding.make_mesh(config.Mesh(tensor=2), jax.devices()[:4])
-    params = jax.device_put(small.params, sharding.shardings(small.model.letters, small.params, mesh))
+    params = jax.device_put(small.params, sharding.shardings(small.model.logical_axes, small.params, mesh))
     assert_same(scored(small, requests[2:4], batch_size=12, mesh=mesh, params=params)[0], expected[2:4])
 
 

@@ -7,10 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from jax_it import config, models, sharding
+from jax_it import config, models, pretrained, sharding
 from jax_it.generation import Generator, Sampling
 from jax_it.generation.sampling import restrict
-from jax_it.models import hf
 from tests.generation.conftest import by_prompt
 
 pytestmark = pytest.mark.parity
@@ -88,7 +87,7 @@ def pair(request, tmp_path_factory) -> Pair:
     folder: Path = tmp_path_factory.mktemp(request.param)
     torch_model.save_pretrained(folder)
     mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
-    return Pair(torch_model, *hf.load(config.Model(path=str(folder)), mesh), mesh, sources)
+    return Pair(torch_model, *pretrained.load(config.Model(path=str(folder)), mesh), mesh, sources)
 
 
 def _make_likely(torch_model: Any, sources: list[list[int]]) -> None:

@@ -6,8 +6,9 @@ import pytest
 
 from jax_it import config
 from jax_it.errors import UserError
-from jax_it.models import build, hf
+from jax_it.models import build
 from jax_it.models.families import FAMILIES
+from jax_it.pretrained import hf
 from tests.parity import cases
 
 FILE = "/models/mine/config.json"
@@ -122,7 +123,7 @@ def test_a_config_that_transformers_wrote_anew_reads_as_the_published_one(case):
 
 def test_settings_of_the_run_override_those_of_the_file(folder):
     model = config.Model(path=str(folder), architecture={"num_layers": 1, "dropout_rate": 0.3}, pretrained=False)
-    values, where = hf.read_values(model)
+    values, where = hf.read_config_json(model)
     read_back = build(values, where, model).config
     assert (read_back.encoder.layers, read_back.dropout, read_back.encoder.embed_dim) == (1, 0.3, 32)
 

@@ -66,8 +66,10 @@ def test_every_large_weight_of_every_family_is_split_over_fsdp_and_tensor(case):
     for path, weight in model.weights.items():
         shape = shapes[path].shape
         parts = shapes[path].size
-        for size in jax.sharding.NamedSharding(mesh, sharding.spec(weight.letters, shape, mesh)).shard_shape(shape):
+        for size in jax.sharding.NamedSharding(mesh, sharding.spec(weight.logical_axes, shape, mesh)).shard_shape(
+            shape
+        ):
             parts //= size
-        small = is_vector(weight.letters) or "E" in weight.letters or weight.letters in ("L D X", "P D")
-        odd = any(size % 2 for size, letter in zip(shape, weight.letters.split(), strict=True) if letter in "NKV")
+        small = is_vector(weight.logical_axes) or "E" in weight.logical_axes or weight.logical_axes in ("L D X", "P D")
+        odd = any(size % 2 for size, letter in zip(shape, weight.logical_axes.split(), strict=True) if letter in "NKV")
         assert parts == 4 or small or (parts == 2 and odd), path

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from jax_it import config, sharding
+from jax_it import config, pretrained, sharding
 from jax_it.errors import UserError
-from jax_it.models import attention, build, hf
+from jax_it.models import attention, build
 from jax_it.models.kv_cache import take_rows
 from jax_it.models.lora import is_linear
 from jax_it.models.weights import flatten
@@ -191,7 +191,7 @@ def test_states_in_bfloat16_are_near_those_in_float32(folder, apply):
 def test_adapters_stand_beside_the_linear_layers_of_both_halves(folder):
     lora = config.Lora(rank=2, alpha=4.0, targets=("all-linear",))
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    model, params = hf.load(config.Model(path=str(folder), lora=lora), mesh)
+    model, params = pretrained.load(config.Model(path=str(folder), lora=lora), mesh)
     attention = [f"{part}.{name}" for part in ("attention", "cross") for name in ("query", "key", "value", "output")]
     linear = [*attention, *(f"mlp.{name}" for name in ("gate", "up", "down"))]
     wanted = {f"{half}.layers.{path}" for half in ("encoder", "decoder") for path in linear}

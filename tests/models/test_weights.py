@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from jax_it import config, sharding
 from jax_it.models import build
-from jax_it.models.tensors import write_weights
-from jax_it.models.weights import Weight, flatten, unflatten
+from jax_it.models.weights import WeightSpec, flatten, unflatten
+from jax_it.pretrained.sharded import gather_tensors
 from tests.parity import cases
 
 SIZES = {"L": 3, "V": 12, "D": 8, "N": 6, "K": 2, "H": 5, "F": 10, "E": 7, "X": 4, "P": 9}
@@ -22,17 +22,17 @@ def table():
     lines = {}
     for case in cases.ALL:
         for weight in build(case.values, case.name, config.Model()).weights.values():
-            lines[weight.letters, weight.layout] = weight
+            lines[weight.logical_axes, weight.layout] = weight
     return list(lines.values())
 
 
 TABLE = table()
-ANY_WEIGHT = pytest.mark.parametrize("weight", TABLE, ids=lambda weight: f"{weight.letters} <- {weight.layout}")
+ANY_WEIGHT = pytest.mark.parametrize("weight", TABLE, ids=lambda weight: f"{weight.logical_axes} <- {weight.layout}")
 
 
 def example(weight):
     """Its shape, and Transformers' tensors with entries that are all different."""
-    shape = tuple(SIZES[letter] for letter in weight.letters.split())
+    shape = tuple(SIZES[letter] for letter in weight.logical_axes.split())
     one = weight.tensor_shape(shape)
     size = math.prod(one)
     return shape, {
@@ -46,7 +46,7 @@ def whole(shape):
 
 
 def test_the_table_has_every_letter_that_sharding_splits_in_weights():
-    assert {letter for weight in TABLE for letter in weight.letters.split()} >= set(sharding.RULES) - {"B", "T"}
+    assert {letter for weight in TABLE for letter in weight.logical_axes.split()} >= set(sharding.RULES) - {"B", "T"}
 
 
 def kind(letters, layout):
@@ -90,8 +90,8 @@ def kind(letters, layout):
 )
 def test_each_entry_comes_from_the_place_that_the_layout_says(letters, layout, place):
     name = "layer" + ".{L}" * letters.startswith("L ") + ".{X}" * letters.startswith("L X ")
-    weight = Weight(letters, name, layout)
-    assert kind(letters, layout) in {kind(line.letters, line.layout) for line in TABLE}
+    weight = WeightSpec(letters, name, layout)
+    assert kind(letters, layout) in {kind(line.logical_axes, line.layout) for line in TABLE}
     assert weight.partial == ("+" in layout or "/" in layout)
     shape, tensors = example(weight)
     array = weight.cut(shape, whole(shape), lambda name, slices: tensors[name][slices])
@@ -102,7 +102,7 @@ def test_each_entry_comes_from_the_place_that_the_layout_says(letters, layout, p
 
 
 def test_stacked_tensors_are_named_in_the_order_of_the_array():
-    weight = Weight("L X D F", "layer.{L}.expert.{X}", "F D")
+    weight = WeightSpec("L X D F", "layer.{L}.expert.{X}", "F D")
     assert weight.stacked == ("L", "X") and weight.tensor_shape((2, 3, 8, 10)) == (10, 8)
     assert weight.names((2, 3, 8, 10)) == [f"layer.{i}.expert.{x}" for i in range(2) for x in range(3)]
     assert list(weight.tensors((2, 3, 8, 10)))[4] == ((1, 1), "layer.1.expert.1")
@@ -112,7 +112,7 @@ def test_stacked_tensors_are_named_in_the_order_of_the_array():
     "layout, shape", [("64+(K H)+32 D", (64 + 10 + 32, 8)), ("(K 1/3 H) D", (30, 8)), ("D 3+(K H)", (8, 13))]
 )
 def test_a_part_has_the_shape_of_the_tensor_that_it_is_part_of(layout, shape):
-    assert Weight("L D K H", "layer.{L}", layout).tensor_shape((3, 8, 2, 5)) == shape
+    assert WeightSpec("L D K H", "layer.{L}", layout).tensor_shape((3, 8, 2, 5)) == shape
 
 
 @st.composite
@@ -120,7 +120,7 @@ def parts(draw):
     """A weight and a slice of each of its axes that may be split, empty ones left out."""
     weight = draw(st.sampled_from(TABLE))
     index = []
-    for letter in weight.letters.split():
+    for letter in weight.logical_axes.split():
         start = draw(st.integers(0, SIZES[letter] - 1))
         stop = draw(st.integers(start + 1, SIZES[letter]))
         index.append(slice(None) if letter == "H" or draw(st.booleans()) else slice(start, stop))
@@ -152,7 +152,7 @@ def test_any_part_is_the_same_part_of_the_whole_and_nothing_else_is_read(part):
     [("L D N H", "(N H) D"), ("L N H D", "D (N H)"), ("L D N H", "5+(N H)+7 D"), ("L D N H", "(N 1/3 H) D")],
 )
 def test_an_axis_inside_a_merged_one_may_not_be_cut(letters, layout):
-    weight = Weight(letters, "layer.{L}", layout)
+    weight = WeightSpec(letters, "layer.{L}", layout)
     shape, tensors = example(weight)
     index = tuple(slice(0, 2) if letter == "H" else slice(None) for letter in letters.split())
     with pytest.raises(ValueError, match=r"axis N (1/3 )?H may be cut along N only"):
@@ -212,7 +212,7 @@ def test_what_is_cut_out_of_tensors_is_written_back_as_these_tensors(name):
         path: weight.cut(shapes[path], whole(shapes[path]), lambda name, slices: tensors[cases.plain(name)][slices])
         for path, weight in model.weights.items()
     }
-    written = list(write_weights(model.weights, leaves, np.float32))
+    written = list(gather_tensors(model.weights, leaves, np.float32))
     assert len(written) == len(dict(written)) == len(tensors)
     for name, tensor in written:
         assert tensor.flags.c_contiguous

@@ -12,8 +12,7 @@ from pathlib import Path
 import jax
 
 from jax_it import config as settings
-from jax_it import hosts, sharding
-from jax_it.models import hf
+from jax_it import hosts, pretrained, sharding
 
 
 def resident(what: str) -> int:
@@ -35,7 +34,7 @@ def main(folder: str, kept: str, architecture: str) -> None:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
     before = resident("VmRSS")
-    _, params = hf.load_base(config, mesh)
+    _, params = pretrained.load_base(config, mesh)
     jax.block_until_ready(params)
     peak = resident("VmHWM") - before
     shards = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)

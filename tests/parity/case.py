@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from jax_it import config, sharding
-from jax_it.models import Model, Params, hf
+from jax_it import config, pretrained, sharding
+from jax_it.models import Model, Params
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 Shapes = dict[str, tuple[int, ...]]
@@ -79,7 +79,7 @@ def write(case: Case, folder: Path, dtype: str = "float32") -> Path:
 def load(folder: Path, **settings: Any) -> tuple[Model, Params]:
     """The folder's model and params on one device, through the reader that users get."""
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    return hf.load(config.Model(path=str(folder), **settings), mesh)
+    return pretrained.load(config.Model(path=str(folder), **settings), mesh)
 
 
 def digest(case: Case, inputs: Iterable[np.ndarray]) -> str:

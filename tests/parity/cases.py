@@ -9,7 +9,8 @@ import pytest
 
 from jax_it import losses
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
-from jax_it.models import Model, Params, hf
+from jax_it.models import Model, Params
+from jax_it.pretrained import hf
 from tests.parity import case as _case
 from tests.parity import causal_cases, seq2seq_cases
 from tests.parity.case import DTYPES, Case, load, tensor_shapes, tensors, write

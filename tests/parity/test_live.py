@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from jax_it.models import tensors as tensor_files
+from jax_it.pretrained import safetensors as tensor_files
 from tests.parity import cases, causal_cases, pytorch, references, texts
 from tests.parity.test_round_trip import export, tensors
 from tests.parity.test_stored import TOLERANCE

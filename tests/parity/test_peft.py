@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from jax_it import config, sharding
-from jax_it.models import Model, Params, hf, peft
+from jax_it import config, pretrained, sharding
+from jax_it.models import Model, Params
 from jax_it.models.weights import flatten, unflatten
+from jax_it.pretrained import peft
 from tests.parity import cases, pytorch
 from tests.parity.test_stored import TOLERANCE
 
@@ -71,7 +72,7 @@ def folders(tmp_path_factory):
 def load(folder: Path, adapter: Path) -> tuple[Model, Params]:
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
     settings = config.Model(path=str(folder), dropout=0.0, lora=config.Lora(path=str(adapter)))
-    return hf.load(settings, mesh)
+    return pretrained.load(settings, mesh)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,7 +111,7 @@ def test_an_adapter_made_here_gives_the_same_logits_in_peft(name, kind, folders,
         dora=values.get("use_dora", False),
     )
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    model, params = hf.load(config.Model(path=str(folders(name)), dropout=0.0, lora=lora), mesh)
+    model, params = pretrained.load(config.Model(path=str(folders(name)), dropout=0.0, lora=lora), mesh)
     trained, frozen = model.split(params)
     random = np.random.default_rng(0)
     leaves = flatten(trained)
@@ -118,7 +119,7 @@ def test_an_adapter_made_here_gives_the_same_logits_in_peft(name, kind, folders,
         noise = random.standard_normal(leaf.shape).astype(np.float32)
         leaves[path] = leaf * (1 + 0.1 * noise) if path.endswith("magnitude") else leaf + 0.05 * noise
     params = model.join(unflatten(leaves), frozen)
-    peft.write(tmp_path, model, params, str(folders(name)))
+    peft.save(tmp_path, model, params, str(folders(name)))
     base = pytorch.open_folder(folders(name))
     adapted = PeftModel.from_pretrained(base, tmp_path).eval()
     given = cases.inputs(cases.BY_NAME[name])

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jax_it import config, sharding
-from jax_it.models import hf
-from jax_it.models import tensors as tensor_files
+from jax_it import config, pretrained, sharding
+from jax_it.pretrained import hf
+from jax_it.pretrained import safetensors as tensor_files
 from tests.parity import cases
 
 
@@ -55,7 +55,7 @@ def living(case, found):
 def test_every_tensor_comes_back_byte_for_byte_from_a_model_in_shards(case, dtype, tmp_path):
     folder = cases.write(case, tmp_path / "published", dtype)
     mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=4, tensor=2), jax.devices()[:8])
-    model, params = hf.load(config.Model(path=str(folder)), mesh)
+    model, params = pretrained.load(config.Model(path=str(folder)), mesh)
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(params))
     (tmp_path / "exported").mkdir()
     hf.save(tmp_path / "exported", model, params)

@@ -12,10 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from jax_it import config, models, sharding
+from jax_it import config, models, pretrained, sharding
 from jax_it.data import tokenizer
 from jax_it.generation import Generator, Sampling
-from jax_it.models import hf
 from tests.parity import pytorch, texts
 
 FOLDER = os.environ.get("JAX_IT_SMOLLM2", "")
@@ -45,7 +44,7 @@ def torch_model() -> Any:
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[models.Model, models.Params]:
-    return hf.load(config.Model(path=FOLDER), sharding.make_mesh(config.Mesh(), jax.devices()[:1]))
+    return pretrained.load(config.Model(path=FOLDER), sharding.make_mesh(config.Mesh(), jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")

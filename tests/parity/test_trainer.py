@@ -8,12 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from jax_it import config, sharding
+from jax_it import config, pretrained, sharding
 from jax_it.config import Duration, Optimizer, Train
 from jax_it.data.batches import CausalBatch, Placed
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.packing import Shape
-from jax_it.models import hf
 from jax_it.training.optimizer import make_optimizer, make_schedule
 from jax_it.training.state import start, state_shardings
 from jax_it.training.step import make_train_step
@@ -102,7 +101,7 @@ FORMATS = {
 def our_losses(folder: Path, name: str, accumulation: int) -> np.ndarray:
     """The loss [STEPS] of each step before its update."""
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    model, params = hf.load(config.Model(path=str(folder), dropout=0.0), mesh)
+    model, params = pretrained.load(config.Model(path=str(folder), dropout=0.0), mesh)
     settings = Train(
         duration=Duration(STEPS, "steps"),
         batch_size=ROWS,
@@ -112,7 +111,7 @@ def our_losses(folder: Path, name: str, accumulation: int) -> np.ndarray:
         clip=1.0,
     )
     schedule = make_schedule(settings.optimizer, STEPS, WARMUP, decay=0)
-    optimizer = make_optimizer(settings.optimizer, schedule, model.letters)
+    optimizer = make_optimizer(settings.optimizer, schedule, model.logical_axes)
     state = start(*model.split(params), optimizer)
     step = make_train_step(model, settings, optimizer, schedule, mesh, state_shardings(model, state, mesh))
     rows = examples(96)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import pytest
 
 from jax_it import config as settings
+from jax_it import pretrained
 from jax_it.chips import Chip
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError
-from jax_it.models import hf
 from jax_it.plan import compile as compiling
 from jax_it.plan import cost, find, plan, text, to_json
 from jax_it.plan import topology as topologies
@@ -63,8 +63,13 @@ def make_config(architecture=T5, **changes):
 
 @pytest.mark.parametrize(
     "architecture, changes",
-    [(T5, {}), (LLAMA, {"train__optimizer__name": "adafactor"}), (LLAMA, {"model__lora__rank": 4})],
-    ids=["t5", "llama", "lora"],
+    [
+        (T5, {}),
+        (LLAMA, {"train__optimizer__name": "adafactor"}),
+        (LLAMA, {"model__lora__rank": 4}),
+        (LLAMA, {"model__lora__rank": 4, "model__quantize": "nf4"}),
+    ],
+    ids=["t5", "llama", "lora", "qlora"],
 )
 def test_memory_by_parts_is_what_the_arrays_of_a_state_take(architecture, changes):
     config = make_config(architecture, **changes)
@@ -72,7 +77,7 @@ def test_memory_by_parts_is_what_the_arrays_of_a_state_take(architecture, change
     found = plan(config, topology).memory
     built = build_step(config, topology)
     with jax.set_mesh(built.mesh):
-        _, params = hf.load(config.model, built.mesh)
+        _, params = pretrained.load(config.model, built.mesh)
         trained, frozen = built.model.split(params)
         start = jax.jit(
             lambda trained, frozen: step.start(trained, frozen, built.prepared.optimizer),

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from jax_it import config as settings
+from jax_it import pretrained
 from jax_it.data.batches import CausalBatch, Encoded, Placed, Seq2SeqBatch
 from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat, pack_rows
 from jax_it.data.packing import Layout, Shape
-from jax_it.models import Model, Params, build, hf
+from jax_it.models import Model, Params, build
 from tests.parity import causal_cases
 
 ARCHITECTURE = {
@@ -103,7 +104,7 @@ def tiny_mixtral() -> Tiny:
 def tiny_adapted(tiny_llama: Tiny) -> Tiny:
     """The Llama with adapters, of random numbers in both matrices: fresh ones leave the first without a gradient."""
     lora = settings.Lora(rank=2, alpha=4.0)
-    model = hf.with_adapter(tiny_llama.model, settings.Model(lora=lora))
+    model = pretrained.add_adapter(tiny_llama.model, settings.Model(lora=lora))
     assert model.adapter is not None
     shapes, rest = jax.tree.flatten(model.trained_shapes)
     keys = jax.random.split(jax.random.key(2), len(shapes))

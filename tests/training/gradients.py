@@ -43,7 +43,7 @@ def loss_and_gradients(
     before = jax.device_get(model.split(params)[0])
     with jax.set_mesh(mesh):
         schedule = make_schedule(optimizer_config, 10, 0, 0)
-        optimizer = make_optimizer(optimizer_config, schedule, model.trained_letters)
+        optimizer = make_optimizer(optimizer_config, schedule, model.trained_logical_axes)
         # A copy: the step donates its state, and placing an array where it lies would not make one.
         state = start(*model.split(jax.tree.map(jnp.copy, params)), optimizer)
         shardings = state_shardings(model, state, mesh)

@@ -55,7 +55,7 @@ def compiled(kind: str, mesh_config: Mesh) -> Any:
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:number])
     with jax.set_mesh(mesh):
         schedule = make_schedule(Optimizer(), 10, 0, 0)
-        optimizer = make_optimizer(Optimizer(), schedule, model.trained_letters)
+        optimizer = make_optimizer(Optimizer(), schedule, model.trained_logical_axes)
         shapes = jax.eval_shape(partial(start, optimizer=optimizer), model.trained_shapes, {})
         step = make_train_step(model, Train(), optimizer, schedule, mesh, state_shardings(model, shapes, mesh))
         return step.lower(shapes, batch(kind)).compile()

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import pytest
 
 from jax_it import config as settings
-from jax_it import sharding
+from jax_it import pretrained, sharding
 from jax_it.config import Mesh, Optimizer, Train
 from jax_it.data.formats import CausalFormat, Seq2SeqFormat
 from jax_it.data.packing import Shape
-from jax_it.models import hf
+from jax_it.models import build
+from jax_it.pretrained.storage import cast_or_quantize, storage_dtypes
 from jax_it.training.optimizer import make_optimizer, make_schedule
 from jax_it.training.state import start, state_shardings
 from jax_it.training.step import make_train_step
@@ -33,17 +34,17 @@ def compile_step(architecture, chunk, rows=ROWS, length=LENGTH, **model):
     """The training step, compiled and not run."""
     model_config = settings.Model(architecture=architecture, pretrained=False, **model)
     mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
-    model = hf.with_adapter(hf.build(architecture, "test", model_config), model_config)
+    model = pretrained.add_adapter(build(architecture, "test", model_config), model_config)
     if model.kind == "causal":
         batch = CausalFormat(0).batch([[]] * rows, Shape(0, 0, length))
     else:
         batch = Seq2SeqFormat(0, 0).batch([[]] * rows, Shape(1, 64, length))
     train = Train(loss_chunk=rows * chunk, label_smoothing=0.1, z_loss=1e-4)
     schedule = make_schedule(Optimizer(), 10, 0, 0)
-    optimizer = make_optimizer(train.optimizer, schedule, model.trained_letters)
+    optimizer = make_optimizer(train.optimizer, schedule, model.trained_logical_axes)
     frozen = {}
     if model.adapter:
-        frozen = jax.eval_shape(lambda base: hf.keep(base, hf.storage(model, model_config)), model.shapes)
+        frozen = jax.eval_shape(lambda base: cast_or_quantize(base, storage_dtypes(model, model_config)), model.shapes)
     state = jax.eval_shape(lambda trained, frozen: start(trained, frozen, optimizer), model.trained_shapes, frozen)
     step = make_train_step(model, train, optimizer, schedule, mesh, state_shardings(model, state, mesh))
     with jax.set_mesh(mesh):

@@ -23,7 +23,7 @@ def run(tiny, steps=1, batch=None, **train):
     mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         schedule = make_schedule(config.optimizer, 10, 0, 0)
-        optimizer = make_optimizer(config.optimizer, schedule, tiny.model.trained_letters)
+        optimizer = make_optimizer(config.optimizer, schedule, tiny.model.trained_logical_axes)
         state = start(*tiny.model.split(jax.tree.map(jnp.copy, tiny.params)), optimizer)
         step = make_train_step(tiny.model, config, optimizer, schedule, mesh, state_shardings(tiny.model, state, mesh))
         found = []
@@ -119,10 +119,10 @@ def test_a_step_of_adapters_leaves_all_other_weights_as_they_are(tiny_adapted):
 def test_adapters_and_what_is_frozen_lie_where_their_letters_say(tiny_adapted):
     mesh = sharding.make_mesh(Mesh(data=1, fsdp=2, tensor=4))
     model = tiny_adapted.model
-    optimizer = make_optimizer(Optimizer(), lambda step: 0.1, model.trained_letters)
+    optimizer = make_optimizer(Optimizer(), lambda step: 0.1, model.trained_logical_axes)
     state = jax.eval_shape(lambda params: start(*model.split(params), optimizer), tiny_adapted.params)
     placed = state_shardings(model, state, mesh)
-    assert placed.frozen == sharding.shardings(model.letters, state.frozen, mesh)
+    assert placed.frozen == sharding.shardings(model.logical_axes, state.frozen, mesh)
     up = placed.params["layers"]["mlp"]["up"]
     assert up == placed.optimizer[0].mu["layers"]["mlp"]["up"]
     assert up["a"].spec == jax.sharding.PartitionSpec(None, ("fsdp",), None)  # [L, D, R]
@@ -131,7 +131,7 @@ def test_adapters_and_what_is_frozen_lie_where_their_letters_say(tiny_adapted):
 
 def test_adamw_state_lies_where_its_weights_lie(tiny):
     mesh = sharding.make_mesh(Mesh(data=1, fsdp=2, tensor=4))
-    optimizer = make_optimizer(Optimizer(), lambda step: 0.1, tiny.model.letters)
+    optimizer = make_optimizer(Optimizer(), lambda step: 0.1, tiny.model.logical_axes)
     state = jax.eval_shape(lambda params: start(params, {}, optimizer), tiny.params)
     placed = state_shardings(tiny.model, state, mesh)
     memory = placed.optimizer[0].mu["encoder"]["layers"]["mlp"]["up"]

@@ -7,7 +7,7 @@ from jax_it.models.config import Config
 from jax_it.models.families import llama
 from jax_it.models.linear import ACTIVATIONS
 from jax_it.models.settings import Settings
-from jax_it.models.weights import Weight
+from jax_it.models.weights import WeightSpec
 
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
@@ -51,32 +51,32 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     return config
 
 
-def weight_table(c: Config) -> dict[str, Weight]:
+def weight_table(c: Config) -> dict[str, WeightSpec]:
     layer = "transformer.h.{L}"
     table = {
-        "embedding": Weight("V D", "transformer.wte.weight", "V D"),
-        "positions": Weight("P D", "transformer.wpe.weight", "P D"),
-        "layers.attention.output": Weight("L N H D", f"{layer}.attn.c_proj.weight", "(N H) D"),
-        "layers.attention.output_bias": Weight("L D", f"{layer}.attn.c_proj.bias", "D"),
-        "layers.mlp.up": Weight("L D F", f"{layer}.mlp.c_fc.weight", "D F"),
-        "layers.mlp.up_bias": Weight("L F", f"{layer}.mlp.c_fc.bias", "F"),
-        "layers.mlp.down": Weight("L F D", f"{layer}.mlp.c_proj.weight", "F D"),
-        "layers.mlp.down_bias": Weight("L D", f"{layer}.mlp.c_proj.bias", "D"),
+        "embedding": WeightSpec("V D", "transformer.wte.weight", "V D"),
+        "positions": WeightSpec("P D", "transformer.wpe.weight", "P D"),
+        "layers.attention.output": WeightSpec("L N H D", f"{layer}.attn.c_proj.weight", "(N H) D"),
+        "layers.attention.output_bias": WeightSpec("L D", f"{layer}.attn.c_proj.bias", "D"),
+        "layers.mlp.up": WeightSpec("L D F", f"{layer}.mlp.c_fc.weight", "D F"),
+        "layers.mlp.up_bias": WeightSpec("L F", f"{layer}.mlp.c_fc.bias", "F"),
+        "layers.mlp.down": WeightSpec("L F D", f"{layer}.mlp.c_proj.weight", "F D"),
+        "layers.mlp.down_bias": WeightSpec("L D", f"{layer}.mlp.c_proj.bias", "D"),
     }
     for i, path in enumerate(("query", "key", "value")):
         heads = "K" if i else "N"
         part = f"{i * c.embed_dim}+({heads} H)+{(2 - i) * c.embed_dim}"
-        table[f"layers.attention.{path}"] = Weight(f"L D {heads} H", f"{layer}.attn.c_attn.weight", f"D {part}")
-        table[f"layers.attention.{path}_bias"] = Weight(f"L {heads} H", f"{layer}.attn.c_attn.bias", part)
-    for path, letters, name in (
+        table[f"layers.attention.{path}"] = WeightSpec(f"L D {heads} H", f"{layer}.attn.c_attn.weight", f"D {part}")
+        table[f"layers.attention.{path}_bias"] = WeightSpec(f"L {heads} H", f"{layer}.attn.c_attn.bias", part)
+    for path, axes, name in (
         ("layers.attention_norm", "L D", f"{layer}.ln_1"),
         ("layers.mlp_norm", "L D", f"{layer}.ln_2"),
         ("norm", "D", "transformer.ln_f"),
     ):
-        table[f"{path}.scale"] = Weight(letters, f"{name}.weight", "D")
-        table[f"{path}.bias"] = Weight(letters, f"{name}.bias", "D")
+        table[f"{path}.scale"] = WeightSpec(axes, f"{name}.weight", "D")
+        table[f"{path}.bias"] = WeightSpec(axes, f"{name}.bias", "D")
     if not c.tied:
-        table["head"] = Weight("V D", "lm_head.weight", "V D")
+        table["head"] = WeightSpec("V D", "lm_head.weight", "V D")
     return table
 
 

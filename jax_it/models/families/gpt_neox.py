@@ -8,7 +8,7 @@ from jax_it.models.config import Config, LayerKind
 from jax_it.models.families import llama
 from jax_it.models.linear import ACTIVATIONS
 from jax_it.models.settings import Settings
-from jax_it.models.weights import Weight
+from jax_it.models.weights import WeightSpec
 
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
@@ -48,32 +48,32 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     return config
 
 
-def weight_table(c: Config) -> dict[str, Weight]:
+def weight_table(c: Config) -> dict[str, WeightSpec]:
     layer = "gpt_neox.layers.{L}"
     table = {
-        "embedding": Weight("V D", "gpt_neox.embed_in.weight", "V D"),
-        "layers.attention.output": Weight("L N H D", f"{layer}.attention.dense.weight", "D (N H)"),
-        "layers.mlp.up": Weight("L D F", f"{layer}.mlp.dense_h_to_4h.weight", "F D"),
-        "layers.mlp.up_bias": Weight("L F", f"{layer}.mlp.dense_h_to_4h.bias", "F"),
-        "layers.mlp.down": Weight("L F D", f"{layer}.mlp.dense_4h_to_h.weight", "D F"),
-        "layers.mlp.down_bias": Weight("L D", f"{layer}.mlp.dense_4h_to_h.bias", "D"),
+        "embedding": WeightSpec("V D", "gpt_neox.embed_in.weight", "V D"),
+        "layers.attention.output": WeightSpec("L N H D", f"{layer}.attention.dense.weight", "D (N H)"),
+        "layers.mlp.up": WeightSpec("L D F", f"{layer}.mlp.dense_h_to_4h.weight", "F D"),
+        "layers.mlp.up_bias": WeightSpec("L F", f"{layer}.mlp.dense_h_to_4h.bias", "F"),
+        "layers.mlp.down": WeightSpec("L F D", f"{layer}.mlp.dense_4h_to_h.weight", "D F"),
+        "layers.mlp.down_bias": WeightSpec("L D", f"{layer}.mlp.dense_4h_to_h.bias", "D"),
     }
     for i, path in enumerate(("query", "key", "value")):
         heads, qkv = "K" if i else "N", f"{layer}.attention.query_key_value"
-        table[f"layers.attention.{path}"] = Weight(f"L D {heads} H", f"{qkv}.weight", f"({heads} {i}/3 H) D")
+        table[f"layers.attention.{path}"] = WeightSpec(f"L D {heads} H", f"{qkv}.weight", f"({heads} {i}/3 H) D")
         if c.attention_bias:
-            table[f"layers.attention.{path}_bias"] = Weight(f"L {heads} H", f"{qkv}.bias", f"({heads} {i}/3 H)")
+            table[f"layers.attention.{path}_bias"] = WeightSpec(f"L {heads} H", f"{qkv}.bias", f"({heads} {i}/3 H)")
     if c.output_bias:
-        table["layers.attention.output_bias"] = Weight("L D", f"{layer}.attention.dense.bias", "D")
-    for path, letters, name in (
+        table["layers.attention.output_bias"] = WeightSpec("L D", f"{layer}.attention.dense.bias", "D")
+    for path, axes, name in (
         ("layers.attention_norm", "L D", f"{layer}.input_layernorm"),
         ("layers.mlp_norm", "L D", f"{layer}.post_attention_layernorm"),
         ("norm", "D", "gpt_neox.final_layer_norm"),
     ):
-        table[f"{path}.scale"] = Weight(letters, f"{name}.weight", "D")
-        table[f"{path}.bias"] = Weight(letters, f"{name}.bias", "D")
+        table[f"{path}.scale"] = WeightSpec(axes, f"{name}.weight", "D")
+        table[f"{path}.bias"] = WeightSpec(axes, f"{name}.bias", "D")
     if not c.tied:
-        table["head"] = Weight("V D", "embed_out.weight", "V D")
+        table["head"] = WeightSpec("V D", "embed_out.weight", "V D")
     return table
 
 

@@ -11,7 +11,7 @@ from jax_it.models.config import Config, LayerKind
 from jax_it.models.family import Family
 from jax_it.models.linear import ACTIVATIONS
 from jax_it.models.settings import Settings
-from jax_it.models.weights import Weight
+from jax_it.models.weights import WeightSpec
 
 Marks = tuple[int | None, int | None, int | None]  # the tokens that begin, end and fill texts
 
@@ -132,14 +132,14 @@ NORMS = {
 }
 
 
-def weight_table(c: Config) -> dict[str, Weight]:
+def weight_table(c: Config) -> dict[str, WeightSpec]:
     """The weights under Llama's names, for whichever of them the config asks."""
     table = {
-        "embedding": Weight("V D", "model.embed_tokens.weight", "V D"),
-        "norm.scale": Weight("D", "model.norm.weight", "D"),
+        "embedding": WeightSpec("V D", "model.embed_tokens.weight", "V D"),
+        "norm.scale": WeightSpec("D", "model.norm.weight", "D"),
     }
     if not c.tied:
-        table["head"] = Weight("V D", "lm_head.weight", "V D")
+        table["head"] = WeightSpec("V D", "lm_head.weight", "V D")
     layer = "model.layers.{L}"
     table |= attention_weights(c, "layers.attention", f"{layer}.self_attn")
     if not c.experts:
@@ -147,38 +147,38 @@ def weight_table(c: Config) -> dict[str, Weight]:
     return table | norm_weights("layers", layer, NORMS[c.norm_placement])
 
 
-def attention_weights(c: Config, ours: str, theirs: str) -> dict[str, Weight]:
+def attention_weights(c: Config, ours: str, theirs: str) -> dict[str, WeightSpec]:
     """The weights of one kind of attention."""
     table = {}
     for path, name, heads in (("query", "q_proj", "N"), ("key", "k_proj", "K"), ("value", "v_proj", "K")):
-        table[f"{ours}.{path}"] = Weight(f"L D {heads} H", f"{theirs}.{name}.weight", f"({heads} H) D")
+        table[f"{ours}.{path}"] = WeightSpec(f"L D {heads} H", f"{theirs}.{name}.weight", f"({heads} H) D")
         if c.attention_bias:
-            table[f"{ours}.{path}_bias"] = Weight(f"L {heads} H", f"{theirs}.{name}.bias", f"({heads} H)")
-    table[f"{ours}.output"] = Weight("L N H D", f"{theirs}.o_proj.weight", "D (N H)")
+            table[f"{ours}.{path}_bias"] = WeightSpec(f"L {heads} H", f"{theirs}.{name}.bias", f"({heads} H)")
+    table[f"{ours}.output"] = WeightSpec("L N H D", f"{theirs}.o_proj.weight", "D (N H)")
     if c.output_bias:
-        table[f"{ours}.output_bias"] = Weight("L D", f"{theirs}.o_proj.bias", "D")
+        table[f"{ours}.output_bias"] = WeightSpec("L D", f"{theirs}.o_proj.bias", "D")
     for path, heads in (("query", "N"), ("key", "K")):
         norm = f"{ours}.{path}_norm.scale"
         if c.qk_norm == "head":
-            table[norm] = Weight("L H", f"{theirs}.{path[0]}_norm.weight", "H")
+            table[norm] = WeightSpec("L H", f"{theirs}.{path[0]}_norm.weight", "H")
         elif c.qk_norm == "all_heads":
-            table[norm] = Weight(f"L {heads} H", f"{theirs}.{path[0]}_norm.weight", f"({heads} H)")
+            table[norm] = WeightSpec(f"L {heads} H", f"{theirs}.{path[0]}_norm.weight", f"({heads} H)")
     return table
 
 
-def mlp_weights(c: Config, ours: str, theirs: str) -> dict[str, Weight]:
+def mlp_weights(c: Config, ours: str, theirs: str) -> dict[str, WeightSpec]:
     """The weights of the feed-forward layers."""
     table = {}
-    for path, letters, layout in (("gate", "D F", "F D"), ("up", "D F", "F D"), ("down", "F D", "D F")):
-        table[f"{ours}.{path}"] = Weight(f"L {letters}", f"{theirs}.{path}_proj.weight", layout)
+    for path, axes, layout in (("gate", "D F", "F D"), ("up", "D F", "F D"), ("down", "F D", "D F")):
+        table[f"{ours}.{path}"] = WeightSpec(f"L {axes}", f"{theirs}.{path}_proj.weight", layout)
         if c.mlp_bias:
-            table[f"{ours}.{path}_bias"] = Weight(f"L {letters[-1]}", f"{theirs}.{path}_proj.bias", letters[-1])
+            table[f"{ours}.{path}_bias"] = WeightSpec(f"L {axes[-1]}", f"{theirs}.{path}_proj.bias", axes[-1])
     return table
 
 
-def norm_weights(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, Weight]:
+def norm_weights(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, WeightSpec]:
     """The scales of a layer's norms, whose names in Transformers are given."""
-    return {f"{ours}.{path}.scale": Weight("L D", f"{theirs}.{name}.weight", "D") for path, name in names.items()}
+    return {f"{ours}.{path}.scale": WeightSpec("L D", f"{theirs}.{name}.weight", "D") for path, name in names.items()}
 
 
 def make_family(architecture: str, read_config: Any, weight_table: Any = weight_table, **changes: Any) -> Family:

@@ -8,7 +8,7 @@ from jax_it.models.config import Config, LayerKind
 from jax_it.models.experts import Experts
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
-from jax_it.models.weights import Weight
+from jax_it.models.weights import WeightSpec
 
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
@@ -37,13 +37,13 @@ def read_experts(
     return Experts(number, per_token, feed_forward, normalised)
 
 
-def weight_table(c: Config) -> dict[str, Weight]:
+def weight_table(c: Config) -> dict[str, WeightSpec]:
     moe = "model.layers.{L}.block_sparse_moe"
     return llama.weight_table(c) | {
-        "layers.experts.router": Weight("L D X", f"{moe}.gate.weight", "X D"),
-        "layers.experts.gate": Weight("L X D F", f"{moe}.experts.{{X}}.w1.weight", "F D"),
-        "layers.experts.up": Weight("L X D F", f"{moe}.experts.{{X}}.w3.weight", "F D"),
-        "layers.experts.down": Weight("L X F D", f"{moe}.experts.{{X}}.w2.weight", "D F"),
+        "layers.experts.router": WeightSpec("L D X", f"{moe}.gate.weight", "X D"),
+        "layers.experts.gate": WeightSpec("L X D F", f"{moe}.experts.{{X}}.w1.weight", "F D"),
+        "layers.experts.up": WeightSpec("L X D F", f"{moe}.experts.{{X}}.w3.weight", "F D"),
+        "layers.experts.down": WeightSpec("L X F D", f"{moe}.experts.{{X}}.w2.weight", "D F"),
     }
 
 

@@ -7,7 +7,7 @@ from jax_it.models import rope
 from jax_it.models.config import Config, LayerKind
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
-from jax_it.models.weights import Weight
+from jax_it.models.weights import WeightSpec
 
 
 def read_config(values: Mapping[str, Any], where: str) -> Config:
@@ -26,16 +26,16 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     return config
 
 
-def weight_table(c: Config) -> dict[str, Weight]:
+def weight_table(c: Config) -> dict[str, WeightSpec]:
     layer = "model.layers.{L}"
     qkv, up = f"{layer}.self_attn.qkv_proj.weight", f"{layer}.mlp.gate_up_proj.weight"
     queries, keys, inner = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.mlp_dim
     return llama.weight_table(c) | {
-        "layers.attention.query": Weight("L D N H", qkv, f"(N H)+{2 * keys} D"),
-        "layers.attention.key": Weight("L D K H", qkv, f"{queries}+(K H)+{keys} D"),
-        "layers.attention.value": Weight("L D K H", qkv, f"{queries + keys}+(K H) D"),
-        "layers.mlp.gate": Weight("L D F", up, f"F+{inner} D"),
-        "layers.mlp.up": Weight("L D F", up, f"{inner}+F D"),
+        "layers.attention.query": WeightSpec("L D N H", qkv, f"(N H)+{2 * keys} D"),
+        "layers.attention.key": WeightSpec("L D K H", qkv, f"{queries}+(K H)+{keys} D"),
+        "layers.attention.value": WeightSpec("L D K H", qkv, f"{queries + keys}+(K H) D"),
+        "layers.mlp.gate": WeightSpec("L D F", up, f"F+{inner} D"),
+        "layers.mlp.up": WeightSpec("L D F", up, f"{inner}+F D"),
     }
 
 

@@ -9,7 +9,7 @@ from jax_it.models.experts import Experts
 from jax_it.models.families import llama
 from jax_it.models.families.mixtral import read_experts
 from jax_it.models.settings import Settings
-from jax_it.models.weights import Weight
+from jax_it.models.weights import WeightSpec
 
 
 def _read_windows(settings: Settings, number: int) -> tuple[int, ...]:
@@ -85,12 +85,12 @@ def _make_qwen3(
     )
 
 
-def moe_weight_table(c: Config) -> dict[str, Weight]:
+def moe_weight_table(c: Config) -> dict[str, WeightSpec]:
     mlp = "model.layers.{L}.mlp"
-    table = llama.weight_table(c) | {"layers.experts.router": Weight("L D X", f"{mlp}.gate.weight", "X D")}
-    for path, letters, layout in (("gate", "D F", "F D"), ("up", "D F", "F D"), ("down", "F D", "D F")):
+    table = llama.weight_table(c) | {"layers.experts.router": WeightSpec("L D X", f"{mlp}.gate.weight", "X D")}
+    for path, axes, layout in (("gate", "D F", "F D"), ("up", "D F", "F D"), ("down", "F D", "D F")):
         name = f"{mlp}.experts.{{X}}.{path}_proj.weight"
-        table[f"layers.experts.{path}"] = Weight(f"L X {letters}", name, layout)
+        table[f"layers.experts.{path}"] = WeightSpec(f"L X {axes}", name, layout)
     return table
 
 

@@ -14,7 +14,7 @@ from jax_it.models.family import Family
 from jax_it.models.linear import ACTIVATIONS
 from jax_it.models.relative_bias import RelativeBias
 from jax_it.models.settings import Settings
-from jax_it.models.weights import Weight
+from jax_it.models.weights import WeightSpec
 
 
 def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
@@ -92,36 +92,36 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
     return config
 
 
-def weight_table(c: EncoderDecoderConfig) -> dict[str, Weight]:
+def weight_table(c: EncoderDecoderConfig) -> dict[str, WeightSpec]:
     """Our path -> its axes, and the name and layout of the same weight in Transformers."""
-    table = {"embedding": Weight("V D", "shared.weight", "V D")}
+    table = {"embedding": WeightSpec("V D", "shared.weight", "V D")}
     if not c.tied:
-        table["head"] = Weight("V D", "lm_head.weight", "V D")
+        table["head"] = WeightSpec("V D", "lm_head.weight", "V D")
     for stack, config in (("encoder", c.encoder), ("decoder", c.decoder)):
         ours, block = f"{stack}.layers", f"{stack}.block.{{L}}.layer"
         table |= _attention_weights(f"{ours}.attention", f"{block}.0", "SelfAttention")
         if config.encoder_dim:
             table |= _attention_weights(f"{ours}.cross", f"{block}.1", "EncDecAttention")
         mlp = f"{block}.{2 if config.encoder_dim else 1}"
-        table[f"{ours}.mlp_norm.scale"] = Weight("L D", f"{mlp}.layer_norm.weight", "D")
+        table[f"{ours}.mlp_norm.scale"] = WeightSpec("L D", f"{mlp}.layer_norm.weight", "D")
         up = {"gate": "wi_0", "up": "wi_1"} if config.gated_mlp else {"up": "wi"}
         for path, name in up.items():
-            table[f"{ours}.mlp.{path}"] = Weight("L D F", f"{mlp}.DenseReluDense.{name}.weight", "F D")
-        table[f"{ours}.mlp.down"] = Weight("L F D", f"{mlp}.DenseReluDense.wo.weight", "D F")
+            table[f"{ours}.mlp.{path}"] = WeightSpec("L D F", f"{mlp}.DenseReluDense.{name}.weight", "F D")
+        table[f"{ours}.mlp.down"] = WeightSpec("L F D", f"{mlp}.DenseReluDense.wo.weight", "D F")
         bias = "SelfAttention.relative_attention_bias.weight"
         if config.relative_bias and config.relative_bias.per_layer:
-            table[f"{ours}.relative_bias"] = Weight("L E N", f"{block}.0.{bias}", "E N")
+            table[f"{ours}.relative_bias"] = WeightSpec("L E N", f"{block}.0.{bias}", "E N")
         else:
-            table[f"{stack}.relative_bias"] = Weight("E N", f"{stack}.block.0.layer.0.{bias}", "E N")
-        table[f"{stack}.norm.scale"] = Weight("D", f"{stack}.final_layer_norm.weight", "D")
+            table[f"{stack}.relative_bias"] = WeightSpec("E N", f"{stack}.block.0.layer.0.{bias}", "E N")
+        table[f"{stack}.norm.scale"] = WeightSpec("D", f"{stack}.final_layer_norm.weight", "D")
     return table
 
 
-def _attention_weights(ours: str, theirs: str, name: str) -> dict[str, Weight]:
-    table = {f"{ours}_norm.scale": Weight("L D", f"{theirs}.layer_norm.weight", "D")}
+def _attention_weights(ours: str, theirs: str, name: str) -> dict[str, WeightSpec]:
+    table = {f"{ours}_norm.scale": WeightSpec("L D", f"{theirs}.layer_norm.weight", "D")}
     for path, heads in (("query", "N"), ("key", "K"), ("value", "K")):
-        table[f"{ours}.{path}"] = Weight(f"L D {heads} H", f"{theirs}.{name}.{path[0]}.weight", f"({heads} H) D")
-    table[f"{ours}.output"] = Weight("L N H D", f"{theirs}.{name}.o.weight", "D (N H)")
+        table[f"{ours}.{path}"] = WeightSpec(f"L D {heads} H", f"{theirs}.{name}.{path[0]}.weight", f"({heads} H) D")
+    table[f"{ours}.output"] = WeightSpec("L N H D", f"{theirs}.{name}.o.weight", "D (N H)")
     return table
 
 

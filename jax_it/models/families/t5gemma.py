@@ -14,7 +14,7 @@ from jax_it.models.config import Config, EncoderDecoderConfig, LayerKind
 from jax_it.models.families import gemma, llama
 from jax_it.models.family import Family
 from jax_it.models.settings import Settings
-from jax_it.models.weights import Weight
+from jax_it.models.weights import WeightSpec
 
 # Of `T5GemmaModuleConfig`, where Gemma 2's reader has others or none.
 _DEFAULTS = {
@@ -81,17 +81,17 @@ _NORMS = {
 _CROSS_NORMS = {"cross_norm": "pre_cross_attn_layernorm", "cross_post_norm": "post_cross_attn_layernorm"}
 
 
-def weight_table(c: EncoderDecoderConfig) -> dict[str, Weight]:
+def weight_table(c: EncoderDecoderConfig) -> dict[str, WeightSpec]:
     """Our path -> its axes, and the name and layout of the same weight in Transformers."""
     table = {
-        "source_embedding": Weight("V D", "model.encoder.embed_tokens.weight", "V D"),
-        "embedding": Weight("V D", "model.decoder.embed_tokens.weight", "V D"),
+        "source_embedding": WeightSpec("V D", "model.encoder.embed_tokens.weight", "V D"),
+        "embedding": WeightSpec("V D", "model.decoder.embed_tokens.weight", "V D"),
     }
     if not c.tied:
-        table["head"] = Weight("V D", "lm_head.out_proj.weight", "V D")
+        table["head"] = WeightSpec("V D", "lm_head.out_proj.weight", "V D")
     for half, config in (("encoder", c.encoder), ("decoder", c.decoder)):
         ours, theirs = f"{half}.layers", f"model.{half}.layers.{{L}}"
-        table[f"{half}.norm.scale"] = Weight("D", f"model.{half}.norm.weight", "D")
+        table[f"{half}.norm.scale"] = WeightSpec("D", f"model.{half}.norm.weight", "D")
         table |= llama.attention_weights(config, f"{ours}.attention", f"{theirs}.self_attn")
         table |= llama.mlp_weights(config, f"{ours}.mlp", f"{theirs}.mlp")
         table |= llama.norm_weights(ours, theirs, _NORMS)

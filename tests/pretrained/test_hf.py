@@ -2,18 +2,19 @@
 
 import json
 import os
-from contextlib import ExitStack
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from jax_it import config, sharding
+from jax_it import config, pretrained, sharding
 from jax_it.errors import UserError
-from jax_it.models import hf
-from jax_it.models.tensors import DTYPES, INDEX, SINGLE, Tensors, find_folder
+from jax_it.models import build
 from jax_it.models.weights import flatten
+from jax_it.pretrained import hf
+from jax_it.pretrained.folder import find_folder
+from jax_it.pretrained.safetensors import DTYPES, INDEX, SINGLE, TensorReader
 from tests.parity import cases
 
 CASE = cases.BY_NAME["t5_1_1_tied"]
@@ -100,7 +101,7 @@ def sharded(published, monkeypatch):
     folder, _ = published
     model, params = cases.load(folder)
     (folder / SINGLE).unlink()
-    monkeypatch.setattr("jax_it.models.tensors.SHARD_BYTES", 40_000)
+    monkeypatch.setattr("jax_it.pretrained.safetensors.SHARD_BYTES", 40_000)
     hf.save(folder, model, params)
     return folder
 
@@ -176,14 +177,13 @@ def test_any_damage_to_a_safetensors_file_is_refused_or_read_as_finite_weights(s
         if random.random() < 0.2:
             del content[random.integers(0, len(content)) :]
         (folder / SINGLE).write_bytes(content)
-        with ExitStack() as stack:
-            try:
-                read = Tensors(folder, stack)
-                for name in read.names():
-                    part = read.read(name, (slice(None),) * len(read.shape(name)))
-                    assert np.isfinite(part.astype(np.float32)).all() and part.shape == read.shape(name)
-            except UserError as error:
-                assert "\n" not in str(error) and str(folder) in str(error)
+        try:
+            with TensorReader(folder) as tensors:
+                for name in tensors.names():
+                    part = tensors.read(name, (slice(None),) * len(tensors.shape(name)))
+                    assert np.isfinite(part.astype(np.float32)).all() and part.shape == tensors.shape(name)
+        except UserError as error:
+            assert "\n" not in str(error) and str(folder) in str(error)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_any_damage_to_a_safetensors_file_is_refused_or_read_as_finite_weights(s
 )
 def test_ids_outside_of_the_embedding_and_models_of_no_type_are_named(values, problem):
     with pytest.raises(UserError) as refused:
-        hf.build(CASE.values | values, "a config.json", config.Model())
+        build(CASE.values | values, "a config.json", config.Model())
     assert str(refused.value).startswith(f"a config.json: {problem}")
 
 
@@ -218,9 +218,9 @@ def test_a_hub_name_that_cannot_be_fetched_is_named(tmp_path, monkeypatch):
         find_folder("nobody/nothing")
 
 
-def test_a_dtype_that_weights_cannot_have_is_refused(t5_1_1, tmp_path):
+def test_a_dtype_that_weights_cannot_have_is_refused(published, tmp_path):
     with pytest.raises(UserError, match="'int8'; choose one of float32, bfloat16, float16"):
-        hf.save(tmp_path, *t5_1_1, dtype="int8")
+        hf.save(tmp_path, *cases.load(published[0]), dtype="int8")
 
 
 def test_params_are_float32_whatever_the_file_holds_unless_told_otherwise(tmp_path):
@@ -241,12 +241,12 @@ MESHES = [
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize("name", ["t5_1_1", "umt5"])
-def test_weights_read_into_shards_are_those_read_whole_and_no_read_exceeds_a_shard(name, mesh, request, tmp_path):
+def test_weights_read_into_shards_are_those_read_whole_and_no_read_exceeds_a_shard(name, mesh, tmp_path):
     folder = cases.write(cases.BY_NAME[name], tmp_path)
-    whole, params = request.getfixturevalue(name)
+    whole, params = cases.load(folder)
     built = sharding.make_mesh(mesh)
     largest = {}
-    read = Tensors.read
+    read = TensorReader.read
 
     def watched(tensors, tensor, slices):
         part = read(tensors, tensor, slices)
@@ -254,14 +254,14 @@ def test_weights_read_into_shards_are_those_read_whole_and_no_read_exceeds_a_sha
         return part
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tensors, "read", watched)
-        patch.setattr(hf, "settle_head", lambda model, tensors: whole)  # which compares whole heads
-        model, split = hf.load(config.Model(path=str(folder)), built)
+        patch.setattr(TensorReader, "read", watched)
+        patch.setattr(hf, "resolve_tying", lambda model, tensors: whole)  # which compares whole heads
+        model, split = pretrained.load(config.Model(path=str(folder)), built)
     ours, theirs = flatten(split), flatten(params)
     assert ours.keys() == theirs.keys()
     for path, weight in model.weights.items():
         array = ours[path]
-        spec = sharding.spec(weight.letters, array.shape, built)
+        spec = sharding.spec(weight.logical_axes, array.shape, built)
         assert array.sharding.is_equivalent_to(jax.sharding.NamedSharding(built, spec), array.ndim)
         np.testing.assert_array_equal(array, theirs[path], err_msg=path)
         shard = array.sharding.shard_shape(array.shape)
@@ -271,10 +271,10 @@ def test_weights_read_into_shards_are_those_read_whole_and_no_read_exceeds_a_sha
     assert parts["encoder.layers.mlp.up"] == mesh.fsdp * mesh.tensor
 
 
-def test_random_weights_are_the_same_on_any_mesh(folder):
-    model = config.Model(path=str(folder), pretrained=False)
-    _, whole = hf.load(model, sharding.make_mesh(config.Mesh(), jax.devices()[:1]), seed=3)
-    _, split = hf.load(model, sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2)), seed=3)
+def test_random_weights_are_the_same_on_any_mesh(published):
+    model = config.Model(path=str(published[0]), pretrained=False)
+    _, whole = pretrained.load(model, sharding.make_mesh(config.Mesh(), jax.devices()[:1]), seed=3)
+    _, split = pretrained.load(model, sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2)), seed=3)
     for path, array in flatten(split).items():
         np.testing.assert_array_equal(array, flatten(whole)[path], err_msg=path)
     assert len(flatten(split)["embedding"].sharding.device_set) == 8

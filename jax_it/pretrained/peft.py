@@ -5,7 +5,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ from jax_it.errors import UserError
 from jax_it.files import read_json_object
 from jax_it.models import Model, Params
 from jax_it.models.lora import Adapter, Target, choose_targets, is_linear, matches, module_name, split_axes
-from jax_it.models.tensors import DTYPES, Tensors, fetch, find_folder, read_weight, write_weights
-from jax_it.models.weights import Weight, flatten, tensor_shapes, unflatten
+from jax_it.models.weights import WeightSpec, flatten, tensor_shapes
+from jax_it.pretrained.folder import find_folder
+from jax_it.pretrained.safetensors import DTYPES, TensorReader
+from jax_it.pretrained.sharded import gather, gather_tensors, read_params
 from jax_it.typed import shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -104,51 +105,44 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def read(
-    path: str, model: Model, base: Params, mesh: jax.sharding.Mesh, name: str, dtype: str = "float32"
-) -> tuple[Model, Params]:
-    """The model with a PEFT folder's adapters, kept in `dtype`. Raises UserError for those of another base model.
+def load(path: str, model: Model, mesh: jax.sharding.Mesh, name: str, dtype: str = "float32") -> tuple[Model, Params]:
+    """The model with a PEFT folder's adapters, and their params in `dtype`, sharded over the mesh.
 
-    `name` is the base's own folder or hub name.
+    `name` is the base model's own folder or hub name. Raises UserError for the adapters of another base model.
     """
     adapter, folder = read_adapter(path, model)
     _check_base(base_of(folder), name, folder)
     model = dataclasses.replace(model, adapter=adapter)
-    shapes = flatten(model.trained_shapes)
-    table = weight_table(model)
-    with ExitStack() as stack:
-        tensors = Tensors(folder, stack, WEIGHTS)
-        there = tensors.names()
-        wanted = tensor_shapes(table, shapes)
-        for name, shape in wanted.items():
-            if name not in there:
-                raise UserError(f"{folder / WEIGHTS} lacks {name}, which its {CONFIG} asks for")
-            if tensors.shape(name) != shape:
-                raise UserError(
-                    f"{folder / WEIGHTS}: {name} has shape {tensors.shape(name)}, and this base model needs {shape}: "
-                    "the adapter is for another base model"
-                )
-        if extra := sorted(there - wanted.keys()):
+    with TensorReader(folder, WEIGHTS) as tensors:
+        _check_tensors(model, tensors)
+        model, within = _with_own_ranks(model, tensors)
+        table = weight_table(model, within)
+        return model, read_params(table, model.trained_shapes, tensors, dict.fromkeys(table, dtype), mesh)
+
+
+def _check_tensors(model: Model, tensors: TensorReader) -> None:
+    """Raises UserError unless the tensors are those that the adapters of this base model have."""
+    file, there = tensors.folder / WEIGHTS, tensors.names()
+    wanted = tensor_shapes(weight_table(model), flatten(model.trained_shapes))
+    for name, shape in wanted.items():
+        if name not in there:
+            raise UserError(f"{file} lacks {name}, which its {CONFIG} asks for")
+        if tensors.shape(name) != shape:
             raise UserError(
-                f"{folder / WEIGHTS}: {extra[0]} is of no module of this base model: the adapter is for another one"
+                f"{file}: {name} has shape {tensors.shape(name)}, and this base model needs {shape}: "
+                "the adapter is for another base model"
             )
-        model, within = _with_own_ranks(model, table, shapes, tensors)
-        shapes = flatten(model.trained_shapes)
-        leaves = {
-            path: read_weight(weight, shapes[path].shape, tensors.read, dtype, mesh)
-            for path, weight in weight_table(model, within).items()
-        }
-    return model, model.join(unflatten(leaves), base)
+    if extra := sorted(there - wanted.keys()):
+        raise UserError(f"{file}: {extra[0]} is of no module of this base model: the adapter is for another one")
 
 
-def _with_own_ranks(
-    model: Model, table: Mapping[str, Weight], shapes: Mapping[str, Any], tensors: Tensors
-) -> tuple[Model, dict[str, tuple[int, int]]]:
+def _with_own_ranks(model: Model, tensors: TensorReader) -> tuple[Model, dict[str, tuple[int, int]]]:
     """Undoes `_put_side_by_side`: each target gets its own rank back, else every round trip would multiply it.
 
     Also returns how many ranks of the shared tensor lie before and after those of each such target.
     """
     assert model.adapter is not None
+    table, shapes = weight_table(model), flatten(model.trained_shapes)
     own: dict[str, Target] = {}
     within: dict[str, tuple[int, int]] = {}
     for targets in _by_tensor(model).values():
@@ -171,14 +165,14 @@ def _with_own_ranks(
     return dataclasses.replace(model, adapter=adapter), within
 
 
-def write(folder: Path, model: Model, params: Params, base: str, dtype: str = "float32") -> None:
-    """Writes the adapters of `params`, for the base model of that folder or hub name, into a folder that is there.
+def save(folder: Path, model: Model, params: Params, base: str, dtype: str = "float32") -> None:
+    """Writes the adapters of `params`, for the base model of that folder or hub name, into an existing folder.
 
     Weights that share a tensor in Transformers, such as Phi-3's queries and keys, have adapters of their own here
     and one in PEFT: the same A, or else a rank that is the sum of theirs, written with zeros between.
     """
     assert model.adapter is not None
-    leaves = _fetch(model, params)
+    leaves = _gather(model, params)
     ranks, alphas = {}, {}
     for name, targets in _by_tensor(model).items():
         module = r"\d+".join(map(re.escape, name.removesuffix(".weight").split("{L}")))
@@ -202,19 +196,19 @@ def write(folder: Path, model: Model, params: Params, base: str, dtype: str = "f
         "target_modules": _target_modules(model),
     }
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    tensors = dict(write_weights(weight_table(model), leaves, DTYPES[dtype]))
+    tensors = dict(gather_tensors(weight_table(model), leaves, DTYPES[dtype]))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def tensors_of(model: Model, params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """PEFT's (name, tensor) pairs of a model's adapters."""
-    return write_weights(weight_table(model), _fetch(model, params), dtype)
+    return gather_tensors(weight_table(model), _gather(model, params), dtype)
 
 
-def _fetch(model: Model, params: Params) -> dict[str, np.ndarray]:
+def _gather(model: Model, params: Params) -> dict[str, np.ndarray]:
     """The adapters' arrays as PEFT has them, gathered from all hosts: one A for the weights that share a tensor."""
     adapters, _ = model.split(params)
-    leaves = {path: fetch(leaf) for path, leaf in flatten(adapters).items()}
+    leaves = {path: gather(leaf) for path, leaf in flatten(adapters).items()}
     for targets in _by_tensor(model).values():
         first, *others = (leaves[f"{target.path}.a"] for target in targets)
         if not all(np.array_equal(first, other) for other in others):
@@ -231,30 +225,30 @@ def _by_tensor(model: Model) -> dict[str, list[Target]]:
     return together
 
 
-def weight_table(model: Model, within: Mapping[str, tuple[int, int]] | None = None) -> dict[str, Weight]:
+def weight_table(model: Model, within: Mapping[str, tuple[int, int]] | None = None) -> dict[str, WeightSpec]:
     """The adapters' own weight table, which follows from that of the base model.
 
     `within` says how many ranks of its tensor lie before and after a target's own, where it has only some of them.
     """
     assert model.adapter is not None
-    table, letters = {}, flatten(model.trained_letters)
+    table, axes = {}, flatten(model.trained_logical_axes)
     for target in model.adapter.targets:
         weight = model.weights[target.path]
         inputs, outputs = _layouts(weight)
         name = _PREFIX + weight.name.removesuffix(".weight")
         before, after = (within or {}).get(target.path, (0, 0))
         ranks = f"{before}+R+{after}"
-        table[f"{target.path}.a"] = Weight(letters[f"{target.path}.a"], f"{name}.lora_A.weight", f"{ranks} {inputs}")
-        table[f"{target.path}.b"] = Weight(letters[f"{target.path}.b"], f"{name}.lora_B.weight", f"{outputs} {ranks}")
+        table[f"{target.path}.a"] = WeightSpec(axes[f"{target.path}.a"], f"{name}.lora_A.weight", f"{ranks} {inputs}")
+        table[f"{target.path}.b"] = WeightSpec(axes[f"{target.path}.b"], f"{name}.lora_B.weight", f"{outputs} {ranks}")
         if model.adapter.dora:
             magnitude = f"{target.path}.magnitude"
-            table[magnitude] = Weight(letters[magnitude], f"{name}.lora_magnitude_vector", outputs)
+            table[magnitude] = WeightSpec(axes[magnitude], f"{name}.lora_magnitude_vector", outputs)
     return table
 
 
-def _layouts(weight: Weight) -> tuple[str, str]:
+def _layouts(weight: WeightSpec) -> tuple[str, str]:
     """The axes of a tensor that are our inputs, and our outputs, as a layout writes them."""
-    inputs, _ = split_axes(weight.letters)
+    inputs, _ = split_axes(weight.axes)
     first, second = re.findall(r"(?:\d+\+)?(?:\([^)]*\)|[A-Z])(?:\+\d+)?", weight.layout)
     is_first = bool(re.search(rf"\b{inputs[0]}\b", first))
     return (first, second) if is_first else (second, first)
@@ -272,7 +266,7 @@ def _put_side_by_side(leaves: dict[str, np.ndarray], targets: list[Target]) -> N
         leaves[f"{target.path}.a"], leaves[f"{target.path}.b"] = a, wide
 
 
-def _target(path: str, weight: Weight, layers: int, values: Mapping[str, Any], where: str) -> Target:
+def _target(path: str, weight: WeightSpec, layers: int, values: Mapping[str, Any], where: str) -> Target:
     names = [module_name(weight, i) for i in range(layers)]
     found = [
         (

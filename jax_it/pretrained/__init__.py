@@ -1,0 +1,62 @@
+"""Transformers and PEFT folders in and out: folder → tensors → weight table → sharded params.
+
+`load_base` below is the way in, line by line: `hf.py` reads config.json and compares the tensors with the model's
+weight table, `safetensors.py` opens the files, `sharded.py` cuts each shard out of them, in the dtype that `storage.py`
+gives it. Adapters come from `peft.py`; what is in no folder is drawn at random (`init.py`). `hf.save` and `peft.save`
+are the way out.
+"""
+
+import dataclasses
+
+import jax
+
+from jax_it.config import Model as ModelConfig
+from jax_it.models import Model, Params, build
+from jax_it.models.lora import make_adapter
+from jax_it.pretrained import hf, peft
+from jax_it.pretrained.folder import find_folder
+from jax_it.pretrained.init import init_adapter, init_base
+from jax_it.pretrained.safetensors import TensorReader
+from jax_it.pretrained.sharded import read_params
+from jax_it.pretrained.storage import storage_dtypes
+
+
+def load(config: ModelConfig, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Model, Params]:
+    """A model and its params, sharded over the mesh: read from its folder or drawn at random by `seed`.
+
+    With `config.lora` the params hold adapters too, those of its PEFT folder or fresh ones. Raises UserError for a
+    folder that cannot be read faithfully.
+    """
+    model, base = load_base(config, mesh, seed)
+    if config.lora.path:
+        model, adapter = peft.load(config.lora.path, model, mesh, config.path, config.param_dtype)
+    elif config.lora.rank:
+        model = add_adapter(model, config)
+        adapter = init_adapter(model, base, mesh, seed, config.param_dtype)
+    else:
+        return model, base
+    return model, model.join(adapter, base)
+
+
+def load_base(config: ModelConfig, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Model, Params]:
+    """The base model and its weights; where adapters are trained, in the dtype in which they stay frozen."""
+    model = build(*hf.read_config_json(config), config)
+    if not config.pretrained:
+        return model, init_base(model, storage_dtypes(model, config), mesh, seed)
+    with TensorReader(find_folder(config.path)) as tensors:
+        tensors.add_prefix(model.family.prefix, but=model.family.head)
+        model = hf.resolve_tying(model, tensors)
+        hf.check_tensors(model, tensors)
+        return model, read_params(model.weights, model.shapes, tensors, storage_dtypes(model, config), mesh)
+
+
+def load_model(config: ModelConfig) -> Model:
+    """The model without its weights; with the fresh adapters that the config asks for, if it does."""
+    return add_adapter(build(*hf.read_config_json(config), config), config)
+
+
+def add_adapter(model: Model, config: ModelConfig) -> Model:
+    """The model with the fresh adapters that the config asks for, if it does."""
+    if not config.lora.rank:
+        return model
+    return dataclasses.replace(model, adapter=make_adapter(config.lora, model.weights, model.depths))

@@ -1,0 +1,118 @@
+"""Folders in Transformers format: what their config.json and tensors must hold, and how a model is written as one.
+
+Reading is strict: a weight that is missing, unknown or of another shape is a UserError that names it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from jax_it.config import Model as ModelConfig
+from jax_it.errors import UserError
+from jax_it.files import read_json_object
+from jax_it.models import Model, Params, with_tied_head
+from jax_it.models.weights import flatten, tensor_shapes
+from jax_it.pretrained.folder import find_folder
+from jax_it.pretrained.safetensors import DTYPES, TensorReader, write_files
+from jax_it.pretrained.sharded import gather_tensors
+
+
+def read_config_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
+    """(the values of config.json, replaced by those of `config.architecture`; the file, for messages)."""
+    values: dict[str, Any] = {}
+    where = "config.model.architecture"
+    if config.path:
+        file = find_folder(config.path) / "config.json"
+        where = str(file)
+        try:
+            values = read_json_object(file)
+        except FileNotFoundError:
+            raise UserError(f"{file} is missing: {config.path} is not a model in Transformers format") from None
+    return {**values, **config.architecture}, where
+
+
+def resolve_tying(model: Model, tensors: TensorReader) -> Model:
+    """The model with its head tied to the embedding where the tensors are the same or there is no head.
+
+    Transformers 5 does the same: it ties the head unless the checkpoint has one that differs. Of causal
+    models, whose config.json is right about it, only those that say so.
+    """
+    family, names = model.family, tensors.names()
+    same = family.head not in names or (family.embedding in names and tensors.same(family.head, family.embedding))
+    return with_tied_head(model, same and (family.kind == "seq2seq" or model.config.tied))
+
+
+def check_tensors(model: Model, tensors: TensorReader) -> None:
+    """Raises UserError unless the tensors are those of the model's weight table, with their shapes."""
+    family = model.family
+    wanted = tensor_shapes(model.weights, flatten(model.shapes))
+    there = tensors.names()
+    if missing := sorted(wanted.keys() - there):
+        raise UserError(f"{tensors.folder} lacks {len(missing)} weight(s) that its config.json asks for: {missing[0]}")
+    for name, shape in wanted.items():
+        if tensors.shape(name) != shape:
+            raise UserError(
+                f"{tensors.folder}: {name} has shape {tensors.shape(name)}, but config.json asks for {shape}"
+            )
+    aliases = {**(family.aliases or {}), **({family.head: family.embedding} if model.config.tied else {})}
+    for name in sorted(there - wanted.keys()):
+        if family.ignored and re.fullmatch(family.ignored, name):
+            continue
+        if name not in aliases:
+            raise UserError(f"{tensors.folder}: {name} is a weight that a {model.config.model_type} does not have")
+        if not tensors.same(name, aliases[name]):
+            raise UserError(f"{tensors.folder}: {name} differs from {aliases[name]}, and untying them is not supported")
+
+
+def save(folder: Path, model: Model, params: Params, dtype: str = "") -> None:
+    """Writes config.json and the weights into an empty folder, in `dtype` or the one that config.json names.
+
+    The caller makes sure that the folder is whole or absent.
+    """
+    name = dtype or model.values.get("dtype") or model.values.get("torch_dtype") or "float32"
+    if name not in DTYPES:
+        raise UserError(f"cannot save weights as {name!r}; choose one of {', '.join(DTYPES)}")
+    (folder / "config.json").write_text(json.dumps(_values_to_save(model, name), indent=2, sort_keys=True) + "\n")
+    write_files(folder, tensors_of(model, params, DTYPES[name]))
+
+
+def tensors_of(model: Model, params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Transformers' (name, tensor) pairs of a model without adapters, a layer at a time."""
+    return gather_tensors(model.weights, flatten(params), dtype)
+
+
+def _values_to_save(model: Model, dtype: str) -> dict[str, Any]:
+    """config.json as read, with what Transformers needs to rebuild this very model."""
+    values = {key: value for key, value in model.values.items() if key not in ("torch_dtype", "_name_or_path")}
+    values |= {"dtype": dtype, "architectures": [model.family.architecture]}
+    return values | model.family.values_to_save(model.config)
+
+
+def save_generation_settings(
+    source: Path | epath.Path | None, target: Path, model: Model, ends: Iterable[int] = ()
+) -> None:
+    """Writes generation_config.json: that of the folder the model came from, or the special tokens of decoding.
+
+    A text ends at the model's end tokens and at those of `ends`, with which it was trained to end its answers.
+    """
+    file, config = "generation_config.json", model.config
+    values: dict[str, Any] = {}
+    if source is not None and (source / file).exists():
+        values = read_json_object(source / file)
+    else:
+        start = "decoder_start_token_id" if model.kind == "seq2seq" else "bos_token_id"
+        special = {start: config.start_token, "eos_token_id": list(config.end_tokens), "pad_token_id": config.pad_token}
+        values = {name: token for name, token in special.items() if token not in (None, [])}
+    given = values.get("eos_token_id")
+    known = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in known):
+        raise UserError(f"{source}/{file}: eos_token_id is {given!r}; it must be a token id or a list of them")
+    together = list(dict.fromkeys([*known, *ends]))
+    if together:
+        values["eos_token_id"] = together[0] if len(together) == 1 else together
+    (target / file).write_text(json.dumps(values, indent=2) + "\n")
