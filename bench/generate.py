@@ -1,4 +1,4 @@
-"""Sequences per second of decoding: jax_it's `Generator` against Transformers' `generate` in PyTorch, same tokens out.
+"""Sequences per second of decoding: jax_it's `Engine` against Transformers' `generate` in PyTorch, same tokens out.
 
     python bench/generate.py --data data/t0/train.jsonl.gz --t5-tokenizer google/t5-v1_1-small \
         --causal HuggingFaceTB/SmolLM2-135M [--json FILE]
@@ -63,13 +63,14 @@ class Request:
 
 def generator(model: Any, mesh: Any, first: Request) -> Callable[[Any, Request], list[list[int]]]:
     """jax_it's half: texts of a request, at the settings that suit two cores."""
-    from jax_it.generation import Generator, Sampling
+    from jax_it.generation import Engine, Sampling, generate
 
     new, slots = first.new_tokens, min(64, len(first.prompts))
-    generate = Generator(model, mesh, new, slots, Sampling(min_new_tokens=new))
+    engine = Engine(model, mesh, new, slots, Sampling(min_new_tokens=new))
 
     def texts(params: Any, request: Request) -> list[list[int]]:
-        found = {text.prompt: text.tokens for text in generate(params, request.prompts, request.limits)}
+        outputs = generate(engine, params, request.prompts, request.limits)
+        found = {output.request_id: output.tokens for output in outputs}
         return [found[i] for i in range(len(request.prompts))]
 
     return texts

@@ -254,7 +254,7 @@ def _add_sampling(generate: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", _number, 1.0, "X", "above 1: tokens that were there become less likely (default: 1)")
     add("--num-samples", _positive, 1, "N", "texts of each prompt: draws, or the best beams (default: 1)")
     add("--seed", _whole(0, MAX_SEED), 0, "S", "(default: 0)")
-    add("--first-token", _text, "", "PIECE", "that every text begins with, such as a language's mark")
+    add("--forced-bos-token", _text, "", "PIECE", "that every text begins with, such as a language's token")
     generate.add_argument(
         "--stop", type=_stop, action="append", default=[], metavar="TEXT",
         help=r"ends a text; may be repeated; \n, \t, \r and \\ are read as in Python",
@@ -426,7 +426,7 @@ def _generate(options: argparse.Namespace, changes: dict[str, str]) -> None:
         rows, prompts = read_prompts(options.input)
     found = generate_file(
         options.model, rows, prompts, options.output, options.max_new_tokens, sampling, options.batch_size,
-        options.stop, options.log_probs, options.first_token,
+        options.stop, options.log_probs, options.forced_bos_token,
     )  # fmt: skip
     texts = [text for several in found for text in several]
     if hosts.is_first() and (cut := sum(not text.finished for text in texts)):

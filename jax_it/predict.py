@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from jax_it import files, hosts, sharding
+from jax_it import files, generation, hosts, sharding
 from jax_it.config import Source
 from jax_it.data import chat, sources
 from jax_it.data.formats import Format
 from jax_it.data.templates import Turn, conversation
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
-from jax_it.generation import GREEDY, Generator, Sampling, StopStrings
+from jax_it.generation import GREEDY, Engine, Sampling, StopStrings
 from jax_it.models import Model, Params
 from jax_it.workdir import load, make_format
 
@@ -22,8 +22,8 @@ Prompt = str | Sequence[Turn]
 
 class Prediction(NamedTuple):
     text: str
-    finished: bool  # False: it has reached `max_new_tokens` and might go on
-    log_probs: list[float] | None  # of each token in nats, by the model, and of the end mark if one ended the text
+    finished: bool  # False: it was cut at `max_new_tokens`
+    log_probs: list[float] | None  # of each token in nats, by the model, and of the end token if one ended the text
 
 
 def generate(
@@ -67,14 +67,13 @@ def predict(
     _check_room(model, encoded, max_new_tokens)
     stopping = StopStrings(stop, tokenizer.decode) if stop else None
     slots = min(batch_size, len(prompts) * sampling.num_samples)
-    ends = chat.ends(tokenizer)
-    generator = Generator(model, mesh, max_new_tokens, slots, sampling, ends, stopping, log_probs)
+    engine = Engine(model, mesh, max_new_tokens, slots, sampling, chat.ends(tokenizer), log_probs)
     found: list[dict[int, Prediction]] = [{} for _ in prompts]
     with tqdm(total=len(prompts), desc="generating", unit=" prompts", disable=None, leave=False) as bar:
-        for text in generator(params, encoded):
-            whole = tokenizer.decode(text.tokens)
-            found[text.prompt][text.sample] = Prediction(
-                stopping.cut(whole) if stopping else whole, text.finished, text.log_probs
+        for output in generation.generate(engine, params, encoded, stop=stopping):
+            text = tokenizer.decode(output.tokens)
+            found[output.request_id][output.sample] = Prediction(
+                stopping.cut(text) if stopping else text, output.finish_reason == "stop", output.log_probs
             )
             bar.update(1 / sampling.num_samples)
     return [[texts[sample] for sample in sorted(texts)] for texts in found]
@@ -90,20 +89,19 @@ def generate_file(
     batch_size: int = 32,
     stop: Sequence[str] = (),
     log_probs: bool = False,
-    first_token: str = "",
+    forced_bos_token: str = "",
 ) -> list[list[Prediction]]:
     """Writes the rows with their predictions as JSON lines, where an output is named. Returns the predictions.
 
-    A row's `prediction` is a text, or a list where several were asked for; so are its `log_probs`. `first_token` is a
-    piece of the tokenizer's, such as "de_DE", that every text begins with. Raises UserError for an output that is there
-    already.
+    A row's `prediction` is a text, or a list where several were asked for; so are its `log_probs`. Every text begins
+    with `forced_bos_token`, such as "de_DE", where it is given. Raises UserError for an output that exists already.
     """
     file = None if output is None else files.locate_output(output, "--output")
     if file is not None and file.exists() and not files.is_stream(file):
         raise UserError(f"{output} is there already; name another --output, or remove it")
     model, params, tokenizer = load(model_path)
-    if first_token:
-        sampling = sampling._replace(first_token=tokenizer.id_of(first_token, "--first-token"))
+    if forced_bos_token:
+        sampling = sampling._replace(forced_bos_token=tokenizer.id_of(forced_bos_token, "--forced-bos-token"))
     found = predict(model, params, tokenizer, prompts, max_new_tokens, sampling, batch_size, None, stop, log_probs)
     if file is not None and hosts.is_first():
         lines = (

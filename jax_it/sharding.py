@@ -1,6 +1,6 @@
 """The mesh, and the one table from logical axes to mesh axes.
 
-Every other file says which logical_axes an array's axes have (`models/layers.py` declares them); this one
+Every other file says which logical_axes an array's axes have (`models/config.py` declares them); this one
 says over which devices they are split.
 """
 

@@ -177,7 +177,7 @@ def test_a_text_ends_before_the_first_stop_string(generate, tmp_path):
 
 def test_every_text_begins_with_the_first_token_and_a_repetition_penalty_bars_repeats(generate, tmp_path):
     file = write_rows(tmp_path / "in.jsonl", [{"prompt": "say red 3"}])
-    plain, forced = generate(file), generate(file, "--first-token", "\u2581teal")
+    plain, forced = generate(file), generate(file, "--forced-bos-token", "\u2581teal")
     assert forced[0]["prediction"].startswith("teal") and not plain[0]["prediction"].startswith("teal")
     (row,) = generate(file, "--min-new-tokens", 6, "--repetition-penalty", "1e9")
     (other,) = generate(file, "--min-new-tokens", 6)
@@ -185,8 +185,8 @@ def test_every_text_begins_with_the_first_token_and_a_repetition_penalty_bars_re
 
 
 def test_a_first_token_that_the_tokenizer_has_not_is_refused(capfd, run, tmp_path):
-    line = fails(capfd, "generate", "--model", run, "--prompt", "say red", "--first-token", "de_DE")
-    assert "--first-token: the tokenizer has no token 'de_DE'" in line
+    line = fails(capfd, "generate", "--model", run, "--prompt", "say red", "--forced-bos-token", "de_DE")
+    assert "--forced-bos-token: the tokenizer has no token 'de_DE'" in line
 
 
 def test_a_file_that_is_there_is_not_written_over(capfd, run, tmp_path):

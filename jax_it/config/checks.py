@@ -109,7 +109,7 @@ class _Read(NamedTuple):
             )
 
 
-_GENERATED = "max_new_tokens min_new_tokens num_beams length_penalty early_stopping repetition_penalty first_token"
+_GENERATED = "max_new_tokens min_new_tokens num_beams length_penalty early_stopping repetition_penalty forced_bos_token"
 _FRESH = "alpha targets rank_stabilized dora dropout"
 
 # A setting that other ones make meaningless is refused, so that nobody believes that it was followed.

@@ -258,7 +258,7 @@ class Eval:
     length_penalty: float = 1.0  # of beams: above 0 favours longer texts
     early_stopping: bool = False  # of beams: an example is done once `num_beams` texts have ended
     repetition_penalty: float = 1.0
-    first_token: str = ""  # a piece of the tokenizer's that every text begins with, such as a language's mark
+    forced_bos_token: str = ""  # a token of the tokenizer that every text begins with, such as a language's
     limit: int = 0  # examples of each source; 0: all
     run_model_code: bool = False  # True: tasks may run the programs that the model writes
     tasks: tuple[Task, ...] = ()

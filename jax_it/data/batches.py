@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Seq2SeqBatch(NamedTuple):
-    """Rows of an encoder-decoder. Segment 0 is padding; the letters are those of `models/layers.py`.
+    """Rows of an encoder-decoder. Segment 0 is padding; the letters are those of `models/config.py`.
 
     A row holds one example, or several with segments 1, 2, …: G blocks of S source positions beside T
     target positions. Arrays are int32, weights float32.

@@ -33,7 +33,7 @@ from jax_it.evaluation.scorers import (
     Stopped,
     ask,
 )
-from jax_it.generation import Generator, Sampling
+from jax_it.generation import Engine, Sampling, generate
 from jax_it.metrics.metric import perplexity
 from jax_it.models import Model, Params
 from jax_it.workdir import make_format
@@ -182,7 +182,7 @@ class Examples:
         self._loss = Loss(model, format, encoded, layout, config.train.loss_chunk, mesh)
         length = config.eval.max_new_tokens or config.data.target_length
         rows = min(config.eval.batch_size, len(self._examples))
-        self._generate = Generator(model, mesh, length, rows, _sampling(config.eval, tokenizer), chat.ends(tokenizer))
+        self._engine = Engine(model, mesh, length, rows, _sampling(config.eval, tokenizer), chat.ends(tokenizer))
 
     def __call__(self, params: Params, go_on: Callable[[], bool]) -> Scored:
         """Loss per target token over all examples; the config's metrics for each task and over all."""
@@ -217,19 +217,20 @@ class Examples:
         texts, finished = [""] * len(self._examples), [False] * len(self._examples)
         prompts = [example.prompt_tokens for example in self._examples]
         with tqdm(total=len(texts), desc="generating", unit=" examples", disable=None, leave=False) as bar:
-            for text in self._generate(params, prompts):
-                texts[text.prompt] = self._tokenizer.decode(text.tokens)
-                finished[text.prompt] = text.finished
+            for output in generate(self._engine, params, prompts):
+                texts[output.request_id] = self._tokenizer.decode(output.tokens)
+                finished[output.request_id] = output.finish_reason == "stop"
                 bar.update()
                 ask(go_on)
         return texts, finished
 
 
 def _sampling(settings: Eval, tokenizer: Tokenizer) -> Sampling:
-    first = tokenizer.id_of(settings.first_token, "config.eval.first_token") if settings.first_token else None
+    token = settings.forced_bos_token
+    first = tokenizer.id_of(token, "config.eval.forced_bos_token") if token else None
     return Sampling(
         num_beams=settings.num_beams, length_penalty=settings.length_penalty, early_stopping=settings.early_stopping,
-        repetition_penalty=settings.repetition_penalty, min_new_tokens=settings.min_new_tokens, first_token=first,
+        repetition_penalty=settings.repetition_penalty, min_new_tokens=settings.min_new_tokens, forced_bos_token=first,
     )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from jax_it.data.formats import Format
 from jax_it.data.tasks import TaskExample
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
-from jax_it.generation import Generator, Sampling, StopStrings
-from jax_it.generation.likelihood import Likelihoods, Request
+from jax_it.generation import Engine, Sampling, StopStrings, generate
+from jax_it.generation.likelihood import LikelihoodRequest, Likelihoods
 from jax_it.metrics import bootstrap
 from jax_it.metrics.metric import Array, Values, percent, perplexity, value
 from jax_it.models import Model, Params
@@ -75,10 +75,7 @@ class Samples:
         sampling = Sampling(task.temperature, top_p=task.top_p, seed=task.seed, num_samples=task.samples)
         self._stop = StopStrings(task.stop, tokenizer.decode)
         rows = min(config.eval.batch_size, len(examples) * task.samples)
-        self._generate = Generator(
-            model, setting.mesh, task.max_new_tokens, rows, sampling, ends=chat.ends(tokenizer),
-            stop=self._stop if task.stop else None,
-        )  # fmt: skip
+        self._engine = Engine(model, setting.mesh, task.max_new_tokens, rows, sampling, chat.ends(tokenizer))
 
     def __call__(self, params: Params, go_on: Callable[[], bool]) -> tuple[list[list[str]], list[int]]:
         """The texts of each example, and how many of them reached the task's max_new_tokens."""
@@ -86,10 +83,10 @@ class Samples:
         texts = [[""] * self._task.samples for _ in self._examples]
         prompts = [example.prompt_tokens for example in self._examples]
         with _progress(self._task, len(texts) * self._task.samples) as bar:
-            for text in self._generate(params, prompts):
-                decoded = self._decode(prompts[text.prompt], text.tokens)
-                texts[text.prompt][text.sample] = self._stop.cut(decoded)
-                unfinished[text.prompt] += not text.finished
+            for output in generate(self._engine, params, prompts, stop=self._stop if self._task.stop else None):
+                decoded = self._decode(prompts[output.request_id], output.tokens)
+                texts[output.request_id][output.sample] = self._stop.cut(decoded)
+                unfinished[output.request_id] += output.finish_reason != "stop"
                 bar.update()
                 ask(go_on)
         return texts, unfinished
@@ -146,14 +143,14 @@ class _Options:
 
     def __call__(self, params: Params, go_on: Callable[[], bool]) -> list[list[float]]:
         # An option may change how the prompt's last characters are tokenised: then it has a prompt of its own.
-        requests: list[Request] = []
+        requests: list[LikelihoodRequest] = []
         places: list[tuple[int, list[int]]] = []  # of each request: the example, and which of its options
         for i, example in enumerate(self._examples):
             by_prompt: dict[tuple[int, ...], list[int]] = {}
             for number, option in enumerate(example.options):
                 by_prompt.setdefault(tuple(option.prompt), []).append(number)
             for prompt, numbers in by_prompt.items():
-                requests.append(Request(prompt, [example.options[number].tokens for number in numbers]))
+                requests.append(LikelihoodRequest(prompt, [example.options[number].tokens for number in numbers]))
                 places.append((i, numbers))
         found = [[math.nan] * len(example.options) for example in self._examples]
         with _progress(self._task, len(requests)) as bar:

@@ -1,7 +1,16 @@
-"""Text from a model: functions over (prefill, step, cache)."""
+"""Text generation with a key-value cache.
 
-from jax_it.generation.decode import Generator, Text
+To learn how it works, read `greedy.py`, which decodes one prompt; `engine.py`, which decodes many, each in a slot, on
+the devices; and `scheduler.py`, which decides which request gets which slot. `generate` does it for a list of prompts.
+"""
+
+from jax_it.generation.engine import Engine
+from jax_it.generation.greedy import greedy
+from jax_it.generation.requests import Request, RequestOutput
 from jax_it.generation.sampling import GREEDY, Sampling
+from jax_it.generation.scheduler import Scheduler, generate
 from jax_it.generation.stop import StopStrings
 
-__all__ = ["GREEDY", "Generator", "Sampling", "StopStrings", "Text"]
+__all__ = [
+    "GREEDY", "Engine", "Request", "RequestOutput", "Sampling", "Scheduler", "StopStrings", "generate", "greedy"
+]  # fmt: skip

@@ -1,9 +1,9 @@
-"""How likely given continuations of prompts are: each prompt is computed once for all of its own.
+"""Log-likelihoods of given continuations of prompts; each prompt is computed once for all of its continuations.
 
-What counts is what the caller gives as a continuation: with its end mark for an encoder-decoder, as T0 and
-FLAN rank options, and without one for a causal model, as the Language Model Evaluation Harness does.
+All tokens of a continuation count: an encoder-decoder's has its end token, as T0 and FLAN rank options, and a causal
+model's has none, as in the Language Model Evaluation Harness.
 
-Dimension letters beside those of models/layers.py: C continuations of a prompt.
+Dimension letters beside those of models/config.py: C continuations of a prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,45 +17,45 @@ import numpy as np
 from jax_it import sharding
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
 from jax_it.errors import UserError
-from jax_it.generation import widths
+from jax_it.generation import length_buckets
 from jax_it.generation.sampling import likeliest
 from jax_it.models import Model, Params
 from jax_it.models.kv_cache import take_rows
 
-# What a token costs in a step, in tokens of a row that is computed as a whole: about 4 on two CPU cores with a model of
-# 135M parameters and 32 rows. Where steps cost more than that, long continuations are stepped that need not be.
-STEP = 4
+# The cost of a token in a decoding step, in tokens of a full forward pass: about 4 on two CPU cores with a model of
+# 135M parameters and 32 rows. Where steps cost more, some long continuations are decoded that had better not be.
+STEP_COST = 4
 
 
-class Request(NamedTuple):
-    """Token ids: an encoder-decoder's source with its end mark, or the text a causal model continues."""
+class LikelihoodRequest(NamedTuple):
+    """Token ids. The prompt is an encoder-decoder's source with its end token, or a causal model's tokens so far."""
 
     prompt: Sequence[int]
-    continuations: Sequence[Sequence[int]]  # of one token or more
+    continuations: Sequence[Sequence[int]]  # of one token or more each
 
 
 class Likelihood(NamedTuple):
     log_prob: float  # nats: the sum over all tokens of the continuation
-    greedy: bool  # each of its tokens is the likeliest
+    greedy: bool  # whether each of its tokens is the likeliest
 
 
 class Likelihoods:
-    """Log-likelihoods for one model; it keeps what was compiled. `shapes` are those.
+    """Computes log-likelihoods for one model, and keeps the compiled programs; `shapes` are theirs.
 
-    A prompt is read once and its continuations then step by step side by side, all of them by the first step
-    together. Where they are so long that reading the prompt again costs less, each stands behind it in a row of its
-    own (as for whole texts after a mark of beginning). Both give the same, but for rounding.
+    A prompt is prefilled once, and its continuations are then decoded side by side, the first step serving all of
+    them. Where they are so long that computing the prompt again costs less (such as whole texts after a beginning
+    token), each is a row of its own behind the prompt, in a full forward pass. Both give the same, but for rounding.
     """
 
     def __init__(self, model: Model, mesh: jax.sharding.Mesh, batch_size: int):
         self._model, self._mesh, self._size = model, mesh, batch_size
         everywhere = sharding.replicated(mesh)
-        self._step = jax.jit(partial(_step, model), out_shardings=everywhere)
-        self._force = jax.jit(partial(_force, model), out_shardings=everywhere)
-        self.shapes: set[tuple[str, int, int, int, int]] = set()  # how, rows, prompt, continuations, their tokens
+        self._decode = jax.jit(partial(_decode, model), out_shardings=everywhere)
+        self._forward = jax.jit(partial(_forward, model), out_shardings=everywhere)
+        self.shapes: set[tuple[str, int, int, int, int]] = set()  # program, rows, prompt, continuations, their tokens
 
-    def __call__(self, params: Params, requests: Sequence[Request]) -> Iterator[tuple[int, list[Likelihood]]]:
-        """(index, a likelihood for each continuation) of every request, in any order, the same on all hosts.
+    def __call__(self, params: Params, requests: Sequence[LikelihoodRequest]) -> Iterator[tuple[int, list[Likelihood]]]:
+        """Yields (index, the likelihood of each continuation) of every request, in any order, the same on all hosts.
 
         Raises ValueError for a prompt or a continuation without a token, and UserError for logits that are not finite.
         """
@@ -64,23 +64,23 @@ class Likelihoods:
             lengths = [len(tokens) for tokens in request.continuations]
             if not request.prompt or not lengths or not min(lengths):
                 raise ValueError(f"request {i}: a prompt and its continuations need one token or more each")
-            stepped = len(request.prompt) + STEP * sum(lengths) < len(request.prompt) * len(lengths) + sum(lengths)
-            stepped = stepped or max(lengths) == 1
-            groups.setdefault((stepped, _few(len(lengths)), _few(max(lengths))), []).append(i)
+            decoded = len(request.prompt) + STEP_COST * sum(lengths) < len(request.prompt) * len(lengths) + sum(lengths)
+            decoded = decoded or max(lengths) == 1
+            groups.setdefault((decoded, _few(len(lengths)), _few(max(lengths))), []).append(i)
         waiting: list[tuple[list[int], tuple[jax.Array, jax.Array]]] = []
-        for (stepped, number, length), members in sorted(groups.items()):
+        for (decoded, number, length), members in sorted(groups.items()):
             members.sort(key=lambda i: len(requests[i].prompt))
-            # Where all continuations are one token, no prompt has rows beside its own.
-            size = self._size if stepped and length == 1 else max(1, self._size // number)
+            # Where all continuations are one token, each prompt has only its own row.
+            size = self._size if decoded and length == 1 else max(1, self._size // number)
             rows = sharding.shared_out(min(size, len(members)), self._mesh)
             batches = [members[start : start + rows] for start in range(0, len(members), rows)]
-            shape = "stepped" if stepped else "forced", rows, number, length
-            compiled = {width for how, many, width, *rest in self.shapes if (how, many, *rest) == shape}
+            shape = "decode" if decoded else "forward", rows, number, length
+            compiled = {width for program, many, width, *rest in self.shapes if (program, many, *rest) == shape}
             longest = [len(requests[batch[-1]].prompt) for batch in batches]
-            read = rows if stepped else rows * number
-            for batch, width in zip(batches, widths.choose(longest, read, compiled), strict=True):
+            computed = rows if decoded else rows * number
+            for batch, width in zip(batches, length_buckets.choose(longest, computed, compiled), strict=True):
                 chosen = [requests[i] for i in batch] + [requests[batch[0]]] * (rows - len(batch))
-                run = self._stepped if stepped else self._forced
+                run = self._run_decode if decoded else self._run_forward
                 self.shapes.add((shape[0], rows, width, number, length))
                 waiting.append((batch, run(params, chosen, width, number, length)))
                 if len(waiting) == 2:  # one batch ahead of what is read
@@ -88,19 +88,19 @@ class Likelihoods:
         for item in waiting:
             yield from _read(requests, *item)
 
-    def _stepped(
-        self, params: Params, requests: Sequence[Request], width: int, number: int, length: int
+    def _run_decode(
+        self, params: Params, requests: Sequence[LikelihoodRequest], width: int, number: int, length: int
     ) -> tuple[jax.Array, jax.Array]:
-        prompts = widths.pad([request.prompt for request in requests], len(requests), width)
+        prompts = length_buckets.pad([request.prompt for request in requests], len(requests), width)
         arrays = sharding.place((*prompts, *_continuations(requests, number, length)), self._mesh)
         with jax.set_mesh(self._mesh):
-            return self._step(params, *arrays)
+            return self._decode(params, *arrays)
 
-    def _forced(
-        self, params: Params, requests: Sequence[Request], width: int, number: int, length: int
+    def _run_forward(
+        self, params: Params, requests: Sequence[LikelihoodRequest], width: int, number: int, length: int
     ) -> tuple[jax.Array, jax.Array]:
         tokens_BCT, lengths_BC = _continuations(requests, number, length)
-        # Sources and targets, or prompts with continuations behind them, a row for each continuation.
+        # One row for each continuation: the prompt and the continuation behind it, or a source and a target.
         batch: CausalBatch | Seq2SeqBatch
         if self._model.kind == "causal":
             batch, first_B = _causal_rows(requests, width, tokens_BCT, lengths_BC, self._model.options.prefix_lm)
@@ -108,19 +108,19 @@ class Likelihoods:
             batch, first_B = _seq2seq_rows(requests, width, tokens_BCT, lengths_BC, self._model.start_and_pad[0])
         arrays = sharding.place((batch, first_B, tokens_BCT, lengths_BC), self._mesh)
         with jax.set_mesh(self._mesh):
-            return self._force(params, *arrays)
+            return self._forward(params, *arrays)
 
 
 def _few(number: int) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, … that is as large: few compiled shapes."""
+    """Returns the smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, … that is at least `number`: few compiled shapes."""
     size = 1
     while size < number:
         size = size + 1 if size < 4 else size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
 
 
-def _continuations(requests: Sequence[Request], number: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [B, C, T] and how many of them count [B, C], none where there is no continuation."""
+def _continuations(requests: Sequence[LikelihoodRequest], number: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens [B, C, T] and how many of them count [B, C], 0 where there is no continuation."""
     tokens = np.zeros((len(requests), number, length), np.int32)
     lengths = np.zeros((len(requests), number), np.int32)
     for row, request in enumerate(requests):
@@ -131,7 +131,7 @@ def _continuations(requests: Sequence[Request], number: int, length: int) -> tup
 
 
 def _read(
-    requests: Sequence[Request], batch: list[int], found: tuple[jax.Array, jax.Array]
+    requests: Sequence[LikelihoodRequest], batch: list[int], found: tuple[jax.Array, jax.Array]
 ) -> Iterator[tuple[int, list[Likelihood]]]:
     sums, greedy = (np.asarray(array) for array in found)
     for row, i in enumerate(batch):
@@ -144,7 +144,7 @@ def _read(
         yield i, [Likelihood(float(sums[row, c]), bool(greedy[row, c])) for c in range(number)]
 
 
-def _step(
+def _decode(
     model: Model,
     params: Params,
     prompts_BS: jax.Array,
@@ -152,7 +152,7 @@ def _step(
     tokens_BCT: jax.Array,
     lengths_BC: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sums of log-probabilities [B, C], and whether every token is the likeliest."""
+    """Returns the sums of log-probabilities [B, C], and whether every token is the likeliest [B, C]."""
     rows, number, length = tokens_BCT.shape
     first_B, start_B, cache = model.prefill(params, prompts_BS, segments_BS, length)
     step = partial(model.decode_step, model.prepare_for_decoding(params))
@@ -179,7 +179,7 @@ def _step(
 
 
 def _of_tokens(logits_BV: jax.Array, tokens_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The log-probability of each token that may come next in its row, and whether it is the likeliest, [B, C]."""
+    """Returns the log-probability of each of the tokens that may come next, and whether it is the likeliest, [B, C]."""
     log_probs_BC = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), tokens_BC, axis=-1)
     return log_probs_BC, likeliest(logits_BV)[:, None] == tokens_BC
 
@@ -191,9 +191,9 @@ def _counted(found_BCT: tuple[jax.Array, jax.Array], lengths_BC: jax.Array) -> t
 
 
 def _causal_rows(
-    requests: Sequence[Request], width: int, tokens_BCT: np.ndarray, lengths_BC: np.ndarray, prefix_lm: bool
+    requests: Sequence[LikelihoodRequest], width: int, tokens_BCT: np.ndarray, lengths_BC: np.ndarray, prefix_lm: bool
 ) -> tuple[CausalBatch, np.ndarray]:
-    """A row of prompt and continuation for each, and the position [B C] that predicts its first token."""
+    """Returns a row of prompt and continuation for each, and the position [B C] that predicts its first token."""
     rows, number, length = tokens_BCT.shape
     tokens, segments, prefix = np.zeros((3, rows * number, width + length), np.int32)
     targets, weights = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
@@ -209,14 +209,14 @@ def _causal_rows(
             weights[here, at - 1 : stop - 1] = 1
             prefix[here, :at] = 1
             first[here] = at - 1
-    positions = np.arange(width + length, dtype=np.int32) * segments  # padding has none beyond a model's last
+    positions = np.arange(width + length, dtype=np.int32) * segments  # of padding none is beyond a model's last
     return CausalBatch(tokens, targets, weights, segments, positions, prefix if prefix_lm else None), first
 
 
 def _seq2seq_rows(
-    requests: Sequence[Request], width: int, tokens_BCT: np.ndarray, lengths_BC: np.ndarray, start: int
+    requests: Sequence[LikelihoodRequest], width: int, tokens_BCT: np.ndarray, lengths_BC: np.ndarray, start: int
 ) -> tuple[Seq2SeqBatch, np.ndarray]:
-    """A row of source and target for each continuation, and 0 [B C], the position that predicts its first token."""
+    """Returns a row of source and target for each, and 0 [B C], the position that predicts its first token."""
     rows, number, length = tokens_BCT.shape
     source, source_segments = np.zeros((2, rows * number, 1, width), np.int32)
     for row, request in enumerate(requests):
@@ -226,7 +226,7 @@ def _seq2seq_rows(
     targets = tokens_BCT.reshape(-1, length)
     counts = np.arange(length) < lengths_BC.reshape(-1, 1)
     tokens = np.concatenate([np.full((len(targets), 1), start, np.int32), targets[:, :-1]], axis=1)
-    segments = np.ones_like(targets)  # a padding row still needs a position to look at
+    segments = np.ones_like(targets)  # a padding row still needs a position to attend to
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), targets.shape).copy()
     source_positions = np.broadcast_to(np.arange(width, dtype=np.int32), source.shape).copy()
     batch = Seq2SeqBatch(
@@ -235,7 +235,7 @@ def _seq2seq_rows(
     return batch, np.zeros(rows * number, np.int32)
 
 
-def _force(
+def _forward(
     model: Model,
     params: Params,
     batch: CausalBatch | Seq2SeqBatch,
@@ -243,7 +243,7 @@ def _force(
     tokens_BCT: jax.Array,
     lengths_BC: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `_step`, from rows that are read as wholes. Logits live a position of all rows at a time."""
+    """Does what `_decode` does in one forward pass. Logits exist for one position of all rows at a time."""
     hidden_BTD, head_VD = model.apply(params, batch), model.head(params)
     rows, last = jnp.arange(first_B.shape[0]), hidden_BTD.shape[1] - 1
 

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits, and texts that are made of one token after another."""
+"""Chooses the next token from logits: the most likely one, or one that is drawn."""
 
 import math
 from dataclasses import dataclass
@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from jax_it.errors import UserError
+from jax_it.generation.requests import INVALID
 
 
 class Sampling(NamedTuple):
-    """The most likely token, or one drawn: from the `top_k` likeliest (0: all) that hold `top_p` of the probability.
+    """How tokens are chosen; the settings have the meaning, and the order of application, of Transformers' `generate`.
 
-    With `num_beams` above 1 the best texts of that many kept side by side, as in generation/beam.py. What changes
-    logits comes in the order in which Transformers' `generate` has it.
+    The most likely token, or one drawn from the `top_k` likeliest (0: all) that hold `top_p` of the probability. With
+    `num_beams` above 1 it is a beam search, as in generation/beam_search.py.
     """
 
     temperature: float = 0.0  # 0: the most likely token
@@ -23,22 +24,22 @@ class Sampling(NamedTuple):
     seed: int = 0
     num_beams: int = 1
     length_penalty: float = 1.0  # of beams: above 0 favours longer texts
-    early_stopping: bool | Literal["never"] = False  # of beams: when a prompt is done; see generation/beam.py
+    early_stopping: bool | Literal["never"] = False  # of beams: when a prompt is done; see generation/beam_search.py
     min_p: float = 0.0  # tokens of less than this share of the likeliest one's probability are not drawn
-    repetition_penalty: float = 1.0  # divides the positive logits of tokens that were there, multiplies negative ones
-    min_new_tokens: int = 0  # no end mark before
-    first_token: int | None = None  # the first new token of every text, such as a target language's mark
+    repetition_penalty: float = 1.0  # divides positive logits of tokens that occurred before, multiplies negative ones
+    min_new_tokens: int = 0  # no end token before
+    forced_bos_token: int | None = None  # the id of every text's first new token, such as a target language's
     num_samples: int = 1  # texts for each prompt: as many draws, or the best of the beams
 
 
 GREEDY = Sampling()
-LONGEST = 1 << 20  # tokens of a text, for which memory is taken before it begins
+MAX_NEW_TOKENS = 1 << 20  # memory for all of them is allocated before a text begins
 
 
 def check(sampling: Sampling, max_new_tokens: int, vocabulary: int) -> None:
-    """Refuses numbers with which float32 would give infinite scores, and so any text. Raises UserError."""
-    if max_new_tokens > LONGEST:
-        raise UserError(f"max_new_tokens {max_new_tokens}: a text has {LONGEST} tokens at most")
+    """Raises UserError for numbers with which float32 scores would be infinite, and any text could come out."""
+    if max_new_tokens > MAX_NEW_TOKENS:
+        raise UserError(f"max_new_tokens {max_new_tokens}: a text has {MAX_NEW_TOKENS} tokens at most")
     if sampling.temperature and not 1e-6 <= sampling.temperature <= 1e30:
         raise UserError(f"temperature {sampling.temperature:g}: it must be 0 (greedy), or from 1e-6 to 1e30")
     if not 1e-6 <= sampling.repetition_penalty <= 1e30:
@@ -52,18 +53,18 @@ def check(sampling: Sampling, max_new_tokens: int, vocabulary: int) -> None:
         raise UserError(f"num_beams {sampling.num_beams}: the model has {vocabulary} tokens to begin with; take fewer")
 
 
-def is_end(tokens: jax.Array, ends: tuple[int, ...]) -> jax.Array:
-    """Where a token is one that ends a text."""
-    return jnp.isin(tokens, jnp.asarray(ends))
+def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
+    """Returns where a token is one that ends a text."""
+    return jnp.isin(tokens, jnp.asarray(eos_ids))
 
 
-def constrain(
-    scores_BV: jax.Array, sampling: Sampling, ends: tuple[int, ...], number_B: jax.Array, seen_BV: jax.Array | None
+def process_logits(
+    scores_BV: jax.Array, sampling: Sampling, eos_ids: tuple[int, ...], number_B: jax.Array, seen_BV: jax.Array | None
 ) -> jax.Array:
-    """Scores under the rules that hold for greedy decoding, sampling and beams; `number_B` tokens are made already.
+    """Applies what holds for greedy decoding, sampling and beams alike, where `number_B` new tokens are there already.
 
     Scores are logits or, of beams, log-probabilities, which are not normalised again. `seen_BV` says which tokens a
-    row has had: its prompt's, of a causal model, and those it made; None without a repetition penalty.
+    row has had: a causal model's prompt and the new ones; None without a repetition penalty.
     """
     if seen_BV is not None:
         penalty = sampling.repetition_penalty
@@ -72,33 +73,30 @@ def constrain(
     tokens_V = jnp.arange(scores_BV.shape[-1])
     if sampling.min_new_tokens:
         early_B1 = (number_B < sampling.min_new_tokens)[:, None]
-        scores_BV = jnp.where(early_B1 & is_end(tokens_V, ends), -jnp.inf, scores_BV)
-    if sampling.first_token is not None:
-        forced_V = jnp.where(tokens_V == sampling.first_token, 0.0, -jnp.inf)
+        scores_BV = jnp.where(early_B1 & is_end(tokens_V, eos_ids), -jnp.inf, scores_BV)
+    if sampling.forced_bos_token is not None:
+        forced_V = jnp.where(tokens_V == sampling.forced_bos_token, 0.0, -jnp.inf)
         scores_BV = jnp.where((number_B == 0)[:, None], forced_V, scores_BV)
     return scores_BV
 
 
-BROKEN = -1  # in place of a token: its logits were not finite
-
-
 def is_finite(logits_BV: jax.Array) -> jax.Array:
-    """Whether all logits of a row are finite, [B]."""
+    """Returns whether all logits of a row are finite, [B]."""
     return jnp.isfinite(jnp.abs(logits_BV).max(-1))
 
 
 def likeliest(logits_BV: jax.Array) -> jax.Array:
-    """What argmax gives along the last axis; on a CPU, which has no fast loop for pairs, in a third of its time."""
+    """Returns the argmax along the last axis: in a third of its time on a CPU, which has no fast loop for pairs."""
     tokens_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, logits_BV.ndim - 1)
     highest_B1 = logits_BV.max(-1, keepdims=True)
     return jnp.where(logits_BV == highest_B1, tokens_BV, logits_BV.shape[-1] - 1).min(-1)
 
 
 def choose(logits_BV: jax.Array, sampling: Sampling, rows_B: jax.Array, number_B: jax.Array) -> jax.Array:
-    """The next token of each row. What is drawn for a row depends on the seed, its row and token number alone."""
+    """Returns the next token of each row. What is drawn depends only on the seed, the row and the token's number."""
     if not sampling.temperature:
         return likeliest(logits_BV)
-    logits_BV = restrict(logits_BV / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    logits_BV = filter_logits(logits_BV / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
     def draw(row: jax.Array, number: jax.Array, logits_V: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), row), number)
@@ -107,12 +105,12 @@ def choose(logits_BV: jax.Array, sampling: Sampling, rows_B: jax.Array, number_B
     return jax.vmap(draw)(rows_B, jnp.broadcast_to(number_B, rows_B.shape), logits_BV)
 
 
-def restrict(logits_BV: jax.Array, top_k: int, top_p: float, min_p: float = 0.0) -> jax.Array:
-    """Logits at -inf for all but the `top_k` likeliest tokens, for those past `top_p` of the probability, and then
-    for those below `min_p` of the likeliest one's.
+def filter_logits(logits_BV: jax.Array, top_k: int, top_p: float, min_p: float = 0.0) -> jax.Array:
+    """Sets the logits to -inf of all but the `top_k` likeliest tokens, then of those past `top_p` of the probability,
+    and then of those with less than `min_p` times the likeliest one's.
 
-    As in Transformers: the token that crosses `top_p` stays, and one always does. Summed from the least likely
-    token, where float32 tells a small rest from a smaller one.
+    As in Transformers the token that crosses `top_p` stays, so one always does. Probabilities are summed from the
+    least likely token, where float32 can tell small sums apart.
     """
     if top_k:
         smallest_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
@@ -130,55 +128,55 @@ def restrict(logits_BV: jax.Array, top_k: int, top_p: float, min_p: float = 0.0)
     return logits_BV
 
 
-class State(NamedTuple):
-    """What is known of the texts under way, one a slot."""
+class SamplingState(NamedTuple):
+    """The texts under way, one for each slot."""
 
-    tokens_BT: jax.Array  # those made; beyond them an end mark
+    tokens_BT: jax.Array  # those generated; an end token beyond them
     log_probs_BT: jax.Array  # of each, by the model
     row_B: jax.Array  # the text's number, which its draws depend on
     seen_BV: jax.Array | None  # the tokens that a repetition penalty is for
 
 
 @dataclass(frozen=True)
-class OneByOne:
-    """A search that makes one text in each slot: greedy, or drawn. `beam.Beams` is the other one."""
+class SamplingSearch:
+    """Generates one text in each slot, greedily or by drawing; `BeamSearch` has the same methods."""
 
     sampling: Sampling
-    ends: tuple[int, ...]
-    length: int  # T, tokens of a text at most
-    log_probs: bool = False  # whether they are asked for
+    eos_ids: tuple[int, ...]
+    max_new_tokens: int  # T
+    log_probs: bool = False  # whether they are computed
 
-    beams = 1  # rows of the cache that a slot has
+    num_beams = 1  # rows of the cache for each slot
 
-    def begin(self, first_B: jax.Array, row_B: jax.Array, seen_BV: jax.Array | None) -> State:
-        """Texts that have no token yet; `first_B` are the tokens that their first steps take."""
-        shape = (first_B.shape[0], self.length)
-        return State(jnp.full(shape, self.ends[0], jnp.int32), jnp.zeros(shape, jnp.float32), row_B, seen_BV)
+    def begin(self, first_B: jax.Array, row_B: jax.Array, seen_BV: jax.Array | None) -> SamplingState:
+        """Returns texts without a token; `first_B` are the tokens that their first steps take."""
+        shape = (first_B.shape[0], self.max_new_tokens)
+        return SamplingState(jnp.full(shape, self.eos_ids[0], jnp.int32), jnp.zeros(shape, jnp.float32), row_B, seen_BV)
 
     def advance(
-        self, text: State, logits_BV: jax.Array, number_B: jax.Array, limit_B: jax.Array, done_B: jax.Array
-    ) -> tuple[State, jax.Array, None, jax.Array]:
-        """(the texts with a token more, that token, None: each stays in its row, whether it was the last).
+        self, state: SamplingState, logits_BV: jax.Array, number_B: jax.Array, limit_B: jax.Array, done_B: jax.Array
+    ) -> tuple[SamplingState, jax.Array, None, jax.Array]:
+        """Returns (the texts with one more token, that token, None: each stays in its row, whether it was the last).
 
-        `number_B` tokens are made already, and `limit_B` at most. A text that is done stays as it is.
+        The texts have `number_B` tokens, and may have `limit_B`. A text that is done stays as it is.
         """
-        allowed_BV = constrain(logits_BV, self.sampling, self.ends, number_B, text.seen_BV)
+        allowed_BV = process_logits(logits_BV, self.sampling, self.eos_ids, number_B, state.seen_BV)
         finite_B = is_finite(logits_BV)
-        next_B = choose(allowed_BV, self.sampling, text.row_B, number_B).astype(jnp.int32)
-        next_B = jnp.where(finite_B, next_B, BROKEN)
-        rows, at_B = jnp.arange(next_B.shape[0]), jnp.where(done_B, self.length, number_B)
-        log_probs_BT = text.log_probs_BT
+        next_B = choose(allowed_BV, self.sampling, state.row_B, number_B).astype(jnp.int32)
+        next_B = jnp.where(finite_B, next_B, INVALID)
+        rows, at_B = jnp.arange(next_B.shape[0]), jnp.where(done_B, self.max_new_tokens, number_B)
+        log_probs_BT = state.log_probs_BT
         if self.log_probs:
             log_prob_B = jax.nn.log_softmax(logits_BV)[rows, next_B]
             log_probs_BT = log_probs_BT.at[rows, at_B].set(log_prob_B, mode="drop")
-        longer = State(
-            text.tokens_BT.at[rows, at_B].set(next_B, mode="drop"),
+        longer = SamplingState(
+            state.tokens_BT.at[rows, at_B].set(next_B, mode="drop"),
             log_probs_BT,
-            text.row_B,
-            None if text.seen_BV is None else text.seen_BV.at[rows, next_B].set(True),
+            state.row_B,
+            None if state.seen_BV is None else state.seen_BV.at[rows, next_B].set(True),
         )
-        return longer, next_B, None, is_end(next_B, self.ends) | (number_B + 1 >= limit_B) | ~finite_B
+        return longer, next_B, None, is_end(next_B, self.eos_ids) | (number_B + 1 >= limit_B) | ~finite_B
 
-    def read(self, text: State) -> tuple[Any, Any]:
-        """Tokens and log-probabilities [B, texts, T]."""
-        return text.tokens_BT[:, None], text.log_probs_BT[:, None]
+    def read(self, state: SamplingState) -> tuple[Any, Any]:
+        """Returns tokens and log-probabilities [B, 1, T]."""
+        return state.tokens_BT[:, None], state.log_probs_BT[:, None]

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StopStrings:
-    """Ends a text where the first of some strings comes, and cuts it there: `stop` of a `Generator`.
+    """Ends a text at the first of some strings: the `stop` of a `Request`.
 
-    Tokens say little of where a string begins, so texts are decoded, every few steps; what a text has beyond the
-    string is cut from it.
+    Strings may begin in the middle of a token, so the scheduler has texts decoded every few steps; `cut` removes what
+    a text has from the string on.
     """
 
     strings: Sequence[str]
@@ -20,6 +20,6 @@ class StopStrings:
         return any(string in text for string in self.strings)
 
     def cut(self, text: str) -> str:
-        """The text before the first of the strings."""
+        """Returns the text before the first of the strings."""
         places = [at for string in self.strings if (at := text.find(string)) >= 0]
         return text[: min(places)] if places else text

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from jax_it import sharding
 from jax_it.data import chat
 from jax_it.errors import UserError
-from jax_it.generation import GREEDY, Generator, Sampling, StopStrings
-from jax_it.generation.likelihood import Likelihoods, Request
+from jax_it.generation import GREEDY, Engine, Sampling, StopStrings, generate
+from jax_it.generation.likelihood import LikelihoodRequest, Likelihoods
 from jax_it.workdir import load
 
 BATCH, LENGTH, NEW = 32, 2048, 256  # where nothing else is said; the last two are lm_eval's
@@ -65,7 +65,7 @@ class HarnessModel(TemplateLM):
         self.max_length = _positive("max_length", max_length) if max_length else self._greatest_length()
         self._chat = False
         self._likelihoods = Likelihoods(self._model, self._mesh, self.batch_size)
-        self._generators: dict[tuple[Sampling, int, tuple[str, ...], bool], Generator] = {}
+        self._engines: dict[tuple[Sampling, int, bool], Engine] = {}
 
     def _greatest_length(self) -> int:
         values = self._model.values
@@ -134,7 +134,7 @@ class HarnessModel(TemplateLM):
             room = self.max_length + 1 - len(continuation) if self.backend == "causal" else self.max_length
             groups.setdefault(tuple(context[-room:]), []).append(i)
         members = list(groups.values())
-        asked = [Request(context, [requests[i][2] for i in group]) for context, group in groups.items()]
+        asked = [LikelihoodRequest(context, [requests[i][2] for i in group]) for context, group in groups.items()]
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm or None) as bar:
             for index, likelihoods in self._likelihoods(self._params, asked):
@@ -178,20 +178,20 @@ class HarnessModel(TemplateLM):
                     )
                 room = self.max_length - new if self.backend == "causal" else self.max_length
                 prompts = [self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in group]
-                for made in self._generator(sampling, new, until)(self._params, prompts):
-                    i = group[made.prompt]
-                    texts[i] = cut(self._tokenizer.decode(made.tokens), until)
+                stop = StopStrings(until, self._tokenizer.decode) if until else None
+                for output in generate(self._engine(sampling, new), self._params, prompts, stop=stop):
+                    i = group[output.request_id]
+                    texts[i] = cut(self._tokenizer.decode(output.tokens), until)
                     self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
                     bar.update()
         return texts
 
-    def _generator(self, sampling: Sampling, new: int, until: tuple[str, ...]) -> Generator:
-        key = (sampling, new, until, self._chat)
-        if key not in self._generators:
-            ends = chat.ends(self._tokenizer) if self._chat else (self._tokenizer.end,)
-            stop = StopStrings(until, self._tokenizer.decode) if until else None
-            self._generators[key] = Generator(self._model, self._mesh, new, self.batch_size, sampling, ends, stop)
-        return self._generators[key]
+    def _engine(self, sampling: Sampling, new: int) -> Engine:
+        key = (sampling, new, self._chat)
+        if key not in self._engines:
+            eos_ids = chat.ends(self._tokenizer) if self._chat else (self._tokenizer.end,)
+            self._engines[key] = Engine(self._model, self._mesh, new, self.batch_size, sampling, eos_ids)
+        return self._engines[key]
 
 
 def read_settings(settings: Mapping[str, Any], seed: int = 0) -> tuple[Sampling, int, tuple[str, ...]]:

@@ -248,7 +248,7 @@ def weight_table(model: Model, within: Mapping[str, tuple[int, int]] | None = No
 
 def _layouts(weight: WeightSpec) -> tuple[str, str]:
     """The axes of a tensor that are our inputs, and our outputs, as a layout writes them."""
-    inputs, _ = split_axes(weight.axes)
+    inputs, _ = split_axes(weight.logical_axes)
     first, second = re.findall(r"(?:\d+\+)?(?:\([^)]*\)|[A-Z])(?:\+\d+)?", weight.layout)
     is_first = bool(re.search(rf"\b{inputs[0]}\b", first))
     return (first, second) if is_first else (second, first)

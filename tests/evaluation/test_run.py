@@ -14,7 +14,7 @@ from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
 from jax_it.errors import UserError
 from jax_it.evaluation import Evaluator, table
-from jax_it.generation import Generator, Sampling
+from jax_it.generation import Engine, Sampling, generate
 from jax_it.workdir import Workdir, make_format
 from tests.tiny_run import STEPS, copy
 
@@ -158,17 +158,17 @@ def test_texts_are_generated_as_the_settings_say(parts):
     scored = Evaluator(model, tokenizer, examples, dataclasses.replace(config, eval=short), layout, mesh)(params)
     assert {task: values["unfinished"] for task, values in scored.metrics.items()} == {"first": 4, "last": 3, "all": 7}
     assert "texts that reached max_new_tokens before they ended: first 4, last 3, all 7" in table(scored)
-    chosen = {"num_beams": 3, "length_penalty": 2.0, "min_new_tokens": 4, "first_token": "\u2581teal"}
+    chosen = {"num_beams": 3, "length_penalty": 2.0, "min_new_tokens": 4, "forced_bos_token": "\u2581teal"}
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, metrics=("rougeL",), **chosen))
     scored = Evaluator(model, tokenizer, examples, config, layout, mesh)(params)
     first = tokenizer.id_of("\u2581teal", "the test")
-    sampling = Sampling(num_beams=3, length_penalty=2.0, min_new_tokens=4, first_token=first)
+    sampling = Sampling(num_beams=3, length_penalty=2.0, min_new_tokens=4, forced_bos_token=first)
     length = config.eval.max_new_tokens or config.data.target_length
-    texts = Generator(model, mesh, length, 7, sampling)(
-        params, [example.prompt_tokens for example in examples.examples]
+    texts = generate(
+        Engine(model, mesh, length, 7, sampling), params, [example.prompt_tokens for example in examples.examples]
     )
     assert [row["prediction"] for row in scored.predictions] == [
-        tokenizer.decode(text.tokens) for text in sorted(texts, key=lambda text: text.prompt)
+        tokenizer.decode(text.tokens) for text in sorted(texts, key=lambda text: text.request_id)
     ]
     assert all(row["prediction"].startswith("teal") for row in scored.predictions)
 

@@ -66,7 +66,7 @@ OPTIONS = {  # of each command its options and what they take; those that must b
         "--min-new-tokens": NUMBERS, "--num-beams": NUMBERS, "--length-penalty": NUMBERS, "--temperature": NUMBERS,
         "--top-k": NUMBERS, "--top-p": NUMBERS, "--min-p": NUMBERS, "--repetition-penalty": NUMBERS,
         "--num-samples": NUMBERS,
-        "--seed": NUMBERS, "--first-token": TEXTS, "--stop": TEXTS, "--batch-size": NUMBERS, "--log-probs": FLAG,
+        "--seed": NUMBERS, "--forced-bos-token": TEXTS, "--stop": TEXTS, "--batch-size": NUMBERS, "--log-probs": FLAG,
         "--early-stopping": ("no", "yes", "never", ""),
     },
     "train": {"--config": CONFIGS, "--workdir": PATHS},

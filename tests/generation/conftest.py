@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_it import config, models, sharding
-from jax_it.generation import Text
+from jax_it.generation import RequestOutput
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -27,9 +27,9 @@ class Tiny(NamedTuple):
     mesh: jax.sharding.Mesh  # of one device
 
 
-def by_prompt(texts: Iterable[Text]) -> dict[int, list[int]]:
+def by_prompt(texts: Iterable[RequestOutput]) -> dict[int, list[int]]:
     """The tokens of each prompt's text."""
-    return {text.prompt: text.tokens for text in texts}
+    return {text.request_id: text.tokens for text in texts}
 
 
 @pytest.fixture(scope="session")

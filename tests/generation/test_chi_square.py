@@ -1,4 +1,4 @@
-"""Texts are drawn with the probabilities that the filters leave: chi-square tests of many draws by the `Generator`.
+"""Texts are drawn with the probabilities that the filters leave: chi-square tests of many draws by the `Engine`.
 
 What is exact comes from a full forward pass and from filters written anew, in float64: every text of two tokens
 (or of one, the end mark) has its probability. A test fails if the chance of such counts is below `ALARM`; the last
@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
-from jax_it.generation import Generator, Sampling
+from jax_it.generation import Engine, Sampling, generate
 
 ALARM = 1e-7  # for each of the fewer than ten tests: one false alarm in a million seeds
 PROMPTS, SAMPLES, SLOTS = 64, 128, 512
@@ -117,8 +117,8 @@ def drawn(request, subject) -> tuple[Sampling, list[tuple[int, ...]]]:
     """Many texts of one prompt, which stands several times in the list, in the order of their numbers."""
     sampling = SAMPLINGS[request.param]
     (end,) = subject.model.config.end_tokens
-    generator = Generator(subject.model, subject.mesh, 2, SLOTS, sampling._replace(num_samples=SAMPLES))
-    texts = sorted(generator(subject.params, [subject.sources[1]] * PROMPTS), key=lambda text: text[:2])
+    engine = Engine(subject.model, subject.mesh, 2, SLOTS, sampling._replace(num_samples=SAMPLES))
+    texts = sorted(generate(engine, subject.params, [subject.sources[1]] * PROMPTS), key=lambda text: text[:2])
     assert [text[:2] for text in texts] == [(i, sample) for i in range(PROMPTS) for sample in range(SAMPLES)]
     return sampling, [tuple([*text.tokens, end][:2]) for text in texts]
 

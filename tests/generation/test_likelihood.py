@@ -10,7 +10,7 @@ from jax_it import config, sharding
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
 from jax_it.errors import UserError
 from jax_it.generation import likelihood
-from jax_it.generation.likelihood import Likelihoods, Request
+from jax_it.generation.likelihood import LikelihoodRequest, Likelihoods
 
 WIDTH, LENGTH = 48, 8
 
@@ -20,19 +20,19 @@ def small(request, tiny, llama):
     return {"t5": tiny, "llama": llama}[request.param]
 
 
-@pytest.fixture(params=["stepped", "forced"])
+@pytest.fixture(params=["decode", "forward"])
 def how(request, monkeypatch) -> str:
     """The way that is taken wherever both are open."""
-    monkeypatch.setattr(likelihood, "STEP", 0 if request.param == "stepped" else 10**6)
+    monkeypatch.setattr(likelihood, "STEP_COST", 0 if request.param == "decode" else 10**6)
     return request.param
 
 
 @pytest.fixture(scope="module")
-def requests(small) -> list[Request]:
+def requests(small) -> list[LikelihoodRequest]:
     rng = np.random.default_rng(3)
     lengths = [(3, 1, 2), (1, 1, 1), (2, 3, 3), (2, 1, 3), (7,)]
     return [
-        Request(prompt, [rng.integers(1, 40, length).tolist() for length in each])
+        LikelihoodRequest(prompt, [rng.integers(1, 40, length).tolist() for length in each])
         for prompt, each in zip(small.sources, lengths, strict=False)
     ]
 
@@ -92,8 +92,8 @@ def test_each_sum_of_log_probabilities_is_that_of_the_full_forward_pass(small, r
     found = dict(likelihoods(small.params, requests))
     assert_same([found[i] for i in range(len(requests))], expected)
     shapes = set(likelihoods.shapes)
-    assert {shape[0] for shape in shapes} == {"stepped", how}  # single tokens always by one step
-    # In other company they are the same.
+    assert {shape[0] for shape in shapes} == {"decode", how}  # single tokens always by one step
+    # Beside other requests they are the same.
     other = dict(likelihoods(small.params, requests[::-1]))
     assert_same([other[i] for i in range(len(requests))], expected[::-1])
     assert likelihoods.shapes == shapes
@@ -110,23 +110,23 @@ def test_a_continuation_is_greedy_where_each_token_is_the_likeliest(small, how):
     likelihoods = Likelihoods(small.model, small.mesh, 1)
     tokens: list[int] = []
     for _ in range(2):  # the likeliest token after all so far, by trying all
-        every = Request(prompt, [[*tokens, token] for token in range(40)])
+        every = LikelihoodRequest(prompt, [[*tokens, token] for token in range(40)])
         ((_, found),) = likelihoods(small.params, [every])
         best = max(range(40), key=lambda token: found[token].log_prob)
         assert [each.greedy for each in found] == [token == best for token in range(40)]
         tokens.append(best)
 
 
-@pytest.mark.parametrize("how", ["stepped"], indirect=True)
+@pytest.mark.parametrize("how", ["decode"], indirect=True)
 def test_logits_that_are_not_finite_make_nothing_likely(tiny, how):
     params = tiny.params | {"head": tiny.params["head"].at[7, 3].set(np.nan)}
     with pytest.raises(UserError, match=r"^the model's logits for prompt 1 are not finite"):
-        list(Likelihoods(tiny.model, tiny.mesh, 1)(params, [Request(tiny.sources[1], [[3], [4]])]))
+        list(Likelihoods(tiny.model, tiny.mesh, 1)(params, [LikelihoodRequest(tiny.sources[1], [[3], [4]])]))
 
 
 def test_the_probabilities_of_all_next_tokens_add_up_to_one(small):
     ((_, found),) = Likelihoods(small.model, small.mesh, 1)(
-        small.params, [Request(small.sources[0], [[token] for token in range(40)])]
+        small.params, [LikelihoodRequest(small.sources[0], [[token] for token in range(40)])]
     )
     assert sum(np.exp(each.log_prob) for each in found) == pytest.approx(1, abs=1e-5)
 
@@ -135,9 +135,9 @@ def test_the_probabilities_of_all_next_tokens_add_up_to_one(small):
 def planned(tiny, monkeypatch):
     """A function that returns the shapes that would be compiled for some requests."""
 
-    def shapes(requests: list[Request]) -> set:
+    def shapes(requests: list[LikelihoodRequest]) -> set:
         likelihoods = Likelihoods(tiny.model, tiny.mesh, 64)
-        for name in ("_step", "_force"):
+        for name in ("_decode", "_forward"):
             monkeypatch.setattr(likelihoods, name, lambda *arrays: (np.zeros(arrays[-1].shape), arrays[-1] > 0))
         assert len(list(likelihoods(tiny.params, requests))) == len(requests)
         return likelihoods.shapes
@@ -145,30 +145,32 @@ def planned(tiny, monkeypatch):
     return shapes
 
 
-def test_whole_texts_stand_in_rows_and_short_answers_to_long_prompts_are_stepped(planned):
-    assert {how for how, *_ in planned([Request([1], [[1] * 20])])} == {"forced"}
-    assert {how for how, *_ in planned([Request([1] * 40, [[1] * 2] * 4)])} == {"stepped"}
+def test_whole_texts_stand_in_rows_and_short_answers_to_long_prompts_are_decoded(planned):
+    assert {how for how, *_ in planned([LikelihoodRequest([1], [[1] * 20])])} == {"forward"}
+    assert {how for how, *_ in planned([LikelihoodRequest([1] * 40, [[1] * 2] * 4)])} == {"decode"}
 
 
 def test_many_requests_of_all_lengths_make_few_shapes(planned):
     rng = np.random.default_rng(1)
     requests = [
-        Request([1] * rng.integers(1, 500), [[1] * n for n in rng.integers(1, 7, rng.integers(2, 6))])
+        LikelihoodRequest([1] * rng.integers(1, 500), [[1] * n for n in rng.integers(1, 7, rng.integers(2, 6))])
         for _ in range(500)
     ]
     assert len(planned(requests)) < 60
 
 
-@pytest.mark.parametrize("request_", [Request([], [[1]]), Request([1], []), Request([1], [[1], []])])
+@pytest.mark.parametrize(
+    "request_", [LikelihoodRequest([], [[1]]), LikelihoodRequest([1], []), LikelihoodRequest([1], [[1], []])]
+)
 def test_a_prompt_or_a_continuation_without_a_token_is_an_error(tiny, request_):
     with pytest.raises(ValueError, match=r"request 1: a prompt and its continuations need one token or more"):
-        list(Likelihoods(tiny.model, tiny.mesh, 1)(tiny.params, [Request([1], [[1]]), request_]))
+        list(Likelihoods(tiny.model, tiny.mesh, 1)(tiny.params, [LikelihoodRequest([1], [[1]]), request_]))
 
 
 def test_a_prefix_lm_s_prompt_is_read_both_ways_either_way(llama, how):
     model = dataclasses.replace(llama.model, options=llama.model.options._replace(prefix_lm=True))
     other = llama._replace(model=model)
-    requests = [Request(llama.sources[1], [[3, 4, 5], [6, 7]])]
+    requests = [LikelihoodRequest(llama.sources[1], [[3, 4, 5], [6, 7]])]
     found, _ = scored(other, requests)
     batch = CausalBatch(
         *(np.array([row]) for row in ([*llama.sources[1], 3, 4, 5], [0] * 15)),

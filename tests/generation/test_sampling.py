@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_it.generation.sampling import Sampling, choose, restrict
+from jax_it.generation.sampling import Sampling, choose, filter_logits
 
 ROWS, VOCABULARY = 50, 30
 
@@ -37,7 +37,7 @@ def left_by(logits_V: np.ndarray, top_k: int, top_p: float) -> set[int]:
 @pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.9, 0.99, 1.0])
 @pytest.mark.parametrize("top_k", [0, 1, 2, 7, VOCABULARY, 2 * VOCABULARY])
 def test_top_k_and_top_p_leave_exactly_the_right_tokens_as_they_were(logits, top_k, top_p):
-    restricted = np.asarray(restrict(jnp.asarray(logits), top_k, top_p))
+    restricted = np.asarray(filter_logits(jnp.asarray(logits), top_k, top_p))
     for before, after in zip(logits, restricted, strict=True):
         (left,) = np.isfinite(after).nonzero()
         assert set(left.tolist()) == left_by(before, top_k, top_p)
@@ -46,14 +46,14 @@ def test_top_k_and_top_p_leave_exactly_the_right_tokens_as_they_were(logits, top
 
 
 def test_tokens_as_likely_as_the_last_of_the_top_k_stay_too():
-    restricted = restrict(jnp.array([[1.0, 3.0, 2.0, 2.0, 0.0]]), 2, 1.0)
+    restricted = filter_logits(jnp.array([[1.0, 3.0, 2.0, 2.0, 0.0]]), 2, 1.0)
     assert np.isfinite(restricted).tolist() == [[False, True, True, True, False]]
 
 
 def test_top_p_is_a_share_of_what_top_k_leaves():
     logits = jnp.log(jnp.array([[0.4, 0.3, 0.2, 0.1]]))
-    assert np.isfinite(restrict(logits, 0, 0.55)).sum() == 2
-    assert np.isfinite(restrict(logits, 2, 0.55)).sum() == 1  # 0.4 / 0.7 = 0.57
+    assert np.isfinite(filter_logits(logits, 0, 0.55)).sum() == 2
+    assert np.isfinite(filter_logits(logits, 2, 0.55)).sum() == 1  # 0.4 / 0.7 = 0.57
 
 
 def test_without_a_temperature_the_likeliest_token_is_chosen(logits):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jax_it.generation import Generator, Sampling, StopStrings
+from jax_it.generation import Engine, Sampling, StopStrings, generate
 from tests.generation.conftest import by_prompt
 
 LENGTH = 40
@@ -20,13 +20,13 @@ def test_a_text_is_cut_before_the_first_of_the_strings_and_before_nothing_else()
 
 @pytest.fixture(scope="module")
 def whole(tiny):
-    return by_prompt(Generator(tiny.model, tiny.mesh, LENGTH, 4)(tiny.params, tiny.sources))
+    return by_prompt(generate(Engine(tiny.model, tiny.mesh, LENGTH, 4), tiny.params, tiny.sources))
 
 
 def test_texts_that_are_stopped_are_the_beginnings_of_the_whole_ones_and_their_slots_are_used_again(tiny, whole):
     longest = max(whole.values(), key=len)
     stop = StopStrings([decode(longest[3:5])], decode)
-    found = by_prompt(Generator(tiny.model, tiny.mesh, LENGTH, 4, stop=stop)(tiny.params, tiny.sources))
+    found = by_prompt(generate(Engine(tiny.model, tiny.mesh, LENGTH, 4), tiny.params, tiny.sources, stop=stop))
     assert found.keys() == whole.keys()
     for i, text in found.items():
         assert text == whole[i][: len(text)]
@@ -36,10 +36,10 @@ def test_texts_that_are_stopped_are_the_beginnings_of_the_whole_ones_and_their_s
 
 
 def test_stop_is_asked_of_no_beams(tiny):
-    generator = Generator(tiny.model, tiny.mesh, 4, 4, Sampling(num_beams=2), stop=lambda tokens: 1 / 0)
-    assert len(list(generator(tiny.params, tiny.sources[:3]))) == 3
+    engine = Engine(tiny.model, tiny.mesh, 4, 4, Sampling(num_beams=2))
+    assert len(list(generate(engine, tiny.params, tiny.sources[:3], stop=lambda tokens: 1 / 0))) == 3
 
 
 def test_a_limit_below_one_is_an_error(tiny):
     with pytest.raises(ValueError, match="at least one token"):
-        list(Generator(tiny.model, tiny.mesh, 4, 4)(tiny.params, tiny.sources[:2], [1, 0]))
+        list(generate(Engine(tiny.model, tiny.mesh, 4, 4), tiny.params, tiny.sources[:2], [1, 0]))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jax_it import config, models, pretrained, sharding
-from jax_it.generation import Generator, Sampling
-from jax_it.generation.sampling import restrict
+from jax_it.generation import Engine, Sampling, generate
+from jax_it.generation.sampling import filter_logits
 from tests.generation.conftest import by_prompt
 
 pytestmark = pytest.mark.parity
@@ -60,7 +60,7 @@ class Pair(NamedTuple):
 
     def ours(self, **settings: Any) -> list[list[int]]:
         found = by_prompt(
-            Generator(self.model, self.mesh, LENGTH, ROWS, Sampling(**settings))(self.params, self.sources)
+            generate(Engine(self.model, self.mesh, LENGTH, ROWS, Sampling(**settings)), self.params, self.sources)
         )
         return [found[i] for i in range(ROWS)]
 
@@ -137,5 +137,5 @@ def test_top_k_and_top_p_leave_the_same_tokens(top_k, top_p):
     theirs = torch.tensor(logits)
     for warper in warpers:
         theirs = warper(None, theirs)
-    ours = np.asarray(restrict(jax.numpy.asarray(logits) / 0.7, top_k, top_p))
+    ours = np.asarray(filter_logits(jax.numpy.asarray(logits) / 0.7, top_k, top_p))
     assert (np.isfinite(ours) == np.isfinite(theirs.numpy())).all()

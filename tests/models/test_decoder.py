@@ -12,7 +12,7 @@ from jax_it.data.batches import Placed
 from jax_it.data.formats import CausalFormat
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError
-from jax_it.generation import Generator, Sampling
+from jax_it.generation import Engine, Sampling, generate
 from jax_it.models import Model, Params, build
 from jax_it.models.config import LayerKind
 from jax_it.models.rope import Rope
@@ -84,7 +84,7 @@ def test_generated_tokens_are_the_likeliest_of_the_full_forward_pass(values, pre
     mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
     prompts = [example(seed, length, 0).target.tolist() for seed, length in enumerate((3, 7, 1, 12))]
     length = 6
-    made = by_prompt(Generator(model, mesh, length, 4)(params, prompts))
+    made = by_prompt(generate(Engine(model, mesh, length, 4), params, prompts))
     assert len({tuple(tokens) for tokens in made.values()}) > 1
     for i, prompt in enumerate(prompts):
         text = [*prompt, *made[i]]
@@ -151,16 +151,18 @@ def test_longrope_generates_by_the_length_that_the_text_has_then():
         text = Placed(np.zeros(0, np.int32), np.array(tokens, np.int32), 0, np.ones(len(tokens), bool))
         return int(compute(params, CausalFormat(0).batch([[text]], Shape(0, 0, 32)))[0, len(tokens) - 1].argmax())
 
-    short = by_prompt(Generator(model, mesh, 3, 6, ends=(0,))(params, prompts))
-    long = by_prompt(Generator(model, mesh, 8, 6, ends=(0,))(params, prompts))
-    beams = by_prompt(Generator(model, mesh, 8, 1, Sampling(num_beams=2), ends=(0,))(params, prompts[1:2]))
+    short = by_prompt(generate(Engine(model, mesh, 3, 6, eos_ids=(0,)), params, prompts))
+    long = by_prompt(generate(Engine(model, mesh, 8, 6, eos_ids=(0,)), params, prompts))
+    beams = by_prompt(generate(Engine(model, mesh, 8, 1, Sampling(num_beams=2), eos_ids=(0,)), params, prompts[1:2]))
     assert len(beams[0]) == 8
     for i, prompt in enumerate(prompts):
         assert long[i][:3] == short[i]
         for number, token in enumerate(long[i]):
             assert token == likeliest([*prompt, *long[i][:number]]), (len(prompt), number)
     unlike = dataclasses.replace(model, config=dataclasses.replace(model.config, recompute_longrope=False))
-    assert by_prompt(Generator(unlike, mesh, 8, 6, ends=(0,))(params, prompts)) != long, "the test says nothing"
+    assert by_prompt(generate(Engine(unlike, mesh, 8, 6, eos_ids=(0,)), params, prompts)) != long, (
+        "the test says nothing"
+    )
 
 
 def test_a_prefix_lm_with_longrope_is_refused():

@@ -108,7 +108,7 @@ def continued(
     ends: list[int],
     noise: float = 0.0,
     seed: int = 0,
-    first_token: int | None = None,
+    forced_bos_token: int | None = None,
     **settings: Any,
 ) -> np.ndarray:
     """The tokens [prompt, T] that `generate` produces, as above, but all prompts in a batch: padded on the left
@@ -125,10 +125,10 @@ def continued(
         at = slice(width - len(prompt), width) if causal else slice(len(prompt))
         tokens[row, at], mask[row, at] = prompt, 1
     processors = []
-    if first_token is not None and causal:
-        processors.append(_ForcedFirst(first_token, width))
-    elif first_token is not None:
-        settings["forced_bos_token_id"] = first_token
+    if forced_bos_token is not None and causal:
+        processors.append(_ForcedFirst(forced_bos_token, width))
+    elif forced_bos_token is not None:
+        settings["forced_bos_token_id"] = forced_bos_token
     random = torch.Generator().manual_seed(seed)
     plain = model.forward
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_it import config, sharding
-from jax_it.generation import Generator, Sampling
+from jax_it.generation import Engine, Sampling, generate
 from tests.generation.conftest import by_prompt
 from tests.parity import cases, pytorch, references, seq2seq_cases, texts
 from tests.parity.causal_cases import CausalInputs
@@ -52,11 +52,11 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward_pass_at_every_posi
         np.testing.assert_allclose(stepwise_TV, full_TV, rtol=0, atol=TOLERANCE)
 
 
-def generate(loaded, prompts, length, ends=(), **sampling):
-    """The tokens that jax_it's generator gives for each source or prompt, all in one batch."""
+def generated(loaded, prompts, length, eos_ids=(), **sampling):
+    """The tokens that jax_it's engine gives for each source or prompt, all in one batch."""
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    generator = Generator(loaded.model, mesh, length, len(prompts), Sampling(**sampling), ends)
-    found = by_prompt(generator(loaded.params, prompts))
+    engine = Engine(loaded.model, mesh, length, len(prompts), Sampling(**sampling), eos_ids)
+    found = by_prompt(generate(engine, loaded.params, prompts))
     return [found[i] for i in range(len(prompts))]
 
 
@@ -73,7 +73,7 @@ def test_greedy_texts_are_those_of_transformers(loaded):
         sources = [row[:n].tolist() for row, n in zip(given.source_BS, seq2seq_cases.SOURCE_LENGTHS, strict=True)]
         length = pytorch.NEW_TOKENS["seq2seq"]
     expected = until_end(references.read(loaded.case).texts["greedy"], loaded.case.end_tokens)
-    assert generate(loaded, sources, length) == expected
+    assert generated(loaded, sources, length) == expected
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_greedy_texts_are_those_of_transformers(loaded):
 )
 def test_texts_under_each_setting_are_those_of_transformers(loaded, name):
     ends = texts.ends(loaded.case)
-    found = generate(loaded, texts.prompts(loaded.case), texts.LENGTH, ends, **texts.SETTINGS[name])
+    found = generated(loaded, texts.prompts(loaded.case), texts.LENGTH, ends, **texts.SETTINGS[name])
     assert found == until_end(references.read(loaded.case).texts[name], ends)
 
 

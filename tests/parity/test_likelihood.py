@@ -6,7 +6,7 @@ import pytest
 
 from jax_it import config, sharding
 from jax_it.generation import likelihood
-from jax_it.generation.likelihood import Likelihoods, Request
+from jax_it.generation.likelihood import LikelihoodRequest, Likelihoods
 from tests.parity import cases, texts
 from tests.parity.test_stored import TOLERANCE
 
@@ -14,16 +14,16 @@ pytestmark = pytest.mark.parity
 
 
 @pytest.mark.parametrize("case", [pytest.param(cases.BY_NAME[name], id=name) for name in texts.CASES], indirect=True)
-@pytest.mark.parametrize("step", [0, 10**6], ids=["stepped", "forced"])
+@pytest.mark.parametrize("step", [0, 10**6], ids=["decode", "forward"])
 def test_log_likelihoods_are_those_of_transformers(loaded, torch_model, step, monkeypatch):
     import torch
 
-    monkeypatch.setattr(likelihood, "STEP", step)
+    monkeypatch.setattr(likelihood, "STEP_COST", step)
     random = loaded.case.random
     vocabulary = loaded.model.config.vocabulary
     lengths = [(1, 3, 2), (2, 2), (1, 1, 1, 1)]
     requests = [
-        Request(list(prompt), [random.randint(3, vocabulary, length).tolist() for length in each])
+        LikelihoodRequest(list(prompt), [random.randint(3, vocabulary, length).tolist() for length in each])
         for prompt, each in zip(texts.prompts(loaded.case), lengths, strict=False)
     ]
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])

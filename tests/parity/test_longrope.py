@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jax_it import config, sharding
-from jax_it.generation import Generator, Sampling
+from jax_it.generation import Engine, Sampling, generate
 from tests.generation.conftest import by_prompt
 from tests.parity import cases, pytorch
 
@@ -32,10 +32,8 @@ def test_texts_that_outgrow_the_original_length_are_those_of_generate(name, beam
     ends = case.end_tokens
     expected = [[token for token in text if token not in (*ends, pytorch.NONE)] for text in theirs.tolist()]
     model, params = cases.load(folder, dropout=0.0)
-    generator = Generator(
-        model, sharding.make_mesh(config.Mesh(), jax.devices()[:1]), 16, 3, Sampling(num_beams=beams), ends
-    )
-    found = by_prompt(generator(params, given.prompts))
+    engine = Engine(model, sharding.make_mesh(config.Mesh(), jax.devices()[:1]), 16, 3, Sampling(num_beams=beams), ends)
+    found = by_prompt(generate(engine, params, given.prompts))
     assert [found[i] for i in range(3)] == expected
     assert any(
         len(prompt) <= ORIGINAL < len(prompt) + len(text) for prompt, text in zip(given.prompts, expected, strict=True)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jax_it import config, sharding
-from jax_it.generation import Generator, Sampling
-from jax_it.generation.sampling import constrain, restrict
+from jax_it.generation import Engine, Sampling, generate
+from jax_it.generation.sampling import filter_logits, process_logits
 from tests.parity import cases, texts
 from tests.parity.test_stored import TOLERANCE
 
@@ -26,7 +26,7 @@ FILTERS = [
     Sampling(temperature=1.2, top_k=2000, top_p=0.5, min_p=1.0),
     Sampling(temperature=0.7, top_k=30, repetition_penalty=1.3, min_new_tokens=4),
     Sampling(temperature=1.1, top_p=0.8, repetition_penalty=0.7),
-    Sampling(temperature=1.0, first_token=7, min_new_tokens=2),
+    Sampling(temperature=1.0, forced_bos_token=7, min_new_tokens=2),
 ]
 ENDS = (1, 3)
 
@@ -48,8 +48,8 @@ def test_the_probabilities_that_tokens_are_drawn_with_are_those_of_transformers(
         processors.append(
             transformers.MinNewTokensLengthLogitsProcessor(1, sampling.min_new_tokens, torch.tensor(ENDS))
         )
-    if sampling.first_token is not None:
-        processors.append(transformers.ForcedBOSTokenLogitsProcessor(sampling.first_token))
+    if sampling.forced_bos_token is not None:
+        processors.append(transformers.ForcedBOSTokenLogitsProcessor(sampling.forced_bos_token))
     processors.append(transformers.TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_k:
         processors.append(transformers.TopKLogitsWarper(sampling.top_k))
@@ -62,8 +62,8 @@ def test_the_probabilities_that_tokens_are_drawn_with_are_those_of_transformers(
     seen_BV = np.zeros(logits_BV.shape, bool)
     np.put_along_axis(seen_BV, texts_BT, True, axis=1)
     seen = jnp.asarray(seen_BV) if sampling.repetition_penalty != 1 else None
-    allowed_BV = constrain(jnp.asarray(logits_BV), sampling, ENDS, jnp.full(ROWS, number), seen)
-    left_BV = restrict(allowed_BV / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    allowed_BV = process_logits(jnp.asarray(logits_BV), sampling, ENDS, jnp.full(ROWS, number), seen)
+    left_BV = filter_logits(allowed_BV / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     ours = np.asarray(jax.nn.softmax(left_BV, axis=-1))
     np.testing.assert_array_equal(ours > 0, theirs > 0)
     np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-7)
@@ -78,8 +78,8 @@ def test_log_probabilities_are_those_of_transformers(loaded, torch_model):
 
     prompts, ends = texts.prompts(loaded.case), texts.ends(loaded.case)
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    generator = Generator(loaded.model, mesh, texts.LENGTH, 4, ends=ends, log_probs=True)
-    found = {text.prompt: text for text in generator(loaded.params, prompts)}
+    engine = Engine(loaded.model, mesh, texts.LENGTH, 4, eos_ids=ends, log_probs=True)
+    found = {text.request_id: text for text in generate(engine, loaded.params, prompts)}
     for i, prompt in enumerate(prompts):
         made = torch_model.generate(
             input_ids=torch.tensor([prompt]),
@@ -105,8 +105,8 @@ def test_several_texts_of_a_beam_search_are_those_of_transformers(loaded, torch_
     prompts, ends = texts.prompts(loaded.case), texts.ends(loaded.case)
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
     sampling = Sampling(num_beams=4, num_samples=3)
-    generator = Generator(loaded.model, mesh, texts.LENGTH, len(prompts), sampling, ends)
-    found = {(text.prompt, text.sample): text.tokens for text in generator(loaded.params, prompts)}
+    engine = Engine(loaded.model, mesh, texts.LENGTH, len(prompts), sampling, ends)
+    found = {(text.request_id, text.sample): text.tokens for text in generate(engine, loaded.params, prompts)}
     for i, prompt in enumerate(prompts):
         made = torch_model.generate(
             input_ids=torch.tensor([prompt]),

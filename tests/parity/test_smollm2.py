@@ -14,7 +14,7 @@ import pytest
 
 from jax_it import config, models, pretrained, sharding
 from jax_it.data import tokenizer
-from jax_it.generation import Generator, Sampling
+from jax_it.generation import Engine, Sampling, generate
 from tests.parity import pytorch, texts
 
 FOLDER = os.environ.get("JAX_IT_SMOLLM2", "")
@@ -67,7 +67,7 @@ def test_texts_of_smollm2_135m_are_those_of_transformers(torch_model, loaded, gi
         noisy = pytorch.continued(torch_model, prompts, LENGTH, ends, noise=NOISE, seed=seed, **settings)
         np.testing.assert_array_equal(noisy, theirs, err_msg="a tie, or nearly: other prompts, please")
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    generator = Generator(model, mesh, LENGTH, len(prompts), Sampling(**settings), more_ends)
-    ours = {text.prompt: text.tokens for text in generator(params, prompts)}
+    engine = Engine(model, mesh, LENGTH, len(prompts), Sampling(**settings), more_ends)
+    ours = {text.request_id: text.tokens for text in generate(engine, params, prompts)}
     expected = [[token for token in text if token not in (*ends, pytorch.NONE)] for text in theirs.tolist()]
     assert [ours[i] for i in range(len(prompts))] == expected

@@ -33,8 +33,8 @@ RULES: dict[str, Settings] = {
     "repetition": {"repetition_penalty": 1.5},
     "reward": {"repetition_penalty": 0.8},
     "minimum": {"min_new_tokens": 6},
-    "forced": {"first_token": 20},
-    "all": {"repetition_penalty": 1.3, "min_new_tokens": 5, "first_token": 21},
+    "forced": {"forced_bos_token": 20},
+    "all": {"repetition_penalty": 1.3, "min_new_tokens": 5, "forced_bos_token": 21},
 }
 SETTINGS: dict[str, Settings] = {
     "plain": {},

@@ -10,7 +10,7 @@ import pytest
 from jax_it import config, sharding
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
 from jax_it.errors import UserError
-from jax_it.generation import Generator, Sampling, decode, widths
+from jax_it.generation import Engine, Sampling, generate, length_buckets, scheduler
 from tests.generation.conftest import by_prompt
 
 LENGTH = 10
@@ -27,19 +27,19 @@ def sampling(request) -> Sampling:
 
 
 @pytest.fixture(scope="module")
-def generators(tiny) -> dict[Sampling, Generator]:
+def engines(tiny) -> dict[Sampling, Engine]:
     """One of each kind, for batches of 8, so that few are compiled."""
-    return {sampling: Generator(tiny.model, tiny.mesh, LENGTH, 8, sampling) for sampling in SAMPLINGS.values()}
+    return {sampling: Engine(tiny.model, tiny.mesh, LENGTH, 8, sampling) for sampling in SAMPLINGS.values()}
 
 
 @pytest.fixture(scope="module")
-def texts(tiny, generators, sampling) -> list[list[int]]:
+def texts(tiny, engines, sampling) -> list[list[int]]:
     """Each source's tokens, decoded in batches of 8."""
-    found = by_prompt(generators[sampling](tiny.params, tiny.sources))
+    found = by_prompt(generate(engines[sampling], tiny.params, tiny.sources))
     return [found[i] for i in range(len(tiny.sources))]
 
 
-def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass_at_each_step(tiny, generators):
+def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass_at_each_step(tiny, engines):
     rows, width = len(tiny.sources), max(map(len, tiny.sources))
     source, segments = np.zeros((2, rows, width), np.int32)
     for row, tokens in enumerate(tiny.sources):
@@ -55,7 +55,7 @@ def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass_at_each_step(t
     tokens_BT = np.full((rows, LENGTH + 1), tiny.model.config.start_token)
     for position in range(LENGTH):
         tokens_BT[:, position + 1] = full_pass(tokens_BT[:, :LENGTH])[:, position]
-    found = by_prompt(generators[Sampling()](tiny.params, tiny.sources))
+    found = by_prompt(generate(engines[Sampling()], tiny.params, tiny.sources))
     (end,) = tiny.model.config.end_tokens
     for row, text in enumerate(tokens_BT[:, 1:].tolist()):
         assert found[row] == (text[: text.index(end)] if end in text else text)
@@ -68,78 +68,78 @@ def test_texts_differ_and_end_at_various_lengths(tiny, texts):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_logits_that_are_not_finite_are_refused_and_never_become_text(tiny, generators, sampling, value):
+def test_logits_that_are_not_finite_are_refused_and_never_become_text(tiny, engines, sampling, value):
     params = tiny.params | {"head": tiny.params["head"].at[7, 3].set(value)}
     with pytest.raises(UserError, match=r"the model's logits for prompt \d+ are not finite"):
-        list(generators[sampling](params, tiny.sources))
+        list(generate(engines[sampling], params, tiny.sources))
 
 
 @pytest.mark.parametrize("batch_size, width", [(1, 32), (3, 64)])
 def test_neither_the_batch_size_nor_padding_changes_a_row(tiny, sampling, texts, batch_size, width, monkeypatch):
-    monkeypatch.setattr(widths, "SMALLEST", width)
-    found = list(Generator(tiny.model, tiny.mesh, LENGTH, batch_size, sampling)(tiny.params, tiny.sources))
+    monkeypatch.setattr(length_buckets, "SMALLEST", width)
+    found = list(generate(Engine(tiny.model, tiny.mesh, LENGTH, batch_size, sampling), tiny.params, tiny.sources))
     assert len(found) == len(texts)
     assert by_prompt(found) == dict(enumerate(texts))
 
 
-def test_the_company_in_a_batch_never_changes_a_row(tiny, generators, sampling, texts):
+def test_the_other_requests_in_a_batch_never_change_a_row(tiny, engines, sampling, texts):
     """Every other source stays at its index, where draws are its own, and its neighbours are replaced."""
     rng = np.random.default_rng(2)
     others = [[*rng.integers(2, 40, rng.integers(0, 31)).tolist(), 1] for _ in tiny.sources]
     mixed = [other if i % 2 else source for i, (source, other) in enumerate(zip(tiny.sources, others, strict=True))]
-    found = by_prompt(generators[sampling](tiny.params, mixed))
+    found = by_prompt(generate(engines[sampling], tiny.params, mixed))
     assert [found[i] for i in range(0, len(texts), 2)] == texts[::2]
 
 
 @pytest.mark.parametrize("name", ["greedy", "beams"])
-def test_the_order_of_the_sources_never_changes_a_text(tiny, generators, name):
-    generator = generators[SAMPLINGS[name]]
+def test_the_order_of_the_sources_never_changes_a_text(tiny, engines, name):
+    engine = engines[SAMPLINGS[name]]
     order = np.random.default_rng(3).permutation(len(tiny.sources)).tolist()
-    found = by_prompt(generator(tiny.params, tiny.sources))
-    shuffled = by_prompt(generator(tiny.params, [tiny.sources[i] for i in order]))
+    found = by_prompt(generate(engine, tiny.params, tiny.sources))
+    shuffled = by_prompt(generate(engine, tiny.params, [tiny.sources[i] for i in order]))
     assert [shuffled[row] for row in range(len(order))] == [found[i] for i in order]
 
 
-def test_longer_sources_get_wider_batches_and_the_same_texts(tiny, generators, monkeypatch):
-    expected = by_prompt(generators[Sampling()](tiny.params, tiny.sources))
-    monkeypatch.setattr(widths, "SMALLEST", 4)
-    monkeypatch.setattr(widths, "COMPILE", 0)
-    monkeypatch.setattr(decode, "NARROWEST", 4)
-    generator = Generator(tiny.model, tiny.mesh, LENGTH, 3)
-    assert by_prompt(generator(tiny.params, tiny.sources)) == expected
-    filled = [width for what, _, width in generator.shapes if what == "fill"]
+def test_longer_sources_get_wider_batches_and_the_same_texts(tiny, engines, monkeypatch):
+    expected = by_prompt(generate(engines[Sampling()], tiny.params, tiny.sources))
+    monkeypatch.setattr(length_buckets, "SMALLEST", 4)
+    monkeypatch.setattr(length_buckets, "COMPILE_COST", 0)
+    monkeypatch.setattr(scheduler, "MIN_CAPACITY", 4)
+    engine = Engine(tiny.model, tiny.mesh, LENGTH, 3)
+    assert by_prompt(generate(engine, tiny.params, tiny.sources)) == expected
+    inserted = [width for program, _, width in engine.shapes if program == "insert"]
     # The sources' lengths, end marks with them: 1, 2, 4, 6, 8, 10, 13, 16, 21, 30, 31, 32.
-    assert sorted(filled) == [4, 8, 12, 16, 24, 32]
-    assert {width for what, _, width in generator.shapes if what == "advance"} == {16, 32}
+    assert sorted(inserted) == [4, 8, 12, 16, 24, 32]
+    assert {width for program, _, width in engine.shapes if program == "decode"} == {16, 32}
 
 
 def test_the_number_of_devices_never_changes_a_row(tiny, sampling, texts):
     mesh = sharding.make_mesh(config.Mesh())
-    found = by_prompt(Generator(tiny.model, mesh, LENGTH, 8, sampling)(tiny.params, tiny.sources))
+    found = by_prompt(generate(Engine(tiny.model, mesh, LENGTH, 8, sampling), tiny.params, tiny.sources))
     assert found == dict(enumerate(texts))
 
 
-def test_the_same_seed_draws_the_same_texts_and_another_seed_others(tiny, generators):
+def test_the_same_seed_draws_the_same_texts_and_another_seed_others(tiny, engines):
     sampling = SAMPLINGS["sampled"]
-    first = by_prompt(generators[sampling](tiny.params, tiny.sources))
-    assert by_prompt(generators[sampling](tiny.params, tiny.sources)) == first
-    other = Generator(tiny.model, tiny.mesh, LENGTH, 8, sampling._replace(seed=sampling.seed + 1))
-    second = by_prompt(other(tiny.params, tiny.sources))
+    first = by_prompt(generate(engines[sampling], tiny.params, tiny.sources))
+    assert by_prompt(generate(engines[sampling], tiny.params, tiny.sources)) == first
+    other = Engine(tiny.model, tiny.mesh, LENGTH, 8, sampling._replace(seed=sampling.seed + 1))
+    second = by_prompt(generate(other, tiny.params, tiny.sources))
     assert sum(first[i] != second[i] for i in first) >= len(first) - 1  # two may both end at once
 
 
-def test_equal_sources_draw_texts_of_their_own(tiny, generators):
-    found = by_prompt(generators[SAMPLINGS["sampled"]](tiny.params, [tiny.sources[0]] * 8))
+def test_equal_sources_draw_texts_of_their_own(tiny, engines):
+    found = by_prompt(generate(engines[SAMPLINGS["sampled"]], tiny.params, [tiny.sources[0]] * 8))
     assert len({tuple(text) for text in found.values()}) == 8
 
 
-def test_every_source_comes_back_once(tiny, generators):
-    found = [text.prompt for text in generators[Sampling()](tiny.params, tiny.sources)]
+def test_every_source_comes_back_once(tiny, engines):
+    found = [text.request_id for text in generate(engines[Sampling()], tiny.params, tiny.sources)]
     assert sorted(found) == list(range(len(tiny.sources)))
 
 
-def test_no_sources_give_no_texts(tiny, generators):
-    assert list(generators[Sampling()](tiny.params, [])) == []
+def test_no_sources_give_no_texts(tiny, engines):
+    assert list(generate(engines[Sampling()], tiny.params, [])) == []
 
 
 @pytest.mark.parametrize("name", ["greedy", "beams"])
@@ -154,7 +154,7 @@ def test_rows_that_fill_up_a_batch_keep_nobody_waiting(tiny, monkeypatch, name):
 
     monkeypatch.setattr(type(tiny.model), "decode_step", counted)
     short = tiny.sources[11]
-    ((_, _, text, _, _),) = Generator(tiny.model, tiny.mesh, LENGTH, 3, SAMPLINGS[name])(tiny.params, [short])
+    ((_, _, text, _, _),) = generate(Engine(tiny.model, tiny.mesh, LENGTH, 3, SAMPLINGS[name]), tiny.params, [short])
     jax.effects_barrier()
     if name == "greedy":
         assert len(steps) == len(text) + 1  # the end mark
@@ -188,7 +188,9 @@ def likeliest(tiny, length, ends):
 def test_greedy_tokens_of_a_causal_model_are_the_likeliest_of_the_full_forward_pass(llama, prefix_lm):
     model = dataclasses.replace(llama.model, options=llama.model.options._replace(prefix_lm=prefix_lm))
     expected = likeliest(llama._replace(model=model), LENGTH, model.config.end_tokens)
-    assert by_prompt(Generator(model, llama.mesh, LENGTH, 8)(llama.params, llama.sources)) == dict(enumerate(expected))
+    assert by_prompt(generate(Engine(model, llama.mesh, LENGTH, 8), llama.params, llama.sources)) == dict(
+        enumerate(expected)
+    )
     assert len({tuple(text) for text in expected}) >= 10
     assert len({len(text) for text in expected}) >= 3 and max(map(len, expected)) == LENGTH
     if prefix_lm:
@@ -197,11 +199,13 @@ def test_greedy_tokens_of_a_causal_model_are_the_likeliest_of_the_full_forward_p
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_neither_the_batch_nor_its_width_nor_the_devices_change_a_causal_models_texts(llama, name, monkeypatch):
-    expected = by_prompt(Generator(llama.model, llama.mesh, LENGTH, 8, SAMPLINGS[name])(llama.params, llama.sources))
+    expected = by_prompt(
+        generate(Engine(llama.model, llama.mesh, LENGTH, 8, SAMPLINGS[name]), llama.params, llama.sources)
+    )
     many = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))
     for mesh, batch_size, width in ((llama.mesh, 3, 64), (many, 8, 32)):
-        monkeypatch.setattr(widths, "SMALLEST", width)
-        found = Generator(llama.model, mesh, LENGTH, batch_size, SAMPLINGS[name])(llama.params, llama.sources)
+        monkeypatch.setattr(length_buckets, "SMALLEST", width)
+        found = generate(Engine(llama.model, mesh, LENGTH, batch_size, SAMPLINGS[name]), llama.params, llama.sources)
         assert by_prompt(found) == expected
 
 
@@ -209,10 +213,10 @@ def test_neither_the_batch_nor_its_width_nor_the_devices_change_a_causal_models_
 def test_a_text_ends_at_any_end_token_of_the_model_or_given_beside_them(request, name):
     tiny = request.getfixturevalue(name)
     endless = dataclasses.replace(tiny.model, config=dataclasses.replace(tiny.model.config, end_tokens=()))
-    never = by_prompt(Generator(endless, tiny.mesh, LENGTH, 8, ends=(39,))(tiny.params, tiny.sources))
+    never = by_prompt(generate(Engine(endless, tiny.mesh, LENGTH, 8, eos_ids=(39,)), tiny.params, tiny.sources))
     common = max(range(2, 39), key=lambda token: sum(token in text for text in never.values()))
     several = dataclasses.replace(endless, config=dataclasses.replace(endless.config, end_tokens=(1, 39)))
-    found = by_prompt(Generator(several, tiny.mesh, LENGTH, 8, ends=(common, 1))(tiny.params, tiny.sources))
+    found = by_prompt(generate(Engine(several, tiny.mesh, LENGTH, 8, eos_ids=(common, 1)), tiny.params, tiny.sources))
     for i, text in never.items():
         assert found[i] == text[: next((at for at, token in enumerate(text) if token in (1, common)), len(text))]
     assert sum(found[i] != never[i] and 1 not in never[i][: len(found[i]) + 1] for i in never) >= 2
@@ -221,73 +225,72 @@ def test_a_text_ends_at_any_end_token_of_the_model_or_given_beside_them(request,
 def test_a_model_whose_texts_would_never_end_is_an_error(llama):
     model = dataclasses.replace(llama.model, config=dataclasses.replace(llama.model.config, end_tokens=()))
     with pytest.raises(ValueError, match="no end token"):
-        Generator(model, llama.mesh, LENGTH, 8)
+        Engine(model, llama.mesh, LENGTH, 8)
 
 
 def test_each_shape_that_is_reported_was_compiled_once_and_no_other(tiny):
-    generator = Generator(tiny.model, tiny.mesh, LENGTH, 16)
-    generator(tiny.params, tiny.sources)
+    engine = Engine(tiny.model, tiny.mesh, LENGTH, 16)
+    generate(engine, tiny.params, tiny.sources)
     for _ in range(2):
-        assert len(list(generator(tiny.params, tiny.sources * 4))) == 4 * len(tiny.sources)
-    for what in ("fill", "advance", "empty"):
-        compiled = getattr(generator, f"_{what}")._cache_size()
-        assert compiled == sum(kind == what for kind, _, _ in generator.shapes), what
+        assert len(list(generate(engine, tiny.params, tiny.sources * 4))) == 4 * len(tiny.sources)
+    for name in ("init", "insert", "decode", "resize"):
+        compiled = engine._programs[name]._cache_size()
+        assert compiled == sum(program == name for program, _, _ in engine.shapes), name
     # 48 prompts of at most 32 tokens, 2 at a time; at the end a quarter of the slots is left.
-    assert {(kind, slots) for kind, slots, _ in generator.shapes} == {
-        ("empty", 16), ("fill", 16), ("advance", 16), ("keep", 4), ("advance", 4)
+    assert {(program, slots) for program, slots, _ in engine.shapes} == {
+        ("init", 16), ("insert", 16), ("decode", 16), ("resize", 4), ("decode", 4)
     }  # fmt: skip
 
 
-def test_short_texts_do_not_wait_for_long_ones(tiny):
+def test_short_texts_do_not_wait_for_long_ones(tiny, monkeypatch):
     """With limits of 1 and one of LENGTH, 4 slots take far fewer steps than batches of 4 would."""
     limits = [LENGTH if i % 4 == 0 else 1 for i in range(32)]
     prompts = [tiny.sources[1]] * 32
-    generator = Generator(tiny.model, tiny.mesh, LENGTH, 4, Sampling(min_new_tokens=LENGTH))
+    engine = Engine(tiny.model, tiny.mesh, LENGTH, 4, Sampling(min_new_tokens=LENGTH))
     taken: list[int] = []
-    plain = generator._run
+    plain = Engine.decode_step
 
-    def watched(what, number, width, function, *arguments):
-        found = plain(what, number, width, function, *arguments)
-        if what == "advance":
-            taken.append(int(np.asarray(found[1][1]).max()))
-        return found
+    def watched(self, *arguments):
+        result = plain(self, *arguments)
+        taken.append(int(result.number_B.max()))
+        return result
 
-    generator._run = watched
-    found = by_prompt(generator(tiny.params, prompts, limits))
+    monkeypatch.setattr(Engine, "decode_step", watched)
+    found = by_prompt(generate(engine, tiny.params, prompts, limits))
     assert [len(found[i]) for i in range(32)] == limits
     assert len(taken) > 8, "slots were refilled while others went on"
 
 
 def test_more_texts_than_beams_are_an_error(tiny):
     with pytest.raises(ValueError, match="3 texts of a prompt, from 2 beams"):
-        Generator(tiny.model, tiny.mesh, LENGTH, 8, Sampling(num_beams=2, num_samples=3))
+        Engine(tiny.model, tiny.mesh, LENGTH, 8, Sampling(num_beams=2, num_samples=3))
 
 
 def test_slots_are_all_filled_where_texts_begin_together(tiny, monkeypatch):
     """Texts of one length in 8 slots, 20 of them: three rounds, though prompts come in by 4 or by 3."""
-    monkeypatch.setattr(decode, "ARRIVING", 2)
-    monkeypatch.setattr(decode, "NARROWEST", 16)
-    monkeypatch.setattr(decode, "READ", 100)
-    monkeypatch.setattr(widths, "COMPILE", 0)
-    generator = Generator(tiny.model, tiny.mesh, LENGTH, 8, Sampling(min_new_tokens=LENGTH))
+    monkeypatch.setattr(scheduler, "PREFILL_SHARE", 2)
+    monkeypatch.setattr(scheduler, "MIN_CAPACITY", 16)
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 100)
+    monkeypatch.setattr(length_buckets, "COMPILE_COST", 0)
+    engine = Engine(tiny.model, tiny.mesh, LENGTH, 8, Sampling(min_new_tokens=LENGTH))
     ran: list[tuple[str, int]] = []
-    plain = generator._run
+    plain = Engine._run
 
-    def run(what, number, width, *rest):
-        ran.append((what, width))
-        return plain(what, number, width, *rest)
+    def run(self, program, slots, width, *arguments):
+        ran.append((program, arguments[-1].tokens_PS.shape[0] if program == "insert" else 0))
+        return plain(self, program, slots, width, *arguments)
 
-    generator._run = run
+    monkeypatch.setattr(Engine, "_run", run)
     prompts = [[2, 3] * (4 if i < 10 else 16) for i in range(20)]
-    assert {len(text.tokens) for text in generator(tiny.params, prompts)} == {LENGTH}
-    assert [what for what, _ in ran].count("advance") == 3
-    assert {generator._together(width) for what, width in ran if what == "fill"} == {4, 3}
+    assert {len(text.tokens) for text in generate(engine, tiny.params, prompts)} == {LENGTH}
+    assert [program for program, _ in ran].count("decode") == 3
+    assert {rows for program, rows in ran if program == "insert"} == {4, 3}
 
 
 def test_slots_are_as_wide_at_once_as_all_that_come_in_before_a_step_need(tiny, monkeypatch):
-    monkeypatch.setattr(widths, "SMALLEST", 4)
-    monkeypatch.setattr(widths, "COMPILE", 0)
-    monkeypatch.setattr(decode, "NARROWEST", 4)
-    generator = Generator(tiny.model, tiny.mesh, LENGTH, len(tiny.sources))
-    list(generator(tiny.params, tiny.sources))
-    assert {shape for shape in generator.shapes if shape[0] != "fill"} == {("empty", 12, 32), ("advance", 12, 32)}
+    monkeypatch.setattr(length_buckets, "SMALLEST", 4)
+    monkeypatch.setattr(length_buckets, "COMPILE_COST", 0)
+    monkeypatch.setattr(scheduler, "MIN_CAPACITY", 4)
+    engine = Engine(tiny.model, tiny.mesh, LENGTH, len(tiny.sources))
+    list(generate(engine, tiny.params, tiny.sources))
+    assert {shape for shape in engine.shapes if shape[0] != "insert"} == {("init", 12, 32), ("decode", 12, 32)}

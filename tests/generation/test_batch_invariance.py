@@ -1,4 +1,4 @@
-"""A text is its prompt's alone: neither company nor order, padding, slots that are used again, nor devices change it.
+"""A text depends on its prompt alone: other requests, order, padding, reused slots and devices do not change it.
 
 Models of every kind of memory: T5 (cross-attention, relative positions), a window in all layers, a window in every
 other layer, and learned positions. Each is compared with full forward passes over one prompt's own tokens.
@@ -13,7 +13,7 @@ import pytest
 
 from jax_it import config, models, sharding
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
-from jax_it.generation import GREEDY, Generator, Sampling, Text
+from jax_it.generation import GREEDY, Engine, RequestOutput, Sampling, generate
 from tests.parity import cases
 
 FAMILIES = ("t5_1_1", "mistral", "gemma2", "gpt2")
@@ -106,17 +106,17 @@ def expected(subject: Subject) -> list[list[int]]:
     return texts
 
 
-def decoded(made: Any) -> dict[tuple[int, int], Text]:
+def decoded(made: Any) -> dict[tuple[int, int], RequestOutput]:
     """The texts by prompt and sample, each of which came once."""
     texts = list(made)
-    found = {(text.prompt, text.sample): text for text in texts}
+    found = {(text.request_id, text.sample): text for text in texts}
     assert len(found) == len(texts)
     return found
 
 
 @pytest.fixture(scope="module")
-def greedy(subject: Subject) -> Generator:
-    return Generator(subject.model, mesh(1), LENGTH, SLOTS, GREEDY, ENDS, log_probs=True)
+def greedy(subject: Subject) -> Engine:
+    return Engine(subject.model, mesh(1), LENGTH, SLOTS, GREEDY, ENDS, log_probs=True)
 
 
 def test_the_texts_show_something(subject, expected):
@@ -124,13 +124,13 @@ def test_the_texts_show_something(subject, expected):
     assert len(set(map(len, expected))) >= 4, "slots must become free at different times"
 
 
-def test_greedy_texts_never_change_with_company_order_padding_limits_or_slots_used_again(subject, expected, greedy):
+def test_greedy_texts_never_change_with_other_requests_order_padding_limits_or_reused_slots(subject, expected, greedy):
     rng = np.random.default_rng(2)
     for trial in range(8):
         chosen = rng.integers(0, PROMPTS, rng.integers(1, 3 * SLOTS)).tolist()  # some of them twice
         limits = rng.integers(1, LENGTH + 1, len(chosen)).tolist() if trial % 2 else None
         prompts = [subject.prompts[i] for i in chosen]
-        found = decoded(greedy(subject.params, prompts, limits))
+        found = decoded(generate(greedy, subject.params, prompts, limits))
         assert found.keys() == {(i, 0) for i in range(len(chosen))}
         for at, i in enumerate(chosen):
             text = expected[i][: limits[at] if limits else LENGTH]
@@ -139,7 +139,7 @@ def test_greedy_texts_never_change_with_company_order_padding_limits_or_slots_us
 
 def test_the_log_probabilities_of_tokens_in_slots_are_those_of_the_full_forward_pass(subject, expected, greedy):
     log_probs_BTV = jax.nn.log_softmax(full_logits(subject, expected))
-    found = decoded(greedy(subject.params, subject.prompts))
+    found = decoded(generate(greedy, subject.params, subject.prompts))
     for i, text in enumerate(expected):
         exact = log_probs_BTV[i, np.arange(len(text)), text]
         np.testing.assert_allclose(found[i, 0].log_probs, exact, rtol=0, atol=TOLERANCE)
@@ -148,16 +148,16 @@ def test_the_log_probabilities_of_tokens_in_slots_are_those_of_the_full_forward_
 @pytest.mark.parametrize("subject", ["t5_1_1", "gemma2"], indirect=True)
 @pytest.mark.parametrize("batch_size, devices", [(3, 1), (SLOTS, 8)])
 def test_greedy_texts_are_the_same_in_other_numbers_of_slots_and_devices(subject, expected, batch_size, devices):
-    generator = Generator(subject.model, mesh(devices), LENGTH, batch_size, ends=ENDS)
-    found = decoded(generator(subject.params, subject.prompts))
+    engine = Engine(subject.model, mesh(devices), LENGTH, batch_size, eos_ids=ENDS)
+    found = decoded(generate(engine, subject.params, subject.prompts))
     assert [found[i, 0].tokens for i in range(PROMPTS)] == [subject.cut(text) for text in expected]
 
 
 @pytest.mark.parametrize("subject", ["t5_1_1", pytest.param("mistral", marks=pytest.mark.slow)], indirect=True)
 def test_drawn_texts_depend_on_seed_prompt_and_index_alone(subject):
     """Every other prompt keeps its index, and so its draws; those around it change, in number and length too."""
-    plain = Generator(subject.model, mesh(1), LENGTH, SLOTS, DRAWN, ENDS)
-    alone = decoded(plain(subject.params, subject.prompts))
+    plain = Engine(subject.model, mesh(1), LENGTH, SLOTS, DRAWN, ENDS)
+    alone = decoded(generate(plain, subject.params, subject.prompts))
     assert len({tuple(text.tokens) for text in alone.values()}) > PROMPTS
     rng = np.random.default_rng(4)
     others = [
@@ -165,13 +165,13 @@ def test_drawn_texts_depend_on_seed_prompt_and_index_alone(subject):
         for i, prompt in enumerate(subject.prompts)
     ]
     kept = {key for key in alone if key[0] % 2}
-    few = Generator(subject.model, mesh(1), LENGTH, 3, DRAWN, ENDS)
-    spread = Generator(subject.model, mesh(8), LENGTH, SLOTS, DRAWN, ENDS)
-    for generator, prompts in ((plain, others), (plain, others[: PROMPTS // 2]), (few, others), (spread, others)):
-        found = decoded(generator(subject.params, prompts))
+    few = Engine(subject.model, mesh(1), LENGTH, 3, DRAWN, ENDS)
+    spread = Engine(subject.model, mesh(8), LENGTH, SLOTS, DRAWN, ENDS)
+    for engine, prompts in ((plain, others), (plain, others[: PROMPTS // 2]), (few, others), (spread, others)):
+        found = decoded(generate(engine, subject.params, prompts))
         compared = kept & found.keys()
         assert len(compared) >= PROMPTS // 2
         assert {key: found[key].tokens for key in compared} == {key: alone[key].tokens for key in compared}
-    other_seed = Generator(subject.model, mesh(1), LENGTH, SLOTS, DRAWN._replace(seed=DRAWN.seed + 1), ENDS)
-    found = decoded(other_seed(subject.params, subject.prompts))
+    other_seed = Engine(subject.model, mesh(1), LENGTH, SLOTS, DRAWN._replace(seed=DRAWN.seed + 1), ENDS)
+    found = decoded(generate(other_seed, subject.params, subject.prompts))
     assert sum(found[key].tokens != alone[key].tokens for key in alone) > PROMPTS

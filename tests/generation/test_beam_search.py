@@ -1,4 +1,4 @@
-"""Beam search gives the texts of a plain one written with lists, whatever the rows' company."""
+"""Beam search gives the texts of a plain one written with lists, whatever the other rows are."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jax_it.data.batches import CausalBatch, Seq2SeqBatch
-from jax_it.generation import Generator, Sampling
-from jax_it.generation.beam import Beams
+from jax_it.generation import Engine, Sampling, generate
+from jax_it.generation.beam_search import BeamSearch
 from tests.generation.conftest import by_prompt
 
 START, END, VOCABULARY, ROWS, LENGTH = 0, 1, 12, 40, 8
@@ -43,13 +43,18 @@ def first_token(logits_VVV: Any) -> Any:
 
 
 def run(
-    logits_RVVV: jax.Array, cache: Cache, first_B: jax.Array, search: Beams, step: Callable = step, limit: int = LENGTH
+    logits_RVVV: jax.Array,
+    cache: Cache,
+    first_B: jax.Array,
+    search: BeamSearch,
+    step: Callable = step,
+    limit: int = LENGTH,
 ) -> jax.Array:
     """The best text [B, T] of each source: the search, on its own."""
     number_B = jnp.zeros(len(first_B), jnp.int32)
     limit_B = jnp.full(len(first_B), limit)
-    cache = take_rows(cache, jnp.repeat(jnp.arange(len(first_B)), search.beams))
-    start = search.begin(first_B, number_B, None), cache, jnp.repeat(first_B, search.beams), number_B, number_B > 0
+    cache = take_rows(cache, jnp.repeat(jnp.arange(len(first_B)), search.num_beams))
+    start = search.begin(first_B, number_B, None), cache, jnp.repeat(first_B, search.num_beams), number_B, number_B > 0
 
     def advance(carry: tuple) -> tuple:
         state, cache, last_B, number_B, done_B = carry
@@ -64,7 +69,7 @@ def search(
     logits_RVVV: np.ndarray, length: int = LENGTH, step: Callable = step, end_tokens: tuple = (END,), **settings
 ) -> list[list[int]]:
     """The text of each row, the end mark with it where there is one."""
-    beams = Beams(Sampling(**settings), end_tokens, length)
+    beams = BeamSearch(Sampling(**settings), end_tokens, length)
 
     def of_chains(logits_RVVV: jax.Array) -> jax.Array:
         cache = Cache(logits_RVVV, jax.vmap(first_token)(logits_RVVV))
@@ -157,7 +162,9 @@ def test_each_row_goes_on_from_a_first_token_of_its_own(chains):
 
     def of_chains(logits_RVVV: jax.Array) -> jax.Array:
         cache = Cache(logits_RVVV, jnp.zeros(ROWS, jnp.int32))
-        return run(logits_RVVV, cache, jnp.asarray(first_B, jnp.int32), Beams(Sampling(num_beams=3), (END,), LENGTH))
+        return run(
+            logits_RVVV, cache, jnp.asarray(first_B, jnp.int32), BeamSearch(Sampling(num_beams=3), (END,), LENGTH)
+        )
 
     def of_row(row: int, text: list[int]) -> np.ndarray:
         before, last = [0, int(first_B[row]), *text][-2:]
@@ -234,8 +241,8 @@ def test_the_search_ends_once_every_row_is_closed(chains):
 
 def test_the_beams_of_a_t5_are_those_of_a_plain_search_that_recomputes_each_text(tiny):
     length, num_beams = 6, 3
-    generator = Generator(tiny.model, tiny.mesh, length, 4, Sampling(num_beams=num_beams))
-    found = by_prompt(generator(tiny.params, tiny.sources))
+    engine = Engine(tiny.model, tiny.mesh, length, 4, Sampling(num_beams=num_beams))
+    found = by_prompt(generate(engine, tiny.params, tiny.sources))
 
     @jax.jit
     def full_pass(source_S: jax.Array, tokens_T: jax.Array) -> jax.Array:
@@ -258,7 +265,7 @@ def test_the_beams_of_a_t5_are_those_of_a_plain_search_that_recomputes_each_text
 def test_the_beams_of_a_causal_model_are_those_of_a_plain_search_that_recomputes_each_text(llama):
     length, num_beams = 6, 3
     found = by_prompt(
-        Generator(llama.model, llama.mesh, length, 4, Sampling(num_beams=num_beams))(llama.params, llama.sources)
+        generate(Engine(llama.model, llama.mesh, length, 4, Sampling(num_beams=num_beams)), llama.params, llama.sources)
     )
 
     @jax.jit

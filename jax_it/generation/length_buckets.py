@@ -1,23 +1,23 @@
-"""To which widths prompts are padded: few, since each is compiled, and none much wider than what it holds."""
+"""The widths that prompts are padded to: few, since each is compiled, and none much wider than what it holds."""
 
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
-# So many padded tokens cost about as much time as compiling one more width: measured with a T5-small on two CPU cores.
-# An accelerator computes more in that time; then widths are fewer than they should be, and never many.
-COMPILE = 1024
+# Compiling one more width takes about as long as computing so many tokens of padding: measured with a T5-small on two
+# CPU cores. An accelerator computes more in that time, so it gets more widths than are best, but never many.
+COMPILE_COST = 1024
 SMALLEST = 16
 
 
 def round_up(length: int) -> int:
-    """The smallest width that holds `length`: multiples of 16, from 128 on four to each doubling."""
+    """Returns the smallest width that holds `length`: multiples of 16, from 128 on four to each doubling."""
     step = max(SMALLEST, (1 << max(length - 1, 0).bit_length()) // 8)
     return max(SMALLEST, -(-length // step) * step)
 
 
 def pad(prompts: Sequence[Sequence[int]], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segments [rows, width]: segment 1, and 0 for padding and for rows that have no prompt."""
+    """Returns tokens and segments [rows, width]: segment 1, and 0 for padding and for rows without a prompt."""
     tokens, segments = np.zeros((2, rows, width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
@@ -26,9 +26,9 @@ def pad(prompts: Sequence[Sequence[int]], rows: int, width: int) -> tuple[np.nda
 
 
 def choose(lengths: Sequence[int], rows: int, compiled: Collection[int] = ()) -> list[int]:
-    """A width for each batch of `rows` prompts, of which `lengths` are the longest, in ascending order.
+    """Returns a width for each batch of `rows` prompts; `lengths`, ascending, are those of each batch's longest prompt.
 
-    The widths make the least of padding and compiling together; those that are `compiled` already cost no compiling.
+    The widths minimise the cost of padding and compiling together; widths in `compiled` cost no compiling.
     """
     if not lengths:
         return []
@@ -37,7 +37,7 @@ def choose(lengths: Sequence[int], rows: int, compiled: Collection[int] = ()) ->
     best: list[tuple[float, int]] = [(0.0, -1)]
     held = [0, *(sum(length <= place for length in lengths) for place in places)]  # batches up to each place
     for j, place in enumerate(places, 1):
-        new = 0 if place in compiled else COMPILE
+        new = 0 if place in compiled else COMPILE_COST
         cost = [best[i][0] + (held[j] - held[i]) * rows * place + new * (held[j] > held[i]) for i in range(j)]
         before = min(range(j), key=cost.__getitem__)
         best.append((cost[before], before))

@@ -1,0 +1,62 @@
+"""What callers, scheduler and engine hand to each other: plain data, without JAX.
+
+Dimension letters: B slots, P prompts that are prefilled together, R slots that these get, S prompt positions,
+N texts of a slot, T new tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+INVALID = -1  # stands in place of a token whose logits were not finite
+
+FinishReason = Literal["stop", "length", "error"]  # vLLM's
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to generate from.
+
+    `prompt` is token ids: an encoder-decoder's source with its end token, or a causal model's tokens so far. What is
+    drawn for a request depends on the seed and on `request_id`, not on other requests.
+    """
+
+    request_id: int  # from 0; unique among the requests of a scheduler
+    prompt: Sequence[int]
+    max_new_tokens: int | None = None  # at most the engine's, which None stands for
+    stop: Callable[[Sequence[int]], bool] | None = None  # ends a text as soon as it is true of its tokens
+
+
+class RequestOutput(NamedTuple):
+    """One text of a request."""
+
+    request_id: int
+    sample: int  # which of the request's texts; with beam search 0 is the best
+    tokens: list[int]  # all so far, without the end token
+    log_probs: list[float] | None  # of each token, and of the end token if one ended the text
+    finish_reason: FinishReason | None  # "stop": an end token or `stop`; "length": its limit; None: more tokens follow
+
+
+class PrefillBatch(NamedTuple):
+    """Prompts to prefill together and the slots that they get; a slot number of B or more is padding.
+
+    Arrays of NumPy on the host, and of JAX on the devices.
+    """
+
+    tokens_PS: Any
+    segments_PS: Any  # 1, and 0 for padding
+    slots_R: Any
+    prompts_R: Any  # which of the prompts the slot gets
+    rows_R: Any  # the text's number, which its draws depend on
+    limits_R: Any  # new tokens at most
+
+
+class DecodeResult(NamedTuple):
+    """The texts in all slots."""
+
+    done_B: np.ndarray
+    number_B: np.ndarray  # new tokens so far, the end token among them
+    tokens_BNT: np.ndarray
+    log_probs_BNT: np.ndarray
