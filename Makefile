@@ -49,8 +49,8 @@ lint: setup ## style, the layers of modules, and types
 libtpu: setup ## TPU's compiler (700 MB), into .venv: with it `make test` compiles for TPU slices too
 	$(VENV)/bin/python -m pip install -q -e '.[tpu]' -c $(call constraints,$(VENV))
 
-plans: libtpu ## write the table of plans in tpu/README.md anew; half an hour
-	$(VENV)/bin/python -m jax_it.plan.table tpu/README.md
+plans: libtpu ## write the tables of plans in tpu/README.md again; half an hour
+	$(VENV)/bin/python tpu/plans.py tpu/README.md
 
 clean: ## remove the environments and caches; runs/ stays
 	rm -rf $(VENV) $(VENV)-parity .pytest_cache .ruff_cache .mypy_cache .hypothesis .jax_cache build dist

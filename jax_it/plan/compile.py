@@ -27,16 +27,16 @@ from jax_it.training.step import Prepared, prepare
 
 
 class TooLarge(Exception):
-    """The compiler found that a chip's memory does not hold what the step needs beside its arguments; in bytes."""
+    """The compiler refused: a chip's memory does not hold what the step needs beside its arguments. In bytes."""
 
     def __init__(self, needed: int, limit: int):
-        super().__init__(f"{needed} bytes are needed, {limit} are there")
+        super().__init__(f"{needed} bytes are needed, {limit} are available")
         self.needed, self.limit = needed, limit
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step before it is compiled: the loop's own function, and the shapes that it is called with."""
+    """The training loop's own step and the shapes that it is called with, not compiled yet."""
 
     config: Config
     model: Model
@@ -48,21 +48,32 @@ class Step:
 
 
 def build_step(config: Config, topology: Topology, rows: int = 0) -> Step:
-    """The step that training would run on the topology; `rows` are those of a step, 0 for `batch_size` full ones."""
+    """Returns the step that training would run on the topology.
+
+    Its rows are as long as the config allows. Their number, by default `batch_size`, is padded as in training to what
+    divides over the mesh and the micro-batches.
+    """
     if config.model.dtype == "auto" and topology.is_tpu:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
     mesh = sharding.make_mesh(config.mesh, topology.devices)
-    # Of the devices nothing is there to compute on: what JAX computes while it traces goes to the CPU.
+    # The devices cannot compute: what JAX evaluates while it traces must go to the CPU.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         model = find_model(config)
         if config.model.attention == "auto" and topology.is_tpu:
             model = dataclasses.replace(model, options=model.options._replace(fused=True))
-        frozen = _frozen_shapes(model, config)
-        # Any length of the schedule gives the same program.
+        frozen: Any = {}
+        if model.adapter is not None:
+            dtypes = storage_dtypes(model, config.model)
+            frozen = jax.eval_shape(lambda key: cast_or_quantize(model.init(key), dtypes), jax.random.key(0))
+        # The length of the learning rate's schedule does not change the program.
         prepared = prepare(model, config, mesh, frozen, 1000, 10, 10)
-        form = _format(model)
-        shape = row_shape(config, form)
-        number = rows_of_a_step(config, mesh, rows)
+        data, form = config.data, _format(model)
+        shape = form.smallest(data)
+        if isinstance(form, Seq2SeqFormat) and data.packing and data.packed_source_length:
+            blocks = data.packed_source_length // data.source_length
+            shape = Shape(blocks, data.source_length, data.packed_target_length)
+        multiple = sharding.batch_parts(mesh) * config.train.micro_batches
+        number = math.ceil((rows or config.train.batch_size) / multiple) * multiple
         positions = number * max(shape.blocks * shape.source, shape.target)
         if positions >= 1 << 31:
             raise UserError(
@@ -75,7 +86,7 @@ def build_step(config: Config, topology: Topology, rows: int = 0) -> Step:
 
 
 def find_model(config: Config) -> Model:
-    """The model of a config's architecture, with fresh adapters if it asks for some."""
+    """Returns the model of a config's architecture, with new adapters if the config asks for them."""
     if config.model.lora.path:
         raise UserError("config.model.lora.path: a plan needs the adapters' settings; give lora.rank instead")
     values, where = _values(config)
@@ -83,32 +94,24 @@ def find_model(config: Config) -> Model:
 
 
 def _values(config: Config) -> tuple[dict[str, Any], str]:
-    """config.json of the model: of a folder, of a name that is known here, or of the hub, without its weights."""
-    path = config.model.path
+    """Returns a model's config.json and where it is from: a folder, the published ones or the hub. Needs no weights."""
+    path, architecture = config.model.path, config.model.architecture
     if not path or Path(path).is_dir():
         return read_config_json(config.model)
     if path in PUBLISHED:
-        return {**PUBLISHED[path], **config.model.architecture}, path
-    import huggingface_hub  # slow to import, and needed for names alone
+        return {**PUBLISHED[path], **architecture}, path
+    import huggingface_hub  # slow to import, and rarely needed
 
     try:
         file = huggingface_hub.hf_hub_download(path, "config.json")
-        return {**json.loads(Path(file).read_text()), **config.model.architecture}, f"{path}/config.json"
+        return {**json.loads(Path(file).read_text()), **architecture}, f"{path}/config.json"
     except Exception as error:
-        if config.model.architecture.get("model_type"):
-            return dict(config.model.architecture), "config.model.architecture"
+        if architecture.get("model_type"):
+            return dict(architecture), "config.model.architecture"
         raise UserError(
-            f"config.model.path: {path} is no folder, and its config.json could not be fetched "
+            f"config.model.path: {path} is not a folder, and its config.json could not be fetched "
             f"({first_line(error)}); give the values as config.model.architecture"
         ) from None
-
-
-def _frozen_shapes(model: Model, config: Config) -> Any:
-    """The weights that stay as they are, as shapes; none where all are trained."""
-    if model.adapter is None:
-        return {}
-    dtypes = storage_dtypes(model, config.model)
-    return jax.eval_shape(lambda key: cast_or_quantize(model.init(key), dtypes), jax.random.key(0))
 
 
 def _format(model: Model) -> Format:
@@ -117,45 +120,25 @@ def _format(model: Model) -> Format:
     return Seq2SeqFormat(*model.start_and_pad)
 
 
-def row_shape(config: Config, form: Format) -> Shape:
-    """The longest rows that the config can make without looking at data."""
-    data = config.data
-    if isinstance(form, Seq2SeqFormat) and data.packing and data.packed_source_length:
-        return Shape(data.packed_source_length // data.source_length, data.source_length, data.packed_target_length)
-    return form.smallest(data)
-
-
-def rows_of_a_step(config: Config, mesh: jax.sharding.Mesh, rows: int = 0) -> int:
-    """Rows, padded as the loop pads them to what divides over the mesh and the micro-batches."""
-    multiple = sharding.batch_parts(mesh) * config.train.micro_batches
-    return math.ceil((rows or config.train.batch_size) / multiple) * multiple
-
-
 def bytes_of(shapes: Any, shardings: Any) -> int:
-    """Bytes on one device of arrays with these shapes and placements, without padding."""
-    places = jax.tree.leaves(shardings, is_leaf=lambda x: isinstance(x, jax.sharding.Sharding))
-    pairs = zip(jax.tree.leaves(shapes), places, strict=True)
-    return sum(math.prod(place.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf, place in pairs)
+    """Returns the bytes on one device of arrays with these shapes and shardings, without padding."""
+    leaves = jax.tree.leaves(shardings, is_leaf=lambda x: isinstance(x, jax.sharding.Sharding))
+    pairs = zip(jax.tree.leaves(shapes), leaves, strict=True)
+    return sum(math.prod(each.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf, each in pairs)
 
 
 @dataclass(frozen=True)
 class Compiled:
-    text: str
+    text: str  # HLO
     seconds: float  # of tracing and compiling
-    work: float  # the same in seconds of one processor core, however many worked on it beside what else
-    arguments: int  # bytes on one device, as are all below
-    outputs: int
-    aliased: int  # of the outputs: they take the place of arguments
-    temporary: int
-    code: int
-
-    @property
-    def total(self) -> int:
-        return self.arguments + self.outputs - self.aliased + self.temporary + self.code
+    cpu_seconds: float  # the same, summed over processor cores
+    total_bytes: int  # on one device
+    temporary_bytes: int
+    code_bytes: int
 
 
 def compile_step(step: Step) -> Compiled:
-    """Raises TooLarge where the compiler says so."""
+    """Raises TooLarge if the compiler says that the step does not fit."""
     began, worked = time.perf_counter(), time.process_time()
     with jax.sharding.use_abstract_mesh(step.mesh.abstract_mesh):
         lowered = step.prepared.step.lower(step.prepared.shapes, step.batch)  # type: ignore[attr-defined]
@@ -165,18 +148,11 @@ def compile_step(step: Step) -> Compiled:
             if found := _too_large(str(error)):
                 raise found from None
             raise
-    seconds, work = time.perf_counter() - began, time.process_time() - worked
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
     sizes = compiled.memory_analysis()
-    return Compiled(
-        compiled.as_text(),
-        seconds,
-        work,
-        sizes.argument_size_in_bytes,
-        sizes.output_size_in_bytes,
-        sizes.alias_size_in_bytes,
-        sizes.temp_size_in_bytes,
-        sizes.generated_code_size_in_bytes,
-    )
+    state = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    temporary, code = sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes
+    return Compiled(compiled.as_text(), seconds, cpu_seconds, state + temporary + code, temporary, code)
 
 
 def _too_large(message: str) -> TooLarge | None:
@@ -184,6 +160,6 @@ def _too_large(message: str) -> TooLarge | None:
     match = re.search(rf"\({size}\) exceeds available HBM \({size}\)|Used {size} of {size} hbm", message)
     if "RESOURCE_EXHAUSTED" not in message or not match:
         return None
-    number, unit, most, its = (group for group in match.groups() if group)
+    number, unit, limit, limit_unit = (group for group in match.groups() if group)
     units = {letter: 1 << 10 * (i + 1) for i, letter in enumerate("KMGT")}
-    return TooLarge(int(float(number) * units[unit]), int(float(most) * units[its]))
+    return TooLarge(int(float(number) * units[unit]), int(float(limit) * units[limit_unit]))

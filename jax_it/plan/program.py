@@ -1,19 +1,304 @@
-"""What a compiled program computes, moves and sends.
+"""What a compiled program computes, moves and sends, read from its HLO text. Nothing else reads that text.
 
-XLA's own cost analysis counts the body of a loop once. Here each computation has the number of times that it
-runs, worked out from the loops' bounds.
+`compiled.cost_analysis()` counts the body of a loop once, and knows neither collectives nor what runs beside them.
+Here each computation counts as often as it runs. XLA's operation semantics: https://openxla.org/xla/operation_semantics
 """
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal, get_args
 
-from jax_it.plan.collectives import Collective, collectives_of
-from jax_it.plan.hlo import Computation, Op, parse, read_of
+import numpy as np
 
-_FREE = {  # they move nothing
+Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
+Groups = tuple[tuple[int, ...], ...]
+_COLLECTIVES: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
+_COLLECTIVES |= {"ragged-all-to-all": "all-to-all", "collective-broadcast": "all-gather"}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective operation of one device."""
+
+    kind: Kind
+    dtype: str
+    result_bytes: int  # on each device; for a reduce-scatter, its own part
+    groups: Groups  # of devices, by position in the mesh; pairs for a permutation; () between slices, through hosts
+    runs: int  # in a step
+    asynchronous: bool
+    overlapped: bool  # the device computes meanwhile
+    sliced: bool = False  # an all-reduce of which only a part is used: a reduce-scatter would do
+    channel: str = ""
+
+
+@dataclass
+class Region:
+    """The entry computation or a loop's body, with all that it calls except other loops. Sizes are per run."""
+
+    name: str
+    runs: int
+    flops: float = 0.0
+    memory_bytes: int = 0  # moved to and from main memory
+    collectives: list[Collective] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Program:
+    """One device's part of a compiled step."""
+
+    regions: list[Region] = field(default_factory=list)
+    unknown_trip_counts: list[str] = field(default_factory=list)  # JAX's names of loops, which count once
+    activation_bytes: int = 0  # that loops over layers keep for the backward pass
+    gradient_bytes: int = 0  # that loops over layers produce in the backward pass
+
+
+def read(text: str, devices: int) -> Program:
+    """Reads the text of a program that was compiled for so many devices."""
+    computations = parse(text).values()
+    loops = [op for computation in computations for op in computation.ops if op.kind == "while"]
+    return Program(
+        list(_regions(next(c for c in computations if c.entry), 1, devices, frozenset())),
+        [loop.source or loop.name for loop in loops if trip_count(loop) is None],
+        sum(_stacked_bytes(loop) for loop in loops if "jvp(" in loop.source and "transpose(" not in loop.source),
+        sum(_stacked_bytes(loop) for loop in loops if "transpose(" in loop.source),
+    )
+
+
+@dataclass(frozen=True)
+class Array:
+    """The part of an array that is on one device."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    on_chip: bool  # in a memory on the chip's die (VMEM), not in its main memory (HBM)
+
+    @property
+    def bytes(self) -> int:
+        bits = re.search(r"\d+", self.dtype)  # of "bf16", "f8e4m3fn", "s4"
+        return -(-math.prod(self.dims) * (8 if self.dtype == "pred" else int(bits[0]) if bits else 0) // 8)
+
+
+def arrays_of(shape: str) -> list[Array]:
+    """Reads a type such as "f32[2,3]{1,0}" or a tuple of these."""
+    found = re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?", re.sub(r"/\*.*?\*/", "", shape))
+    return [Array(dtype, tuple(_ints(dims)), bool(re.search(r"S\([1-9]", layout))) for dtype, dims, layout in found]
+
+
+def hbm_bytes(arrays: list[Array]) -> int:
+    return sum(array.bytes for array in arrays if not array.on_chip)
+
+
+def _ints(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+@dataclass(eq=False)
+class Op:
+    """An instruction, linked to those that it uses and to those that use it."""
+
+    name: str
+    shape: str
+    kind: str  # XLA's opcode
+    inside: str  # the text between its parentheses
+    attributes: str  # the text after them
+    root: bool
+    operands: list["Op"] = field(default_factory=list)
+    users: list["Op"] = field(default_factory=list)
+    called: list["Computation"] = field(default_factory=list)  # for a while loop: condition, body
+
+    @cached_property
+    def arrays(self) -> list[Array]:
+        return arrays_of(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.bytes for array in self.arrays)
+
+    def find(self, pattern: str) -> str:
+        """Returns what the group of a pattern matches in the attributes, or ""."""
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else ""
+
+    @property
+    def source(self) -> str:
+        """JAX's name of the operation that this comes from."""
+        return self.find(r'op_name="((?:[^"\\]|\\.)*)"')
+
+    @property
+    def is_collective(self) -> bool:
+        """Tells whether this performs or starts a collective."""
+        return self.kind.removesuffix("-start") in _COLLECTIVES
+
+
+@dataclass(eq=False)
+class Computation:
+    name: str
+    entry: bool
+    ops: list[Op] = field(default_factory=list)
+
+    @property
+    def root(self) -> Op:
+        return next((op for op in self.ops if op.root), self.ops[-1])
+
+
+_OP = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)((?:, .*)?)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|condition|body|branch_computations|true_computation|false_computation)=(\{[^}]*\}|[\w%.\-]+)"
+)
+
+
+def parse(text: str) -> dict[str, Computation]:
+    """Returns the computations of a program, by name."""
+    found: dict[str, Computation] = {}
+    current: Computation | None = None
+    for line in text.splitlines():
+        if current is None:
+            if line.endswith("{") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) .*->", line)):
+                current = found[header[2]] = Computation(header[2], bool(header[1]))
+        elif re.match(r"\}(, execution_thread=.*)?$", line):
+            current = None
+        elif match := _OP.fullmatch(line):
+            root, name, shape, kind, inside, attributes = match.groups()
+            current.ops.append(Op(name, shape, kind, inside, attributes, bool(root)))
+        elif current.ops:  # an attribute of several lines
+            current.ops[-1].attributes += line
+    for computation in found.values():
+        by_name = {op.name: op for op in computation.ops}
+        for op in computation.ops:
+            names = re.findall(r"%([\w.\-]+)", op.inside) if op.kind != "constant" else []
+            op.operands = [by_name[name] for name in names if name in by_name]
+            for operand in dict.fromkeys(op.operands):
+                operand.users.append(op)
+            called = [name for value in _CALLED.findall(op.attributes) for name in re.findall(r"[\w.\-]+", value)]
+            op.called = [found[name] for name in called if name in found]
+    return found
+
+
+def trip_count(loop: Op) -> int | None:
+    """Returns how often a loop's body runs; None if the text does not tell."""
+    if known := loop.find(r'"known_trip_count":\{"n":"(\d+)"\}'):
+        return int(known)
+    condition, body = (computation.root for computation in loop.called)
+    unknown: dict[int, int] = {}  # the program's own arguments: raises KeyError
+
+    def at_start(i: int) -> int:
+        return _evaluate(loop.operands[0].operands[i], unknown.__getitem__)
+
+    def after_one_turn(i: int) -> int:
+        return _evaluate(body.operands[i], at_start)
+
+    try:
+        first, second = _evaluate(condition, at_start), _evaluate(condition, after_one_turn)
+        return max(-(first // (second - first)), 0)
+    except (ValueError, KeyError, IndexError, ZeroDivisionError):
+        return None
+
+
+def _evaluate(op: Op, argument: Callable[[int], int]) -> int:
+    """Returns the value of an integer, given the arguments of its computation.
+
+    The value of a comparison is how far its sides are from where it becomes false.
+    Raises ValueError, KeyError or IndexError for what is not computed from constants and arguments.
+    """
+    operands = op.operands
+    match op.kind:
+        case "constant":
+            return int(op.inside)
+        case "parameter":
+            return argument(int(op.inside))
+        case "get-tuple-element" if operands[0].kind == "parameter":  # of the loop's state
+            return argument(int(op.find(r"index=(\d+)")))
+        case "copy" | "bitcast" | "convert" | "copy-start" | "copy-done":
+            return _evaluate(operands[0], argument)
+        case "add":
+            return _evaluate(operands[0], argument) + _evaluate(operands[1], argument)
+        case "compare":
+            beyond = {"LT": 0, "LE": 1, "GT": 0, "GE": -1, "NE": 0}[op.find(r"direction=(\w+)")]
+            return _evaluate(operands[0], argument) - _evaluate(operands[1], argument) - beyond
+        case "fusion":
+            return _evaluate(op.called[0].root, lambda i: _evaluate(operands[i], argument))
+    raise ValueError(f"{op.name} is {op.kind}")
+
+
+def _stacked_bytes(loop: Op) -> int:
+    """Returns the bytes of the arrays that a loop fills by one slice each turn."""
+    result, trips = loop.called[1].root, trip_count(loop)
+    if result.kind != "tuple":
+        return 0
+    changed = (
+        array
+        for i, (array, made) in enumerate(zip(loop.arrays, result.operands, strict=False))
+        if not (made.kind == "get-tuple-element" and made.find(r"index=(\d+)") == str(i))
+    )
+    return hbm_bytes([array for array in changed if len(array.dims) > 1 and array.dims[0] == trips])
+
+
+def _regions(body: Computation, runs: int, devices: int, started: frozenset[str]) -> Iterator[Region]:
+    """Yields a computation's region and those of its loops.
+
+    `started` are the channels of collectives that started outside of this loop and continue beside its work.
+    """
+    region, computations = Region(body.name, runs), [body]
+    for computation in computations:
+        found = _collectives(computation, runs, devices)
+        region.collectives += [each for each in found if each.channel not in started]
+        for op in computation.ops:
+            region.flops += _flops(op)
+            region.memory_bytes += _memory_bytes(op)
+            if op.kind in ("call", "conditional"):
+                computations += op.called
+    yield region
+    started |= {each.channel for each in region.collectives if each.asynchronous and each.channel}
+    for loop in (op for computation in computations for op in computation.ops if op.kind == "while"):
+        yield from _regions(loop.called[1], runs * (trip_count(loop) or 1), devices, started)
+
+
+def _flops(op: Op) -> float:
+    """Returns the FLOPs of matrix products and convolutions; all else is small beside them, or bound by memory."""
+    if op.kind == "dot":
+        left = op.operands[0].arrays[0].dims
+        contracted = [left[d] for d in _ints(op.find(r"lhs_contracting_dims=\{([\d,]*)\}"))]
+        return 2.0 * math.prod(op.arrays[0].dims) * math.prod(contracted)
+    if op.kind == "convolution":
+        return _convolution_flops(op)
+    kernel = op.find(r"splash_mha_(fwd|dq|dkv)")  # JAX's splash attention
+    if op.kind == "custom-call" and kernel and "tpu_custom_call" in op.attributes:
+        # A causal kernel multiplies each query by the keys before it, half of all keys on average: 2 * N T T H / 2.
+        arrays = [array for operand in op.operands for array in operand.arrays]
+        queries = (array for array in arrays if array.dtype in ("bf16", "f32") and len(array.dims) >= 3)
+        dims = max((array.dims for array in queries), key=math.prod)
+        return {"fwd": 2, "dq": 3, "dkv": 4}[kernel] * float(math.prod(dims) * dims[-2])
+    if op.kind in ("fusion", "async-start", "custom-call"):
+        return sum(sum(map(_flops, computation.ops)) for computation in op.called)
+    return 0.0
+
+
+def _convolution_flops(op: Op) -> float:
+    """Returns 2 * multiplications, without those by padding or by the holes of a dilation, as XLA counts."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
+    if not labels:
+        return 0.0
+    left, right, out = labels.groups()
+    inputs, kernel = (operand.arrays[0].dims for operand in op.operands[:2])
+    result = op.arrays[0].dims
+    window = dict(re.findall(r"(\w+)=([\w\-x]+)", op.find(r"window=\{([^}]*)\}")))
+    products = 1
+    for i, dim in enumerate(sorted(filter(str.isdigit, out))):
+        size, stride, left_step, right_step = (
+            _ints(window[name])[i] if name in window else 1 for name in ("size", "stride", "lhs_dilate", "rhs_dilate")
+        )
+        pad = int(window["pad"].split("x")[i].split("_")[0]) if "pad" in window else 0
+        outputs = np.arange(result[out.index(dim)]) * stride
+        at = np.add.outer(outputs, np.arange(size) * right_step) - pad
+        last = (inputs[left.index(dim)] - 1) * left_step
+        products *= int(((at >= 0) & (at <= last) & (at % left_step == 0)).sum())
+    return 2.0 * products * result[out.index("b")] * result[out.index("f")] * kernel[right.index("i")]
+
+
+_MOVES_NOTHING = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "iota", "copy-done", "slice-done", "async-done", "async-update", "opt-barrier",
     "add-dependency", "domain", "all-gather-done", "all-reduce-done", "collective-permute-done", "send-done", "recv",
@@ -21,300 +306,161 @@ _FREE = {  # they move nothing
 }  # fmt: skip
 
 
-@dataclass
-class Region:
-    """The entry computation or a loop's body, with all that it calls but other loops; sizes are of one run."""
-
-    name: str
-    runs: int
-    flops: float = 0.0
-    memory_bytes: int = 0  # moved to and from main memory
-    heaviest: str = ""  # JAX's name of the operation that moves most
-    heaviest_bytes: int = 0
-    collectives: list[Collective] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Program:
-    computations: dict[str, Computation]
-    devices: int
-
-    @classmethod
-    def of(cls, text: str, devices: int) -> "Program":
-        return cls(parse(text), devices)
-
-    @cached_property
-    def entry(self) -> Computation:
-        return next(c for c in self.computations.values() if c.entry)
-
-    @cached_property
-    def regions(self) -> list[Region]:
-        """The entry and the loops; a loop whose number of turns is not in the text counts once."""
-        return list(self._regions(self.entry, 1, frozenset()))
-
-    @cached_property
-    def endless(self) -> list[str]:
-        """JAX's names of the loops whose number of turns is not in the text."""
-        loops = [(op, body) for body in self.computations.values() for op in body.ops if op.kind == "while"]
-        return [op.source or op.name for op, body in loops if self.turns(op, body) is None]
-
-    def _regions(self, body: Computation, runs: int, begun: frozenset[str]) -> Iterator[Region]:
-        """`begun` are the channels of collectives that began outside of this loop and go on beside its work."""
-        region = Region(body.name, runs)
-        inner: list[tuple[Computation, int]] = []
-        self._visit(body, region, inner)
-        region.collectives = [c for c in region.collectives if not c.channel or c.channel not in begun]
-        yield region
-        begun |= {c.channel for c in region.collectives if c.asynchronous}
-        for loop, turns in inner:
-            yield from self._regions(loop, runs * turns, begun)
-
-    def _visit(self, body: Computation, region: Region, loops: list[tuple[Computation, int]]) -> None:
-        """Adds a computation's instructions to the region; those of `call` and `conditional` with theirs."""
-        region.collectives += collectives_of(self.computations, body, region.runs, self.devices)
-        for op in body.ops:
-            if op.kind == "while":
-                loops.append((self.computations[op.attribute("body")], self.turns(op, body) or 1))
-            elif op.kind in ("call", "conditional"):
-                for name in op.called:
-                    self._visit(self.computations[name], region, loops)
-            else:
-                region.flops += self._flops(op, body)
-                moved = self._memory(op, body)
-                region.memory_bytes += moved
-                if moved > region.heaviest_bytes and op.source:
-                    region.heaviest, region.heaviest_bytes = op.source, moved
-
-    @cached_property
-    def kept(self) -> tuple[int, int]:
-        """Bytes that loops over layers pile up, a part each turn: (in the forward passes, in the backward ones).
-
-        The first are activations that wait for the backward pass, the second gradients of the layers' weights.
-        """
-        forward = backward = 0
-        for body in self.computations.values():
-            for op in body.ops:
-                if op.kind == "while":
-                    piled = self._piled(op, self.turns(op, body) or 0)
-                    if "transpose(" in op.source:
-                        backward += piled
-                    elif "jvp(" in op.source:
-                        forward += piled
-        return forward, backward
-
-    def _piled(self, op: Op, turns: int) -> int:
-        loop = self.computations[op.attribute("body")]
-        if loop.root.kind != "tuple":
-            return 0
-        total = 0
-        for i, (array, name) in enumerate(zip(op.arrays, loop.root.operands, strict=False)):
-            made = loop.by_name[name]
-            same = made.kind == "get-tuple-element" and _index(made) == i
-            if not same and not array.near and len(array.dims) > 1 and array.dims[0] == turns:
-                total += array.bytes
-        return total
-
-    def turns(self, op: Op, body: Computation) -> int | None:
-        """How often a loop's body runs; None where the text does not tell."""
-        try:
-            return self._turns(op, body)
-        except (ValueError, KeyError, IndexError):
-            return None
-
-    def _turns(self, op: Op, body: Computation) -> int:
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.rest)
-        if known:
-            return int(known[1])
-        condition, loop = self.computations[op.attribute("condition")], self.computations[op.attribute("body")]
-        compare, bindings = _unwrap(condition.root, self.computations)
-        if compare.kind != "compare":
-            raise ValueError(f"loop {op.name} ends by {compare.kind}, not by a count")
-        direction = re.search(r"direction=(\w+)", compare.rest)
-        sides = [_follow(name, bindings, condition) for name in compare.operands]
-        if isinstance(sides[0], int):
-            sides.reverse()
-        counter, limit = sides
-        initial = body.by_name[op.operands[0]]
-        if isinstance(counter, int):
-            raise ValueError(f"loop {op.name} compares two constants")
-        at = _index(condition.by_name[counter])
-        start = _constant(initial.operands[at], body)
-        step = _step(loop, at, self.computations)
-        if isinstance(limit, int):
-            end: int | None = limit
-        else:
-            end = _constant(initial.operands[_index(condition.by_name[limit])], body)
-        if start is None or end is None or step is None or direction is None:
-            raise ValueError(f"loop {op.name} has no bound that the text tells")
-        more = {"LT": 0, "LE": 1, "GT": 0, "GE": -1, "NE": 0}[direction[1]]
-        return max(-(-(end + more - start) // step), 0)
-
-    def _flops(self, op: Op, body: Computation) -> float:
-        """Of matrix products and convolutions; all else is small beside them, or bound by memory."""
-        if op.kind == "dot":
-            left = body.by_name[op.operands[0]].arrays[0]
-            over = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", op.rest)
-            dims = [left.dims[int(d)] for d in over[1].split(",") if d] if over else []
-            return 2.0 * op.arrays[0].elements * math.prod(dims)
-        if op.kind == "convolution":
-            return _convolution_flops(op, body)
-        if op.kind == "custom-call" and (products := _attention_products(op)):
-            return products * _attention_flops(op, body)
-        if op.kind in ("fusion", "async-start", "custom-call"):
-            total = 0.0
-            for name in op.called:
-                inner = self.computations.get(name)
-                if inner:
-                    total += sum(self._flops(each, inner) for each in inner.ops)
-            return total
-        return 0.0
-
-    def _memory(self, op: Op, body: Computation) -> int:
-        """Bytes to and from main memory; of what is only sliced or updated in place, no more than that part."""
-        if op.kind in _FREE:
-            return 0
-        inner = self.computations.get(op.attribute("calls")) if op.kind in ("fusion", "async-start") else None
-        if inner is None:
-            if op.kind in ("dynamic-slice", "gather", "slice"):
-                return 2 * sum(a.bytes for a in op.arrays if not a.near)
-            if op.kind in ("dynamic-update-slice", "scatter"):
-                update = body.by_name.get(op.operands[1 if op.kind == "dynamic-update-slice" else -1])
-                return 2 * update.bytes if update else 0
-            read = sum(_far_bytes(body, name) for name in set(op.operands))
-            if op.kind == "copy-start" or op.kind == "slice-start":
-                return min(read, op.arrays[0].bytes) + (0 if op.arrays[0].near else op.arrays[0].bytes)
-            results = op.arrays[1:2] if op.kind.endswith("-start") and len(op.arrays) > 1 else op.arrays
-            return read + sum(a.bytes for a in results if not a.near)
-        total = 0
-        for i, name in enumerate(op.operands):
-            parameter = inner.parameters.get(i)
-            arrays = body.by_name[name].arrays if name in body.by_name else []
-            if parameter is None or not any(not a.near for a in arrays):
-                continue
-            total += min(read_of(inner, parameter.name), sum(a.bytes for a in arrays if not a.near))
-        made_by = [inner.by_name.get(n) for n in inner.root.operands] if inner.root.kind == "tuple" else [inner.root]
-        for array, maker in zip(op.arrays, made_by, strict=False):
-            if array.near:
-                continue
-            made = _behind_bitcasts(inner, maker)
-            if made is not None and made.kind == "dynamic-update-slice":
-                update = inner.by_name.get(made.operands[1])
-                total += update.bytes if update else 0
-            elif made is None or made.kind != "parameter":
-                total += array.bytes
-        return total
+def _memory_bytes(op: Op) -> int:
+    """Returns the bytes to and from main memory: of what is only sliced or updated in place, those of that part."""
+    if op.kind in _MOVES_NOTHING:
+        return 0
+    if op.kind in ("fusion", "async-start"):
+        return _fusion_bytes(op)
+    if op.kind in ("dynamic-slice", "gather", "slice"):
+        return 2 * hbm_bytes(op.arrays)
+    if op.kind in ("dynamic-update-slice", "scatter"):
+        return 2 * op.operands[1 if op.kind == "dynamic-update-slice" else -1].bytes
+    read = sum(hbm_bytes(operand.arrays) for operand in set(op.operands))
+    if op.kind in ("copy-start", "slice-start"):
+        return min(read, op.arrays[0].bytes) + hbm_bytes(op.arrays[:1])
+    # What starts a collective returns (operand, result).
+    return read + hbm_bytes(op.arrays[1:2] if op.kind.endswith("-start") and len(op.arrays) > 1 else op.arrays)
 
 
-def _attention_products(op: Op) -> int:
-    """How many matrix products JAX's splash-attention kernel makes for each pair of a query and a key."""
-    found = re.search(r"splash_mha_(fwd|dq|dkv)", op.rest) if "tpu_custom_call" in op.rest else None
-    return {"fwd": 2, "dq": 3, "dkv": 4}[found[1]] if found else 0
+def _fusion_bytes(fusion: Op) -> int:
+    total = sum(min(_bytes_read(p), hbm_bytes(operand.arrays)) for p, operand in _parameters(fusion))
+    root = fusion.called[0].root
+    for array, result in zip(fusion.arrays, root.operands if root.kind == "tuple" else [root], strict=False):
+        while result.kind in ("bitcast", "reshape", "copy"):
+            result = result.operands[0]
+        if not array.on_chip and result.kind != "parameter":
+            total += result.operands[1].bytes if result.kind == "dynamic-update-slice" else array.bytes
+    return total
 
 
-def _attention_flops(op: Op, body: Computation) -> float:
-    """FLOPs of one product of a causal kernel: of each query, the keys before it, half of all on average."""
-    arrays = [a for name in op.operands if name in body.by_name for a in body.by_name[name].arrays]
-    query = max((a for a in arrays if a.dtype in ("bf16", "f32") and len(a.dims) >= 3), key=lambda a: a.elements)
-    return float(query.elements * query.dims[-2])  # 2 * N T T H / 2
+def _parameters(fusion: Op) -> list[tuple[Op, Op]]:
+    """Returns the parameters of a fusion's computation with the operands that they stand for."""
+    return [(op, fusion.operands[int(op.inside)]) for op in fusion.called[0].ops if op.kind == "parameter"]
 
 
-def _far_bytes(body: Computation, name: str) -> int:
-    op = body.by_name.get(name)
-    return sum(array.bytes for array in op.arrays if not array.near) if op else 0
+def _bytes_read(op: Op) -> int:
+    """Returns the bytes that a fusion reads of an array: those of its slices, if it only slices it."""
+    total = 0
+    for user in op.users:
+        if user.kind in ("bitcast", "reshape"):
+            total += _bytes_read(user)
+        elif user.kind in ("dynamic-slice", "gather", "slice") and user.operands[0] is op:
+            total += user.bytes
+        elif not (user.kind == "dynamic-update-slice" and user.operands[0] is op):
+            return op.bytes
+    return total
 
 
-def _behind_bitcasts(inner: Computation, op: Op | None) -> Op | None:
-    while op is not None and op.kind in ("bitcast", "reshape", "copy"):
-        op = inner.by_name.get(op.operands[0])
-    return op
+_COMPUTES = ("fusion", "convolution", "dot", "custom-call", "while")
 
 
-def _convolution_flops(op: Op, body: Computation) -> float:
-    """2 * multiplications, those with padding or with the holes of a dilation left out, as XLA counts."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.rest)
-    if not labels:
-        return 0.0
-    left, right, out = labels.groups()
-    x, kernel = (body.by_name[name].arrays[0] for name in op.operands[:2])
-    window = dict(re.findall(r"(\w+)=([\w\-x]+)", _braces(op.rest, "window=")))
-    spatial = sorted(c for c in out if c.isdigit())
-
-    def per_dim(key: str, default: int) -> list[int]:
-        return [int(v) for v in window[key].split("x")] if key in window else [default] * len(spatial)
-
-    sizes, strides = per_dim("size", 1), per_dim("stride", 1)
-    left_holes, right_holes = per_dim("lhs_dilate", 1), per_dim("rhs_dilate", 1)
-    pads = [int(p.split("_")[0]) for p in window["pad"].split("x")] if "pad" in window else [0] * len(spatial)
-    valid = 1
-    for i, c in enumerate(spatial):
-        length = (x.dims[left.index(c)] - 1) * left_holes[i] + 1
-        count = 0
-        for k in range(sizes[i]):
-            for o in range(op.arrays[0].dims[out.index(c)]):
-                at = o * strides[i] + k * right_holes[i] - pads[i]
-                count += 0 <= at < length and at % left_holes[i] == 0
-        valid *= count
-    batch, features = op.arrays[0].dims[out.index("b")], op.arrays[0].dims[out.index("f")]
-    return 2.0 * valid * batch * features * kernel.dims[right.index("i")]
+def _collectives(body: Computation, runs: int, devices: int) -> Iterator[Collective]:
+    """Yields the collectives of a computation and its fusions, each once even if it is done in several steps."""
+    fused: dict[str, Collective] = {}
+    for i, op in enumerate(body.ops):
+        if op.kind == "send":
+            yield _between_slices(body.ops, i, runs)
+        elif op.is_collective or op.kind == "async-start":
+            started = op.kind.endswith("-start")
+            overlapped = started and _computes_until_done(body.ops, i)
+            for each in [op] if op.is_collective else [inner for inner in op.called[0].ops if inner.is_collective]:
+                yield replace(_collective(each, runs, devices, started, overlapped), sliced=_is_sliced(each))
+        elif op.kind == "fusion":
+            computes = any(inner.kind in ("convolution", "dot", "fusion") for inner in op.called[0].ops)
+            for each in filter(lambda inner: inner.is_collective, _fused_ops(op.called[0])):
+                # The steps of a collective have one channel: its start, those beside computations, its end.
+                in_steps = "async_collective" in op.called[0].name or "chain_id" in each.attributes
+                found = _collective(each, runs, devices, in_steps, in_steps and computes)
+                if found.kind == "all-reduce" and not each.root and {u.kind for u in each.users} == {"dynamic-slice"}:
+                    part = sum(user.bytes for user in each.users)  # each device keeps its own
+                    found = replace(found, kind="reduce-scatter", result_bytes=part)
+                if found.overlapped or (found.channel or each.name) not in fused:
+                    fused[found.channel or each.name] = found
+    yield from fused.values()
 
 
-def _braces(text: str, before: str) -> str:
-    start = text.find(before + "{")
-    return text[start + len(before) + 1 : text.index("}", start)] if start >= 0 else ""
+def _fused_ops(fused: Computation) -> Iterator[Op]:
+    for op in fused.ops:
+        yield op
+        if op.kind == "fusion":
+            yield from _fused_ops(op.called[0])
 
 
-def _unwrap(op: Op, all_: dict[str, Computation]) -> tuple[Op, dict[str, str]]:
-    """The operation at the bottom of a fusion, and which operand of the fusion each of its parameters is."""
-    bindings: dict[str, str] = {}
-    while op.kind == "fusion":
-        inner = all_[op.attribute("calls")]
-        outer = {p.name: op.operands[i] for i, p in inner.parameters.items()}
-        bindings = {name: bindings.get(operand, operand) for name, operand in outer.items()} | {
-            o.name: o.inside for o in inner.ops if o.kind == "constant"
-        }
-        op = inner.root
-    return op, bindings
+def _collective(op: Op, runs: int, devices: int, asynchronous: bool, overlapped: bool) -> Collective:
+    kind, arrays = _COLLECTIVES[op.kind.removesuffix("-start")], op.arrays
+    if kind in ("all-gather", "collective-permute") and op.kind.endswith("-start") and len(arrays) > 1:
+        number = max(len(op.operands), 1)  # of (operands, results, flags)
+        arrays = arrays[number : 2 * number]
+    dtype = max(arrays, key=lambda array: array.bytes).dtype
+    size, channel = sum(array.bytes for array in arrays), op.find(r"channel_id=(\d+)")
+    groups = groups_of(op.attributes, devices)
+    return Collective(kind, dtype, size, groups, runs, asynchronous, overlapped, channel=channel)
 
 
-def _follow(name: str, bindings: dict[str, str], body: Computation) -> int | str:
-    """A constant's value, or the name of the instruction of `body` that a value comes from."""
-    while name in bindings:
-        name = bindings[name]
-    if re.fullmatch(r"-?\d+", name):
-        return int(name)
-    op = body.by_name[name]
-    while op.kind in ("copy", "bitcast", "convert"):
-        op = body.by_name[op.operands[0]]
-    return int(op.inside) if op.kind == "constant" else op.name
+def _between_slices(ops: list[Op], start: int, runs: int) -> Collective:
+    """Reads a collective between slices, which hosts perform: the chip sends its part and later receives the result."""
+    send = ops[start]
+    kind = send.find(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+    rendezvous = send.find(r'(_xla_host_transfer_rendezvous="[^"]+")')
+    received = [op for op in ops[start:] if op.kind == "recv-done" and rendezvous in op.operands[0].attributes]
+    overlapped = bool(received) and any(op.kind in _COMPUTES for op in ops[start : ops.index(received[0])])
+    part = send.arrays[0]
+    return Collective(_COLLECTIVES.get(kind, "collective-permute"), part.dtype, part.bytes, (), runs, True, overlapped)
 
 
-def _index(op: Op) -> int:
-    match = re.search(r"index=(\d+)", op.rest)
-    if op.kind != "get-tuple-element" or not match:
-        raise ValueError(f"{op.name} is no element of the loop's state")
-    return int(match[1])
+def _computes_until_done(ops: list[Op], start: int) -> bool:
+    """Tells whether anything is computed between an operation's start and its end, in the order of the schedule."""
+    waiting = {ops[start]}
+    for op in ops[start + 1 :]:
+        if waiting & set(op.operands):
+            if op.kind.endswith("-done"):
+                return False
+            waiting.add(op)
+        elif op.kind in _COMPUTES:
+            return True
+    return False
 
 
-def _constant(name: str, body: Computation) -> int | None:
-    op = body.by_name.get(name)
-    while op is not None and op.kind in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
-        op = body.by_name.get(op.operands[0])
-    return int(op.inside) if op is not None and op.kind == "constant" and re.fullmatch(r"-?\d+", op.inside) else None
+def _is_sliced(op: Op) -> bool:
+    """Tells whether only parts of an all-reduce's results are used, apart from small results."""
+    if op.kind != "all-reduce" or op.root:
+        return False
+    results = [op] if len(op.arrays) == 1 else [user for user in op.users if 16 * user.bytes > op.bytes]
+    return bool(results) and all(_uses_a_part(user, result) for result in results for user in result.users)
 
 
-def _step(loop: Computation, at: int, all_: dict[str, Computation]) -> int | None:
-    """By how much a loop's body counts element `at` of its state on."""
-    op = loop.by_name.get(loop.root.operands[at]) if loop.root.kind == "tuple" else None
-    while op is not None and op.kind in ("copy", "bitcast", "copy-done", "copy-start"):
-        op = loop.by_name.get(op.operands[0])
-    if op is None:
-        return None
-    op, bindings = _unwrap(op, all_)
-    if op.kind != "add":
-        return None
-    for name in op.operands:
-        value: int | str = bindings.get(name, name)
-        found = int(value) if re.fullmatch(r"-?\d+", str(value)) else _constant(str(value), loop)
-        if found is not None:
-            return found
-    return None
+def _uses_a_part(user: Op, result: Op) -> bool:
+    if user.kind == "fusion":
+        return all(2 * _bytes_read(p) <= result.bytes for p, operand in _parameters(user) if operand is result)
+    return user.kind in ("dynamic-slice", "bitcast")
+
+
+def groups_of(text: str, devices: int) -> Groups:
+    """Reads a collective's groups of devices, or pairs for a permutation, in any of the forms that XLA writes."""
+    everyone = (tuple(range(devices)),)
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", text):
+        return tuple(tuple(_ints(group)) for group in re.findall(r"\{([\d,]+)\}", match[1])) or everyone
+    parts: list[tuple[bool, int]] = []  # (whether a group extends along it, size) of each axis, or part of an axis
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
+        parts = [(False, int(match[1])), (True, int(match[2]))]
+    elif match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]* \{([^}]*)\}", text):
+        for axis, size in re.findall(r"'(\w+)'=(\d+)", match[1]):
+            before = 1
+            chosen = re.findall(
+                rf"'{axis}'(?::\((\d+)\)(\d+))?", match[2]
+            )  # the sizes before and of a part of the axis
+            for start, number in sorted((int(first or 1), int(second or size)) for first, second in chosen):
+                parts += [(False, start // before), (True, number)]
+                before = start * number
+            parts.append((False, int(size) // before))
+    else:
+        return everyone
+    sizes = [size for _, size in parts]
+    ids = np.arange(math.prod(sizes))
+    if match := re.search(r"replica_groups=[^ ]*?(?:<=|, device_ids=\()\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        ids = ids.reshape(_ints(match[1]))
+        ids = ids.transpose(_ints(match[2])) if match[2] else ids
+    order = sorted(range(len(parts)), key=lambda i: parts[i][0])
+    group = math.prod(size for within, size in parts if within)
+    return tuple(map(tuple, ids.reshape(sizes).transpose(order).reshape(-1, group).tolist()))

@@ -20,11 +20,9 @@ from jax_it.errors import UserError
 from jax_it.plan import compile as compiling
 from jax_it.plan import cost, find, plan, text, to_json
 from jax_it.plan import topology as topologies
-from jax_it.plan.collectives import Collective
 from jax_it.plan.compile import TooLarge, build_step, bytes_of, compile_step
 from jax_it.plan.cost import Traffic
-from jax_it.plan.hlo import parse
-from jax_it.plan.program import Program
+from jax_it.plan.program import Collective, parse
 from jax_it.plan.published import PUBLISHED
 from jax_it.training import loop, step, train
 from tests.tiny_run import fails
@@ -207,8 +205,8 @@ def device(id, coords=None, slice_index=None):
 
 def one(kind, result_bytes, groups, devices, chip, **more):
     topology = topologies.Topology("t", tuple(devices), chip)
-    collective = Collective(kind, "c", "", "f32", result_bytes, groups, 3, False, False, **more)
-    return list(cost._of_collective(collective, topology, devices))
+    collective = Collective(kind, "f32", result_bytes, groups, 3, False, False, **more)
+    return list(cost.of_collective(collective, topology, devices))
 
 
 CHIP = Chip("v", 1e12, 1, 1e12, 10.0, 4, 4, 2.0)  # a dimension of 4 is a ring; links of 10 B/s, the network 2 B/s
@@ -253,7 +251,7 @@ def test_between_slices_each_chip_sends_its_part_over_the_network():
 
 
 def test_the_bound_is_the_slowest_of_what_overlaps_and_all_that_waits():
-    share = cost.Share("loop", 2, compute=3.0, memory=2.0, overlapped=1.0, blocking=0.5)
+    share = cost.RegionTime("loop", 2, compute=3.0, memory=2.0, overlapped=1.0, blocking=0.5)
     assert share.seconds == 3.5
     assert dataclasses.replace(share, memory=4.0).seconds == 4.5
     assert dataclasses.replace(share, overlapped=5.0).seconds == 5.5
@@ -280,9 +278,9 @@ def test_a_plan_is_written_as_json_too(tmp_path, capsys):
     "arguments, message",
     [
         (("--topology", "v5e"), "--topology v5e is not one; write for example v5e:8x8"),
-        (("--topology", "cpu:x"), "--topology cpu:x with --slices 1 is none of"),
+        (("--topology", "cpu:x"), "--topology cpu:x with --slices 1 is not 1 to"),
         (("--topology", "cpu:8", "--config.mesh.tensor=3"), "config.mesh: tensor=3 does not fit 8 device(s)"),
-        (("--topology", "cpu:4096"), "--topology cpu:4096: this process has 8 CPU device(s), and 4096 are asked for"),
+        (("--topology", "cpu:4096"), "--topology cpu:4096: this process has 8 CPU device(s), and 4096 are needed"),
     ],
 )
 def test_what_cannot_be_planned_is_said_in_one_line(tmp_path, capsys, arguments, message):
@@ -372,7 +370,7 @@ def test_a_larger_number_of_layers_makes_no_larger_program():
             compiled = compile_step(built)
             tries.append(time.process_time() - begin)
         seconds.append(min(tries))
-        sizes.append(sum(len(c.ops) for c in Program.of(compiled.text, 8).computations.values()))
+        sizes.append(sum(len(c.ops) for c in parse(compiled.text).values()))
     assert sizes[1] <= 1.02 * sizes[0]
     assert seconds[1] <= 1.5 * seconds[0]
 
@@ -423,6 +421,6 @@ def test_bytes_are_those_of_one_shard():
 def test_collectives_of_one_kind_are_summed():
     from jax_it.plan.text import by_kind
 
-    each = Traffic("all-gather", "ICI", "bf16", 8, 1, 24, 100, 1.0, True, True, False, "", "a")
-    ((found, ops),) = by_kind([each, dataclasses.replace(each, bytes=50, name="b")])
-    assert (found.bytes, found.seconds, found.runs, ops) == (150, 2.0, 48, 2)
+    each = Traffic("all-gather", "ICI", "bf16", 8, 24, 100, 1.0, True, True, False)
+    (found,) = by_kind([each, dataclasses.replace(each, bytes=50)])
+    assert (found.bytes, found.seconds, found.runs, found.ops) == (150, 2.0, 48, 2)
