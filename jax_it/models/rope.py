@@ -106,6 +106,35 @@ def read(
     return make(settings, field, values, head_size, kinds)
 
 
+def read_by_layer_type(
+    settings: Settings, head_size: int, *, full_theta: float, sliding_theta: float
+) -> tuple["Rope", "Rope"]:
+    """Read the ropes of full and of sliding layers, in either form of config.json.
+
+    `rope_scaling` is that of full layers, and `rope_parameters` has one mapping for each of the two, which may replace
+    the given thetas.
+    """
+    scaling, nested = settings.get("rope_scaling", dict, {}), settings.get("rope_parameters", dict, {})
+    thetas = {"full_attention": full_theta, "sliding_attention": sliding_theta}
+    if nested.keys() - thetas.keys() or not all(isinstance(each, dict | None) for each in nested.values()):
+        raise settings.bad("rope_parameters", f"it must have {' and '.join(thetas)} alone, each a mapping of its own")
+    settings.expect(partial_rotary_factor=1.0)
+    if "type" in scaling and "rope_type" not in scaling:  # Transformers reads no `type` here
+        raise settings.bad("rope_scaling", "in this family its type is called rope_type")
+
+    def one(kind: str, scaling: Mapping[str, Any]) -> Rope:
+        field = "rope_scaling" if scaling else f"{kind} of rope_parameters"
+        values = {"rope_theta": thetas[kind], "partial_rotary_factor": 1.0, **(nested.get(kind) or {}), **scaling}
+        if values["partial_rotary_factor"] != 1 or "truncate" in values:
+            raise UserError(
+                f"{settings.where}: partial_rotary_factor and truncate of {field} have no effect in this family; "
+                "remove them"
+            )
+        return make(settings, field, values, head_size)
+
+    return one("full_attention", scaling), one("sliding_attention", {})
+
+
 def make(
     settings: Settings, field: str, values: Mapping[str, Any], head_size: int, kinds: tuple[str, ...] = tuple(KEYS)
 ) -> Rope:

@@ -91,11 +91,11 @@ def _attention(case: Case, layer: str) -> Shapes:
     if kind == "qwen2" or v.get("attention_bias"):
         sizes = {"q": query, "k": key, "v": key}
         shapes |= {f"{layer}.self_attn.{name}_proj.bias": (size,) for name, size in sizes.items()}
-    if v.get("attention_bias"):
+    if v.get("attention_bias") and kind != "glm4":
         shapes[f"{layer}.self_attn.o_proj.bias"] = (width,)
     if kind in ("qwen3", "qwen3_moe", "gemma3_text"):
         shapes |= {f"{layer}.self_attn.{name}_norm.weight": (head,) for name in "qk"}
-    if kind == "olmo2":  # over all heads at once
+    if kind in ("olmo2", "olmo3"):  # over all heads at once
         shapes |= {f"{layer}.self_attn.{name}_norm.weight": (size,) for name, size in (("q", query), ("k", key))}
     return shapes
 
@@ -103,7 +103,7 @@ def _attention(case: Case, layer: str) -> Shapes:
 def _feed_forward(case: Case, layer: str) -> Shapes:
     v = case.values
     width, hidden = v["hidden_size"], v["intermediate_size"]
-    if v["model_type"] == "phi3":
+    if v["model_type"] in ("phi3", "glm4"):
         return {
             f"{layer}.mlp.gate_up_proj.weight": (2 * hidden, width),
             f"{layer}.mlp.down_proj.weight": (width, hidden),
@@ -135,6 +135,8 @@ NORMS = {
     "gemma2": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
     "gemma3_text": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
     "olmo2": ("post_attention", "post_feedforward"),
+    "olmo3": ("post_attention", "post_feedforward"),
+    "glm4": ("input", "post_self_attn", "post_attention", "post_mlp"),
 }
 
 
@@ -590,6 +592,59 @@ OLMO_2: dict[str, Any] = {
     "vocab_size": 96,
 }
 
+OLMO_3 = _config(
+    OLMO_2,
+    architectures=["Olmo3ForCausalLM"],
+    layer_types=[*["sliding_attention"] * 3, "full_attention", "sliding_attention"],  # a period, and one left over
+    max_position_embeddings=256,
+    model_type="olmo3",
+    num_hidden_layers=5,
+    rope_scaling={
+        "attention_factor": 1.2, "beta_fast": 4, "beta_slow": 1, "factor": 8.0,
+        "original_max_position_embeddings": 32, "rope_type": "yarn",
+    },
+    sliding_window=8,
+    transformers_version="4.57.0.dev0",
+)  # fmt: skip
+GRANITE = _config(
+    LLAMA_3,
+    architectures=["GraniteForCausalLM"],
+    attention_multiplier=0.4,
+    embedding_multiplier=6.0,
+    logits_scaling=3.0,
+    model_type="granite",
+    pretraining_tp=...,
+    residual_multiplier=0.6,
+    rms_norm_eps=1e-05,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    transformers_version="4.46.0.dev0",
+)
+GLM_4: dict[str, Any] = {
+    "architectures": ["Glm4ForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "eos_token_id": [END, 3],
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "model_type": "glm4",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 4,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "transformers_version": "4.51.0.dev0",
+    "use_cache": True,
+    "vocab_size": 96,
+}
+
 GPT_2: dict[str, Any] = {
     "activation_function": "gelu_new",
     "architectures": ["GPT2LMHeadModel"],
@@ -754,6 +809,9 @@ CASES = [
     *GEMMA_CASES,
     *PHI_CASES,
     _case("olmo2", OLMO_2, True),
+    _case("olmo3", OLMO_3, True),
+    _case("granite", GRANITE),
+    _case("glm4", GLM_4, True),
     *GPT_CASES,
     *MIXTURE_CASES,
     *SAVED_CASES,

@@ -7,7 +7,6 @@ norms of queries and keys, and five layers with a window and a rope of their own
 from collections.abc import Mapping
 from typing import Any
 
-from jax_it.errors import UserError
 from jax_it.models import rope
 from jax_it.models.config import Config, LayerKind, shortest_period
 from jax_it.models.families import llama
@@ -97,7 +96,10 @@ def read_gemma3_text(values: Mapping[str, Any], where: str) -> Config:
         settings, common["layers"], _read_window(settings),
         ("sliding_attention",) * (pattern - 1) + ("full_attention",),
     )  # fmt: skip
-    full, sliding = _read_ropes(settings, common["head_dim"])
+    full, sliding = rope.read_by_layer_type(
+        settings, common["head_dim"],
+        full_theta=settings.positive("rope_theta", 1e6), sliding_theta=settings.positive("rope_local_base_freq", 1e4),
+    )  # fmt: skip
     config = Config(
         **common,
         qk_norm="head",
@@ -106,33 +108,6 @@ def read_gemma3_text(values: Mapping[str, Any], where: str) -> Config:
     )
     settings.finish()
     return config
-
-
-def _read_ropes(settings: Settings, head_size: int) -> tuple[rope.Rope, rope.Rope]:
-    """The ropes of full and of sliding layers, in either form of config.json: `rope_scaling` is that of full layers,
-    and `rope_parameters` has one mapping for each of the two."""
-    scaling, nested = settings.get("rope_scaling", dict, {}), settings.get("rope_parameters", dict, {})
-    full, sliding = "full_attention", "sliding_attention"
-    if nested.keys() - {full, sliding} or not all(isinstance(each, dict | None) for each in nested.values()):
-        raise settings.bad("rope_parameters", f"it must have {full} and {sliding} alone, each a mapping of its own")
-    theta = {
-        full: settings.positive("rope_theta", 1e6), sliding: settings.positive("rope_local_base_freq", 1e4)
-    }  # fmt: skip
-    settings.expect(partial_rotary_factor=1.0)
-    if "type" in scaling and "rope_type" not in scaling:  # Transformers reads no `type` here
-        raise settings.bad("rope_scaling", "in this family its type is called rope_type")
-
-    def make(kind: str, scaling: Mapping[str, Any]) -> rope.Rope:
-        field = "rope_scaling" if scaling else f"{kind} of rope_parameters"
-        values = {"rope_theta": theta[kind], "partial_rotary_factor": 1.0, **(nested.get(kind) or {}), **scaling}
-        if values["partial_rotary_factor"] != 1 or "truncate" in values:
-            raise UserError(
-                f"{settings.where}: partial_rotary_factor and truncate of {field} have no effect in this family; "
-                "remove them"
-            )
-        return rope.make(settings, field, values, head_size)
-
-    return make(full, scaling), make(sliding, {})
 
 
 GEMMA = llama.make_family("GemmaForCausalLM", read_gemma)

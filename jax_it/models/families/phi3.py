@@ -28,14 +28,25 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
 
 def weight_table(c: Config) -> dict[str, WeightSpec]:
     layer = "model.layers.{L}"
-    qkv, up = f"{layer}.self_attn.qkv_proj.weight", f"{layer}.mlp.gate_up_proj.weight"
-    queries, keys, inner = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, c.mlp_dim
-    return llama.weight_table(c) | {
-        "layers.attention.query": WeightSpec("L D N H", qkv, f"(N H)+{2 * keys} D"),
-        "layers.attention.key": WeightSpec("L D K H", qkv, f"{queries}+(K H)+{keys} D"),
-        "layers.attention.value": WeightSpec("L D K H", qkv, f"{queries + keys}+(K H) D"),
-        "layers.mlp.gate": WeightSpec("L D F", up, f"F+{inner} D"),
-        "layers.mlp.up": WeightSpec("L D F", up, f"{inner}+F D"),
+    qkv = f"{layer}.self_attn.qkv_proj.weight"
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    return (
+        llama.weight_table(c)
+        | {
+            "layers.attention.query": WeightSpec("L D N H", qkv, f"(N H)+{2 * keys} D"),
+            "layers.attention.key": WeightSpec("L D K H", qkv, f"{queries}+(K H)+{keys} D"),
+            "layers.attention.value": WeightSpec("L D K H", qkv, f"{queries + keys}+(K H) D"),
+        }
+        | gate_up_weights(c, f"{layer}.mlp")
+    )
+
+
+def gate_up_weights(c: Config, mlp: str) -> dict[str, WeightSpec]:
+    """The two weights that one tensor of a feed-forward layer holds."""
+    name = f"{mlp}.gate_up_proj.weight"
+    return {
+        "layers.mlp.gate": WeightSpec("L D F", name, f"F+{c.mlp_dim} D"),
+        "layers.mlp.up": WeightSpec("L D F", name, f"{c.mlp_dim}+F D"),
     }
 
 

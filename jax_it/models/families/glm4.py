@@ -1,0 +1,44 @@
+"""GLM-4 (GLM team 2024): half of each head rotates, in neighbouring pairs; norms before and after each sublayer."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jax_it.models import rope
+from jax_it.models.config import Config, LayerKind
+from jax_it.models.families import llama, phi3
+from jax_it.models.settings import Settings
+from jax_it.models.weights import WeightSpec
+
+END_TOKENS = (151329, 151336, 151338)
+NORMS = {
+    "attention_norm": "input_layernorm",
+    "attention_post_norm": "post_self_attn_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp_post_norm": "post_mlp_layernorm",
+}
+
+
+def read_config(values: Mapping[str, Any], where: str) -> Config:
+    settings = Settings(values, where)
+    common = llama.read_common(settings, key_heads=2, head_size=128, epsilon=1.5625e-7, marks=(None, None, 151329))
+    if not common["end_tokens"]:
+        common["end_tokens"] = tuple(token for token in END_TOKENS if token < common["vocabulary"])
+    rotation = rope.read(settings, common["head_dim"], share=0.5)
+    config = Config(
+        **common,
+        norm_placement="sandwich_norm",
+        attention_bias=settings.get("attention_bias", bool, True),
+        layer_kinds=(LayerKind(rope=dataclasses.replace(rotation, interleaved=True)),),
+    )
+    settings.finish()
+    return config
+
+
+def weight_table(c: Config) -> dict[str, WeightSpec]:
+    layer = "model.layers.{L}"
+    table = {path: spec for path, spec in llama.weight_table(c).items() if "_norm." not in path}
+    return table | llama.norm_weights("layers", layer, NORMS) | phi3.gate_up_weights(c, f"{layer}.mlp")
+
+
+GLM4 = llama.make_family("Glm4ForCausalLM", read_config, weight_table)
