@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -243,9 +242,14 @@ class Loss:
     ):  # fmt: skip
         self._mesh = mesh
         self._batches = pack_rows(format, examples, layout, sharding.shared_out(layout.rows, mesh))
-        self._loss_sum = jax.jit(
-            partial(model.loss_sum, losses.cross_entropy, chunk), out_shardings=sharding.replicated(mesh)
-        )
+
+        def loss_sum(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
+            states_BTD, head_VD = model.apply(params, batch), model.head(params)
+            return losses.chunked_sum(
+                losses.cross_entropy, model.logits, chunk, head_VD, states_BTD, batch.targets_BT, batch.weights_BT
+            )
+
+        self._loss_sum = jax.jit(loss_sum, out_shardings=sharding.replicated(mesh))
 
     def __call__(self, params: Params, go_on: Callable[[], bool] = _always) -> float:
         with jax.set_mesh(self._mesh):

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_it import losses
 from jax_it.config import Model as ModelConfig
 from jax_it.errors import UserError
 from jax_it.models.config import ComputeOptions
@@ -137,12 +136,12 @@ class Model:
         return sum(leaf.size for leaf in jax.tree.leaves(self.trained_shapes))
 
     def apply(self, params: Params, batch: Any, key: jax.Array | None = None) -> jax.Array:
-        """States before the head [B, T, D] for every target position; dropout where a key is given."""
-        return self._module(params, key).states(batch, self.options, key)[0]
+        """Return the states before the head [B, T, D] of every target position; a key is for dropout."""
+        return self.states(params, batch, key)[0]
 
-    def routing(self, params: Params, batch: Any) -> Routing:
-        """How a mixture of experts sends a batch's tokens, without a gradient."""
-        return jax.lax.stop_gradient(self._module(params).states(batch, self.options)[1])
+    def states(self, params: Params, batch: Any, key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
+        """Return those states, and how a mixture of experts sends the tokens, summed over layers."""
+        return self._module(params, key).states(batch, self.options, key)
 
     def head(self, params: Params) -> jax.Array:
         """The weights that `logits` takes, [V, D]."""
@@ -151,28 +150,6 @@ class Model:
     def logits(self, head_VD: jax.Array, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of states [..., D]."""
         return self.family.logits(self.config, head_VD, hidden)
-
-    def loss_sum(
-        self,
-        loss: losses.TokenLoss,
-        chunk: int,
-        params: Params,
-        batch: Any,
-        key: jax.Array | None = None,
-        balance_X: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """The weighted sum of a batch's token losses and the sum of the weights; see `losses.chunked_sum`.
-
-        `balance_X` is what a unit of each expert's router probability costs beside that, in a mixture of experts.
-        """
-        hidden_BTD, routing = self._module(params, key).states(batch, self.options, key)
-        head_VD = self.head(params)
-        total, weight = losses.chunked_sum(
-            loss, self.logits, chunk, head_VD, hidden_BTD, batch.targets_BT, batch.weights_BT, self.adapter is None
-        )
-        if balance_X is not None:
-            total += jnp.dot(balance_X, routing.probabilities_X)
-        return total, weight
 
     def prefill(
         self, params: Params, prompts_BS: jax.Array, segments_BS: jax.Array, length: int

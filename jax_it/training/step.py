@@ -67,12 +67,24 @@ def make_train_step(
     Gradients of micro-batches are summed, and divided once by the weight of all of them: the step is
     the same however many parts it is computed in.
     """
-    loss_sum = partial(model.loss_sum, token_loss(config), config.loss_chunk)
+    loss = token_loss(config)
 
-    def of_trained(params: Params, frozen: Params, *rest: Any) -> tuple[jax.Array, jax.Array]:
-        return loss_sum(model.join(params, frozen), *rest)
+    def loss_fn(
+        trained: Params, frozen: Params, batch: Any, key: jax.Array | None, balance_X: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the weighted sum of a micro-batch's token losses, and the sum of the weights."""
+        params = model.join(trained, frozen)
+        states_BTD, routing = model.states(params, batch, key)
+        total, weight = losses.chunked_sum(
+            loss, model.logits, config.loss_chunk, model.head(params), states_BTD, batch.targets_BT, batch.weights_BT,
+            head_trained=model.adapter is None,
+        )  # fmt: skip
+        if balance_X is not None:
+            assert routing is not None
+            total += jnp.dot(balance_X, routing.probabilities_X)
+        return total, weight
 
-    gradient = jax.value_and_grad(of_trained, has_aux=True)
+    gradient = jax.value_and_grad(loss_fn, has_aux=True)
     dropout = bool(model.options.dropout or (model.adapter and model.adapter.dropout))
     balance = config.balance_loss if model.config.experts else 0.0
 
@@ -165,7 +177,9 @@ def _balance(model: Model, state: TrainState, batch: Any, parts: Any, coefficien
     params = model.join(state.params, state.frozen)
 
     def add(counts_X: jax.Array, part: Any) -> tuple[jax.Array, None]:
-        return counts_X + model.routing(params, part).counts_X, None
+        _, routing = model.states(params, part)
+        assert routing is not None
+        return counts_X + routing.counts_X, None
 
     experts = model.config.experts
     assert experts is not None

@@ -102,7 +102,11 @@ def test_gradients_are_those_of_finite_differences(name, folders):
 
     @jax.jit
     def loss(trained):
-        return model.loss_sum(losses.cross_entropy, 8, model.join(trained, frozen), batch)[0]
+        params = model.join(trained, frozen)
+        states, head = model.apply(params, batch), model.head(params)
+        return losses.chunked_sum(
+            losses.cross_entropy, model.logits, 8, head, states, batch.targets_BT, batch.weights_BT, head_trained=False
+        )[0]
 
     gradient = jax.jit(jax.grad(loss))(trained)
     random, step = np.random.default_rng(1), 1e-2

@@ -108,7 +108,14 @@ def test_a_model_whose_layers_differ_in_rope_or_window_takes_it_and_learns_the_s
 
     def learn(fused):
         other = dataclasses.replace(model, options=model.options._replace(fused=fused))
-        compute = jax.jit(jax.value_and_grad(lambda params: other.loss_sum(losses.cross_entropy, 64, params, batch)[0]))
+
+        def loss(params):
+            states, head = other.apply(params, batch), other.head(params)
+            return losses.chunked_sum(
+                losses.cross_entropy, other.logits, 64, head, states, batch.targets_BT, batch.weights_BT
+            )[0]
+
+        compute = jax.jit(jax.value_and_grad(loss))
         # Forward, and the backward pass of queries and of keys, in both layers of the period.
         assert str(compute.trace(params).jaxpr).count("name=splash") >= 2 * bool(fused)
         assert ("splash" in str(compute.trace(params).jaxpr)) == bool(fused)
