@@ -35,7 +35,7 @@ def export(
         _check_free(output)
     place = Workdir(files.locate(workdir))
     config, derived = place.open()
-    # The weights beneath adapters are read as they are written; quantised ones as what they stand for.
+    # The weights beneath adapters are read as they are written; quantized ones as what they stand for.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
     step = place.choose_step(checkpoint, config.eval.best)
     model = place.model(config, derived)

@@ -50,75 +50,75 @@ def chunked_sum(
     logits: Callable[[jax.Array, jax.Array], jax.Array],
     chunk: int,
     head_VD: jax.Array,
-    hidden_BTD: jax.Array,
+    states_BTD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     head_trained: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of token losses and the sum of their weights, both float32.
 
-    `logits(head, hidden_BCD)` gives float32 logits; at most `chunk` positions of all rows on a device, or one of each,
+    `logits(head, states_BCD)` gives float32 logits; at most `chunk` positions of all rows on a device, or one of each,
     have theirs at a time. Gradients are taken chunk by chunk in the forward pass: no logits wait for a backward one.
     A head that is not trained has none.
     """
-    total = _sum_over_chunks(loss, logits, chunk, head_trained, head_VD, hidden_BTD, targets_BT, weights_BT)
+    total = _sum_over_chunks(loss, logits, chunk, head_trained, head_VD, states_BTD, targets_BT, weights_BT)
     return total, weights_BT.sum(dtype=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def _sum_over_chunks(
-    loss: TokenLoss, logits: Callable, chunk: int, head_trained: bool, head_VD: jax.Array, hidden_BTD: jax.Array,
+    loss: TokenLoss, logits: Callable, chunk: int, head_trained: bool, head_VD: jax.Array, states_BTD: jax.Array,
     targets_BT: jax.Array, weights_BT: jax.Array,
 ) -> jax.Array:  # fmt: skip
     def value(head_VD: jax.Array, *arrays: jax.Array) -> tuple[jax.Array]:
-        def add(total: jax.Array, chunk: tuple) -> tuple[jax.Array, None]:
-            return total + _chunk_sum(loss, logits, head_VD, *chunk), None
+        def add(total: jax.Array, arrays: tuple) -> tuple[jax.Array, None]:
+            return total + _chunk_sum(loss, logits, head_VD, *arrays), None
 
         return (jax.lax.scan(add, jnp.float32(0), _chunks(chunk, *arrays))[0],)
 
-    return _on_own_positions(value, ("",), head_VD, hidden_BTD, targets_BT, weights_BT)[0]
+    return _on_own_positions(value, ("",), head_VD, states_BTD, targets_BT, weights_BT)[0]
 
 
-def _forward(
-    loss: TokenLoss, logits: Callable, chunk: int, head_trained: bool, head_VD: jax.Array, hidden_BTD: jax.Array,
+def _vjp_forward(
+    loss: TokenLoss, logits: Callable, chunk: int, head_trained: bool, head_VD: jax.Array, states_BTD: jax.Array,
     targets_BT: jax.Array, weights_BT: jax.Array,
 ) -> Any:  # fmt: skip
-    """The sum, and the gradients for a cotangent of 1: of the hidden states and, if it is trained, of the head."""
+    """The sum, and the gradients for a cotangent of 1: of the states and, if it is trained, of the head."""
 
     def value_and_gradients(head_VD: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        def add(carry: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
+        def add(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
             total, head_gradient = carry
-            hidden, targets, weights = chunk
-            value, (for_hidden, *for_head) = jax.value_and_grad(
-                lambda hidden, head: _chunk_sum(loss, logits, head, hidden, targets, weights),
+            states, targets, weights = part
+            value, (for_states, *for_head) = jax.value_and_grad(
+                lambda states, head: _chunk_sum(loss, logits, head, states, targets, weights),
                 argnums=(0, 1) if head_trained else (0,),
-            )(hidden, head_VD)
-            return (total + value, [sum + g for sum, g in zip(head_gradient, for_head, strict=True)]), for_hidden
+            )(states, head_VD)
+            return (total + value, [old + g for old, g in zip(head_gradient, for_head, strict=True)]), for_states
 
         zeros = [jnp.zeros(head_VD.shape, head_dtype)] if head_trained else []
         (total, head_gradient), chunks = jax.lax.scan(add, (jnp.float32(0), zeros), _chunks(chunk, *arrays))
         length = arrays[0].shape[1]
-        for_hidden = jnp.moveaxis(chunks, 0, 2).reshape(arrays[0].shape[0], -1, arrays[0].shape[2])[:, :length]
-        return total, for_hidden, *head_gradient
+        for_states = jnp.moveaxis(chunks, 0, 2).reshape(arrays[0].shape[0], -1, arrays[0].shape[2])[:, :length]
+        return total, for_states, *head_gradient
 
-    head_dtype = jnp.promote_types(head_VD.dtype, hidden_BTD.dtype)  # of float32 states and a bfloat16 head: float32
+    head_dtype = jnp.promote_types(head_VD.dtype, states_BTD.dtype)  # of float32 states and a bfloat16 head: float32
     letters = ("", "B T D", "V D")[: 3 if head_trained else 2]
-    total, *gradients = _on_own_positions(value_and_gradients, letters, head_VD, hidden_BTD, targets_BT, weights_BT)
-    return total, [g.astype(x.dtype) for g, x in zip(gradients, (hidden_BTD, head_VD), strict=False)]
+    total, *gradients = _on_own_positions(value_and_gradients, letters, head_VD, states_BTD, targets_BT, weights_BT)
+    return total, [g.astype(x.dtype) for g, x in zip(gradients, (states_BTD, head_VD), strict=False)]
 
 
-def _backward(
+def _vjp_backward(
     loss: TokenLoss, logits: Callable, chunk: int, head_trained: bool, gradients: list[jax.Array], cotangent: jax.Array
 ) -> tuple:
-    for_hidden, *for_head = (g * cotangent.astype(g.dtype) for g in gradients)
-    return for_head[0] if head_trained else None, for_hidden, None, None
+    for_states, *for_head = (g * cotangent.astype(g.dtype) for g in gradients)
+    return for_head[0] if head_trained else None, for_states, None, None
 
 
-_sum_over_chunks.defvjp(_forward, _backward)
+_sum_over_chunks.defvjp(_vjp_forward, _vjp_backward)
 
 
-def _chunk_sum(loss: TokenLoss, logits: Callable, head: Any, hidden: Any, targets: Any, weights: Any) -> jax.Array:
-    return jnp.sum(weights * loss(logits(head, hidden), targets), dtype=jnp.float32)
+def _chunk_sum(loss: TokenLoss, logits: Callable, head: Any, states: Any, targets: Any, weights: Any) -> jax.Array:
+    return jnp.sum(weights * loss(logits(head, states), targets), dtype=jnp.float32)
 
 
 def _chunks(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
@@ -137,20 +137,20 @@ def _on_own_positions(
     compute: Callable[..., tuple[jax.Array, ...]],
     letters: tuple[str, ...],
     head_VD: jax.Array,
-    hidden_BTD: jax.Array,
+    states_BTD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """`compute(head, hidden, targets, weights)` by every device for the positions that it has.
+    """`compute(head, states, targets, weights)` by every device for the positions that it has.
 
     Results with a "B T" in their letters stay where they are made; others are summed over the devices once, when all
     chunks are done. The head is gathered once: in a loop that XLA partitions it would be for every chunk, and its
     gradient summed over the devices as often.
     """
-    head_VD = head_VD.astype(hidden_BTD.dtype)
+    head_VD = head_VD.astype(states_BTD.dtype)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return compute(head_VD, hidden_BTD, targets_BT, weights_BT)
+        return compute(head_VD, states_BTD, targets_BT, weights_BT)
     rows_BT = sharding.spec("B T", targets_BT.shape, mesh)
     split = [axis for entry in rows_BT for axis in sharding.axes_of(entry)]  # over which positions are
     head_D = sharding.axes_of(sharding.spec("V D", head_VD.shape, mesh)[1])
@@ -175,4 +175,4 @@ def _on_own_positions(
         out_specs=tuple(specs[names] for names in letters),
         axis_names=set(sharding.RULES["B"] + sharding.RULES["T"]),  # the vocabulary is split over the rest by XLA
         check_vma=False,
-    )(head_VD, hidden_BTD, targets_BT, weights_BT)
+    )(head_VD, states_BTD, targets_BT, weights_BT)

@@ -1,6 +1,6 @@
 """The mesh, and the one table from logical axes to mesh axes.
 
-Every other file says which logical_axes an array's axes have (`models/config.py` declares them); this one
+Every other file says what an array's logical axes are (`models/config.py` declares their letters); this one
 says over which devices they are split.
 """
 
@@ -129,9 +129,9 @@ def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def shardings(logical_axes: Any, shapes: Any, mesh: jax.sharding.Mesh) -> Any:
-    """A tree of NamedShardings for a tree of logical_axes and one of arrays (or their shapes and dtypes).
+    """A tree of NamedShardings for a tree of logical axes and one of arrays (or their shapes and dtypes).
 
-    Where a weight is several arrays, as a quantised one, all of them have its logical_axes.
+    Where a weight is several arrays, as a quantized one, all of them have its axes.
     """
 
     def place(names: str, weight: Any) -> Any:
@@ -185,7 +185,7 @@ def place(batch: Any, mesh: jax.sharding.Mesh, parts: Sequence[int] | None = Non
 
 
 def constrain(x: jax.Array, logical_axes: str) -> jax.Array:
-    """`x` split as its logical_axes say over the mesh of `jax.set_mesh`; as it is where none is set."""
+    """`x` split as its logical axes say over the mesh of `jax.set_mesh`; as it is where none is set."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

@@ -40,8 +40,11 @@ from jax_it.models.lora import Adapter, Target
 from jax_it.models.weights import flatten
 from jax_it.pretrained import hf, peft
 from jax_it.pretrained.folder import find_folder, fingerprint
+from jax_it.typed import shown
 
 CREATING = ".creating"  # while the folder is being made: what a start that is killed leaves can then be told from a run
+# Of a run's folder: it changes with the names of settings or of weights in checkpoints.
+FORMAT = 2
 # The parts of a run, and whether they are folders.
 PARTS = {
     "model": True, "tokenizer": True, "checkpoints": True, "eval": True, "tensorboard": True, "profile": True,
@@ -212,6 +215,7 @@ class Workdir:
             saved = {
                 "config": settings.to_dict(config),
                 "derived": dataclasses.asdict(derived),
+                "format": FORMAT,
                 "versions": {"python": platform.python_version(), **versions},
                 "files": {part: files.digests(self.path / part) for part in BEGUN},
             }
@@ -270,6 +274,12 @@ class Workdir:
             raise UserError(
                 f"{file} has been changed since the run was started; restore it, or remove its line with the checksum "
                 "if the change is meant"
+            )
+        found = saved.get("format", 1)
+        if "config" in saved and found != FORMAT:
+            raise UserError(
+                f"{file} is of a run in format {shown(found)}, and this version of jax_it has format {FORMAT}: "
+                "settings and weights have other names; continue or export the run with the version that started it"
             )
         return saved
 

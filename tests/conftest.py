@@ -1,8 +1,14 @@
 """Read by pytest before any test module, and so before JAX, which takes these once, at its import."""
 
 import os
+import signal
 
 from tests import xla
+
+# Ignored by what runs under `nohup` or in the background of a script, and inherited by the commands that tests start.
+for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Eight fake devices on the CPU, for every test: tests of sharding need no process of their own, and
 # a test that wants one device takes jax.devices()[:1].

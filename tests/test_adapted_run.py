@@ -120,7 +120,7 @@ def test_a_resumed_run_repeats_the_losses_bit_for_bit(run, recipe, tmp_path):
     assert losses(again) == losses(run)
 
 
-def test_quantised_weights_are_made_again_and_the_run_resumes_bit_for_bit(recipe, tmp_path):
+def test_quantized_weights_are_made_again_and_the_run_resumes_bit_for_bit(recipe, tmp_path):
     config = f"{recipe}:nf4"
     one = start("train", "--config", config, "--workdir", tmp_path / "one")
     assert_done(one)

@@ -152,7 +152,7 @@ def test_no_prompts_make_no_texts(run):
 
 def test_several_texts_of_a_prompt_are_a_list_with_the_log_probabilities_of_their_tokens(generate, run, tmp_path):
     file = write_rows(tmp_path / "in.jsonl", [{"prompt": "say red 3"}, {"prompt": "say teal 5"}])
-    draw = ("--temperature", "1", "--num-samples", "3", "--log-probs")
+    draw = ("--temperature", "3", "--num-samples", "3", "--log-probs")
     for row in generate(file, *draw):
         assert len(row["prediction"]) == len(row["log_probs"]) == 3 and len(set(row["prediction"])) > 1
         assert all(0 < len(each) <= 6 and max(each) <= 0 for each in row["log_probs"])

@@ -149,8 +149,8 @@ def test_what_does_not_change_the_losses_may_change(place, changes):
 
 def test_the_model_of_a_resumed_run_is_computed_as_its_config_now_says(place):
     _, derived = place.open()
-    assert not place.model(resolve(), derived).run.remat
-    assert place.model(resolve(model__remat="layer"), derived).run.remat
+    assert not place.model(resolve(), derived).options.remat
+    assert place.model(resolve(model__remat="layer"), derived).options.remat
 
 
 def test_the_latest_the_best_or_a_numbered_checkpoint_is_chosen(place):
@@ -192,7 +192,9 @@ def test_the_only_checkpoint_that_has_a_score_is_not_taken_for_the_best(place):
         place.choose_step("best", "loss")
 
 
-@pytest.mark.parametrize("content", ["", "{", "null", "[1]", "{}", '{"config": {}, "derived": {"layout": {}}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "null", "[1]", "{}", '{"config": {}, "derived": {"layout": {}}, "format": 2}']
+)
 def test_a_damaged_config_is_named(place, content):
     (place.path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"run/config.json is not that of a run, or damaged .*name another --workdir"):
@@ -445,3 +447,17 @@ def test_a_base_model_with_other_weights_than_the_run_was_started_from_is_refuse
         place.frozen(model, config, make_mesh(Mesh(), jax.devices()[:1]))
     line = str(error.value)
     assert str(base) in line and f"not those that the run in {place.path} was started from; restore them" in line
+
+
+def test_a_run_of_another_format_is_refused_by_its_file(place):
+    file = place.path / "config.json"
+    saved = json.loads(file.read_text())
+    del saved["checksum"]
+    for change in ({"format": 3}, {"format": None}):
+        file.write_text(json.dumps(saved | change))
+        with pytest.raises(UserError, match=rf"^{file} is of a run in format \S+, .*; continue or export the run"):
+            place.open()
+    del saved["format"]  # a run that was started before there were formats
+    file.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="is of a run in format 1, and this version of jax_it has format 2"):
+        place.open()

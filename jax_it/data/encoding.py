@@ -96,7 +96,7 @@ def encode_texts(
 ) -> Encoding:
     """Prompt, completion and end mark in one sequence; the last two are learnt.
 
-    Each is tokenised by itself, so that the prompt is what generation starts from. Where they are too long
+    Each is tokenized by itself, so that the prompt is what generation starts from. Where they are too long
     the prompt is cut first, to a quarter of the length at the least, and then the completion, without an end mark.
     """
     for item, where in _zip(examples, places):

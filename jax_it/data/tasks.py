@@ -1,6 +1,6 @@
 """What a task asks: prompts with their shots and options, as texts and as token ids.
 
-Without a chat template a causal model continues plain text, and an option is tokenised together with the prompt:
+Without a chat template a causal model continues plain text, and an option is tokenized together with the prompt:
 its tokens are those beyond as many as the prompt has by itself, as the Language Model Evaluation Harness splits them.
 """
 
@@ -195,7 +195,7 @@ def _answers(options: Sequence[tuple[_Question, str]], tokenizer: Tokenizer) -> 
 def _continuations(
     options: Sequence[tuple[_Question, str]], delimiter: str, tokenizer: Tokenizer
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompt and option of plain text, tokenised together."""
+    """Prompt and option of plain text, tokenized together."""
     prompts = [_plain(question).rstrip() for question, _ in options]
     alone = dict(zip(prompts, encoding.text_prompts(prompts, tokenizer), strict=True))
     whole = encoding.text_prompts(

@@ -142,7 +142,7 @@ class _Options:
         self._likelihoods = Likelihoods(setting.model, setting.mesh, setting.config.eval.batch_size)
 
     def __call__(self, params: Params, go_on: Callable[[], bool]) -> list[list[float]]:
-        # An option may change how the prompt's last characters are tokenised: then it has a prompt of its own.
+        # An option may change how the prompt's last characters are tokenized: then it has a prompt of its own.
         requests: list[LikelihoodRequest] = []
         places: list[tuple[int, list[int]]] = []  # of each request: the example, and which of its options
         for i, example in enumerate(self._examples):

@@ -65,7 +65,7 @@ class BeamSearch:
     def num_beams(self) -> int:
         return self.sampling.num_beams
 
-    def begin(self, first_B: jax.Array, row_B: jax.Array, seen_BV: jax.Array | None) -> BeamState:
+    def begin(self, first_B: jax.Array, text_id_B: jax.Array, seen_BV: jax.Array | None) -> BeamState:
         """Returns beams without a token; as they are all alike, only one of them is extended first."""
         slots, beams = first_B.shape[0], self.num_beams
         tokens_BKT = jnp.full((slots, beams, self.max_new_tokens), self.eos_ids[0], jnp.int32)

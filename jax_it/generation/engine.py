@@ -18,7 +18,7 @@ from jax_it import sharding
 from jax_it.generation.beam_search import BeamSearch
 from jax_it.generation.requests import DecodeResult, PrefillBatch
 from jax_it.generation.sampling import GREEDY, Sampling, SamplingSearch, check
-from jax_it.models import Model, Params, Prepared, kv_cache
+from jax_it.models import DecodingWeights, Model, Params, kv_cache
 
 Search = SamplingSearch | BeamSearch
 
@@ -119,7 +119,7 @@ class Engine:
         width = batch.tokens_PS.shape[1]
         self._state = self._run("insert", len(self._state.done_B), width, self._params, self._state, placed)
 
-    def decode_step(self, idle: Sequence[bool], max_steps: int, until_done: int) -> DecodeResult:
+    def decode(self, idle: Sequence[bool], max_steps: int, until_done: int) -> DecodeResult:
         """Decodes up to `max_steps` tokens in every slot that is not idle; stops once `until_done` slots are done.
 
         Idle slots count as done. All steps run on the devices, and the texts then come to the host together.
@@ -166,7 +166,7 @@ def prefill(model: Model, search: Search, params: Params, batch: PrefillBatch) -
         seen_RV = _seen(model, batch, first_P)[batch.prompts_R]
     none_R = jnp.zeros_like(start_R)
     last_R = jnp.repeat(first_R, search.num_beams)
-    texts = search.begin(first_R, batch.rows_R, seen_RV)
+    texts = search.begin(first_R, batch.text_ids_R, seen_RV)
     return SlotState(cache, last_R, start_R, none_R, batch.limits_R, none_R > 0, texts)
 
 
@@ -182,21 +182,27 @@ def insert(search: Search, state: SlotState, new: SlotState, batch: PrefillBatch
     return _sharded(SlotState(cache, last_B, *put(batch.slots_R, tuple(state[2:]), tuple(new[2:]))))
 
 
-def decode_step(model: Model, search: Search, weights: Prepared, state: SlotState) -> SlotState:
+def decode_step(model: Model, search: Search, weights: DecodingWeights, state: SlotState) -> SlotState:
     """Returns the slots after one more token in each that is not done."""
     positions_B = jnp.repeat(state.start_B + state.number_B, search.num_beams)
     logits_BV, cache = model.decode_step(weights, state.last_B, positions_B, state.cache)
     texts, last_B, rows_B, ended_B = search.advance(state.texts, logits_BV, state.number_B, state.limit_B, state.done_B)
     if rows_B is not None:
         cache = kv_cache.take_rows(cache, rows_B)
-    # The number of a slot that is done stays, and so does the position that it writes to.
+    # The number of a slot that is done stays; what it still writes to its own rows of the cache is never read.
     number_B = jnp.where(state.done_B, state.number_B, state.number_B + 1)
     done_B = state.done_B | ended_B
     return _sharded(SlotState(cache, last_B, state.start_B, number_B, state.limit_B, done_B, texts))
 
 
 def decode(
-    model: Model, search: Search, weights: Prepared, state: SlotState, idle_B: Any, max_steps: Any, until_done: Any
+    model: Model,
+    search: Search,
+    weights: DecodingWeights,
+    state: SlotState,
+    idle_B: Any,
+    max_steps: Any,
+    until_done: Any,
 ) -> tuple[SlotState, tuple[jax.Array, ...]]:
     """Returns the slots after up to `max_steps` steps, and what `DecodeResult` holds; idle slots become done."""
 

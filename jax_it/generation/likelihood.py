@@ -244,13 +244,13 @@ def _forward(
     lengths_BC: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Does what `_decode` does in one forward pass. Logits exist for one position of all rows at a time."""
-    hidden_BTD, head_VD = model.apply(params, batch), model.head(params)
-    rows, last = jnp.arange(first_B.shape[0]), hidden_BTD.shape[1] - 1
+    states_BTD, head_VD = model.apply(params, batch), model.head(params)
+    rows, last = jnp.arange(first_B.shape[0]), states_BTD.shape[1] - 1
 
     def at(item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         number, tokens_BC = item
-        hidden_BD = hidden_BTD[rows, jnp.minimum(first_B + number, last)]
-        found = _of_tokens(model.logits(head_VD, hidden_BD), tokens_BC.reshape(-1, 1))
+        states_BD = states_BTD[rows, jnp.minimum(first_B + number, last)]
+        found = _of_tokens(model.logits(head_VD, states_BD), tokens_BC.reshape(-1, 1))
         return found[0].reshape(tokens_BC.shape), found[1].reshape(tokens_BC.shape)
 
     tokens_TBC = jnp.moveaxis(tokens_BCT, 2, 0)

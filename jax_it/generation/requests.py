@@ -49,7 +49,7 @@ class PrefillBatch(NamedTuple):
     segments_PS: Any  # 1, and 0 for padding
     slots_R: Any
     prompts_R: Any  # which of the prompts the slot gets
-    rows_R: Any  # the text's number, which its draws depend on
+    text_ids_R: Any  # the text's number, which its draws depend on
     limits_R: Any  # new tokens at most
 
 

@@ -63,13 +63,13 @@ def process_logits(
 ) -> jax.Array:
     """Applies what holds for greedy decoding, sampling and beams alike, where `number_B` new tokens are there already.
 
-    Scores are logits or, of beams, log-probabilities, which are not normalised again. `seen_BV` says which tokens a
+    Scores are logits or, of beams, log-probabilities, which are not normalized again. `seen_BV` says which tokens a
     row has had: a causal model's prompt and the new ones; None without a repetition penalty.
     """
     if seen_BV is not None:
         penalty = sampling.repetition_penalty
-        penalised_BV = jnp.where(scores_BV < 0, scores_BV * penalty, scores_BV / penalty)
-        scores_BV = jnp.where(seen_BV, penalised_BV, scores_BV)
+        penalized_BV = jnp.where(scores_BV < 0, scores_BV * penalty, scores_BV / penalty)
+        scores_BV = jnp.where(seen_BV, penalized_BV, scores_BV)
     tokens_V = jnp.arange(scores_BV.shape[-1])
     if sampling.min_new_tokens:
         early_B1 = (number_B < sampling.min_new_tokens)[:, None]
@@ -133,7 +133,7 @@ class SamplingState(NamedTuple):
 
     tokens_BT: jax.Array  # those generated; an end token beyond them
     log_probs_BT: jax.Array  # of each, by the model
-    row_B: jax.Array  # the text's number, which its draws depend on
+    text_id_B: jax.Array  # the text's number, which its draws depend on
     seen_BV: jax.Array | None  # the tokens that a repetition penalty is for
 
 
@@ -148,10 +148,12 @@ class SamplingSearch:
 
     num_beams = 1  # rows of the cache for each slot
 
-    def begin(self, first_B: jax.Array, row_B: jax.Array, seen_BV: jax.Array | None) -> SamplingState:
+    def begin(self, first_B: jax.Array, text_id_B: jax.Array, seen_BV: jax.Array | None) -> SamplingState:
         """Returns texts without a token; `first_B` are the tokens that their first steps take."""
         shape = (first_B.shape[0], self.max_new_tokens)
-        return SamplingState(jnp.full(shape, self.eos_ids[0], jnp.int32), jnp.zeros(shape, jnp.float32), row_B, seen_BV)
+        return SamplingState(
+            jnp.full(shape, self.eos_ids[0], jnp.int32), jnp.zeros(shape, jnp.float32), text_id_B, seen_BV
+        )
 
     def advance(
         self, state: SamplingState, logits_BV: jax.Array, number_B: jax.Array, limit_B: jax.Array, done_B: jax.Array
@@ -162,7 +164,7 @@ class SamplingSearch:
         """
         allowed_BV = process_logits(logits_BV, self.sampling, self.eos_ids, number_B, state.seen_BV)
         finite_B = is_finite(logits_BV)
-        next_B = choose(allowed_BV, self.sampling, state.row_B, number_B).astype(jnp.int32)
+        next_B = choose(allowed_BV, self.sampling, state.text_id_B, number_B).astype(jnp.int32)
         next_B = jnp.where(finite_B, next_B, INVALID)
         rows, at_B = jnp.arange(next_B.shape[0]), jnp.where(done_B, self.max_new_tokens, number_B)
         log_probs_BT = state.log_probs_BT
@@ -172,7 +174,7 @@ class SamplingSearch:
         longer = SamplingState(
             state.tokens_BT.at[rows, at_B].set(next_B, mode="drop"),
             log_probs_BT,
-            state.row_B,
+            state.text_id_B,
             None if state.seen_BV is None else state.seen_BV.at[rows, next_B].set(True),
         )
         return longer, next_B, None, is_end(next_B, self.eos_ids) | (number_B + 1 >= limit_B) | ~finite_B

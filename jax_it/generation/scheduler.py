@@ -103,7 +103,7 @@ class Scheduler:
         until_done = next_group * self._each if waiting else len(self._slots) - fewer
         asked = any(text and text.request.stop for text in self._slots)
         steps = self._stream_interval or (STOP_INTERVAL if asked else self._engine.max_new_tokens)
-        return list(self._read(self._engine.decode_step([text is None for text in self._slots], steps, until_done)))
+        return list(self._read(self._engine.decode([text is None for text in self._slots], steps, until_done)))
 
     def _resize(self, number: int) -> None:
         """Continues with so many slots, the running ones first."""
@@ -171,7 +171,9 @@ class Scheduler:
             *length_buckets.pad([request.prompt for request in group.requests], rows, group.width),
             slots_R=np.array(slots + [self._engine.num_slots for _ in padding], np.int32),
             prompts_R=np.array([i // self._each for i in range(len(texts))] + padding, np.int32),
-            rows_R=np.array([text.request.request_id * self._each + text.sample for text in texts] + padding, np.int32),
+            text_ids_R=np.array(
+                [text.request.request_id * self._each + text.sample for text in texts] + padding, np.int32
+            ),
             limits_R=np.array([min(text.request.max_new_tokens or limit, limit) for text in texts] + padding, np.int32),
         )
 

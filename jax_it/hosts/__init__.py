@@ -17,7 +17,7 @@ import jax
 from jax._src import distributed
 
 from jax_it.errors import Interrupted, UserError, exit_now, first_line
-from jax_it.hosts.cluster_env import LOST_AFTER, START_TIMEOUT, detect, seconds
+from jax_it.hosts.cluster_env import LOST_AFTER_VAR, START_TIMEOUT_VAR, detect, seconds
 from jax_it.hosts.connections import Connections, connect
 
 _NOTICE = 10.0  # seconds between an error in JAX and the news of the lost process that caused it
@@ -38,14 +38,14 @@ def start() -> None:
     env = detect()
     if env is None or env.num_processes == 1:
         return
-    _connections = connect(env, time.monotonic() + seconds(START_TIMEOUT))
+    _connections = connect(env, time.monotonic() + seconds(START_TIMEOUT_VAR))
     atexit.register(_connections.leave)  # runs before JAX's own handler, which waits for all processes
     # Nothing is left for JAX to detect: under Slurm it would take one GPU of many.
     jax.distributed.initialize(
         env.coordinator_address, env.num_processes, env.process_id, env.local_device_ids,
         cluster_detection_method="deactivate",
         # `connections` must notice a silent host first: JAX's heartbeats end the process without naming it.
-        heartbeat_timeout_seconds=int(max(100, 3 * seconds(LOST_AFTER))),
+        heartbeat_timeout_seconds=int(max(100, 3 * seconds(LOST_AFTER_VAR))),
     )  # fmt: skip
     _connections.explain_aborts()
 

@@ -10,9 +10,11 @@ from typing import Any
 
 from jax_it.errors import Interrupted, UserError, first_line
 
-START_TIMEOUT = "JAX_IT_START_TIMEOUT"  # seconds that a start waits for missing hosts
-LOST_AFTER = "JAX_IT_LOST_AFTER"  # seconds after which a silent host is lost; one whose process ends is at once
-_DEFAULTS = {START_TIMEOUT: 600.0, LOST_AFTER: 60.0}
+START_TIMEOUT_VAR = "JAX_IT_START_TIMEOUT"  # seconds that a start waits for missing hosts
+LOST_AFTER_VAR = (
+    "JAX_IT_LOST_AFTER"  # seconds after which a silent host is lost; a host whose process ends counts as lost at once
+)
+_DEFAULTS = {START_TIMEOUT_VAR: 600.0, LOST_AFTER_VAR: 60.0}
 RUN_ALONE = "start the same command on all hosts, or set JAX_NUM_PROCESSES=1 for a process on its own"
 
 
@@ -56,7 +58,7 @@ def detect() -> ClusterEnv | None:
             if count == 1:
                 return None
             port = os.environ.get("JAX_COORDINATOR_PORT")
-            address = kind.get_coordinator_address(int(seconds(START_TIMEOUT)), port)
+            address = kind.get_coordinator_address(int(seconds(START_TIMEOUT_VAR)), port)
         except (RuntimeError, OSError, ValueError, KeyError) as error:
             raise Interrupted(f"cannot find the other hosts of this run: {first_line(error)}; {RUN_ALONE}") from error
         names, devices = host_names(index, count), None
@@ -126,7 +128,7 @@ def _slurm_devices(count: int) -> list[int] | None:
 
 
 def seconds(name: str) -> float:
-    """Returns the value of START_TIMEOUT or LOST_AFTER."""
+    """Returns the value of START_TIMEOUT_VAR or LOST_AFTER_VAR."""
     text = os.environ.get(name)
     try:
         return float(text) if text else _DEFAULTS[name]

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from jax_it.errors import Interrupted, UserError, exit_now, first_line
-from jax_it.hosts.cluster_env import LOST_AFTER, RUN_ALONE, ClusterEnv, seconds
+from jax_it.hosts.cluster_env import LOST_AFTER_VAR, RUN_ALONE, ClusterEnv, seconds
 
 GRACE = 20.0  # seconds that this process has to end by itself when another one has ended
 GO_ON = "run the same command on all hosts to continue from the last checkpoint"
@@ -86,7 +86,7 @@ class Connections:
 
     def _send_heartbeats(self) -> None:
         while True:
-            time.sleep(seconds(LOST_AFTER) / 4)
+            time.sleep(seconds(LOST_AFTER_VAR) / 4)
             self._send()
 
     def _send(self, **message: Any) -> None:
@@ -96,7 +96,7 @@ class Connections:
 
     def _listen(self, index: int) -> None:
         """Receives what a process sends until it leaves or is lost."""
-        limit = seconds(LOST_AFTER)
+        limit = seconds(LOST_AFTER_VAR)
         try:
             while True:
                 message = self._connections[index].receive(limit)
@@ -191,7 +191,7 @@ def _accept_all(env: ClusterEnv, until: float) -> tuple[dict[int, Connection], d
     names = {**env.names, 0: socket.gethostname()}
     joined: dict[int, Connection] = {}
     started, told = time.monotonic(), 0.0
-    with _listen(int(env.coordinator_address.rsplit(":", 1)[1]), until) as server:
+    with _open_server(int(env.coordinator_address.rsplit(":", 1)[1]), until) as server:
         while len(joined) < env.num_processes - 1:
             missing = [index for index in range(1, env.num_processes) if index not in joined]
             listed = ", ".join([env.name(index) for index in missing[:8]] + ["…"] * (len(missing) > 8))
@@ -223,7 +223,7 @@ def _accept_all(env: ClusterEnv, until: float) -> tuple[dict[int, Connection], d
     return joined, names
 
 
-def _listen(port: int, until: float) -> socket.socket:
+def _open_server(port: int, until: float) -> socket.socket:
     while True:
         try:
             both = socket.has_dualstack_ipv6()

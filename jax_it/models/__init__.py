@@ -17,6 +17,7 @@ from jax_it.models.experts import Routing
 from jax_it.models.families import FAMILIES
 from jax_it.models.family import Family, FamilyConfig, Kind, Module
 from jax_it.models.kv_cache import KVCache, unstack_layers
+from jax_it.models.linear import split_key
 from jax_it.models.lora import Adapter
 from jax_it.models.quantized import Quantized
 from jax_it.models.stack import group_layers
@@ -28,7 +29,7 @@ Params = dict[str, Any]  # nested dicts of arrays
 ADAPTER = "adapter"  # the params' entry that holds the adapters
 
 
-class Prepared(NamedTuple):
+class DecodingWeights(NamedTuple):
     """Weights prepared for decoding, in the computation's dtype."""
 
     module: Module  # without an encoder; on CPUs and GPUs each layer by itself
@@ -141,48 +142,49 @@ class Model:
 
     def states(self, params: Params, batch: Any, key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
         """Return those states, and how a mixture of experts sends the tokens, summed over layers."""
-        return self._module(params, key).states(batch, self.options, key)
+        model_key, adapter_key = split_key(key, 2)
+        return self._module(params, adapter_key).states(batch, self.options, model_key)
 
     def head(self, params: Params) -> jax.Array:
         """The weights that `logits` takes, [V, D]."""
         return params["embedding" if self.config.tied else "head"]
 
-    def logits(self, head_VD: jax.Array, hidden: jax.Array) -> jax.Array:
+    def logits(self, head_VD: jax.Array, states: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of states [..., D]."""
-        return self.family.logits(self.config, head_VD, hidden)
+        return self.family.logits(self.config, head_VD, states)
 
     def prefill(
-        self, params: Params, prompts_BS: jax.Array, segments_BS: jax.Array, length: int
+        self, params: Params, prompts_BS: jax.Array, segments_BS: jax.Array, max_new_tokens: int
     ) -> tuple[jax.Array, jax.Array, KVCache]:
         """(the tokens [B] that the first step takes, their positions [B], the cache).
 
-        The cache holds at most `length` new tokens of each prompt, or source; segment 0 is padding.
+        The cache has room for `max_new_tokens` new tokens in each row; segment 0 is padding.
         """
         module = self._module(params)
-        first_B, start_B, cache = module.prefill(prompts_BS, segments_BS, length, self.options)
+        first_B, start_B, cache = module.prefill(prompts_BS, segments_BS, max_new_tokens, self.options)
         if self.options.unrolled:
             decoder = module.decoder.config
             cache = unstack_layers(cache, decoder.layers, len(decoder.layer_kinds))
         return first_B, start_B, cache
 
-    def prepare_for_decoding(self, params: Params) -> Prepared:
+    def prepare_for_decoding(self, params: Params) -> DecodingWeights:
         """Prepare weights for many steps of `decode_step`: call it once, outside of loops."""
         module = self._module(params)
         if self.kind == "seq2seq":
             del module.encoder
         stack = module.decoder
         stack.layers = group_layers(stack.layers, len(stack.config.layer_kinds), self.options.unrolled)
-        return Prepared(module, self.head(params))
+        return DecodingWeights(module, self.head(params))
 
     def decode_step(
-        self, prepared: Prepared, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache
+        self, weights: DecodingWeights, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         """Return the logits [B, V] after one more token a row, at that row's position, and the new cache."""
-        states_BD, cache = prepared.module.decode_step(tokens_B, positions_B, cache, self.options)
-        return self.logits(prepared.head_VD, states_BD), cache
+        states_BD, cache = weights.module.decode_step(tokens_B, positions_B, cache, self.options)
+        return self.logits(weights.head_VD, states_BD), cache
 
-    def _module(self, params: Params, key: jax.Array | None = None) -> Any:
-        """The module with its weights in the computation's dtype; norms and biases stay float32."""
+    def _module(self, params: Params, adapter_key: jax.Array | None = None) -> Any:
+        """Return the module with its weights in the computation's dtype; norms and biases stay float32."""
 
         def cast(logical_axes: str, weight: Any) -> Any:
             keeps = isinstance(weight, Quantized) or is_vector(logical_axes) or "E" in logical_axes
@@ -193,7 +195,7 @@ class Model:
             weights = jax.tree.map(cast, self.logical_axes, trained)
         else:
             base = jax.tree.map(cast, self.logical_axes, jax.lax.stop_gradient(frozen))
-            weights = self.adapter.attach(base, trained, None if key is None else jax.random.fold_in(key, 0))
+            weights = self.adapter.attach(base, trained, adapter_key)
         return nnx.merge(self._abstract[0], weights)
 
 

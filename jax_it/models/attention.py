@@ -16,11 +16,12 @@ from jax_it.sharding import constrain, parts_of
 
 MASKED = -1e30  # the score of a pair that is not allowed; finite, so that a row of them does not become NaN
 
-# Scores held at a time, in queries of one row. Beyond it they are computed chunk by chunk, and again in the backward
-# pass, because their number grows with the square of the length.
+# How many of a row's queries have their scores in memory at once, as the number of scores grows with the square of the
+# length. Longer rows are computed in chunks, which the backward pass computes again.
 MAX_QUERIES = 1024
-# A causal row is cut into at most 8 blocks of at least 128 queries, each with the keys up to its last query: 9/16 of
-# the scores are computed in place of all. Smaller blocks cost more in operations than they save in scores.
+# Up to 8192 positions a causal row is cut into at most 8 blocks of at least 128 queries, each with the keys up to its
+# last query: with 8 blocks 9/16 of the scores are computed. Smaller blocks cost more in operations than they save in
+# scores. Longer rows have blocks of MAX_QUERIES.
 MIN_BLOCK, MAX_BLOCKS = 128, 8
 
 
@@ -39,7 +40,8 @@ def attend(
 ) -> jax.Array:  # fmt: skip
     """Attend from queries to keys; returns [B, T, N, H].
 
-    `mask_BTS` says which pairs are allowed; with a `window`, T = S and only keys less than `window` positions away are.
+    `mask_BTS` says which pairs are allowed; with a `window`, T = S and only keys less than `window` positions away are,
+    before the query or after it.
     `causal`: the mask allows no key after its query, so those are not read. `bias`, [N, T, S] or [B, N, T, S], is added
     to the scores. `key` is for dropout.
     """

@@ -12,7 +12,7 @@ from jax_it.models.attention import causal_mask
 from jax_it.models.config import ComputeOptions, Config
 from jax_it.models.experts import Routing
 from jax_it.models.kv_cache import KVCache, LongTexts
-from jax_it.models.linear import look_up, normal
+from jax_it.models.linear import look_up, normal, scale_by
 from jax_it.models.stack import Stack
 from jax_it.sharding import constrain
 
@@ -30,6 +30,7 @@ class CausalLM(Stack):
 
     @property
     def decoder(self) -> Stack:
+        """The model itself: it is its own stack, so that its weights' paths begin with `layers`."""
         return self
 
     def states(
@@ -59,7 +60,8 @@ class CausalLM(Stack):
     ) -> tuple[jax.Array, KVCache]:
         if cache.long_texts:
             cache = self._recompute_grown(tokens_B, positions_B, cache, options)
-        return self.decode(self._embed(tokens_B[:, None], positions_B[:, None], options), positions_B, cache, options)
+        x_BTD = self._embed(tokens_B[:, None], positions_B[:, None], options)
+        return self.step(x_BTD, positions_B, cache, options)
 
     def _read(
         self, tokens_BS: jax.Array, segments_BS: jax.Array, last_B: jax.Array, options: ComputeOptions
@@ -67,19 +69,14 @@ class CausalLM(Stack):
         """Compute all positions of texts that end at `last_B`, and return the cache that holds them."""
         positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
         mask_BTS = causal_mask(segments_BS, segments_BS if options.prefix_lm else None)
-        _, keys_values, _ = self(
+        _, groups, _ = self(
             self._embed(tokens_BS, positions_BS, options), positions_BS, segments_BS, mask_BTS, options,
-            lengths_BT=last_B[:, None] + 1, keep_kv=True,
+            lengths_BT=last_B[:, None] + 1, cache_to_B=last_B,
         )  # fmt: skip
-        windows = self.windows(len(keys_values))
-        groups = tuple(
-            kv_cache.from_prompt(key, value, last_B, window)
-            for (key, value), window in zip(keys_values, windows, strict=True)
-        )
         long_texts = None
         if self.config.recompute_longrope and self.config.longrope_length:
             long_texts = LongTexts(tokens_BS, last_B >= self.config.longrope_length)
-        return KVCache(groups, tokens_BS.shape[1], windows, long_texts=long_texts)
+        return KVCache(tuple(groups), tokens_BS.shape[1], self.windows(len(groups)), long_texts=long_texts)
 
     def _recompute_grown(
         self, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache, options: ComputeOptions
@@ -124,7 +121,7 @@ def embed(c: Config, embedding: nnx.Param, tokens_BT: jax.Array, dtype: Any) -> 
 def logits(c: Config, head_VD: jax.Array, states: jax.Array) -> jax.Array:
     """Return the float32 logits [..., V] of states [..., D]."""
     if c.output_scale != 1:
-        states = states * jnp.asarray(c.output_scale, states.dtype)
+        states = scale_by(states, c.output_scale)
     logits = jnp.einsum("...D,VD->...V", states, head_VD.astype(states.dtype), preferred_element_type=jnp.float32)
     cap = c.final_logit_softcap
     return cap * jnp.tanh(logits / cap) if cap else logits

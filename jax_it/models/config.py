@@ -41,12 +41,12 @@ def shortest_period(kinds: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
 
 
 class ComputeOptions(NamedTuple):
-    """How a forward pass is computed; none of it changes what the model is."""
+    """How a forward pass is computed. `prefix_lm` and `dropout` change its result; the rest does not."""
 
     dtype: Any
     remat: bool = False
     dropout: float = 0.0  # the rate, if a key is given
-    prefix_lm: bool = False  # the prompt's positions see each other, also in `prefill`
+    prefix_lm: bool = False  # the prompt's positions see each other, within a window to either side
     fused: bool | Literal["interpret"] = False  # attention by the TPU kernel, if it can compute the rows
     unrolled: bool = False  # decoding takes the layers one by one: faster than a scan, but slower to compile
 
@@ -93,6 +93,10 @@ class Config:
     dropout_in: tuple[Literal["attention", "mlp"], ...] = ("attention",)  # beside embeddings and residuals
     experts: Experts | None = None
 
+    def __post_init__(self) -> None:
+        assert 1 <= len(self.layer_kinds) <= self.layers, "a period has no more layers than the stack"
+        assert not (self.relative_bias and any(kind.window for kind in self.layer_kinds)), "not implemented"
+
     @property
     def scale(self) -> float:
         """What attention's products are multiplied by."""
@@ -121,7 +125,7 @@ class Config:
             cross += length * (4 * self.embed_dim * self.num_heads * self.head_dim + source_length * score)
         return self.layers * (length * (attention + length * score + mlp) + cross)
 
-    def scores(self, source_length: int, length: int, source_blocks: int = 0) -> float:
+    def score_count(self, source_length: int, length: int, source_blocks: int = 0) -> float:
         """Count the attention scores of one row's forward pass, over all heads and layers."""
         read = source_blocks * source_length if self.encoder_dim else 0
         return self.layers * self.num_heads * length * (length + read)
@@ -154,7 +158,7 @@ class EncoderDecoderConfig:
         head = 2 * target_length * self.decoder.embed_dim * self.decoder.vocabulary
         return encoder + self.decoder.stack_flops(target_length, source_blocks * source_length) + head
 
-    def scores(self, source_length: int, target_length: int, source_blocks: int = 1) -> float:
+    def score_count(self, source_length: int, target_length: int, source_blocks: int = 1) -> float:
         """Count the attention scores of one row's forward pass, over all heads and layers."""
-        encoder = source_blocks * self.encoder.scores(0, source_length)
-        return encoder + self.decoder.scores(source_length, target_length, source_blocks)
+        encoder = source_blocks * self.encoder.score_count(0, source_length)
+        return encoder + self.decoder.score_count(source_length, target_length, source_blocks)

@@ -76,7 +76,7 @@ class EncoderDecoder(nnx.Module):
         self, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache, options: ComputeOptions
     ) -> tuple[jax.Array, KVCache]:
         x_BTD = embed(self.config.decoder, self.embedding, tokens_B[:, None], options.dtype)
-        return self.decoder.decode(x_BTD, positions_B, cache, options)
+        return self.decoder.step(x_BTD, positions_B, cache, options)
 
 
 def logits(c: EncoderDecoderConfig, head_VD: jax.Array, states: jax.Array) -> jax.Array:

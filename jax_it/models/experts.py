@@ -22,7 +22,7 @@ class Experts(NamedTuple):
     number: int  # X
     per_token: int
     feed_forward: int  # F, of each
-    normalised: bool  # a token's weights sum to 1
+    normalized: bool  # a token's weights sum to 1
 
 
 class Routing(NamedTuple):
@@ -55,7 +55,7 @@ class ExpertsMlp(nnx.Module):
         scores_BTX = jnp.einsum("BTD,DX->BTX", x_BTD, self.router[...], preferred_element_type=jnp.float32)
         probabilities_BTX = jax.nn.softmax(scores_BTX, axis=-1)
         weights_BTC, chosen_BTC = jax.lax.top_k(probabilities_BTX, self.experts.per_token)
-        if self.experts.normalised:
+        if self.experts.normalized:
             weights_BTC /= weights_BTC.sum(-1, keepdims=True)
         matrices = Matrices(*(param.get_value() for param in (self.gate, self.up, self.down)))
         act = ACTIVATIONS[self.activation]
@@ -104,7 +104,7 @@ def _on_own_experts(
 
 
 def _split_of(matrices: Matrices, mesh: jax.sharding.AbstractMesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The mesh axes over which experts and their inner width are split; all arrays of quantised ones alike, or none."""
+    """The mesh axes over which experts and their inner width are split; all arrays of quantized ones alike, or none."""
     found = []
     for letter, axes in (("X", (0, 0, 0)), ("F", (2, 2, 1))):
         split = {

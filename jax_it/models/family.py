@@ -45,7 +45,7 @@ class FamilyConfig(Protocol):
     def flops(self, source_length: int, length: int, source_blocks: int = ..., /) -> float:
         """Count the matmul FLOPs of one row's forward pass."""
 
-    def scores(self, source_length: int, length: int, source_blocks: int = ..., /) -> float:
+    def score_count(self, source_length: int, length: int, source_blocks: int = ..., /) -> float:
         """Count the attention scores of one row's forward pass."""
 
 

@@ -1,8 +1,9 @@
 """The key-value cache: what decoding carries from step to step, for encoder-decoders and causal models alike.
 
 Keys are stored as K H S and values as K S H: a step reads them head by head, and both of its products go along rows of
-memory. Layers are cached in groups: group j of p holds layers j, j + p, j + 2p …, one after another along L. A layer
-with a window keeps the window's positions only: position t is stored at t % capacity.
+memory. Layers are cached in groups: layers j, j + p, j + 2p … of the whole periods together, one after another
+along L, and each remaining layer, or each layer if decoding is unrolled, by itself. A layer with a window keeps only
+the window's positions: position t is stored at t % capacity.
 """
 
 import dataclasses
@@ -114,13 +115,13 @@ def init_group(layers: int, rows: int, kv_heads: int, head_dim: int, capacity: i
     return KeyValue(jnp.swapaxes(value, 3, 4), value)
 
 
-def from_prompt(key_LBTKH: jax.Array, value_LBTKH: jax.Array, last_B: jax.Array, window: int) -> KeyValue:
-    """Cache a prompt's keys and values in a group; of a window, those that it sees from position `last_B`."""
-    if window and window < key_LBTKH.shape[2]:
+def from_prompt(key_BTKH: jax.Array, value_BTKH: jax.Array, last_B: jax.Array, window: int) -> KeyValue:
+    """Cache a layer's keys and values of prompts, without an axis L; of a window, those seen from position `last_B`."""
+    if 0 < window < key_BTKH.shape[1]:
         at_BT = last_B[:, None] - (last_B[:, None] - jnp.arange(window)) % window
-        at_BT = jnp.maximum(at_BT, 0)[None, :, :, None, None]  # what is below 0 is never read
-        key_LBTKH, value_LBTKH = (jnp.take_along_axis(x, at_BT, axis=2) for x in (key_LBTKH, value_LBTKH))
-    return KeyValue(*jax.vmap(by_head)(key_LBTKH, value_LBTKH))
+        at_BT11 = jnp.maximum(at_BT, 0)[:, :, None, None]  # what is below 0 is never read
+        key_BTKH, value_BTKH = (jnp.take_along_axis(x, at_BT11, axis=1) for x in (key_BTKH, value_BTKH))
+    return KeyValue(*by_head(key_BTKH, value_BTKH))
 
 
 def unstack_layers(cache: KVCache, layers: int, period: int) -> KVCache:

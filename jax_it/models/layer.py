@@ -16,7 +16,7 @@ from jax_it.models.attention import Scores, attend, attend_by_head, gather_kv
 from jax_it.models.config import ComputeOptions, Config, LayerKind
 from jax_it.models.experts import ExpertsMlp, Routing
 from jax_it.models.kv_cache import LayerCache
-from jax_it.models.linear import ACTIVATIONS, dropout, normal, project, split_key
+from jax_it.models.linear import ACTIVATIONS, dropout, normal, project, scale_by, split_key
 from jax_it.models.norm import Norm
 from jax_it.models.rope import Rope, rotate
 from jax_it.sharding import constrain
@@ -50,8 +50,8 @@ class Attention(nnx.Module):
     def __init__(self, c: Config, kv_dim: int = 0, *, rngs: nnx.Rngs):
         dim, queries, keys = c.embed_dim, (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
         kv_dim = kv_dim or dim
-        # Products of queries and keys that are scaled by H ** -0.5 start out of order 1, and the rest alike.
-        self.query = normal(rngs, (dim, *queries), dim**-0.5 * (c.head_dim**-0.5 / c.scale))
+        # T5 scales no scores: its queries start small instead.
+        self.query = normal(rngs, (dim, *queries), dim**-0.5 * (c.head_dim**-0.5 if c.relative_bias else 1))
         self.key = normal(rngs, (kv_dim, *keys), kv_dim**-0.5)
         self.value = normal(rngs, (kv_dim, *keys), kv_dim**-0.5)
         self.output = normal(rngs, (*queries, dim), (c.num_heads * c.head_dim) ** -0.5)
@@ -143,7 +143,7 @@ class Layer(nnx.Module):
         c, rate, keys = self.config, context.options.dropout, split_key(key, 6)
         in_attention, in_mlp = ("attention" in c.dropout_in), ("mlp" in c.dropout_in)
         scores = Scores(c.scale, c.attn_logit_softcap, rate if in_attention else 0.0)
-        added_BTD, cache = self._attend(self._pre_norm("attention", x_BTD), context, kind, cache, scores, keys[0])
+        added_BTD, kept = self._attend(self._pre_norm("attention", x_BTD), context, kind, cache, scores, keys[0])
         h_BTD = self._add("attention", x_BTD, added_BTD, rate, keys[1])
         if c.encoder_dim:
             added_BTD = self._cross_attend(self._pre_norm("cross", h_BTD), context, cache, scores, keys[2])
@@ -154,7 +154,7 @@ class Layer(nnx.Module):
             added_BTD, routing = self.experts(read_BTD, context.real_BT)
         else:
             added_BTD = self.mlp(read_BTD, rate, keys[4] if in_mlp else None)
-        return self._add("mlp", h_BTD, added_BTD, rate, keys[5]), cache, routing
+        return self._add("mlp", h_BTD, added_BTD, rate, keys[5]), kept, routing
 
     def _attend(
         self, x_BTD: jax.Array, context: Context, kind: LayerKind, cache: LayerCache | None, scores: Scores,
@@ -208,7 +208,7 @@ class Layer(nnx.Module):
         norm = getattr(self, f"{name}_post_norm", None)
         added_BTD = norm(added_BTD) if norm else added_BTD
         if self.config.residual_scale != 1:
-            added_BTD *= jnp.asarray(self.config.residual_scale, added_BTD.dtype)
+            added_BTD = scale_by(added_BTD, self.config.residual_scale)
         return constrain(x_BTD + dropout(added_BTD, rate, key), "B T D")
 
 

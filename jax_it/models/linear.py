@@ -1,4 +1,4 @@
-"""Products with weights that may be plain arrays, quantised, or have an adapter beside them.
+"""Products with weights that may be plain arrays, quantized, or have an adapter beside them.
 
 A module writes `project(x, self.query, "BTD,DNH->BTNH")` and need not know which of them its weight is.
 """
@@ -28,6 +28,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
     """Draw a float32 weight from a normal distribution."""
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def scale_by(x: jax.Array, factor: float) -> jax.Array:
+    """Multiply by a constant that is not rounded to `x`'s dtype, as PyTorch does."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def split_key(key: jax.Array | None, number: int) -> list[jax.Array | None]:
@@ -77,7 +82,7 @@ def project(x: jax.Array, param: nnx.Param, spec: str) -> jax.Array:
 
 def _product(x: jax.Array, weight: DenseWeight, spec: str) -> jax.Array:
     if isinstance(weight, Quantized):
-        # Dequantised once more for the gradient: else every layer's float weight would wait for it.
+        # Dequantized once more for the gradient: else every layer's float weight would wait for it.
         return jax.checkpoint(lambda x, weight: jnp.einsum(spec, x, dense(weight, x.dtype)))(x, weight)
     return jnp.einsum(spec, x, dense(weight, x.dtype))
 

@@ -6,7 +6,7 @@ Along its last axis a weight is cut into blocks, and each block has one scale, a
   quantiles of a normal distribution. Two codes share a byte, the one at the even index in its lower half.
 - int8: a value is an integer from -127 to 127 times the scale, which is the largest magnitude over 127.
 
-Every block is quantised on its own, so a weight cut along any axis but the last (or along the last at a
+Every block is quantized on its own, so a weight cut along any axis but the last (or along the last at a
 multiple of the block) has the codes and scales of the whole one, cut the same way.
 """
 
@@ -94,14 +94,14 @@ class Quantized:
 def block_size(n: int) -> int:
     """Of a last axis of `n` values: the largest power of 2 up to 64 that divides `n`, or 0 where that is below 8.
 
-    Such a weight can't be quantised, and is best left as it is: its scales would outweigh what the codes save.
+    Such a weight can't be quantized, and is best left as it is: its scales would outweigh what the codes save.
     """
     block = math.gcd(n, BLOCK)
     return block if block >= SMALLEST_BLOCK else 0
 
 
 def quantize(array: Any, kind: str) -> Quantized:
-    """A float array [..., n] quantised as `kind`, each value to the nearest: of numpy in numpy, of JAX in JAX.
+    """A float array [..., n] quantized as `kind`, each value to the nearest: of numpy in numpy, of JAX in JAX.
 
     The scale is rounded to bfloat16 before codes are chosen, so that these are best for the scale that is
     kept. A value is off by half the widest gap between levels at most (0.14 of the scale for nf4, 0.5 of it
@@ -111,11 +111,11 @@ def quantize(array: Any, kind: str) -> Quantized:
     are not finite; under jit these can't be seen, and make their whole block NaN.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r} of quantised weights; there are: {', '.join(KINDS)}")
+        raise ValueError(f"unknown kind {kind!r} of quantized weights; there are: {', '.join(KINDS)}")
     block = block_size(array.shape[-1]) if array.ndim else 0
     if not block:
         raise ValueError(
-            f"a weight of shape {tuple(array.shape)} can't be quantised: "
+            f"a weight of shape {tuple(array.shape)} can't be quantized: "
             f"its last axis must be a multiple of {SMALLEST_BLOCK}"
         )
     if isinstance(array, jax.Array):
@@ -174,7 +174,7 @@ def _quantize_numpy(array: np.ndarray, kind: str, block: int) -> Quantized:
 def _check_finite(of_blocks: Any) -> None:
     """Of the blocks' scales or largest magnitudes."""
     if not np.isfinite(np.asarray(of_blocks, np.float32)).all():
-        raise ValueError("a weight that holds NaN or infinity can't be quantised")
+        raise ValueError("a weight that holds NaN or infinity can't be quantized")
 
 
 def _levels_of(codes: jax.Array) -> jax.Array:

@@ -33,7 +33,7 @@ LARGEST_FLOAT, SMALLEST_FLOAT = 3e38, 1e-37  # of numbers of 32 bits
 class Settings:
     """The values of a config.json, which must all have been asked for by the time of `finish`.
 
-    `null` and an absent key both mean the default.
+    `null` and an absent key both mean the default, unless the reader asks `is_null`.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str):

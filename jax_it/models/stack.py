@@ -7,7 +7,7 @@ static window and rope.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,20 @@ from flax import nnx
 from jax_it.models import kv_cache
 from jax_it.models.config import ComputeOptions, Config, LayerKind
 from jax_it.models.experts import Routing
-from jax_it.models.kv_cache import CrossKeyValue, KVCache, LayerCache, Source
+from jax_it.models.kv_cache import CrossKeyValue, KeyValue, KVCache, LayerCache, Source
 from jax_it.models.layer import Context, EncoderStates, Layer
 from jax_it.models.linear import dropout, normal, split_key
 from jax_it.models.norm import Norm
 from jax_it.sharding import constrain
+
+
+class Place(NamedTuple):
+    """Which layer of a stack is computed."""
+
+    kind: LayerKind
+    group: int  # of the cache
+    index: Any  # in the group
+    key: Any  # for dropout, or None
 
 
 class Groups(nnx.Module):
@@ -47,10 +56,10 @@ class Stack(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, mask_BTS: jax.Array,
         options: ComputeOptions, key: jax.Array | None = None, *, lengths_BT: jax.Array | None = None,
-        encoder: EncoderStates | None = None, keep_kv: bool = False,
-    ) -> tuple[jax.Array, list[Any], Routing | None]:  # fmt: skip
-        """Compute all positions at once. Returns normed states [B, T, D]; each group's keys and values, both
-        [L, B, T, K, H], if they are to be kept; and the routing summed over layers.
+        encoder: EncoderStates | None = None, cache_to_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[KeyValue], Routing | None]:  # fmt: skip
+        """Compute all positions at once. Returns normed states [B, T, D]; the groups of a cache that holds each row up
+        to its position `cache_to_B`, if given; and the routing summed over layers.
 
         `lengths_BT` is how many positions each one's text has in all, which LongRoPE depends on.
         """
@@ -63,17 +72,20 @@ class Stack(nnx.Module):
         )  # fmt: skip
         context = self._with_shared_bias(context)
 
-        def layer(x_BTD: jax.Array, module: Layer, kind: LayerKind, group: int, index: Any, key: Any) -> tuple:
-            x_BTD, keys_values, routing = module(x_BTD, context, kind, key=key)
-            return x_BTD, (keys_values if keep_kv else None, routing)
+        def layer(x_BTD: jax.Array, module: Layer, place: Place) -> tuple:
+            x_BTD, (key_BTKH, value_BTKH), routing = module(x_BTD, context, place.kind, key=place.key)
+            if cache_to_B is None:
+                return x_BTD, (None, routing)
+            return x_BTD, (kv_cache.from_prompt(key_BTKH, value_BTKH, cache_to_B, place.kind.window), routing)
 
         embedding_key, layers_key = split_key(key, 2)
         keys = None if layers_key is None else jax.random.split(layers_key, c.layers)
-        x_BTD, outputs = self._run(layer, dropout(x_BTD, options.dropout, embedding_key), keys, options.remat)
+        x_BTD = dropout(x_BTD, options.dropout, embedding_key)
+        x_BTD, outputs = self._run(layer, x_BTD, keys, remat=options.remat)
         routing = jax.tree.map(lambda *groups: sum(x.sum(0) for x in groups), *(routing for _, routing in outputs))
-        return self.norm(x_BTD), [keys_values for keys_values, _ in outputs], routing
+        return self.norm(x_BTD), [group for group, _ in outputs], routing
 
-    def decode(
+    def step(
         self, x_BTD: jax.Array, positions_B: jax.Array, cache: KVCache, options: ComputeOptions
     ) -> tuple[jax.Array, KVCache]:
         """Compute one more token a row, T = 1, at its own position: normed states [B, D], and the new cache."""
@@ -85,11 +97,12 @@ class Stack(nnx.Module):
         )  # fmt: skip
         context = self._with_shared_bias(context)
 
-        def layer(carry: tuple, module: Layer, kind: LayerKind, group: int, index: Any, key: Any) -> tuple:
-            x_BTD, groups = carry
+        def layer(carry: tuple, module: Layer, place: Place) -> tuple:
+            (x_BTD, groups), group = carry, place.group
             cross = (source.groups[group], source.segments) if source else ()
-            x_BTD, updated, _ = module(x_BTD, context, kind, LayerCache(groups[group], index, positions_B, *cross))
-            return (x_BTD, (*groups[:group], updated.group, *groups[group + 1 :])), None
+            layer_cache = LayerCache(groups[group], place.index, positions_B, *cross)
+            x_BTD, layer_cache, _ = module(x_BTD, context, place.kind, layer_cache)
+            return (x_BTD, (*groups[:group], layer_cache.group, *groups[group + 1 :])), None
 
         (x_BTD, groups), _ = self._run(layer, (x_BTD, cache.groups))
         return self.norm(x_BTD[:, 0]), dataclasses.replace(cache, groups=groups)
@@ -113,15 +126,19 @@ class Stack(nnx.Module):
     def encode_cross_kv(self, states_BSD: jax.Array) -> tuple[CrossKeyValue, ...]:
         """Make a source's keys and values for cross-attention in every layer, once for all steps."""
 
-        def layer(_: None, module: Layer, kind: LayerKind, group: int, index: Any, key: Any) -> tuple:
+        def layer(_: None, module: Layer, place: Place) -> tuple:
             return None, CrossKeyValue(*kv_cache.by_head(*module.cross.keys_values(states_BSD)))
 
         return tuple(self._run(layer, None)[1])
 
     def _run(
-        self, layer: Callable[..., tuple[Any, Any]], carry: Any, keys: jax.Array | None = None, remat: bool = False
+        self,
+        layer: Callable[[Any, Layer, Place], tuple[Any, Any]],
+        carry: Any,
+        keys: jax.Array | None = None,
+        remat: bool = False,
     ) -> tuple[Any, list[Any]]:
-        """Call `carry, output = layer(carry, module, kind, group, index, key)` for all layers in turn.
+        """Call `carry, output = layer(carry, module, place)` for all layers in turn; `keys` has one for each.
 
         Returns the last carry, and each group's outputs with a leading axis L.
         """
@@ -130,35 +147,38 @@ class Stack(nnx.Module):
         number = self.config.layers - len(groups.rest)  # of layers in whole periods
         outputs: list[Any] = []
 
-        def call(carry: Any, graph: Any, state: Any, at: int, group: int, index: Any, key: Any) -> tuple[Any, Any]:
-            kind = kinds[at % len(kinds)]
-            compute = lambda carry, state, key, index: layer(carry, nnx.merge(graph, state), kind, group, index, key)  # noqa: E731
-            return (jax.checkpoint(compute) if remat else compute)(carry, state, key, index)
+        def call(carry: Any, graph: Any, state: Any, j: int | None, place: Place) -> tuple[Any, Any]:
+            def compute(carry: Any, state: Any, index: Any, key: Any) -> tuple[Any, Any]:
+                # Cut out here, so that a layer that is computed again keeps no slice of the period's weights.
+                weights = state if j is None else jax.tree.map(lambda x: x[j], state)
+                return layer(carry, nnx.merge(graph, weights), Place(place.kind, place.group, index, key))
+
+            return (jax.checkpoint(compute) if remat else compute)(carry, state, place.index, place.key)
 
         if number:
             period = len(kinds)
             graph, state = nnx.split(groups.periods)
-            scanned_keys = None if keys is None else keys[:number].reshape(-1, period)
 
             def body(carry: Any, xs: tuple) -> tuple[Any, list[Any]]:
                 index, state, keys = xs
                 made = []
-                for j in range(period):
-                    one = state if period == 1 else jax.tree.map(lambda x, j=j: x[j], state)
+                for j, kind in enumerate(kinds):
                     key = None if keys is None else keys[j]
-                    carry, output = call(carry, graph, one, j, j, index, key)
+                    carry, output = call(carry, graph, state, j if period > 1 else None, Place(kind, j, index, key))
                     made.append(output)
                 return carry, made
 
-            carry, outputs = jax.lax.scan(body, carry, (jnp.arange(number // period), state, scanned_keys))
-        for i, module in enumerate(groups.rest):
-            key = None if keys is None else keys[number + i]
-            carry, output = call(carry, *nnx.split(module), number + i, len(outputs), 0, key)
+            period_keys = None if keys is None else keys[:number].reshape(-1, period)
+            carry, outputs = jax.lax.scan(body, carry, (jnp.arange(number // period), state, period_keys))
+        for i, module in enumerate(groups.rest, start=number):
+            graph, state = nnx.split(module)
+            place = Place(kinds[i % len(kinds)], len(outputs), 0, None if keys is None else keys[i])
+            carry, output = call(carry, graph, state, None, place)
             outputs.append(jax.tree.map(lambda x: x[None], output))
         return carry, outputs
 
     def _cos_sin(self, positions_BT: jax.Array, lengths_BT: jax.Array | None) -> dict:
-        ropes = {kind.rope for kind in self.config.layer_kinds if kind.rope}
+        ropes = dict.fromkeys(kind.rope for kind in self.config.layer_kinds if kind.rope)
         return {rope: rope.cos_sin(positions_BT, lengths_BT) for rope in ropes}
 
     def _with_shared_bias(self, context: Context) -> Context:

@@ -32,7 +32,7 @@ class WeightSpec(NamedTuple):
 
     @property
     def stacked(self) -> tuple[str, ...]:
-        """The logical_axes, the first of ours, over which tensors are stacked."""
+        """The letters of the leading axes over which tensors are stacked."""
         return tuple(letter for letter in self.logical_axes.split() if f"{{{letter}}}" in self.name)
 
     @property

@@ -23,15 +23,15 @@ from jax_it.plan.topology import Topology
 from jax_it.pretrained import add_adapter
 from jax_it.pretrained.hf import read_config_json
 from jax_it.pretrained.storage import cast_or_quantize, storage_dtypes
-from jax_it.training.step import Prepared, prepare
+from jax_it.training.step import PreparedStep, prepare
 
 
+@dataclass
 class TooLarge(Exception):
-    """The compiler refused: a chip's memory does not hold what the step needs beside its arguments. In bytes."""
+    """The compiler refused: a chip's memory does not hold what the step needs beside its arguments."""
 
-    def __init__(self, needed: int, limit: int):
-        super().__init__(f"{needed} bytes are needed, {limit} are available")
-        self.needed, self.limit = needed, limit
+    needed: int  # bytes
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Step:
     config: Config
     model: Model
     mesh: jax.sharding.Mesh
-    prepared: Prepared
+    prepared: PreparedStep
     batch: Any  # of ShapeDtypeStructs
     shape: Shape  # of a row
     rows: int

@@ -30,7 +30,7 @@ from jax_it.training.profiling import Profile
 from jax_it.training.progress import Progress
 from jax_it.training.skips import Skips
 from jax_it.training.state import TrainState, start
-from jax_it.training.step import Prepared, prepare
+from jax_it.training.step import PreparedStep, prepare
 from jax_it.training.throughput import Throughput, peak_flops, step_flops
 from jax_it.training.watchdog import watching
 from jax_it.workdir import Derived, Workdir, make_format
@@ -235,7 +235,7 @@ def build_data(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) ->
 
     def row_cost(shape: Shape) -> float:
         sizes = (shape.source, shape.target, shape.blocks)
-        return model.config.flops(*sizes) + FLOPS_OF_A_SCORE * model.config.scores(*sizes)
+        return model.config.flops(*sizes) + FLOPS_OF_A_SCORE * model.config.score_count(*sizes)
 
     return data.build(config.data, tokenizer, make_format(model, tokenizer), config.train.batch_size, row_cost)
 
@@ -317,7 +317,7 @@ def _save(checkpoints: Any, step: int, state: TrainState, progress: Progress, ph
 
 
 def _restore_or_start(
-    checkpoints: Any, trained: Any, frozen: Any, prepared: Prepared
+    checkpoints: Any, trained: Any, frozen: Any, prepared: PreparedStep
 ) -> tuple[TrainState, dict[str, Any]]:
     """The state of the newest whole checkpoint and its position, or the first one."""
     shapes, shardings = prepared.shapes, prepared.shardings
@@ -345,7 +345,7 @@ def make_evaluator(
     return evaluation.Evaluator(model, tokenizer, needed.examples, config, layout, mesh, needed.tasks)
 
 
-def check_disk(place: Workdir, prepared: Prepared) -> None:
+def check_disk(place: Workdir, prepared: PreparedStep) -> None:
     """Refuses a disk on which not even one checkpoint has room."""
     path = files.local(place.path)
     if not hosts.is_first() or path is None:

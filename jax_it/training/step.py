@@ -31,7 +31,7 @@ def token_loss(config: Train) -> losses.TokenLoss:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedStep:
     """A run's step and all that it is made from, before any weight is read."""
 
     optimizer: optax.GradientTransformation
@@ -42,7 +42,7 @@ class Prepared:
 
 def prepare(
     model: Model, config: Config, mesh: jax.sharding.Mesh, frozen: Params, total_steps: int, warmup: int, decay: int
-) -> Prepared:
+) -> PreparedStep:
     """The step of a run of so many steps; of `frozen`, the weights that are not trained, only the shapes matter."""
     schedule = make_schedule(config.train.optimizer, total_steps, warmup, decay)
     optimizer = make_optimizer(config.train.optimizer, schedule, model.trained_logical_axes)
@@ -51,7 +51,7 @@ def prepare(
     shapes = jax.eval_shape(partial(start, optimizer=optimizer), params, frozen)
     shardings = state_shardings(model, shapes, mesh)
     step = make_train_step(model, config.train, optimizer, schedule, mesh, shardings)
-    return Prepared(optimizer, shapes, shardings, step)
+    return PreparedStep(optimizer, shapes, shardings, step)
 
 
 def make_train_step(

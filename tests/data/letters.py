@@ -62,7 +62,7 @@ def pairs(*texts: str) -> list[dict[str, Any]]:
 
 
 def made(name: str, examples: Sequence[tuple[Sequence[int], Sequence[int]]], template: str = "auto") -> Tokenized:
-    """A tokenised source of these (source, target) tokens, without a file; ([], []) is one that was dropped."""
+    """A tokenized source of these (source, target) tokens, without a file; ([], []) is one that was dropped."""
     sides = [[np.asarray(pair[side], np.int32) for pair in examples] for side in (0, 1)]
     tokens = [np.concatenate([np.zeros(0, np.int32), *side]) for side in sides]
     ends = [np.cumsum([0, *map(len, side)]) for side in sides]
@@ -70,7 +70,7 @@ def made(name: str, examples: Sequence[tuple[Sequence[int], Sequence[int]]], tem
 
 
 def of_lengths(name: str, sources: Sequence[int], targets: Sequence[int], first: int = FIRST) -> Tokenized:
-    """A tokenised source of examples of these lengths (0: dropped), each with tokens that no other example has."""
+    """A tokenized source of examples of these lengths (0: dropped), each with tokens that no other example has."""
     examples = []
     for source, target in zip(sources, targets, strict=True):
         if not target:

@@ -101,7 +101,7 @@ def test_an_encoder_decoder_s_option_ends_with_the_end_mark(folder):
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen2_5", "llama2", "mistral_v3", "gemma", "llama3"])
-def test_a_causal_model_s_option_is_tokenised_together_with_the_prompt_and_has_no_end_mark(folder, name):
+def test_a_causal_model_s_option_is_tokenized_together_with_the_prompt_and_has_no_end_mark(folder, name):
     tokenizer = checkpoint(name)
     for example in read(task(folder, score="rank", options=OPTIONS, chat=False), tokenizer, CausalFormat(0)):
         start = [] if tokenizer.start is None else [tokenizer.start]

@@ -134,7 +134,7 @@ def test_an_example_counts_once_where_both_its_sides_are_cut(tmp_path, cache):
     assert "2 of 4 examples truncated" in refusal(path, cache, max_truncated=0.4)
 
 
-def test_a_source_is_tokenised_under_each_of_its_templates(tmp_path, cache):
+def test_a_source_is_tokenized_under_each_of_its_templates(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", [{"q": "ab", "a": "c"}, {"q": "b", "a": ""}])
     source = Source(path, template=("{{q}} ||| {{a}}", "{{a}} ||| {{q}}"))
     one, two = tokenize(source, "", Data(cache_dir=str(cache), **LENIENT), Letters(), FORMAT)
@@ -197,7 +197,7 @@ def folders(cache: Path) -> set[str]:
     return {path.name for path in cache.iterdir()}
 
 
-def test_what_was_tokenised_once_is_read_from_the_cache(tmp_path, cache):
+def test_what_was_tokenized_once_is_read_from_the_cache(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", pairs("abc>xy", "b>z"))
     tokenizer = Letters()
     first = run(path, cache, tokenizer)

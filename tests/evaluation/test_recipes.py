@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.data.logical_axes import Letters
 
 from jax_it import config as settings
 from jax_it.data import tasks
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.errors import UserError
 from jax_it.evaluation import Evaluator
+from tests.data.letters import Letters
 from tests.tiny_run import write_rows
 
 RECIPES = Path(__file__).parents[2] / "configs" / "benchmarks"

@@ -60,16 +60,23 @@ def full_logits(subject: Subject, texts: list[list[int]]) -> np.ndarray:
         made_BT[row, : len(text)] = text
         read = prompt if model.kind == "seq2seq" else prompt + made_BT[row].tolist()
         source_BS[row, : len(read)], segments_BS[row, : len(read)] = read, 1
+    positions_BS = np.broadcast_to(np.arange(source_BS.shape[1]), source_BS.shape)
     if model.kind == "seq2seq":
         tokens_BT = np.pad(made_BT[:, :-1], ((0, 0), (1, 0)), constant_values=model.config.start_token)
         ones_BT = np.ones_like(tokens_BT)
         positions_BT = np.broadcast_to(np.arange(LENGTH), tokens_BT.shape)
         batch: Any = Seq2SeqBatch(
-            source_BS[:, None], segments_BS[:, None], None, tokens_BT, ones_BT, ones_BT, ones_BT, positions_BT
+            source_BS[:, None],
+            segments_BS[:, None],
+            positions_BS[:, None],
+            tokens_BT,
+            ones_BT,
+            ones_BT,
+            ones_BT,
+            positions_BT,
         )
         places_BT = positions_BT
     else:
-        positions_BS = np.broadcast_to(np.arange(source_BS.shape[1]), source_BS.shape)
         batch = CausalBatch(source_BS, None, None, segments_BS, positions_BS)
         places_BT = np.array([len(prompt) - 1 for prompt in subject.prompts])[:, None] + np.arange(LENGTH)
     return np.asarray(_forward(model)(subject.params, batch, places_BT))

@@ -249,7 +249,14 @@ def test_the_beams_of_a_t5_are_those_of_a_plain_search_that_recomputes_each_text
         ones_T = jnp.ones((1, length), jnp.int32)
         segments_S = (jnp.arange(len(source_S)) <= jnp.argmax(source_S == END)).astype(jnp.int32)
         batch = Seq2SeqBatch(
-            source_S[None, None], segments_S[None, None], None, tokens_T[None], ones_T, ones_T, ones_T, None
+            source_S[None, None],
+            segments_S[None, None],
+            jnp.arange(len(source_S))[None, None],
+            tokens_T[None],
+            ones_T,
+            ones_T,
+            ones_T,
+            None,
         )
         return tiny.model.logits(tiny.model.head(tiny.params), tiny.model.apply(tiny.params, batch))[0]
 

@@ -55,7 +55,8 @@ def next_logits(tiny, texts: list[list[int]]) -> np.ndarray:
         tokens_BT = np.array([[model.config.start_token, *text] for text in texts])
         source = np.tile(np.array(prompt), (len(texts), 1, 1))
         ones_BT = np.ones_like(tokens_BT)
-        batch = Seq2SeqBatch(source, np.ones_like(source), None, tokens_BT, ones_BT, ones_BT, ones_BT, None)
+        positions = np.zeros_like(source)
+        batch = Seq2SeqBatch(source, np.ones_like(source), positions, tokens_BT, ones_BT, ones_BT, ones_BT, None)
     else:
         tokens_BT = np.array([[*prompt, *text] for text in texts])
         positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)

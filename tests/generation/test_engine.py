@@ -248,14 +248,14 @@ def test_short_texts_do_not_wait_for_long_ones(tiny, monkeypatch):
     prompts = [tiny.sources[1]] * 32
     engine = Engine(tiny.model, tiny.mesh, LENGTH, 4, Sampling(min_new_tokens=LENGTH))
     taken: list[int] = []
-    plain = Engine.decode_step
+    plain = Engine.decode
 
     def watched(self, *arguments):
         result = plain(self, *arguments)
         taken.append(int(result.number_B.max()))
         return result
 
-    monkeypatch.setattr(Engine, "decode_step", watched)
+    monkeypatch.setattr(Engine, "decode", watched)
     found = by_prompt(generate(engine, tiny.params, prompts, limits))
     assert [len(found[i]) for i in range(32)] == limits
     assert len(taken) > 8, "slots were refilled while others went on"

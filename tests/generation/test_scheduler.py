@@ -50,7 +50,7 @@ class FakeEngine:
         self.calls.append(("resize", len(slots)))
         self.slots = [SimpleNamespace(**vars(self.slots[slot])) for slot in slots]
 
-    def decode_step(self, idle: Sequence[bool], max_steps: int, until_done: int) -> DecodeResult:
+    def decode(self, idle: Sequence[bool], max_steps: int, until_done: int) -> DecodeResult:
         assert len(idle) == len(self.slots) and not all(idle)
         for slot, nobody in zip(self.slots, idle, strict=True):
             slot.done = slot.done or nobody

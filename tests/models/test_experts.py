@@ -19,7 +19,7 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def by_token(weights, x_BTD, normalised):
+def by_token(weights, x_BTD, normalized):
     """Every token through its experts, one after another."""
     router, gate, up, down = (np.asarray(weights[name], np.float64) for name in ("router", "gate", "up", "down"))
     out = np.zeros(x_BTD.shape)
@@ -28,15 +28,15 @@ def by_token(weights, x_BTD, normalised):
         scores = np.exp(x @ router)
         scores /= scores.sum()
         chosen = np.argsort(-scores)[:PER_TOKEN]
-        total = scores[chosen].sum() if normalised else 1
+        total = scores[chosen].sum() if normalized else 1
         for e in chosen:
             out[b, t] += scores[e] / total * ((silu(x @ gate[e]) * (x @ up[e])) @ down[e])
     return out
 
 
-def layer(skew: float, normalised: bool = True) -> tuple[Any, Any]:
+def layer(skew: float, normalized: bool = True) -> tuple[Any, Any]:
     """Random experts; with a skew nearly all tokens are sent to the first two."""
-    module = ExpertsMlp(WIDTH, Experts(NUMBER, PER_TOKEN, INNER, normalised), "silu", rngs=nnx.Rngs(params=0))
+    module = ExpertsMlp(WIDTH, Experts(NUMBER, PER_TOKEN, INNER, normalized), "silu", rngs=nnx.Rngs(params=0))
     graph, state = nnx.split(module)
     weights = dict(nnx.to_pure_dict(state))
     weights["router"] = weights["router"].at[:, :2].add(skew)
@@ -57,13 +57,13 @@ MESHES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize("skew", [0.0, 3.0])
-def test_each_token_passes_through_its_experts(skew, normalised):
-    graph, weights = layer(skew, normalised)
+def test_each_token_passes_through_its_experts(skew, normalized):
+    graph, weights = layer(skew, normalized)
     x_BTD = inputs()
     found = jax.jit(run, static_argnums=0)(graph, weights, x_BTD)
-    wanted = by_token(weights, x_BTD, normalised)
+    wanted = by_token(weights, x_BTD, normalized)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())  # a few roundings of 6e-8
 
 

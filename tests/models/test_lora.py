@@ -181,7 +181,7 @@ def test_a_training_key_drops_and_none_does_not(folders):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_an_adapter_over_quantised_weights_computes_as_over_what_they_stand_for(kind, folders):
+def test_an_adapter_over_quantized_weights_computes_as_over_what_they_stand_for(kind, folders):
     model, params = load(folders("llama3"), quantize=kind, lora=config.Lora(rank=3))
     params = shaken(model, params)
     _, frozen = model.split(params)
@@ -194,7 +194,7 @@ def test_an_adapter_over_quantised_weights_computes_as_over_what_they_stand_for(
 
 @pytest.mark.parametrize("pretrained", [True, False])
 @pytest.mark.parametrize("name", ["llama3", "smollm2", "gpt2", "mixtral", "t5_1_1", "t5_1_1_tied"])
-def test_only_linear_layers_and_experts_are_quantised(name, pretrained, folders):
+def test_only_linear_layers_and_experts_are_quantized(name, pretrained, folders):
     """As in QLoRA. Embedding and head stay in the computation's dtype, tied or not."""
     model, params = load(
         folders(name), quantize="nf4", dtype="bfloat16", pretrained=pretrained, lora=config.Lora(rank=2)
@@ -210,7 +210,7 @@ def test_only_linear_layers_and_experts_are_quantised(name, pretrained, folders)
         assert frozen[path].dtype == jnp.bfloat16, path
 
 
-def test_weights_are_quantised_the_same_shard_by_shard_as_whole(folders):
+def test_weights_are_quantized_the_same_shard_by_shard_as_whole(folders):
     settings = config.Model(path=str(folders("llama3")), quantize="nf4", lora=config.Lora(rank=2))
     _, one = pretrained.load_base(settings, mesh())
     many = sharding.make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))

@@ -1,4 +1,4 @@
-"""Quantised weights are the nearest levels, in few bytes, however a weight is cut, and from numpy as from JAX."""
+"""Quantized weights are the nearest levels, in few bytes, however a weight is cut, and from numpy as from JAX."""
 
 import itertools
 import math
@@ -170,7 +170,7 @@ def test_two_codes_share_a_byte_the_first_in_the_lower_half():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_weight_quantised_part_by_part_is_the_whole_one(kind):
+def test_a_weight_quantized_part_by_part_is_the_whole_one(kind):
     array = weight(4, 6, 256)
     whole = quantize(array, kind)
     per_byte = 2 if kind == "nf4" else 1
@@ -208,7 +208,7 @@ def test_it_is_sliced_by_scan_and_vmap(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_of_a_scan_of_checkpointed_layers_keeps_no_dequantised_weight(kind):
+def test_the_gradient_of_a_scan_of_checkpointed_layers_keeps_no_dequantized_weight(kind):
     layers, width = 8, 512
     q = quantize(jnp.zeros((layers, width, width)), kind)
 
@@ -222,7 +222,7 @@ def test_the_gradient_of_a_scan_of_checkpointed_layers_keeps_no_dequantised_weig
 
     compiled = jax.jit(jax.grad(loss)).lower(jnp.zeros((layers, width)), q).compile()
     one_layer = 4 * width * width
-    # One of them is dequantised at a time, forwards or backwards.
+    # One of them is dequantized at a time, forwards or backwards.
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * one_layer
 
 

@@ -242,7 +242,7 @@ def test_every_layer_is_counted():
 
 def test_scores_are_those_that_attention_makes():
     model = build(large(5, 2), "test", config.Model())
-    assert model.config.scores(64, 32, 2) == 8 * (5 * 2 * 64 * 64 + 2 * 32 * (32 + 2 * 64))
+    assert model.config.score_count(64, 32, 2) == 8 * (5 * 2 * 64 * 64 + 2 * 32 * (32 + 2 * 64))
 
 
 def read(**changes):
@@ -261,7 +261,7 @@ def test_a_half_has_transformers_defaults_and_a_null_cap_is_none():
     assert [kind.window for kind in found.encoder.layer_kinds] == [4097, 0]  # the token itself, and 4096 to either side
     assert [kind.window for kind in found.decoder.layer_kinds] == [4096, 0]
     assert (found.start_token, found.pad_token) == (5, 0)
-    assert found.tied and found.decoder.memory_width == 2304
+    assert found.tied and found.decoder.encoder_dim == 2304
 
 
 def test_what_the_whole_says_of_dropout_holds_for_both_halves():

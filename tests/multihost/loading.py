@@ -24,7 +24,7 @@ def main(folder: str, kept: str, architecture: str) -> None:
     hosts.start()
     mesh = sharding.make_mesh(settings.Mesh(data=1, fsdp=jax.device_count() // 2, tensor=2))
     quantize = kept if kept in ("nf4", "int8") else "none"
-    # Frozen weights are kept in the computation's dtype, or quantised; trained ones in `param_dtype`.
+    # Frozen weights are kept in the computation's dtype, or quantized; trained ones in `param_dtype`.
     lora = settings.Lora(rank=1 if quantize != "none" else 0)
     config = settings.Model(
         path=folder, pretrained=bool(folder), architecture=json.loads(architecture), quantize=quantize, lora=lora,

@@ -94,7 +94,7 @@ WIDE = {"vocab_size": 512, "hidden_size": 1024, "num_hidden_layers": 12}
     ],
     ids=["llama", "mixtral"],
 )  # fmt: skip
-def test_no_layers_weights_are_dequantised_before_their_turn(architecture, mlp, remat):
+def test_no_layers_weights_are_dequantized_before_their_turn(architecture, mlp, remat):
     layer = 4 * (2 * 1024**2 + 2 * 1024 * 512 + mlp)  # bytes in float32
     adapted = {"lora": settings.Lora(rank=2), "quantize": "nf4", "dtype": "float32", "remat": remat}
     compiled = compile_step(architecture, CHUNK, rows=1, length=64, **adapted)  # few tokens: weights are what there is

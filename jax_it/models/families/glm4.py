@@ -36,9 +36,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
 
 
 def weight_table(c: Config) -> dict[str, WeightSpec]:
-    layer = "model.layers.{L}"
-    table = {path: spec for path, spec in llama.weight_table(c).items() if "_norm." not in path}
-    return table | llama.norm_weights("layers", layer, NORMS) | phi3.gate_up_weights(c, f"{layer}.mlp")
+    return llama.weight_table(c, NORMS) | phi3.gate_up_weights(c, "model.layers.{L}.mlp")
 
 
 GLM4 = llama.make_family("Glm4ForCausalLM", read_config, weight_table)

@@ -29,9 +29,9 @@ def read_common(
 ) -> dict[str, Any]:
     """The values that families with Llama's settings share, as arguments of `Config`.
 
-    The keywords are the family's defaults, 0 for those that follow from other values, and the key of the activation
-    with its own. `whole_heads` says that
-    Transformers refuses a width that the heads do not divide even where they have a size of their own.
+    The keyword arguments are the family's defaults; 0 means that a value follows from others. `act` is the activation's
+    key and its default. `whole_heads`: Transformers refuses a width that the heads do not divide even if `head_dim` is
+    given.
     """
     activation = settings.choose(act[0], list(ACTIVATIONS), act[1])
     settings.expect(attention_dropout=0.0, is_encoder_decoder=False, add_cross_attention=False)
@@ -132,8 +132,8 @@ NORMS = {
 }
 
 
-def weight_table(c: Config) -> dict[str, WeightSpec]:
-    """The weights under Llama's names, for whichever of them the config asks."""
+def weight_table(c: Config, norms: Mapping[str, str] | None = None) -> dict[str, WeightSpec]:
+    """The weights under Llama's names, for whichever of them the config asks; `norms`: other names of the norms."""
     table = {
         "embedding": WeightSpec("V D", "model.embed_tokens.weight", "V D"),
         "norm.scale": WeightSpec("D", "model.norm.weight", "D"),
@@ -144,7 +144,7 @@ def weight_table(c: Config) -> dict[str, WeightSpec]:
     table |= attention_weights(c, "layers.attention", f"{layer}.self_attn")
     if not c.experts:
         table |= mlp_weights(c, "layers.mlp", f"{layer}.mlp")
-    return table | norm_weights("layers", layer, NORMS[c.norm_placement])
+    return table | norm_weights("layers", layer, norms or NORMS[c.norm_placement])
 
 
 def attention_weights(c: Config, ours: str, theirs: str) -> dict[str, WeightSpec]:

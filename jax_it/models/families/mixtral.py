@@ -21,20 +21,20 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     config = Config(
         **common,
         layer_kinds=(LayerKind(window, rope.read(settings, common["head_dim"], theta=1e6, kinds=kinds)),),
-        experts=read_experts(settings, "num_local_experts", 8, 2, common["mlp_dim"], normalised=True),
+        experts=read_experts(settings, "num_local_experts", 8, 2, common["mlp_dim"], normalized=True),
     )
     settings.finish()
     return config
 
 
 def read_experts(
-    settings: Settings, key: str, number: int, per_token: int, feed_forward: int, *, normalised: bool
+    settings: Settings, key: str, number: int, per_token: int, feed_forward: int, *, normalized: bool
 ) -> Experts:
     """The experts of a layer, whose number is under `key`; numbers are the family's defaults."""
     number, per_token = settings.size(key, number), settings.size("num_experts_per_tok", per_token)
     if per_token > number:
         raise settings.bad("num_experts_per_tok", f"it must be at most {key}, {number}")
-    return Experts(number, per_token, feed_forward, normalised)
+    return Experts(number, per_token, feed_forward, normalized)
 
 
 def weight_table(c: Config) -> dict[str, WeightSpec]:

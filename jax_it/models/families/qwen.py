@@ -53,8 +53,8 @@ def read_qwen3_moe(values: Mapping[str, Any], where: str) -> Config:
     """
     settings = Settings(values, where)
     number = "num_local_experts" if settings.has("num_local_experts") else "num_experts"
-    inner, normalised = settings.size("moe_intermediate_size", 768), settings.get("norm_topk_prob", bool, False)
-    experts = read_experts(settings, number, 128, 8, inner, normalised=normalised)
+    inner, normalized = settings.size("moe_intermediate_size", 768), settings.get("norm_topk_prob", bool, False)
+    experts = read_experts(settings, number, 128, 8, inner, normalized=normalized)
     settings.expect(decoder_sparse_step=1, mlp_only_layers=[])
     common = llama.read_common(settings, key_heads=4)
     window = llama.read_window(settings, 4096)

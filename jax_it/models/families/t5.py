@@ -30,7 +30,7 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
     encoder_layers = settings.size("num_layers", 6 if kind == "t5" else 8)
     tie = settings.get("tie_word_embeddings", bool, True)
     # Transformers 5 lets `tie_word_embeddings` decide T5's scaling, never scales mT5 and always umT5.
-    scaled = settings.get("scale_decoder_outputs", bool, tie is not False)
+    scaled = settings.get("scale_decoder_outputs", bool, tie)
     settings.expect(is_encoder_decoder=True, is_decoder=False, chunk_size_feed_forward=0)
     settings.expect(is_gated_act=projection.startswith("gated-"), dense_act_fn=activation)  # written beside it
     buckets = settings.size("relative_attention_num_buckets", 32)
@@ -64,7 +64,7 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
             mlp_dim=settings.size("d_ff", 2048 if kind == "t5" else 1024),
             activation=activation,
             norm_eps=settings.positive("layer_norm_epsilon", 1e-6),
-            tied=tie,
+            tied=True,  # it has no head: the whole model's config says
             gated_mlp=projection.startswith("gated-"),
             relative_bias=RelativeBias(buckets, max_distance, is_encoder, per_layer=kind == "umt5"),
             bidirectional=is_encoder,

@@ -78,7 +78,7 @@ def test_a_window_hides_what_is_further_back():
     assert [i for i in range(9) if not np.array_equal(before[i], after[i])] == [2, 3, 4]
 
 
-@pytest.mark.parametrize("values, prefix_lm", [(LLAMA, False), (LLAMA, True), (WINDOWED, False)])
+@pytest.mark.parametrize("values, prefix_lm", [(LLAMA, False), (LLAMA, True), (WINDOWED, False), (WINDOWED, True)])
 def test_generated_tokens_are_the_likeliest_of_the_full_forward_pass(values, prefix_lm):
     model, params = make(values, prefix_lm)
     mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
