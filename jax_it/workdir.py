@@ -276,7 +276,7 @@ class Workdir:
                 "if the change is meant"
             )
         found = saved.get("format", 1)
-        if "config" in saved and found != FORMAT:
+        if {"config", "derived"} <= saved.keys() and found != FORMAT:
             raise UserError(
                 f"{file} is of a run in format {shown(found)}, and this version of jax_it has format {FORMAT}: "
                 "settings and weights have other names; continue or export the run with the version that started it"

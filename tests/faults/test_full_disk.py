@@ -29,9 +29,12 @@ def room_for(size):
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_the_run_goes_on_from_it(config, finished, tmp_path):
     run = copy(finished, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / str(STEPS))
-    quiet = "--config.train.log_every=60 steps"  # so that the log fits
-    full = start("train", "--config", config, "--workdir", run, quiet, limit=25_000)  # the log of 45 steps fits
+    log = (run / "metrics.jsonl").read_bytes()
+    (run / "metrics.jsonl").write_text("")  # whole, it would not fit either
+    quiet = "--config.train.log_every=60 steps"
+    full = start("train", "--config", config, "--workdir", run, quiet, limit=12_000)  # half of a checkpoint's metadata
     output = full.communicate()[0]
+    (run / "metrics.jsonl").write_bytes(log)
     assert full.returncode == 2, output
     last = output.splitlines()[-1]
     assert last.startswith(f"jax-it train: could not save a checkpoint to {run}/checkpoints: File too large; ")
