@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-# Compiling one more width takes about as long as computing so many tokens of padding: measured with a T5-small on two
+# Compiling one more width takes about as long as computing this many tokens of padding: measured with T5-small on two
 # CPU cores. An accelerator computes more in that time, so it gets more widths than are best, but never many.
 COMPILE_COST = 1024
 SMALLEST = 16

@@ -25,7 +25,7 @@ class Request:
 
     request_id: int  # from 0; unique among the requests of a scheduler
     prompt: Sequence[int]
-    max_new_tokens: int | None = None  # at most the engine's, which None stands for
+    max_new_tokens: int | None = None  # at most the engine's; None: the engine's
     stop: Callable[[Sequence[int]], bool] | None = None  # ends a text as soon as it is true of its tokens
 
 

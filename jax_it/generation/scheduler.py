@@ -29,7 +29,7 @@ MIN_CAPACITY = 128  # tokens of a prompt that the cache holds, at least
 MAX_CAPACITY = 1 << 30
 STOP_INTERVAL = 16  # steps after which `stop` is asked
 PREFILL_SHARE = 8  # at most an eighth of the slots is prefilled at a time, and fewer with prompts of over 128 tokens
-PREFILL_TOKENS = 2048  # but so many tokens in any case: fewer at a time cost more each
+PREFILL_TOKENS = 2048  # but at least this many tokens: fewer at a time cost more each
 SHRINK = 4  # a quarter of the slots is left when no more requests wait
 SHRINKABLE = 16  # slots; fewer are left as they are
 
@@ -106,7 +106,7 @@ class Scheduler:
         return list(self._read(self._engine.decode([text is None for text in self._slots], steps, until_done)))
 
     def _resize(self, number: int) -> None:
-        """Continues with so many slots, the running ones first."""
+        """Continues with `number` slots, the running ones first."""
         order = sorted(range(len(self._slots)), key=lambda slot: self._slots[slot] is None)[:number]
         added = number - len(order)
         self._engine.resize([*order, *[0] * added])

@@ -56,7 +56,7 @@ class Program:
 
 
 def read(text: str, devices: int) -> Program:
-    """Reads the text of a program that was compiled for so many devices."""
+    """Reads the text of a program that was compiled for this number of devices."""
     computations = parse(text).values()
     loops = [op for computation in computations for op in computation.ops if op.kind == "while"]
     return Program(

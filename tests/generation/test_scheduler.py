@@ -193,7 +193,7 @@ def test_an_aborted_request_gets_no_more_outputs_and_its_slots_go_to_the_next():
     assert {output.request_id for output in scheduler.step()} == {0}
     scheduler.abort(0)
     scheduler.abort(2)
-    scheduler.abort(99)  # one that has ended is no error
+    scheduler.abort(99)  # aborting one that has ended is not an error
     outputs = finish(scheduler)
     assert {(output.request_id, output.sample) for output in outputs} == {(1, 0), (1, 1), (3, 0), (3, 1)}
     assert inserted(engine) == [[0, 1], [2, 3], [6, 7]]

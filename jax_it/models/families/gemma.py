@@ -27,13 +27,11 @@ def _read_common(settings: Settings, act: str, key_heads: int, whole_heads: bool
         whole_heads=whole_heads,
     )
     settings.expect(use_bidirectional_attention=False)
-    bias = settings.get("attention_bias", bool, False)
     return common | {
         "norm": "rms_plus_one",
         "embedding_scale": common["embed_dim"] ** 0.5,
         "embedding_init": common["embed_dim"] ** -0.5,
-        "attention_bias": bias,
-        "output_bias": bias,
+        **llama.read_bias(settings),
     }
 
 

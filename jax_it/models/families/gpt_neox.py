@@ -19,7 +19,6 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     vocabulary = settings.size("vocab_size")
     activation = settings.choose("hidden_act", list(ACTIVATIONS), "gelu")
     settings.expect(attention_dropout=0.0, hidden_dropout=0.0)
-    bias = settings.get("attention_bias", bool, True)
     rotation = rope.read(
         settings, width // heads, share=0.25, theta_key="rotary_emb_base", share_key="rotary_pct"
     )  # fmt: skip
@@ -39,8 +38,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
         gated_mlp=False,
         norm="layer",
         norm_placement="parallel" if settings.get("use_parallel_residual", bool, True) else "pre_norm",
-        attention_bias=bias,
-        output_bias=bias,
+        **llama.read_bias(settings, True),
         mlp_bias=True,
         layer_kinds=(LayerKind(rope=rotation),),
     )

@@ -12,11 +12,9 @@ from jax_it.models.settings import Settings
 def read_config(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
     common = llama.read_common(settings, marks=(1, 2, None))
-    bias = settings.get("attention_bias", bool, False)
     config = Config(
         **common,
-        attention_bias=bias,
-        output_bias=bias,
+        **llama.read_bias(settings),
         mlp_bias=settings.get("mlp_bias", bool, False),
         layer_kinds=(LayerKind(rope=rope.read(settings, common["head_dim"])),),
         attn_scale=settings.positive("attention_multiplier", 1.0),

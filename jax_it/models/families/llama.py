@@ -82,6 +82,12 @@ def read_marks(settings: Settings, vocabulary: int, defaults: Marks = (None, Non
     }
 
 
+def read_bias(settings: Settings, default: bool = False) -> dict[str, Any]:
+    """Read `attention_bias`, of all four linear layers of attention, as arguments of `Config`."""
+    bias = settings.get("attention_bias", bool, default)
+    return {"attention_bias": bias, "output_bias": bias}
+
+
 def read_window(settings: Settings, default: int = 0) -> int:
     """`sliding_window`: how many positions a token sees; 0 for all, which null means."""
     if settings.is_null("sliding_window") or not (default or settings.has("sliding_window")):
@@ -106,11 +112,9 @@ def read_windows(settings: Settings, number: int, window: int, every: tuple[str,
 def read_config(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
     common = read_common(settings, marks=(1, 2, None), whole_heads=True)
-    bias = settings.get("attention_bias", bool, False)
     config = Config(
         **common,
-        attention_bias=bias,
-        output_bias=bias,
+        **read_bias(settings),
         mlp_bias=settings.get("mlp_bias", bool, False),
         layer_kinds=(LayerKind(rope=rope.read(settings, common["head_dim"])),),
     )

@@ -12,13 +12,11 @@ from jax_it.models.settings import Settings
 def read_config(values: Mapping[str, Any], where: str) -> Config:
     settings = Settings(values, where)
     common = llama.read_common(settings, epsilon=1e-5, marks=(None, 50279, 1))
-    bias = settings.get("attention_bias", bool, False)
     config = Config(
         **common,
         norm_placement="post_norm",
         qk_norm="all_heads",
-        attention_bias=bias,
-        output_bias=bias,
+        **llama.read_bias(settings),
         layer_kinds=(LayerKind(rope=rope.read(settings, common["head_dim"])),),
     )
     settings.finish()

@@ -20,13 +20,11 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     full, sliding = rope.read_by_layer_type(
         settings, common["head_dim"], full_theta=settings.positive("rope_theta", THETA), sliding_theta=THETA
     )
-    bias = settings.get("attention_bias", bool, False)
     config = Config(
         **common,
         norm_placement="post_norm",
         qk_norm="all_heads",
-        attention_bias=bias,
-        output_bias=bias,
+        **llama.read_bias(settings),
         layer_kinds=shortest_period([LayerKind(window, sliding if window else full) for window in windows]),
     )
     settings.finish()

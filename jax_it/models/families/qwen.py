@@ -73,12 +73,10 @@ def read_qwen3_moe(values: Mapping[str, Any], where: str) -> Config:
 def _make_qwen3(
     settings: Settings, common: dict[str, Any], windows: tuple[int, ...], experts: Experts | None = None
 ) -> Config:
-    bias = settings.get("attention_bias", bool, False)
     rotation = rope.read(settings, common["head_dim"])
     return Config(
         **common,
-        attention_bias=bias,
-        output_bias=bias,
+        **llama.read_bias(settings),
         qk_norm="head",
         layer_kinds=shortest_period([LayerKind(window, rotation) for window in windows]),
         experts=experts,

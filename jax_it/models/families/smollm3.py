@@ -31,13 +31,11 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
         windows: tuple[int, ...] = tuple(0 if r else window for r in rotates)
     else:
         windows = llama.read_windows(settings, number, window)
-    bias = settings.get("attention_bias", bool, False)
     rotation = rope.read(settings, common["head_dim"], theta=2e6)
     kinds = [LayerKind(window, rotation if r else None) for window, r in zip(windows, rotates, strict=True)]
     config = Config(
         **common,
-        attention_bias=bias,
-        output_bias=bias,
+        **llama.read_bias(settings),
         mlp_bias=settings.get("mlp_bias", bool, False),
         layer_kinds=shortest_period(kinds),
     )
