@@ -21,8 +21,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     data = {"path": "google-research-datasets/mbpp", "subset": "full", "format": "datasets", "template": [TEMPLATE]}
     config.data.train = [{**data, "split": "train", "name": "mbpp"}]
     config.data.eval = [{**data, "split": "validation", "name": "mbpp"}]
-    config.data.source_length = 512
-    config.data.target_length = 512
+    config.data.max_source_length = 512
+    config.data.max_target_length = 512
 
     config.train.duration = "20 epochs"
     config.train.batch_size = 32

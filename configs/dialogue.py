@@ -19,12 +19,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         {"path": "databricks/databricks-dolly-15k", "name": "dolly", "format": "datasets", "template": [DOLLY]},
         {"path": "yahma/alpaca-cleaned", "name": "alpaca", "format": "datasets", "template": ["alpaca"]},
     ]
-    config.data.holdout = 500
-    config.data.mixing = "size"
+    config.data.validation_size = 500
+    config.data.mixing = "proportional"
     config.data.mixing_cap = 20000
     config.data.mixing_temperature = 2.0
-    config.data.source_length = 512
-    config.data.target_length = 256
+    config.data.max_source_length = 512
+    config.data.max_target_length = 256
 
     config.train.duration = "3 epochs"
     config.train.batch_size = 128

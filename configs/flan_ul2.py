@@ -21,8 +21,8 @@ def get_config(arg: str = "64") -> ml_collections.ConfigDict:
 
     config.data.train = [{"path": "train.jsonl"}]
     config.data.eval = [{"path": "validation.jsonl"}]
-    config.data.source_length = 512
-    config.data.target_length = 128
+    config.data.max_source_length = 512
+    config.data.max_target_length = 128
 
     config.train.duration = "3 epochs"
     config.train.batch_size = 16 * devices

@@ -18,14 +18,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.train = [{"path": "train.jsonl"}]
     config.data.eval = [{"path": "validation.jsonl"}]
     config.model.remat = "layer"
-    config.data.sequence_length = 4096
+    config.data.max_seq_length = 4096
     config.train.batch_size = 128
     config.mesh.data = 1
     config.mesh.fsdp = -1
 
     config.train.duration = "3 epochs"
     config.train.optimizer.schedule = "cosine"
-    config.train.optimizer.final_rate = 0.1
+    config.train.optimizer.final_lr_ratio = 0.1
     config.train.optimizer.warmup = "3%"
     config.eval.metrics = ["rougeL", "bleu", "exact_match"]
     config.eval.max_new_tokens = 256

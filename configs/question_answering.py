@@ -24,8 +24,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     data = {"path": "rajpurkar/squad", "name": "squad", "format": "datasets"}
     config.data.train = [{**data, "split": "train", "template": TEMPLATES}]
     config.data.eval = [{**data, "split": "validation", "template": TEMPLATES[:1]}]
-    config.data.source_length = 512
-    config.data.target_length = 32
+    config.data.max_source_length = 512
+    config.data.max_target_length = 32
 
     config.train.duration = "3 epochs"
     config.train.batch_size = 128

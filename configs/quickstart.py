@@ -30,8 +30,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     data = {"path": "builtin:instructions", "name": "instructions"}
     config.data.train = [{**data, "split": "train"}]
     config.data.eval = [{**data, "split": "test"}]
-    config.data.source_length = 64
-    config.data.target_length = 32
+    config.data.max_source_length = 64
+    config.data.max_target_length = 32
 
     config.train.duration = "3 epochs"
     config.train.batch_size = 64

@@ -24,8 +24,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     data = {"path": "abisee/cnn_dailymail", "subset": "3.0.0", "name": "cnn_dailymail", "format": "datasets"}
     config.data.train = [{**data, "split": "train", "template": TEMPLATES}]
     config.data.eval = [{**data, "split": "validation", "template": TEMPLATES[:1], "limit": 1000}]
-    config.data.source_length = 1024
-    config.data.target_length = 128
+    config.data.max_source_length = 1024
+    config.data.max_target_length = 128
     config.data.max_truncated = 0.6
 
     config.train.duration = "3 epochs"

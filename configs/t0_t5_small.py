@@ -37,9 +37,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         raise ValueError("the argument may be 'random' or nothing")
 
     config.data.train = [{"path": "data/t0/train.jsonl.gz", "name": "t0"}]
-    config.data.holdout = 500
-    config.data.source_length = 512
-    config.data.target_length = 128
+    config.data.validation_size = 500
+    config.data.max_source_length = 512
+    config.data.max_target_length = 128
 
     config.train.duration = "3 epochs"
     config.train.batch_size = 128

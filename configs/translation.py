@@ -22,8 +22,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         {**data, "split": "validation", "name": "en-de", "template": [TO_GERMAN], "limit": 1000},
         {**data, "split": "validation", "name": "de-en", "template": [TO_ENGLISH], "limit": 1000},
     ]
-    config.data.source_length = 128
-    config.data.target_length = 128
+    config.data.max_source_length = 128
+    config.data.max_target_length = 128
 
     config.train.duration = "1 epoch"
     config.train.batch_size = 512

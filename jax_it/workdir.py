@@ -44,7 +44,7 @@ from jax_it.typed import shown
 
 CREATING = ".creating"  # while the folder is being made: what a start that is killed leaves can then be told from a run
 # Of a run's folder: it changes with the names of settings or of weights in checkpoints.
-FORMAT = 2
+FORMAT = 3
 # The parts of a run, and whether they are folders.
 PARTS = {
     "model": True, "tokenizer": True, "checkpoints": True, "eval": True, "tensorboard": True, "profile": True,
@@ -55,9 +55,9 @@ SCORES = "metrics.json"  # of a step's evaluation, whose presence says that it i
 
 # What a resumed run may change: where and how it is computed, watched and kept, but not what it computes.
 FREE = (
-    "mesh", "eval", "data.cache_dir", "model.remat", "train.micro_batches", "train.loss_chunk", "train.log_every",
-    "train.checkpoint_every", "train.keep", "train.keep_best", "train.keep_unscored", "train.max_skipped",
-    "train.max_spike", "train.hang_after", "train.wandb", "train.profile", "train.profile_steps",
+    "mesh", "eval", "data.cache_dir", "model.remat", "train.gradient_accumulation_steps", "train.loss_chunk",
+    "train.log_every", "train.checkpoint_every", "train.max_to_keep", "train.keep_best", "train.keep_unscored",
+    "train.max_skipped", "train.max_spike", "train.step_timeout", "train.wandb", "train.profile", "train.profile_steps",
 )  # fmt: skip
 
 
@@ -349,7 +349,7 @@ class Workdir:
             return follower_heartbeat.waiting(self.followers, steps, train.keep_unscored)
 
         scores = self.scores(config.eval.best)
-        return Checkpoints(self.path / "checkpoints", train.keep, train.keep_best, scores, waiting)
+        return Checkpoints(self.path / "checkpoints", train.max_to_keep, train.keep_best, scores, waiting)
 
     def scored_steps(self) -> list[int]:
         """The steps that have a folder of scores, in order, which may not be whole yet."""

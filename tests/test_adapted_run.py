@@ -39,7 +39,7 @@ def get_config(arg=""):
     config.model.quantize = arg or "none"
     config.data.train = [{"path": str(HERE / "talk.jsonl")}]
     config.data.eval = [{"path": str(HERE / "test.jsonl")}]
-    config.data.sequence_length = 128
+    config.data.max_seq_length = 128
     config.data.cache_dir = str(HERE / "cache")
     config.train.duration = "8 steps"
     config.train.batch_size = 4
@@ -186,6 +186,6 @@ def test_what_no_adapter_can_use_is_refused_by_name(recipe, tmp_path, capfd):
     assert "config.model.quantize is for frozen weights" in refuses(*none, "model.quantize=nf4")
     assert "config.model.lora.dora has no effect" in refuses(*none, "model.lora.dora=True")
     assert "config.model.lora.rank has no effect" in refuses("model.lora.path=some/adapter")
-    assert "config.model.prefix_lm needs data.learn='last'" in refuses("model.prefix_lm=True")
-    assert "config.train.balance_loss is for mixtures" in refuses("train.balance_loss=0.1")
+    assert "config.model.prefix_lm needs data.train_on='last'" in refuses("model.prefix_lm=True")
+    assert "config.train.router_aux_loss_coef is for mixtures" in refuses("train.router_aux_loss_coef=0.1")
     assert not (tmp_path / "run").exists()

@@ -64,10 +64,12 @@ def test_a_score_that_comes_later_counts_from_then_on(tmp_path):
 
 
 def test_all_that_was_saved_comes_back(tmp_path):
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
         assert checkpoints.steps() == [] and checkpoints.restore_newest(placed(PARAMS), placed(TRAINING)) is None
         save(checkpoints, 7)
-    step, params, training, position = Checkpoints(tmp_path, keep=1).restore_newest(placed(PARAMS), placed(TRAINING))
+    step, params, training, position = Checkpoints(tmp_path, max_to_keep=1).restore_newest(
+        placed(PARAMS), placed(TRAINING)
+    )
     assert (step, position) == (7, {"step": 7})
     for found, expected in ((params, PARAMS), (training, TRAINING)):
         assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -84,7 +86,7 @@ def test_a_position_that_changes_while_it_is_written_is_kept_as_it_was(tmp_path,
         return dumps(*arguments, **named)
 
     monkeypatch.setattr(json, "dumps", dumps_late)
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
         position = {"steps": 0, "totals": {}}
         checkpoints.save(1, PARAMS, TRAINING, position)
         position["totals"]["examples"] = 8
@@ -95,7 +97,7 @@ def test_a_position_that_changes_while_it_is_written_is_kept_as_it_was(tmp_path,
 def test_a_checkpoint_can_be_restored_on_any_mesh(tmp_path):
     wide = make_mesh(Mesh(fsdp=4, tensor=2, data=1))
     tree = {"matrix": jax.device_put(PARAMS["matrix"], NamedSharding(wide, PartitionSpec("fsdp", "tensor")))}
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
         checkpoints.save(1, tree, TRAINING, {})
     for mesh, spec in ((make_mesh(Mesh(data=1), jax.devices()[:1]), ()), (wide, ("tensor",)), (wide, (None, "fsdp"))):
         found = Checkpoints(tmp_path).restore_params(1, placed(tree, mesh, PartitionSpec(*spec)))["matrix"]
@@ -106,7 +108,7 @@ def test_a_checkpoint_can_be_restored_on_any_mesh(tmp_path):
 def test_reading_changes_nothing_and_needs_no_folder(tmp_path):
     assert Checkpoints(tmp_path / "nowhere").steps() == []
     assert not (tmp_path / "nowhere").exists()
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         save(checkpoints, 1, 2)
     (tmp_path / "3.orbax-checkpoint-tmp").mkdir()  # another process writes it
     assert Checkpoints(tmp_path).steps() == [1, 2]
@@ -115,7 +117,7 @@ def test_reading_changes_nothing_and_needs_no_folder(tmp_path):
 
 def test_a_reader_sees_what_a_writer_adds(tmp_path):
     reader = Checkpoints(tmp_path)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         save(checkpoints, 1)
         assert reader.steps() == [1]
         save(checkpoints, 2)
@@ -126,17 +128,17 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
     part = tmp_path / "3.orbax-checkpoint-tmp" / "params"
     part.mkdir(parents=True)
     (part / "data").write_text("half")
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
         assert list(tmp_path.iterdir()) == []
         save(checkpoints, 3)
         assert checkpoints.steps() == [3]
 
 
 def test_leaving_waits_until_all_is_on_disk(tmp_path):
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
         checkpoints.save(1, PARAMS, TRAINING, {})
     assert Checkpoints(tmp_path).steps() == [1]
-    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path, keep=1) as checkpoints:
+    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
         checkpoints.save(2, PARAMS, TRAINING, {})
         raise KeyboardInterrupt
     assert Checkpoints(tmp_path).steps() == [2]

@@ -71,7 +71,7 @@ def exit_code(*arguments):
         (("eval", "--workdir"), "--workdir: expected one argument"),
         (("train", "--config", "x", "--workdir", "y", "--config.train.seed"), "--config.train.seed needs a value"),
         (
-            ("train", "--config", "x", "--workdir", "y", "--config.train.seed", "--config.train.keep=3"),
+            ("train", "--config", "x", "--workdir", "y", "--config.train.seed", "--config.train.max_to_keep=3"),
             "--config.train.seed needs a value: --config.train.seed=VALUE",
         ),
         (

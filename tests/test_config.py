@@ -124,9 +124,9 @@ def test_every_setting_has_a_section_a_type_and_a_default():
 
 
 def test_whole_numbers_stand_for_floats_and_whole_floats_for_ints():
-    config = settings.resolve(tree(train__clip=2, train__batch_size=1e2))
-    assert (config.train.clip, config.train.batch_size) == (2.0, 100)
-    assert type(config.train.clip) is float and type(config.train.batch_size) is int
+    config = settings.resolve(tree(train__max_grad_norm=2, train__batch_size=1e2))
+    assert (config.train.max_grad_norm, config.train.batch_size) == (2.0, 100)
+    assert type(config.train.max_grad_norm) is float and type(config.train.batch_size) is int
 
 
 def test_dataclasses_are_checked_like_dicts():
@@ -141,6 +141,8 @@ def test_dataclasses_are_checked_like_dicts():
     "changes, message",
     [
         ({"train__lerning_rate": 1}, "config.train.lerning_rate is not a setting; it has: duration, batch_size"),
+        ({"train__clip": 1}, "config.train.clip is not a setting; did you mean 'max_grad_norm'?"),  # its former name
+        ({"data__train__0__listed": "a"}, "config.data.train.0.listed is not a setting; did you mean 'file_list'?"),
         ({"train__batchsize": 1}, "config.train.batchsize is not a setting; did you mean 'batch_size'?"),
         ({"trian": {}}, "config.trian is not a setting; did you mean 'train'?"),
         ({"data__train__0__tempalte": "auto"}, "config.data.train.0.tempalte is not a setting; did you mean 'temp"),
@@ -192,12 +194,12 @@ def test_every_number_has_a_range_and_what_lies_outside_is_refused_with_its_limi
         ),
         ({"train__optimizer__learning_rate": 1e39}, "train.optimizer.learning_rate: 1e+39 must be at most 3e+38"),
         ({"train__optimizer__epsilon": 0}, "train.optimizer.epsilon: 0.0 must be more than 0"),
-        ({"train__hang_after": 1e-9}, "train.hang_after: 1e-09 must be 0 or at least 1"),
+        ({"train__step_timeout": 1e-9}, "train.step_timeout: 1e-09 must be 0 or at least 1"),
         (
-            {"train__micro_batches": 9, "train__batch_size": 8},
-            "train.micro_batches: 9 is more than train.batch_size, 8",
+            {"train__gradient_accumulation_steps": 9, "train__batch_size": 8},
+            "train.gradient_accumulation_steps: 9 is more than train.batch_size, 8",
         ),
-        ({"eval__min_new_tokens": 200}, "eval.min_new_tokens: 200 is more than data.target_length, 128"),
+        ({"eval__min_new_tokens": 200}, "eval.min_new_tokens: 200 is more than data.max_target_length, 128"),
         (
             {"eval__min_new_tokens": 9, "eval__max_new_tokens": 8},
             "eval.min_new_tokens: 9 is more than eval.max_new_tok",
@@ -236,8 +238,8 @@ def test_a_number_that_would_hang_crash_or_do_nothing_is_refused_with_its_limit(
             "train.optimizer.decay has no effect with optimizer.schedule='linear'; le",
         ),
         (
-            {"train__optimizer": {"schedule": "rsqrt", "final_rate": 0.1}},
-            "train.optimizer.final_rate has no effect with",
+            {"train__optimizer": {"schedule": "rsqrt", "final_lr_ratio": 0.1}},
+            "train.optimizer.final_lr_ratio has no effect with",
         ),
         (
             {"train": {"loss": "squared_error", "label_smoothing": 0.1}},
@@ -280,24 +282,35 @@ def test_a_setting_that_only_the_other_kind_of_model_reads_is_refused_once_the_k
             settings.check_read(settings.resolve(tree(**changes)), kind)
         return str(caught.value)
 
-    assert refused("seq2seq", data__sequence_length=64).startswith(
-        "config.data.sequence_length has no effect on an enc"
+    assert refused("seq2seq", data__max_seq_length=64).startswith("config.data.max_seq_length has no effect on an enc")
+    assert refused("seq2seq", data__train_on="last").startswith(
+        "config.data.train_on has no effect on an encoder-decoder"
     )
-    assert refused("seq2seq", data__learn="last").startswith("config.data.learn has no effect on an encoder-decoder")
-    assert refused("causal", data__source_length=64).startswith(
-        "config.data.source_length has no effect on a causal mo"
+    assert refused("causal", data__max_source_length=64).startswith(
+        "config.data.max_source_length has no effect on a causal mo"
     )
     for effect in ({"eval__generate": False}, {"eval__max_new_tokens": 9}):
-        assert refused("causal", data__target_length=64, **effect).startswith("config.data.target_length has no effect")
-    settings.check_read(settings.resolve(tree(data__target_length=64, data__sequence_length=64)), "causal")
-    settings.check_read(settings.resolve(tree(data__target_length=64, data__source_length=64)), "seq2seq")
+        assert refused("causal", data__max_target_length=64, **effect).startswith(
+            "config.data.max_target_length has no effect"
+        )
+    settings.check_read(settings.resolve(tree(data__max_target_length=64, data__max_seq_length=64)), "causal")
+    settings.check_read(settings.resolve(tree(data__max_target_length=64, data__max_source_length=64)), "seq2seq")
 
 
 def test_a_run_of_an_older_version_opens_with_numbers_that_are_refused_now():
     """A best metric and a patience without examples would have no effect: they are put back."""
-    changes = {"train__micro_batches": 9, "train__batch_size": 8, "eval__min_new_tokens": 999, "eval__patience": 3}
+    changes = {
+        "train__gradient_accumulation_steps": 9,
+        "train__batch_size": 8,
+        "eval__min_new_tokens": 999,
+        "eval__patience": 3,
+    }
     reopened = settings.reopen(tree(**changes, train__duration="20000 epochs"))
-    assert (reopened.train.micro_batches, reopened.eval.min_new_tokens, reopened.eval.patience) == (9, 999, 0)
+    assert (reopened.train.gradient_accumulation_steps, reopened.eval.min_new_tokens, reopened.eval.patience) == (
+        9,
+        999,
+        0,
+    )
 
 
 def test_a_run_of_an_older_version_opens_where_settings_are_missing():
@@ -456,15 +469,27 @@ def test_a_duration_is_saved_as_it_was_written(text):
         ({"data__train__0__template": []}, "config.data.train.0.template is empty"),
         ({"data__train__0__limit": -1}, "config.data.train.0.limit: -1 must be at least 0"),
         ({"data__eval": [{"path": ""}]}, "config.data.eval.0.path is empty"),
-        ({"data__eval": [{"path": "x"}], "data__holdout": 5}, "config.data.holdout and config.data.eval exclude"),
-        ({"data__holdout": -1}, "config.data.holdout: -1 must be at least 0"),
-        ({"data__source_length": 1}, "config.data.source_length: 1 must be at least 2"),
-        ({"data__target_length": 1}, "config.data.target_length: 1 must be at least 2"),
+        (
+            {"data__eval": [{"path": "x"}], "data__validation_size": 5},
+            "config.data.validation_size and config.data.eval exclude",
+        ),
+        ({"data__validation_size": -1}, "config.data.validation_size: -1 must be at least 0"),
+        ({"data__max_source_length": 1}, "config.data.max_source_length: 1 must be at least 2"),
+        ({"data__max_target_length": 1}, "config.data.max_target_length: 1 must be at least 2"),
         ({"data__mixing": "weights", "data__train__0__weight": 0}, "config.data.mixing='weights' needs a source with"),
         ({"data__train__0__weight": 2}, "config.data.train.0.weight has no effect with data.mixing='all'"),
-        ({"data__mixing": "size", "data__train__0__weight": 2}, "config.data.train.0.weight has no effect with"),
-        ({"data__mixing": "size", "data__mixing_temperature": 0}, "config.data.mixing_temperature: 0.0 must be"),
-        ({"data__mixing_cap": 5}, "config.data.mixing_cap has no effect with data.mixing='all'; set that to 'size'"),
+        (
+            {"data__mixing": "proportional", "data__train__0__weight": 2},
+            "config.data.train.0.weight has no effect with",
+        ),
+        (
+            {"data__mixing": "proportional", "data__mixing_temperature": 0},
+            "config.data.mixing_temperature: 0.0 must be",
+        ),
+        (
+            {"data__mixing_cap": 5},
+            "config.data.mixing_cap has no effect with data.mixing='all'; set that to 'proportional'",
+        ),
         ({"data__mixing": "weights", "data__mixing_temperature": 2}, "config.data.mixing_temperature has no effect"),
         ({"data__packed_source_length": 1024}, "config.data.packed_source_length and packed_target_length are given"),
         ({"data__packed_source_length": 256, "data__packed_target_length": 128}, "config.data.packed_source_length: 2"),
@@ -476,8 +501,8 @@ def test_a_duration_is_saved_as_it_was_written(text):
         ({"train__batch_size": 0}, "config.train.batch_size: 0 must be at least 1"),
         ({"train__label_smoothing": 1.0}, "config.train.label_smoothing: 1.0 must be in [0, 1)"),
         ({"train__optimizer__beta2": 1.0}, "config.train.optimizer.beta2: 1.0 must be in [0, 0.999999]"),
-        ({"train__optimizer__final_rate": -0.1}, "config.train.optimizer.final_rate: -0.1 must be in [0, 1]"),
-        ({"train__keep": 0}, "config.train.keep: 0 must be at least 1"),
+        ({"train__optimizer__final_lr_ratio": -0.1}, "config.train.optimizer.final_lr_ratio: -0.1 must be in [0, 1]"),
+        ({"train__max_to_keep": 0}, "config.train.max_to_keep: 0 must be at least 1"),
         ({"eval__best": "rougel"}, "config.eval.best: 'rougel' is not measured; add it to eval.metrics"),
         ({"eval__best": "rougeL", "eval__generate": False}, "config.eval.best: 'rougeL' is not measured"),
         ({"eval__num_beams": 0}, "config.eval.num_beams: 0 must be at least 1"),
@@ -493,39 +518,39 @@ def test_what_cannot_work_is_refused_before_anything_is_read(changes, message):
 
 
 TASK = {"name": "quiz", "data": {"path": "a.jsonl"}, "metrics": ["exact_match"]}
-RANK = {"name": "quiz", "data": {"path": "a.jsonl"}, "score": "rank", "options": "a ||| b"}
+RANK = {"name": "quiz", "data": {"path": "a.jsonl"}, "score": "multiple_choice", "options": "a ||| b"}
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"name": ""}, ".name: '' does not do"),
-        ({"name": "a/b"}, ".name: 'a/b' does not do; give one without '/' that is not 'all'"),
-        ({"name": "all"}, ".name: 'all' does not do"),
+        ({"name": ""}, ".name: '' is not allowed"),
+        ({"name": "a/b"}, ".name: 'a/b' is not allowed; choose a name without '/' other than 'all'"),
+        ({"name": "all"}, ".name: 'all' is not allowed"),
         ({"data": {}}, ".data.path is empty"),
         ({"data": {"path": "a", "template": []}}, ".data.template is empty"),
-        ({"data": {"path": "a", "limit_each": -1}}, ".data.limit_each: -1 must be at least 0"),
+        ({"data": {"path": "a", "max_per_file": -1}}, ".data.max_per_file: -1 must be at least 0"),
         ({"metrics": []}, ".metrics is empty; name what score='generate' measures"),
         ({"options": "a ||| b"}, ".options has no effect with score='generate'"),
         ({"normalize": "tokens"}, ".normalize has no effect with score='generate'"),
-        (RANK | {"options": ""}, ".options is empty; score='rank' needs the texts to choose from"),
-        (RANK | {"metrics": ["bleu"]}, ".metrics has no effect with score='rank'"),
-        (RANK | {"metrics": [], "samples": 2}, ".samples has no effect with score='rank'"),
+        (RANK | {"options": ""}, ".options is empty; score='multiple_choice' needs the texts to choose from"),
+        (RANK | {"metrics": ["bleu"]}, ".metrics has no effect with score='multiple_choice'"),
+        (RANK | {"metrics": [], "samples": 2}, ".samples has no effect with score='multiple_choice'"),
         (
             RANK | {"metrics": [], "score": "guess"},
             ".score: 'guess' is not one of 'generate', 'rank', 'perplexity', 'run'",
         ),
         (RANK | {"metrics": [], "score": "perplexity"}, ".options has no effect with score='perplexity'"),
-        ({"num_shots": 2}, ": shots and num_shots are given together or not at all"),
-        ({"shots": {"path": "b"}}, ": shots and num_shots are given together or not at all"),
-        ({"shots": {"path": "b", "template": []}, "num_shots": 1}, ".shots.template is empty"),
-        ({"shots_by": "subject"}, ".shots_by has no effect without shots"),
-        ({"truncate": "shots"}, ".truncate='shots' needs shots"),
-        ({"preamble": "a", "preamble_file": "b"}, ": preamble and preamble_file exclude each other"),
+        ({"num_fewshot": 2}, ": fewshot and num_fewshot are given together or not at all"),
+        ({"fewshot": {"path": "b"}}, ": fewshot and num_fewshot are given together or not at all"),
+        ({"fewshot": {"path": "b", "template": []}, "num_fewshot": 1}, ".fewshot.template is empty"),
+        ({"fewshot_by": "subject"}, ".fewshot_by has no effect without shots"),
+        ({"truncate": "fewshot"}, ".truncate='fewshot' needs shots"),
+        ({"description": "a", "description_file": "b"}, ": description and description_file exclude each other"),
         ({"samples": 0}, ".samples: 0 must be at least 1"),
         ({"max_new_tokens": 0}, ".max_new_tokens: 0 must be at least 1"),
-        ({"length": -1}, ".length: -1 must be at least 0"),
-        ({"num_shots": -1}, ".num_shots: -1 must be at least 0"),
+        ({"max_prompt_length": -1}, ".max_prompt_length: -1 must be at least 0"),
+        ({"num_fewshot": -1}, ".num_fewshot: -1 must be at least 0"),
         ({"samples": 4}, ": samples and top_p need a temperature above 0"),
         ({"top_p": 0.5}, ": samples and top_p need a temperature above 0"),
         ({"seed": 5}, ".seed has no effect without a temperature above 0; leave it out"),
@@ -533,7 +558,7 @@ RANK = {"name": "quiz", "data": {"path": "a.jsonl"}, "score": "rank", "options":
         ({"temperature": 1, "top_p": 1.5}, ".top_p: 1.5 must be in (0, 1]"),
         ({"answer": "("}, ".answer: '(' is not a regular expression: missing )"),
         ({"answer": "(a)(b)"}, ".answer: '(a)(b)' has 2 groups; keep the one that is the answer"),
-        ({"shot": 1}, ".shot is not a setting; did you mean 'shots'?"),
+        ({"shot": 1}, ".shot is not a setting; did you mean 'fewshot'?"),
     ],
 )
 def test_a_task_that_cannot_be_scored_is_refused(changes, message):

@@ -98,7 +98,7 @@ def test_a_run_of_a_version_that_took_settings_without_effect_opens_and_goes_on_
     then = dataclasses.replace(
         now,
         train=dataclasses.replace(now.train, squared_error_scale=2.0, optimizer=optimizer),
-        data=dataclasses.replace(now.data, sequence_length=64),  # of an encoder-decoder
+        data=dataclasses.replace(now.data, max_seq_length=64),  # of an encoder-decoder
         eval=dataclasses.replace(now.eval, length_penalty=2.0),
     )
     place = Workdir(tmp_path / "old")
@@ -138,9 +138,9 @@ def test_another_config_is_refused_and_the_field_that_differs_is_named(place, ch
         {"eval__metrics": ["bleu"], "eval__every": "5 steps"},
         {"data__cache_dir": "/elsewhere"},
         {"model__remat": "layer"},
-        {"train__micro_batches": 4, "train__loss_chunk": 64},
+        {"train__gradient_accumulation_steps": 4, "train__loss_chunk": 64},
         {"train__log_every": "1 steps", "train__checkpoint_every": "1 epochs"},
-        {"train__keep": 9, "train__keep_best": 0, "train__max_skipped": 1},
+        {"train__max_to_keep": 9, "train__keep_best": 0, "train__max_skipped": 1},
     ],
 )
 def test_what_does_not_change_the_losses_may_change(place, changes):

@@ -44,8 +44,8 @@ def get_config(arg=""):
         {"path": str(HERE / "names.jsonl"), "template": ["Who? {{name}} ||| {{who}}", "{{name}}: ||| {{who}}"]},
     ]
     config.data.eval = [{"path": str(HERE / "test.jsonl")}]
-    config.data.source_length = 32
-    config.data.target_length = 16
+    config.data.max_source_length = 32
+    config.data.max_target_length = 16
     config.data.cache_dir = str(HERE / "cache")
     config.train.duration = "60 steps"
     config.train.batch_size = 8
@@ -60,8 +60,8 @@ def get_config(arg=""):
             "model_type": "llama", "vocab_size": 120, "hidden_size": 16, "head_dim": 8, "intermediate_size": 16,
             "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
         }
-        config.data.source_length = defaults.default().data.source_length
-        config.data.sequence_length = 48
+        config.data.max_source_length = defaults.default().data.max_source_length
+        config.data.max_seq_length = 48
     return config
 '''
 

@@ -35,10 +35,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         {
             "name": "gsm8k",
             "data": source("test", PROBLEM),
-            "shots": source("train", SOLVED) | {"limit": 8},
-            "num_shots": 8,
+            "fewshot": source("train", SOLVED) | {"limit": 8},
+            "num_fewshot": 8,
             "chat": False,
-            "length": 4096,
+            "max_prompt_length": 4096,
             "metrics": ["final_number"],
             "max_new_tokens": 256,
             "stop": ["Question:", "\n\n"],

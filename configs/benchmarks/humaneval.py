@@ -36,10 +36,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     task = {
         "name": "humaneval",
         "data": {"path": file} if file else {"path": "openai/openai_humaneval", "split": "test", "format": "datasets"},
-        "score": "run",
+        "score": "code_execution",
         "metrics": [f"pass@{k}" for k in (1, 10, 100) if k <= samples],
         "chat": chat,
-        "length": 2048,
+        "max_prompt_length": 2048,
         "max_new_tokens": 512,
         "samples": samples,
         "published": "Code Llama 7B pass@1 33.5, pass@10 59.6, pass@100 85.9 (Rozière et al. 2023)",

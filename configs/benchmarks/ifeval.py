@@ -27,7 +27,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         {
             "name": "ifeval",
             "data": data | {"template": [TEMPLATE]},
-            "length": 4096,
+            "max_prompt_length": 4096,
             "metrics": [
                 "ifeval",
                 "ifeval.prompt_strict",

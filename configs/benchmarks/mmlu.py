@@ -35,16 +35,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
         {
             "name": "mmlu",
             "data": source("test"),
-            "score": "rank",
+            "score": "multiple_choice",
             "options": "A ||| B ||| C ||| D",
-            "preamble": "The following are multiple choice questions (with answers) about "
+            "description": "The following are multiple choice questions (with answers) about "
             "{{subject | replace('_', ' ')}}.",
-            "shots": source("dev"),
-            "num_shots": 5,
-            "shots_by": "subject",
+            "fewshot": source("dev"),
+            "num_fewshot": 5,
+            "fewshot_by": "subject",
             "chat": False,
-            "length": 2048,
-            "truncate": "shots",
+            "max_prompt_length": 2048,
+            "truncate": "fewshot",
             "group_by": "subject",
             "published": "Flan-T5-XL 49.2, Flan-T5-XXL 54.5, LLaMA-7B 35.2 (Chia et al. 2023)",
         }

@@ -56,29 +56,31 @@ _SEED = _Range(-(2**31), 2**32 - 1)  # JAX's generator takes 32 bits, and others
 RANGES: dict[type, dict[str, _Range]] = {
     Lora: {"rank": _Range(0, 2**16), "alpha": _POSITIVE, "dropout": _DROPOUT},
     Model: {"tokenizer_size": _Range(0, 2**22), "dropout": _DROPOUT},
-    Source: {"weight": _AMOUNT, "limit": _COUNT, "limit_each": _COUNT},
+    Source: {"weight": _AMOUNT, "limit": _COUNT, "max_per_file": _COUNT},
     Data: {
-        **dict.fromkeys(("source_length", "target_length", "sequence_length"), _Range(2, LENGTH)),
+        **dict.fromkeys(("max_source_length", "max_target_length", "max_seq_length"), _Range(2, LENGTH)),
         **dict.fromkeys(("packed_source_length", "packed_target_length"), _TOKENS),
         **dict.fromkeys(("max_dropped", "max_truncated", "max_unknown"), _SHARE),
-        "holdout": _COUNT, "mixing_cap": _COUNT, "mixing_temperature": _POSITIVE, "seed": _Range(-(2**63), 2**63 - 1),
+        **dict.fromkeys(("validation_size", "mixing_cap"), _COUNT), "mixing_temperature": _POSITIVE,
+        "seed": _Range(-(2**63), 2**63 - 1),
     },
     Optimizer: {
-        "learning_rate": _AMOUNT, "final_rate": _SHARE, "weight_decay": _AMOUNT, "beta1": _MEMORY,
+        "learning_rate": _AMOUNT, "final_lr_ratio": _SHARE, "weight_decay": _AMOUNT, "beta1": _MEMORY,
         "beta2": _MEMORY, "epsilon": _POSITIVE,
     },
     Train: {
-        "batch_size": _Range(1, 2**20), "micro_batches": _Range(1, 2**16), "label_smoothing": _BELOW_ONE,
-        **dict.fromkeys(("z_loss", "balance_loss", "clip", "max_spike"), _AMOUNT),
+        "batch_size": _Range(1, 2**20), "gradient_accumulation_steps": _Range(1, 2**16), "label_smoothing": _BELOW_ONE,
+        **dict.fromkeys(("z_loss", "router_aux_loss_coef", "max_grad_norm", "max_spike"), _AMOUNT),
         "loss_chunk": _ONE_OR_MORE, "squared_error_scale": _POSITIVE, "squared_error_target": _POSITIVE,
-        "max_skipped": _COUNT, "hang_after": _Range(1, 1e8, or_zero=True), "profile_steps": _ONE_OR_MORE,
-        "keep": _ONE_OR_MORE, "keep_best": _COUNT, "keep_unscored": _COUNT, "seed": _SEED,
+        "max_skipped": _COUNT, "step_timeout": _Range(1, 1e8, or_zero=True), "profile_steps": _ONE_OR_MORE,
+        "max_to_keep": _ONE_OR_MORE, "keep_best": _COUNT, "keep_unscored": _COUNT, "seed": _SEED,
     },
     Mesh: {
         **dict.fromkeys(("data", "fsdp", "expert", "context", "tensor"), _Range(-1, 2**20)), "slices": _Range(0, 2**20),
     },
     Task: {
-        "num_shots": _COUNT, "length": _TOKENS, "max_new_tokens": _Range(1, LENGTH), "samples": _Range(1, 2**16),
+        "num_fewshot": _COUNT, "max_prompt_length": _TOKENS, "max_new_tokens": _Range(1, LENGTH),
+        "samples": _Range(1, 2**16),
         "temperature": _Range(1e-4, 1000, or_zero=True), "top_p": _Range(0, 1, above=True), "seed": _SEED,
     },
     Eval: {
@@ -114,7 +116,7 @@ _FRESH = "alpha targets rank_stabilized dora dropout"
 
 # A setting that other ones make meaningless is refused, so that nobody believes that it was followed.
 _READ = (
-    _Read("model.lora", f"rank {_FRESH}", lambda c: not c.model.lora.path, "with lora.path, whose folder says it"),
+    _Read("model.lora", f"rank {_FRESH}", lambda c: not c.model.lora.path, "with lora.path, whose folder sets it"),
     _Read(
         "model.lora", _FRESH, lambda c: bool(c.model.lora.rank or c.model.lora.path),
         "without adapters; set model.lora.rank",
@@ -124,8 +126,8 @@ _READ = (
         "with data.packing=False; leave it out, or set that to True",
     ),
     _Read(
-        "data", "mixing_cap mixing_temperature", lambda c: c.data.mixing == "size",
-        "with data.mixing={c.data.mixing!r}; set that to 'size'",
+        "data", "mixing_cap mixing_temperature", lambda c: c.data.mixing == "proportional",
+        "with data.mixing={c.data.mixing!r}; set that to 'proportional'",
     ),
     _Read(
         "train", "label_smoothing z_loss", lambda c: c.train.loss == "cross_entropy",
@@ -137,7 +139,7 @@ _READ = (
     ),
     _Read(
         "train", "profile_steps", lambda c: bool(c.train.profile.value),
-        "without a profile; say when it begins with train.profile",
+        "without a profile; set train.profile to the step at which it begins",
     ),
     _Read(
         "train.optimizer", "beta1", lambda c: c.train.optimizer.name != "adafactor",
@@ -156,12 +158,12 @@ _READ = (
         "with optimizer.schedule={c.train.optimizer.schedule!r}; leave it out, or set that to 'wsd'",
     ),
     _Read(
-        "train.optimizer", "final_rate", lambda c: c.train.optimizer.schedule in ("linear", "cosine", "wsd"),
+        "train.optimizer", "final_lr_ratio", lambda c: c.train.optimizer.schedule in ("linear", "cosine", "wsd"),
         "with optimizer.schedule={c.train.optimizer.schedule!r}; leave it out, or choose 'linear', 'cosine' or 'wsd'",
     ),
     _Read(
-        "eval", "best patience", lambda c: bool(c.data.eval or c.data.holdout) or _is_of_task(c),
-        "without examples to evaluate on; set data.eval or data.holdout",
+        "eval", "best patience", lambda c: bool(c.data.eval or c.data.validation_size) or _is_of_task(c),
+        "without examples to evaluate on; set data.eval or data.validation_size",
     ),
     _Read(
         "eval", _GENERATED, lambda c: c.eval.generate,
@@ -177,20 +179,23 @@ _READ = (
 _READ_BY_KIND: dict[Kind, tuple[_Read, ...]] = {
     "causal": (
         _Read(
-            "data", "source_length packed_source_length packed_target_length", lambda c: False,
-            "on a causal model, whose rows hold data.sequence_length tokens; leave it out",
+            "data", "max_source_length packed_source_length packed_target_length", lambda c: False,
+            "on a causal model, whose rows hold data.max_seq_length tokens; leave it out",
         ),
         _Read(
-            "data", "target_length", lambda c: c.eval.generate and not c.eval.max_new_tokens,
+            "data", "max_target_length", lambda c: c.eval.generate and not c.eval.max_new_tokens,
             "on a causal model, but for the length of generated texts, which eval.max_new_tokens says; leave it out",
         ),
     ),
     "seq2seq": (
         _Read(
-            "data", "sequence_length", lambda c: False,
-            "on an encoder-decoder; set data.source_length and data.target_length",
+            "data", "max_seq_length", lambda c: False,
+            "on an encoder-decoder; set data.max_source_length and data.max_target_length",
         ),
-        _Read("data", "learn", lambda c: False, "on an encoder-decoder, which learns the last answer; leave it out"),
+        _Read(
+            "data", "train_on", lambda c: False,
+            "on an encoder-decoder, which is trained on the last answer; leave it out",
+        ),
     ),
 }  # fmt: skip
 
@@ -266,28 +271,31 @@ def check(config: Config, training: bool, saved: bool = False) -> None:
     if (model.tokenizer == "train") != bool(model.tokenizer_size):
         raise UserError("config.model.tokenizer_size goes with config.model.tokenizer='train', and only with it")
     _check_adapters(model)
-    if model.prefix_lm and data.learn != "last":
-        raise UserError("config.model.prefix_lm needs data.learn='last': no answer may be learnt that the prompt shows")
+    if model.prefix_lm and data.train_on != "last":
+        raise UserError(
+            "config.model.prefix_lm needs data.train_on='last': earlier answers are part of the "
+            "prompt, which sees all of itself"
+        )
     if training and not data.train:
         raise UserError("config.data.train is empty; name at least one data set")
     named = [("train", i, s) for i, s in enumerate(data.train)] + [("eval", i, s) for i, s in enumerate(data.eval)]
     for part, i, source in named:
         _check_source(source, f"config.data.{part}.{i}")
-    if data.holdout and data.eval:
-        raise UserError("config.data.holdout and config.data.eval exclude each other; keep one")
+    if data.validation_size and data.eval:
+        raise UserError("config.data.validation_size and config.data.eval exclude each other; keep one")
     _check_mixing(data)
     for name, length, packed in (
-        ("source", data.source_length, data.packed_source_length),
-        ("target", data.target_length, data.packed_target_length),
+        ("source", data.max_source_length, data.packed_source_length),
+        ("target", data.max_target_length, data.packed_target_length),
     ):
         if packed and packed < length:
             raise UserError(f"config.data.packed_{name}_length: {packed} is less than data.{name}_length, {length}")
     if bool(data.packed_source_length) != bool(data.packed_target_length):
         raise UserError("config.data.packed_source_length and packed_target_length are given together or not at all")
-    if data.packed_source_length % data.source_length:
+    if data.packed_source_length % data.max_source_length:
         raise UserError(
             f"config.data.packed_source_length: {data.packed_source_length} must be a multiple of "
-            f"data.source_length, {data.source_length}: a row is made of blocks of that length"
+            f"data.max_source_length, {data.max_source_length}: a row is made of blocks of that length"
         )
     if train.duration.value <= 0 or train.duration.unit == "%":
         raise UserError("config.train.duration must be positive and in steps, epochs, examples or tokens")
@@ -308,12 +316,15 @@ def _is_of_task(config: Config) -> bool:
 def _check_sense(config: Config, training: bool) -> None:
     """Refuses numbers that contradict each other, though something could be done with them."""
     train, scored = config.train, config.eval
-    if training and train.micro_batches > (most := train.batch_size):
-        raise UserError(f"config.train.micro_batches: {train.micro_batches} is more than train.batch_size, {most}")
+    if training and train.gradient_accumulation_steps > (most := train.batch_size):
+        raise UserError(
+            f"config.train.gradient_accumulation_steps: {train.gradient_accumulation_steps} is more than "
+            f"train.batch_size, {most}"
+        )
     if training and train.duration.unit == "epochs" and train.duration.value > EPOCHS:
         raise UserError(f"config.train.duration: {train.duration}; of epochs the most is {EPOCHS}; give it in steps")
-    if scored.generate and scored.min_new_tokens > (most := scored.max_new_tokens or config.data.target_length):
-        name = "eval.max_new_tokens" if scored.max_new_tokens else "data.target_length"
+    if scored.generate and scored.min_new_tokens > (most := scored.max_new_tokens or config.data.max_target_length):
+        name = "eval.max_new_tokens" if scored.max_new_tokens else "data.max_target_length"
         raise UserError(f"config.eval.min_new_tokens: {scored.min_new_tokens} is more than {name}, {most}")
     for i, task in enumerate(scored.tasks):
         if task.seed and not task.temperature:
@@ -330,8 +341,8 @@ def _check_source(source: Source, where: str) -> None:
 def measured(task: Task) -> tuple[str, ...]:
     """The names of what a task measures over all its examples, but for a metric of one's own that gives several."""
     names = {
-        "generate": task.metrics, "rank": ("accuracy",), "perplexity": ("loss", "perplexity"),
-        "run": task.metrics or ("pass@1",),
+        "generate": task.metrics, "multiple_choice": ("accuracy",), "perplexity": ("loss", "perplexity"),
+        "code_execution": task.metrics or ("pass@1",),
     }[task.score]  # fmt: skip
     return (*names, *(f"{name}_macro" for name in names)) if task.group_by else names
 
@@ -341,37 +352,41 @@ def _check_tasks(tasks: tuple[Task, ...]) -> None:
     for i, task in enumerate(tasks):
         where = f"config.eval.tasks.{i}"
         if not task.name or "/" in task.name or task.name == "all":
-            raise UserError(f"{where}.name: {task.name!r} does not do; give one without '/' that is not 'all'")
+            raise UserError(f"{where}.name: {task.name!r} is not allowed; choose a name without '/' other than 'all'")
         if task.name in [other.name for other in tasks[:i]]:
             raise UserError(f"{where}.name: there are two tasks {task.name!r}; give each its own name")
         _check_source(task.data, f"{where}.data")
-        if task.score == "rank" and not task.options:
-            raise UserError(f"{where}.options is empty; score='rank' needs the texts to choose from, as 'yes ||| no'")
+        if task.score == "multiple_choice" and not task.options:
+            raise UserError(
+                f"{where}.options is empty; score='multiple_choice' needs the texts to choose from, for example "
+                "'yes ||| no'"
+            )
         if task.score == "generate" and not task.metrics:
-            raise UserError(f"{where}.metrics is empty; name what score='generate' measures, as 'exact_match'")
+            raise UserError(f"{where}.metrics is empty; name what score='generate' measures, for example 'exact_match'")
         for name, kinds in _ONLY_OF.items():
             if task.score not in kinds and getattr(task, name) != getattr(Task(), name):
                 raise UserError(f"{where}.{name} has no effect with score={task.score!r}; leave it out")
         if not all(task.stop):
             raise UserError(f"{where}.stop: an empty text would end every text where it begins; leave it out")
-        if bool(task.num_shots) != bool(task.shots.path):
-            raise UserError(f"{where}: shots and num_shots are given together or not at all")
-        if task.shots.path:
-            _check_source(task.shots, f"{where}.shots")
-        elif task.truncate == "shots":
-            raise UserError(f"{where}.truncate='shots' needs shots; give some, or choose another")
-        elif task.shots_by:
-            raise UserError(f"{where}.shots_by has no effect without shots; leave it out")
-        if task.preamble and task.preamble_file:
-            raise UserError(f"{where}: preamble and preamble_file exclude each other; keep one")
+        if bool(task.num_fewshot) != bool(task.fewshot.path):
+            raise UserError(f"{where}: fewshot and num_fewshot are given together or not at all")
+        if task.fewshot.path:
+            _check_source(task.fewshot, f"{where}.fewshot")
+        elif task.truncate == "fewshot":
+            raise UserError(f"{where}.truncate='fewshot' needs shots; give some, or choose another")
+        elif task.fewshot_by:
+            raise UserError(f"{where}.fewshot_by has no effect without shots; leave it out")
+        if task.description and task.description_file:
+            raise UserError(f"{where}: description and description_file exclude each other; keep one")
         if not task.temperature and (task.samples > 1 or task.top_p < 1):
             raise UserError(f"{where}: samples and top_p need a temperature above 0: nothing is drawn without one")
         _check_answer(task.answer, f"{where}.answer")
 
 
+_GENERATING = ("generate", "code_execution")
 _ONLY_OF = {
-    "options": ("rank",), "normalize": ("rank",), "metrics": ("generate", "run"), "answer": ("generate",),
-    **dict.fromkeys(("max_new_tokens", "stop", "samples", "temperature", "top_p", "seed"), ("generate", "run")),
+    "options": ("multiple_choice",), "normalize": ("multiple_choice",), "metrics": _GENERATING, "answer": ("generate",),
+    **dict.fromkeys(("max_new_tokens", "stop", "samples", "temperature", "top_p", "seed"), _GENERATING),
 }  # fmt: skip
 
 

@@ -1,11 +1,14 @@
-"""Every setting of jax_it with its type, default and unit; nothing else knows a default."""
+"""Every setting of jax_it with its type, default and unit; nothing else knows a default.
+
+`RENAMED` maps a setting's former name to today's, for the message that refuses the former.
+"""
 
 import math
 import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jax_it.errors import UserError
 from jax_it.typed import shown
@@ -121,31 +124,41 @@ class Source:
     weight: float = 1.0  # for mixing="weights"
     limit: int = 0  # examples, from the start; 0: all
     records: str = ""  # of JSON files that hold one object: its field with the records, which get its others too
-    listed: str = ""  # a text file with a line for each file of the folder that is read, its ending left out
-    limit_each: int = 0  # examples of each file, from its start; 0: all
+    file_list: str = ""  # a text file with a line for each file of the folder that is read, its ending left out
+    max_per_file: int = 0  # examples of each file, from its start; 0: all
+
+    RENAMED: ClassVar = {"listed": "file_list", "limit_each": "max_per_file"}
 
 
 @dataclass(frozen=True)
 class Data:
     train: tuple[Source, ...] = ()
     eval: tuple[Source, ...] = ()
-    holdout: int = 0  # examples kept out of each training source, and evaluated, where `eval` is empty
-    source_length: int = 512  # tokens, the end mark included; of encoder-decoders
-    target_length: int = 128
-    sequence_length: int = 2048  # tokens of a causal model's longest example, prompt included, and of its packed rows
-    learn: Literal["all", "last"] = "all"  # which of a conversation's assistant turns a causal model learns
-    truncate: Literal["end", "start", "drop", "refuse"] = "end"  # the side that is cut of a prompt, or conversation
+    validation_size: int = 0  # examples kept out of each training source, and evaluated, where `eval` is empty
+    max_source_length: int = 512  # tokens, the end mark included; of encoder-decoders
+    max_target_length: int = 128
+    max_seq_length: int = 2048  # tokens of a causal model's longest example, prompt included, and of its packed rows
+    train_on: Literal["all", "last"] = "all"  # the assistant turns of a conversation that a causal model is trained on
+    truncate: Literal["end", "start", "drop", "error"] = "end"  # the side that is cut of a prompt, or conversation
     packing: bool = True
     packed_source_length: int = 0  # tokens in a packed row; 0: chosen by the step's cost on this data
     packed_target_length: int = 0
-    mixing: Literal["all", "weights", "size"] = "all"  # all: each example once an epoch
-    mixing_cap: int = 0  # for "size": a source counts for at most so many examples; 0: no cap
-    mixing_temperature: float = 1.0  # for "size": rates are proportional to size ** (1 / temperature)
+    mixing: Literal["all", "weights", "proportional"] = "all"  # all: each example once an epoch
+    mixing_cap: int = 0  # for "proportional": a source counts for at most so many examples; 0: no cap
+    mixing_temperature: float = 1.0  # for "proportional": rates are proportional to size ** (1 / temperature)
     seed: int = 0  # of the order, the mixture and the choice of templates
     cache_dir: str = "~/.cache/jax_it"
     max_dropped: float = 0.1  # shares of a source's examples (of tokens for max_unknown), refused above
     max_truncated: float = 0.5
     max_unknown: float = 0.05
+
+    RENAMED: ClassVar = {
+        "holdout": "validation_size",
+        "source_length": "max_source_length",
+        "target_length": "max_target_length",
+        "sequence_length": "max_seq_length",
+        "learn": "train_on",
+    }
 
 
 @dataclass(frozen=True)
@@ -155,42 +168,53 @@ class Optimizer:
     schedule: Literal["constant", "linear", "cosine", "rsqrt", "wsd"] = "linear"
     warmup: Duration = Duration(5, "%")  # linear, from 0
     decay: Duration = Duration(10, "%")  # for "wsd": the final linear decay
-    final_rate: float = 0.0  # a share of the peak, where linear, cosine and wsd end
+    final_lr_ratio: float = 0.0  # a share of the peak, where linear, cosine and wsd end
     weight_decay: float = 0.0  # a step takes learning rate * weight_decay of each matrix away, in every optimizer
     beta1: float = 0.9  # also the momentum of sgd
     beta2: float = 0.999
     epsilon: float = 1e-8
+
+    RENAMED: ClassVar = {"final_rate": "final_lr_ratio"}
 
 
 @dataclass(frozen=True)
 class Train:
     duration: Duration = Duration(3, "epochs")
     batch_size: int = 128  # examples a step, over all devices; the mean where rows are packed
-    micro_batches: int = 1  # parts that a step computes one after another
+    gradient_accumulation_steps: int = 1  # parts that a step computes one after another
     loss: Literal["cross_entropy", "squared_error"] = "cross_entropy"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
-    balance_loss: float = 0.0  # the weight of the router's balancing loss, of mixtures of experts
+    router_aux_loss_coef: float = 0.0  # the weight of the router's balancing loss, of mixtures of experts
     loss_chunk: int = 1024  # target positions, of all rows on a device, whose logits exist at a time
     squared_error_scale: float = 15.0  # k and M of Hui & Belkin 2020, their values for many classes
     squared_error_target: float = 30.0
     optimizer: Optimizer = field(default_factory=Optimizer)
-    clip: float = 1.0  # the gradient's global norm; 0: no clipping
-    # A gradient is skipped whose norm is so many times the mean and over `clip`; 0: none is. Batches of sound data
-    # differ by a few times; those of a broken record, or of a bit that flipped, by orders of magnitude.
+    max_grad_norm: float = 1.0  # the gradient's global norm; 0: no clipping
+    # A step is skipped if its gradient's norm exceeds `max_grad_norm` and this many times the mean; 0: none is. Batches
+    # of sound data differ by a few times; those of a broken record, or of a flipped bit, by orders of magnitude.
     max_spike: float = 30.0
     max_skipped: int = 20  # steps in a row that are skipped, for a spike or what is not finite, before the run ends
-    hang_after: float = 1800.0  # seconds, of a compile or save ten times that, after which a step that hangs is given
-    # up: the run says where it hangs and ends with exit code 75, to be started again; 0: never
+    # Seconds (ten times as many for a compilation or a save) after which a step that hangs is given up: the run says
+    # where it hangs and ends with exit code 75, to be started again; 0: never.
+    step_timeout: float = 1800.0
     log_every: Duration = Duration(10, "steps")
     wandb: str = ""  # the project of Weights & Biases that the log goes to as well; "": none
     profile: Duration = Duration(0, "steps")  # after which a trace of the next steps is recorded; "": never
     profile_steps: int = 5
     checkpoint_every: Duration = Duration(500, "steps")
-    keep: int = 2  # the newest checkpoints
+    max_to_keep: int = 2  # the newest checkpoints
     keep_best: int = 1  # and so many with the best score (eval.best)
     keep_unscored: int = 2  # and the first so many that a running `jax-it eval --follow` has not scored yet
     seed: int = 0  # of random weights and dropout
+
+    RENAMED: ClassVar = {
+        "micro_batches": "gradient_accumulation_steps",
+        "balance_loss": "router_aux_loss_coef",
+        "clip": "max_grad_norm",
+        "hang_after": "step_timeout",
+        "keep": "max_to_keep",
+    }
 
 
 @dataclass(frozen=True)
@@ -210,26 +234,27 @@ class Mesh:
 class Task:
     """What a model is scored on beside data.eval's examples: a benchmark, or a test of your own.
 
-    A prompt is the preamble, the shots with their answers, and the record's prompt, with the separator between them.
+    A prompt is the description, the few-shot examples with their answers and the record's prompt, joined by
+    `fewshot_delimiter`.
     """
 
     name: str = ""
     data: Source = field(default_factory=Source)  # of several templates, the first whose prompt is not too long
     # generate: metrics of generated text; rank: is the likeliest option the reference; perplexity: how likely is the
     # (first) reference; run: do programs pass their test
-    score: Literal["generate", "rank", "perplexity", "run"] = "generate"
+    score: Literal["generate", "multiple_choice", "perplexity", "code_execution"] = "generate"
     options: str = ""  # of rank: Jinja text "A ||| B", or "{{ choices | join('|||') }}" of a field that is a list
     normalize: Literal["none", "tokens", "characters"] = "none"  # what an option's log-likelihood is divided by
-    shots: Source = field(default_factory=Source)  # where examples before the question come from
-    num_shots: int = 0
-    shots_by: str = ""  # a field in which shots agree with the record, as "subject"
-    preamble: str = ""  # Jinja text
-    preamble_file: str = ""  # or the text of this file, whose path is Jinja: "prompts/{{task}}.txt"
-    separator: str = "\n\n"
-    delimiter: str = " "  # between a prompt and its answer, in shots and where a causal model continues plain text
+    fewshot: Source = field(default_factory=Source)  # the examples before the question
+    num_fewshot: int = 0
+    fewshot_by: str = ""  # a field in which examples must agree with the record, for example "subject"
+    description: str = ""  # Jinja text
+    description_file: str = ""  # or the text of this file, whose path is Jinja: "prompts/{{task}}.txt"
+    fewshot_delimiter: str = "\n\n"
+    target_delimiter: str = " "  # between a prompt and its answer, where both are plain text
     chat: bool = True  # by the model's chat template, if it has one: all of the prompt is one turn of the user
-    length: int = 0  # tokens of the longest prompt (and answer, of causal models); 0: that of `data`
-    truncate: Literal["refuse", "shots", "end", "start"] = "refuse"  # longer ones lose shots, or tokens at an end
+    max_prompt_length: int = 0  # tokens of the longest prompt (and answer, of causal models); 0: that of `data`
+    truncate: Literal["error", "fewshot", "end", "start"] = "error"  # longer ones lose few-shot examples, or tokens
     metrics: tuple[str, ...] = ()  # of generate: as eval.metrics
     answer: str = ""  # of generate: a regular expression; its last match, or its group, is scored; "": the whole text
     max_new_tokens: int = 128
@@ -240,6 +265,17 @@ class Task:
     seed: int = 0
     group_by: str = ""  # a field; there are scores for each value of it, and their mean
     published: str = ""  # the score to compare with: for people
+
+    RENAMED: ClassVar = {
+        "shots": "fewshot",
+        "num_shots": "num_fewshot",
+        "shots_by": "fewshot_by",
+        "preamble": "description",
+        "preamble_file": "description_file",
+        "separator": "fewshot_delimiter",
+        "delimiter": "target_delimiter",
+        "length": "max_prompt_length",
+    }
 
 
 @dataclass(frozen=True)
@@ -252,7 +288,7 @@ class Eval:
     patience: int = 0  # evaluations without a better `best` after which training ends; 0: never
     batch_size: int = 64  # examples
     generate: bool = True  # text for data.eval's examples; False: the loss alone
-    max_new_tokens: int = 0  # 0: data.target_length
+    max_new_tokens: int = 0  # 0: data.max_target_length
     min_new_tokens: int = 0
     num_beams: int = 1  # 1: greedy
     length_penalty: float = 1.0  # of beams: above 0 favours longer texts

@@ -38,7 +38,7 @@ def pin(config: Config, commits: Mapping[str, str] | None = None) -> tuple[Confi
 
     data, tasks = config.data, config.eval.tasks
     data = replace(data, train=tuple(map(pinned, data.train)), eval=tuple(map(pinned, data.eval)))
-    tasks = tuple(replace(task, data=pinned(task.data), shots=pinned(task.shots)) for task in tasks)
+    tasks = tuple(replace(task, data=pinned(task.data), fewshot=pinned(task.fewshot)) for task in tasks)
     return replace(config, data=data, eval=replace(config.eval, tasks=tasks)), known
 
 
@@ -48,8 +48,8 @@ def _commits(config: Config) -> dict[str, str]:
     every += [(source, f"config.data.eval.{i}") for i, source in enumerate(config.data.eval)]
     for i, task in enumerate(config.eval.tasks):
         every.append((task.data, f"config.eval.tasks.{i}.data"))
-        if task.shots.path:
-            every.append((task.shots, f"config.eval.tasks.{i}.shots"))
+        if task.fewshot.path:
+            every.append((task.fewshot, f"config.eval.tasks.{i}.fewshot"))
     return {_asked(source): commit for source, where in every if (commit := sources.commit(source, where))}
 
 
@@ -65,7 +65,7 @@ def build(
     `row_cost` says what a row of some shape costs in the training step; the shape is chosen by it.
     """
     made = _tokenize(data, tokenizer, format)
-    held_out = [mixture.hold_out(templates, data.holdout, data.seed) for templates in made]
+    held_out = [mixture.hold_out(templates, data.validation_size, data.seed) for templates in made]
     mixed = mixture.mix(data.train, made, data, held_out)
     sample = mixed.epoch(0).part(0, SAMPLE)
     layout = format.layout(sample.source_length, sample.target_length, data, batch_size, row_cost)
@@ -82,10 +82,10 @@ def build_eval(
     """
     if data.eval:
         return evaluation_set.read(data.eval, "config.data.eval", data, tokenizer, format, limit, None, unread)
-    if not data.holdout:
+    if not data.validation_size:
         return None
     made = _tokenize(data, tokenizer, format)
-    held_out = [mixture.hold_out(templates, data.holdout, data.seed) for templates in made]
+    held_out = [mixture.hold_out(templates, data.validation_size, data.seed) for templates in made]
     return evaluation_set.read(data.train, "config.data.train", data, tokenizer, format, limit, held_out)
 
 

@@ -91,17 +91,17 @@ def with_chat_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
 
 
 def encode(
-    conversations: Sequence[Sequence[Turn]], places: Sequence[str], tokenizer: Tokenizer, learn: str
+    conversations: Sequence[Sequence[Turn]], places: Sequence[str], tokenizer: Tokenizer, train_on: str
 ) -> list[Conversation]:
     """Each conversation, which ends with the assistant, as the chat template renders it.
 
-    `learn` is "all" or "last": which of the assistant's turns are learnt. `places` say where each is from.
+    `train_on` is "all" or "last": which of the assistant's turns are learnt. `places` say where each is from.
     Raises UserError naming the place where the template refuses the conversation, leaves out a turn or
     changes an answer, and where the tokens of an answer cannot be told from those before it.
     """
     if not conversations:
         return []
-    rendered = [_render(turns, tokenizer, where, learn) for turns, where in zip(conversations, places, strict=True)]
+    rendered = [_render(turns, tokenizer, where, train_on) for turns, where in zip(conversations, places, strict=True)]
     found = tokenizer.encode_with_offsets([item.text for item in rendered])
     made = []
     for i, (item, where) in enumerate(zip(rendered, places, strict=True)):
@@ -215,7 +215,7 @@ def _strftime_now(format: str) -> str:
     return _DATE.strftime(format)
 
 
-def _render(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, learn: str) -> _Rendered:
+def _render(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, train_on: str) -> _Rendered:
     """The conversation and the proven places of its answers, each with the end of its turn."""
     marks = _marks(tokenizer)
     text = _apply(turns, tokenizer, where)
@@ -226,7 +226,7 @@ def _render(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, learn: str)
                 + ("; put its text into the first user turn" if turn.role == "system" else "")
             )
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
-    if learn == "last":
+    if train_on == "last":
         answers = answers[-1:]
     for i in answers:
         if marks.end in turns[i].text:
@@ -291,7 +291,7 @@ def _places(
                 return [(len(before_answer), len(before_answer + whole))]
     raise UserError(
         f"{where}: {_of(tokenizer)} changes the assistant's text, so that what to learn cannot be told; "
-        + ("try config.data.learn='last', or " if len(answers) > 1 else "")
+        + ("try config.data.train_on='last', or " if len(answers) > 1 else "")
         + "set another config.model.chat_template"
     )
 

@@ -72,22 +72,23 @@ def encode_pairs(
             counts.empty_completion += 1
             yield None
             continue
-        too_long = len(prompt) >= data.source_length, len(completion) >= data.target_length
+        too_long = len(prompt) >= data.max_source_length, len(completion) >= data.max_target_length
         if any(too_long):
-            if data.truncate == "refuse":
+            if data.truncate == "error":
                 raise UserError(
-                    f"{where}: {len(prompt) + 1} source and {len(completion) + 1} target tokens do not fit "
-                    f"{data.source_length} and {data.target_length}; raise them, or choose another config.data.truncate"
+                    f"{where}: {len(prompt) + 1} source and {len(completion) + 1} target tokens do not fit into "
+                    f"{data.max_source_length} and {data.max_target_length}; raise these, or choose another "
+                    "config.data.truncate"
                 )
             if data.truncate == "drop":
                 counts.too_long += 1
                 yield None
                 continue
             _count_cut(counts, *too_long)
-        prompt = _cut(prompt, data.source_length - 1, data.truncate)
+        prompt = _cut(prompt, data.max_source_length - 1, data.truncate)
         yield Encoded(
             np.array(marked_source(prompt, tokenizer), np.int32),
-            np.array([*completion[: data.target_length - 1], tokenizer.end], np.int32),
+            np.array([*completion[: data.max_target_length - 1], tokenizer.end], np.int32),
         )
 
 
@@ -108,7 +109,7 @@ def encode_texts(
     prompts = text_prompts([item.prompt for item in examples], tokenizer)
     completions = _completions(examples, tokenizer)
     _count_lost(counts, tokenizer, [text for item in examples for text in (item.prompt, item.completion)])
-    length = data.sequence_length
+    length = data.max_seq_length
     for prompt, completion, where in zip(prompts, completions, places, strict=True):
         counts.examples += 1
         counts.source_tokens += len(prompt)
@@ -120,7 +121,7 @@ def encode_texts(
             continue
         answer = [*completion, tokenizer.end]
         if len(prompt) + len(answer) > length:
-            if data.truncate == "refuse":
+            if data.truncate == "error":
                 raise _too_long(where, len(prompt) + len(answer), data)
             if data.truncate == "drop":
                 counts.too_long += 1
@@ -149,7 +150,7 @@ def encode_conversations(
     """
     full = [i for i, item in enumerate(examples) if item.completion.strip()]
     turns, where = [examples[i].turns for i in full], [places[i] for i in full]
-    encoded = dict(zip(full, chat.encode(turns, where, tokenizer, data.learn), strict=True))
+    encoded = dict(zip(full, chat.encode(turns, where, tokenizer, data.train_on), strict=True))
     _count_lost(counts, tokenizer, [turn.text for item in examples for turn in item.turns])
     for i, item in enumerate(examples):
         counts.examples += 1
@@ -161,10 +162,10 @@ def encode_conversations(
         counts.source_tokens += int((~learnt).sum())
         counts.target_tokens += int(learnt.sum())
         _count_unknown(counts, tokenizer, tokens.tolist())
-        if len(tokens) <= data.sequence_length:
+        if len(tokens) <= data.max_seq_length:
             yield _sequence(tokens, learnt)
             continue
-        if data.truncate == "refuse":
+        if data.truncate == "error":
             raise _too_long(places[i], len(tokens), data)
         shorter = None
         if data.truncate != "drop":
@@ -206,8 +207,8 @@ def _shortened(turns: Sequence[Turn], where: str, data: Data, tokenizer: Tokeniz
     first = 1 if turns[0].role == "system" else 0
     for lost in range(2, len(turns) - first, 2):
         rest = turns[first + lost :] if data.truncate == "start" else turns[first : len(turns) - lost]
-        (found,) = chat.encode([(*turns[:first], *rest)], [where], tokenizer, data.learn)
-        if len(found.tokens) <= data.sequence_length:
+        (found,) = chat.encode([(*turns[:first], *rest)], [where], tokenizer, data.train_on)
+        if len(found.tokens) <= data.max_seq_length:
             return found
     return None
 
@@ -221,8 +222,8 @@ def _clipped(
     """
     first = 1 if turns[0].role == "system" else 0
     (found,) = chat.encode([(*turns[:first], *turns[-2:])], [where], tokenizer, "last")
-    start = max(int(np.argmax(found.learnt)) - data.sequence_length, 0)
-    span = slice(start, start + data.sequence_length)
+    start = max(int(np.argmax(found.learnt)) - data.max_seq_length, 0)
+    span = slice(start, start + data.max_seq_length)
     return chat.Conversation(found.tokens[span], found.learnt[span]), len(turns) > first + 2, start > 0
 
 
@@ -272,6 +273,6 @@ def _count_lost(counts: Counts, tokenizer: Tokenizer, texts: Sequence[str]) -> N
 
 def _too_long(where: str, number: int, data: Data) -> UserError:
     return UserError(
-        f"{where}: {number} tokens do not fit {data.sequence_length}; raise config.data.sequence_length, or choose "
+        f"{where}: {number} tokens do not fit {data.max_seq_length}; raise config.data.max_seq_length, or choose "
         "another config.data.truncate"
     )

@@ -129,7 +129,7 @@ def _read_one(
         assert item is not None  # as there is a reference
         if counts.cut_prompts > before.cut_prompts:
             truncated += 1
-            if data.truncate == "refuse":
+            if data.truncate == "error":
                 number, what = counts.source_tokens - before.source_tokens, "source "
                 if isinstance(format, CausalFormat):
                     number, what = number + counts.target_tokens - before.target_tokens, ""

@@ -42,7 +42,7 @@ class Seq2SeqFormat:
 
     def key(self, data: Data) -> tuple[object, ...]:
         """Everything that decides what `encode` gives, besides the tokenizer."""
-        return "seq2seq", data.source_length, data.target_length, data.truncate
+        return "seq2seq", data.max_source_length, data.max_target_length, data.truncate
 
     def encode(
         self,
@@ -78,7 +78,7 @@ class Seq2SeqFormat:
 
     def smallest(self, data: Data) -> Shape:
         """The row of one example of the greatest length."""
-        return Shape(1, data.source_length, data.target_length)
+        return Shape(1, data.max_source_length, data.max_target_length)
 
     def layout(
         self, sources: np.ndarray, targets: np.ndarray, data: Data, batch_size: int, row_cost: RowCost
@@ -90,8 +90,8 @@ class Seq2SeqFormat:
             return Layout(smallest, batch_size, 1.0, *fills)
         given = None
         if data.packed_source_length:
-            blocks = data.packed_source_length // data.source_length
-            given = Shape(blocks, data.source_length, data.packed_target_length)
+            blocks = data.packed_source_length // data.max_source_length
+            given = Shape(blocks, data.max_source_length, data.packed_target_length)
         return packing.choose_layout(sources, targets, batch_size, row_cost, given, smallest)
 
     def pack(self, sources: np.ndarray, targets: np.ndarray, shape: Shape) -> Rows:
@@ -142,11 +142,11 @@ class CausalFormat:
 
     pad: int
     prefix_lm: bool = False  # batches say which positions belong to the prompt
-    length_field: ClassVar[str] = "sequence_length"
+    length_field: ClassVar[str] = "max_seq_length"
 
     def key(self, data: Data) -> tuple[object, ...]:
         """Everything that decides what `encode` gives, besides the tokenizer."""
-        return "causal", data.sequence_length, data.truncate, data.learn
+        return "causal", data.max_seq_length, data.truncate, data.train_on
 
     def encode(
         self,
@@ -191,7 +191,7 @@ class CausalFormat:
 
     def smallest(self, data: Data) -> Shape:
         """The row of one example of the greatest length."""
-        return Shape(0, 0, data.sequence_length)
+        return Shape(0, 0, data.max_seq_length)
 
     def layout(
         self, sources: np.ndarray, targets: np.ndarray, data: Data, batch_size: int, row_cost: RowCost
@@ -200,7 +200,7 @@ class CausalFormat:
         if data.packed_source_length:
             raise UserError(
                 "config.data.packed_source_length has no effect on a causal model, whose rows hold "
-                "data.sequence_length tokens; leave it and packed_target_length out"
+                "data.max_seq_length tokens; leave it and packed_target_length out"
             )
         shape = self.smallest(data)
         if not data.packing:

@@ -90,7 +90,9 @@ def mix(
         pools = [np.setdiff1d(pool, held, assume_unique=True) for pool, held in zip(pools, held_out, strict=True)]
     for source, pool in zip(sources, pools, strict=True):
         if not len(pool):
-            raise UserError(f"data set {source.path}: no example is left for training; lower config.data.holdout")
+            raise UserError(
+                f"data set {source.path}: no example is left for training; lower config.data.validation_size"
+            )
     sizes = np.array([len(pool) for pool in pools])
     if data.mixing == "all":
         return Mixture(tokenized, pools, sizes, data.seed)

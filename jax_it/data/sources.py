@@ -58,7 +58,7 @@ def digest(source: Source, where: str = "config.data") -> str:
     kind = _kind(source, where)
     _check_settings(source, kind, where)
     parts = hashlib.blake2b(digest_size=16)
-    parts.update(repr((kind, source.limit, *filter(None, (source.records, source.limit_each)))).encode())
+    parts.update(repr((kind, source.limit, *filter(None, (source.records, source.max_per_file)))).encode())
     if kind == "datasets":
         parts.update(_load_dataset(source, where)._fingerprint.encode())
     elif kind == "builtin":
@@ -103,7 +103,7 @@ def _read_all(source: Source, where: str) -> Iterator[Record]:
     else:
         for file in _files(source, where):
             records = _read_object(file, source.records) if source.records else _READERS[kind](file)
-            yield from itertools.islice(records, source.limit_each or None)
+            yield from itertools.islice(records, source.max_per_file or None)
 
 
 def _kind(source: Source, where: str) -> str:
@@ -131,7 +131,7 @@ def _kind(source: Source, where: str) -> str:
 
 
 _READ_BY = {  # settings that not every kind of source reads
-    "records": ("json",), "listed": ("json", "csv", "parquet"), "limit_each": ("json", "csv", "parquet"),
+    "records": ("json",), "file_list": ("json", "csv", "parquet"), "max_per_file": ("json", "csv", "parquet"),
     "subset": ("datasets",), "revision": ("datasets",), "split": ("datasets", "builtin"),
 }  # fmt: skip
 
@@ -153,8 +153,8 @@ def _suffix(file: epath.Path) -> str:
 
 def _files(source: Source, where: str) -> list[epath.Path]:
     path = files.locate(source.path, f"{where}.path")
-    if source.listed:
-        return _listed(path, source.listed, where)
+    if source.file_list:
+        return _listed(path, source.file_list, where)
     if not path.exists():
         found = files.matches(path)
     elif path.is_dir():
@@ -198,15 +198,15 @@ def _what(file: epath.Path) -> str:
 
 def _listed(folder: epath.Path, names: str, where: str) -> list[epath.Path]:
     """The files of a folder that a text file names, a line each, without their ending."""
-    lines = read_text(names, f"{where}.listed").split()
+    lines = read_text(names, f"{where}.file_list").split()
     if not lines:
-        raise UserError(f"{where}.listed: {names} names no file; give each a line")
+        raise UserError(f"{where}.file_list: {names} names no file; give each a line")
     found = []
     for line in lines:
         there = [folder / f"{line}{suffix}{packed}" for suffix in _SUFFIXES for packed in ("", ".gz", ".zst")]
         file = next((file for file in there if files.is_regular(file)), None)
         if file is None:
-            raise UserError(f"{where}.listed: {names} names {line!r}, and {folder} has no such data file")
+            raise UserError(f"{where}.file_list: {names} names {line!r}, and {folder} has no such data file")
         found.append(file)
     return found
 

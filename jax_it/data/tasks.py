@@ -29,8 +29,8 @@ class TaskExample(NamedTuple):
     fields: Mapping[str, Any]  # the record
     prompt: str  # with all that stands before it
     prompt_tokens: list[int]  # what generation starts from
-    references: tuple[str, ...]  # of score="run" there may be none
-    options: tuple[Option, ...]  # of score="rank"; of "perplexity" the reference
+    references: tuple[str, ...]  # of score="code_execution" there may be none
+    options: tuple[Option, ...]  # of score="multiple_choice"; of "perplexity" the reference
     cut: bool  # the prompt is not whole, or lacks shots
 
 
@@ -52,16 +52,16 @@ def read(task: Task, where: str, data: Data, tokenizer: Tokenizer, format: Forma
     Raises UserError that names the record: for what it lacks, an empty prompt, no reference, fewer than two options
     or none that is the reference, too few shots, and a prompt that is too long under every template.
     """
-    shots = _Shots(task, where) if task.num_shots else None
+    shots = _Shots(task, where) if task.num_fewshot else None
     waiting: list[tuple[int, Record]] = []
     for number, record in enumerate(sources.read(task.data, f"{where}.data")):
         if limit and number == limit:
             break
         waiting.append((number, record))
     found: dict[int, TaskExample] = {}
-    choices = [(template, task.num_shots) for template in task.data.template]
-    if task.truncate == "shots":
-        choices += [(task.data.template[-1], fewer) for fewer in range(task.num_shots - 1, -1, -1)]
+    choices = [(template, task.num_fewshot) for template in task.data.template]
+    if task.truncate == "fewshot":
+        choices += [(task.data.template[-1], fewer) for fewer in range(task.num_fewshot - 1, -1, -1)]
     for choice, (template, shown) in enumerate(choices):
         questions = [_question(task, number, record, template, shots, shown) for number, record in waiting]
         waiting = []
@@ -80,10 +80,10 @@ def _question(task: Task, number: int, record: Record, template: str, shots: "_S
     if not asked.text.strip():
         raise UserError(f"{record.where}: the prompt is empty; fix or remove the record")
     references = tuple(text.strip() for text in example.references if text.strip())
-    if not references and task.score != "run":
+    if not references and task.score != "code_execution":
         raise UserError(f"{record.where}: there is no reference to compare with; fix or remove the record")
     options: tuple[str, ...] = ()
-    if task.score == "rank":
+    if task.score == "multiple_choice":
         options = tuple(templates.texts(record, task.options))
         listed = sources.shown(map(repr, options))
         if len(options) < 2 or not all(options):
@@ -92,17 +92,17 @@ def _question(task: Task, number: int, record: Record, template: str, shots: "_S
             raise UserError(f"{record.where}: the reference {references[0]!r} is not among the options: {listed}")
     if task.score == "perplexity":
         options = references[:1]
-    before = [_preamble(task, record)] if task.preamble or task.preamble_file else []
+    before = [_description(task, record)] if task.description or task.description_file else []
     before += shots.of(record)[:shown] if shots else []
-    text = task.separator.join([*before, asked.text])
+    text = task.fewshot_delimiter.join([*before, asked.text])
     return _Question(number, record, (*example.turns[:-2], Turn("user", text)), references, options, shown)
 
 
-def _preamble(task: Task, record: Record) -> str:
-    if task.preamble:
-        return templates.text(record, task.preamble)
-    name = templates.text(record, task.preamble_file)
-    text = sources.read_text(name, f"{record.where}: its preamble_file")
+def _description(task: Task, record: Record) -> str:
+    if task.description:
+        return templates.text(record, task.description)
+    name = templates.text(record, task.description_file)
+    text = sources.read_text(name, f"{record.where}: its description_file")
     # BIG-Bench Hard's begin with a mark for those who filter data, and a line that parts it from the prompt.
     _, line, rest = text.partition("\n-----\n")
     return (rest if line else text).strip()
@@ -114,27 +114,27 @@ class _Shots:
     def __init__(self, task: Task, where: str):
         self._task, self._where = task, where
         self._by_value: dict[str, list[tuple[Record, str]]] = {}
-        for record in sources.read(task.shots, f"{where}.shots"):
-            example = templates.render(record, task.shots.template[0])
+        for record in sources.read(task.fewshot, f"{where}.fewshot"):
+            example = templates.render(record, task.fewshot.template[0])
             if not example.prompt.strip() or not example.completion.strip():
                 raise UserError(f"{record.where}: a shot needs a prompt and an answer; fix or remove the record")
-            text = f"{example.prompt}{task.delimiter}{example.completion.strip()}"
+            text = f"{example.prompt}{task.target_delimiter}{example.completion.strip()}"
             self._by_value.setdefault(self._value(record), []).append((record, text))
 
     def of(self, record: Record) -> list[str]:
         """The first shots that agree with the record, of which it is none itself."""
-        number, value = self._task.num_shots, self._value(record)
+        number, value = self._task.num_fewshot, self._value(record)
         found = [text for shot, text in self._by_value.get(value, ()) if shot.fields != record.fields][:number]
         if len(found) < number:
-            where = f" where {self._task.shots_by} is {value!r}" if self._task.shots_by else ""
+            where = f" where {self._task.fewshot_by} is {value!r}" if self._task.fewshot_by else ""
             raise UserError(
-                f"{self._where}.shots: {self._task.shots.path} has {len(found)} shots for {record.where}{where}, fewer "
-                f"than num_shots={number}; lower that, or add some"
+                f"{self._where}.fewshot: {self._task.fewshot.path} has {len(found)} examples for {record.where}{where}"
+                f", fewer than num_fewshot={number}; lower that, or add some"
             )
         return found
 
     def _value(self, record: Record) -> str:
-        return _value(record, self._task.shots_by, f"{self._where}.shots_by") if self._task.shots_by else ""
+        return _value(record, self._task.fewshot_by, f"{self._where}.fewshot_by") if self._task.fewshot_by else ""
 
 
 def _value(record: Record, field: str, setting: str) -> str:
@@ -169,7 +169,7 @@ def _encode(task: Task, questions: Sequence[_Question], tokenizer: Tokenizer, fo
     elif in_chat:
         pairs = list(_answers(options, tokenizer))
     else:
-        pairs = list(_continuations(options, task.delimiter, tokenizer))
+        pairs = list(_continuations(options, task.target_delimiter, tokenizer))
     rest = iter(pairs)
     for question, prompt in zip(questions, prompts, strict=True):
         made = [Option(text, *next(rest)) for text in question.options]
@@ -219,13 +219,13 @@ def _fitted(
     """The example, its prompt cut where the task says so; None where it is too long and must stay whole."""
     causal = isinstance(format, CausalFormat)
     new = max((len(option.tokens) for option in made.options), default=task.max_new_tokens) if causal else 0
-    room = (task.length or getattr(data, format.length_field)) - new
+    room = (task.max_prompt_length or getattr(data, format.length_field)) - new
     prompt, options = made
     cut = len(prompt) > room
     if cut and whole:
         return None
     if cut:
-        if task.truncate in ("refuse", "shots") or room < 2 or (task.chat and tokenizer.chat_template is not None):
+        if task.truncate in ("error", "fewshot") or room < 2 or (task.chat and tokenizer.chat_template is not None):
             raise UserError(_too_long(task, where, question, len(prompt), new, room + new, format))
         prompt = _shortened(prompt, room, task.truncate, tokenizer, causal)
         options = [
@@ -242,14 +242,16 @@ def _fitted(
         prompt_tokens=prompt,
         references=question.references,
         options=tuple(options),
-        cut=cut or question.shots < task.num_shots,
+        cut=cut or question.shots < task.num_fewshot,
     )
 
 
 def _too_long(task: Task, where: str, question: _Question, length: int, new: int, limit: int, format: Format) -> str:
     answer = f" and its answer up to {new}" if new else ""
-    setting = f"{where}.length" if task.length else f"config.data.{format.length_field} or {where}.length"
-    fewer = f"lower {where}.num_shots, " if question.shots else ""
+    setting = f"{where}.max_prompt_length"
+    if not task.max_prompt_length:
+        setting = f"config.data.{format.length_field} or {setting}"
+    fewer = f"lower {where}.num_fewshot, " if question.shots else ""
     return (
         f"{question.record.where}: the prompt has {length} tokens{answer}, more than {limit}; {fewer}raise {setting}, "
         f"or let prompts be cut with {where}.truncate"

@@ -42,7 +42,7 @@ WITHOUT_REFERENCE = "without_reference"
 TASK = "task"  # the key of a whole task's error
 
 SCORERS: dict[str, Callable[..., Scorer]] = {
-    "generate": Generated, "rank": Ranked, "perplexity": Perplexity, "run": Executed,
+    "generate": Generated, "multiple_choice": Ranked, "perplexity": Perplexity, "code_execution": Executed,
 }  # fmt: skip
 
 
@@ -98,7 +98,9 @@ def read(config: Config, tokenizer: Tokenizer, format: Format) -> Needed:
     if config.data.eval or within:
         examples = data.build_eval(config.data, tokenizer, format, config.eval.limit)
     if within and examples is None and not config.eval.tasks:
-        raise UserError("config.eval.every needs examples: set config.data.eval, config.data.holdout or eval.tasks")
+        raise UserError(
+            "config.eval.every needs examples: set config.data.eval, config.data.validation_size or eval.tasks"
+        )
     found = {}
     for number, task in enumerate(config.eval.tasks):
         found[task.name] = _read_task(number, task, config, tokenizer, format)
@@ -179,7 +181,7 @@ class Examples:
         self._left_out = {WITHOUT_REFERENCE: float(examples.skipped), TRUNCATED: float(examples.truncated)}
         encoded = [example.encoded for example in self._examples]
         self._loss = Loss(model, format, encoded, layout, config.train.loss_chunk, mesh)
-        length = config.eval.max_new_tokens or config.data.target_length
+        length = config.eval.max_new_tokens or config.data.max_target_length
         rows = min(config.eval.batch_size, len(self._examples))
         self._engine = Engine(model, mesh, length, rows, _sampling(config.eval, tokenizer), chat.ends(tokenizer))
 

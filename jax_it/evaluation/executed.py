@@ -1,4 +1,4 @@
-"""score="run": do the programs that a model writes pass their tests? HumanEval's pass@k (Chen et al. 2021)."""
+"""score="code_execution": do the programs that a model writes pass their tests? pass@k of Chen et al. 2021."""
 
 import json
 import re
@@ -93,7 +93,8 @@ def _k(name: str, task: Task) -> int:
     match = re.fullmatch(r"pass@([1-9]\d*)", name)
     if match is None:
         raise UserError(
-            f"score='run' measures pass@1, pass@10 and the like, not {name!r}; change config.eval.tasks' metrics"
+            f"score='code_execution' measures pass@1, pass@10 and the like, not {name!r}; "
+            "change config.eval.tasks' metrics"
         )
     if int(match[1]) > task.samples:
         raise UserError(f"{name} needs samples={match[1]} or more; the task has {task.samples}")

@@ -71,8 +71,10 @@ class Request:
         if self.config:
             given = settings.to_dict(self.given)  # a copy, which the changes are made in
             tree["eval"] = given.get("eval", {})
-            tree["data"] |= {"eval": [], "holdout": 0}
-            tree["data"] |= {key: value for key, value in given.get("data", {}).items() if key in ("eval", "holdout")}
+            tree["data"] |= {"eval": [], "validation_size": 0}
+            tree["data"] |= {
+                key: value for key, value in given.get("data", {}).items() if key in ("eval", "validation_size")
+            }
         for name in self.changes:
             if not any(name == part or name.startswith(f"{part}.") for part in changeable):
                 raise UserError(f"--config.{name}: jax-it eval changes {' and '.join(changeable)} alone")
@@ -179,7 +181,10 @@ def make_evaluator(
     format = make_format(model, tokenizer)
     examples = data.build_eval(config.data, tokenizer, format, config.eval.limit, unread)
     if examples is None and not config.eval.tasks:
-        nothing = f"{where} has nothing to evaluate on: set config.data.eval, config.data.holdout or config.eval.tasks"
+        nothing = (
+            f"{where} has nothing to evaluate on: set config.data.eval, config.data.validation_size or "
+            "config.eval.tasks"
+        )
         raise UserError("; ".join(unread.values()) or nothing)
     evaluator = Evaluator(model, tokenizer, examples, config, layout, mesh)
 
@@ -192,11 +197,16 @@ def make_evaluator(
 
 def check_room(model: Model, config: Config) -> None:
     """Refuses examples that would leave no position for the text that is generated."""
-    positions, length = model.config.positions, config.data.sequence_length
-    new = config.eval.max_new_tokens or config.data.target_length
-    if positions and config.eval.generate and (config.data.eval or config.data.holdout) and length + new > positions:
+    positions, length = model.config.positions, config.data.max_seq_length
+    new = config.eval.max_new_tokens or config.data.max_target_length
+    if (
+        positions
+        and config.eval.generate
+        and (config.data.eval or config.data.validation_size)
+        and length + new > positions
+    ):
         raise UserError(
-            f"config.data.sequence_length: {length}, and {new} new tokens in evaluation, are more than the model's "
+            f"config.data.max_seq_length: {length}, and {new} new tokens in evaluation, are more than the model's "
             f"{positions} positions; lower it or eval.max_new_tokens, or set eval.generate=False"
         )
 

@@ -164,7 +164,7 @@ class _Options:
 
 
 class Ranked:
-    """score="rank": accuracy of the option whose log-likelihood, divided by its length or not, is the greatest."""
+    """score="multiple_choice": accuracy of the option of the greatest log-likelihood, divided by its length or not."""
 
     def __init__(self, task: Task, examples: Sequence[TaskExample], setting: Setting):
         self._task, self._examples = task, examples
@@ -261,7 +261,7 @@ def summed_up(
     if unfinished is not None:
         for group, chosen in groups.items():
             found[group][UNFINISHED] = float(sum(unfinished[i] for i in chosen))
-    if task.truncate != "refuse":
+    if task.truncate != "error":
         found[OVER_ALL][TRUNCATED] = float(sum(example.cut for example in examples))
     return found
 

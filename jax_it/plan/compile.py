@@ -70,9 +70,9 @@ def build_step(config: Config, topology: Topology, rows: int = 0) -> Step:
         data, form = config.data, _format(model)
         shape = form.smallest(data)
         if isinstance(form, Seq2SeqFormat) and data.packing and data.packed_source_length:
-            blocks = data.packed_source_length // data.source_length
-            shape = Shape(blocks, data.source_length, data.packed_target_length)
-        multiple = sharding.batch_parts(mesh) * config.train.micro_batches
+            blocks = data.packed_source_length // data.max_source_length
+            shape = Shape(blocks, data.max_source_length, data.packed_target_length)
+        multiple = sharding.batch_parts(mesh) * config.train.gradient_accumulation_steps
         number = math.ceil((rows or config.train.batch_size) / multiple) * multiple
         positions = number * max(shape.blocks * shape.source, shape.target)
         if positions >= 1 << 31:

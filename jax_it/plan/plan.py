@@ -125,7 +125,7 @@ def _compile(
         write_output(hlo_file, compiled.text, "--hlo")
     program = read(compiled.text, step.mesh.size)
     gradients = program.gradient_bytes
-    if step.config.train.micro_batches > 1:  # their sums, beside what the layers' loop produces
+    if step.config.train.gradient_accumulation_steps > 1:  # their sums, beside what the layers' loop produces
         gradients = max(gradients, memory.parameters)
     activations = min(program.activation_bytes, compiled.temporary_bytes)
     gradients = min(gradients, compiled.temporary_bytes - activations)
@@ -178,16 +178,16 @@ def _changes(step: Step, topology: Topology, mesh: dict[str, int]) -> Iterator[d
     if mesh.get("data", 1) > topology.slices:
         yield {"mesh.data": topology.slices, "mesh.fsdp": -1}
     groups = len(topology.devices) // (mesh.get("context", 1) * mesh.get("tensor", 1))
-    rows, micro_batches = max(step.rows // groups, 1), train.micro_batches
+    rows, micro_batches = max(step.rows // groups, 1), train.gradient_accumulation_steps
     while micro_batches < rows:
         micro_batches = min(micro_batches * 4, rows)
-        yield {"train.micro_batches": micro_batches}
+        yield {"train.gradient_accumulation_steps": micro_batches}
     if train.optimizer.name == "adamw":
         yield {"train.optimizer.name": "adafactor"}
     if model.param_dtype == "float32":
         yield {"model.param_dtype": "bfloat16"}
     if rows > 1:
-        yield {"train.batch_size": groups, "train.micro_batches": 1}
+        yield {"train.batch_size": groups, "train.gradient_accumulation_steps": 1}
 
 
 def _replace(settings: Any, path: list[str], value: Any) -> Any:

@@ -87,14 +87,14 @@ def train(config: Config, workdir: str | Path) -> TrainState:
 
         first = int(state.step)
         place.rewind_metrics(first)
-        parts = sharding.batch_parts(mesh) * config.train.micro_batches
+        parts = sharding.batch_parts(mesh) * config.train.gradient_accumulation_steps
         part = Part(sharding.local_parts(mesh), sharding.batch_parts(mesh), parts)
         batches = built.train.read(first, config.train.duration, part)
         evaluated = _evaluations(config, intervals["eval"], total)
         with (
             Log(place, first, total, weights_and_biases.start(place, config)) as log,
             Profile(place.path / "profile", intervals["profile"], config.train.profile_steps) as profile,
-            watching(phases, config.train.hang_after, place),
+            watching(phases, config.train.step_timeout, place),
             checkpoints,
         ):
             log.warn(_summary(model, derived, first))
@@ -168,12 +168,14 @@ def load_tokenizer(config: Config) -> tokenizers.Tokenizer:
 def check_model(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -> None:
     """Refuses settings that the model cannot follow, and a tokenizer with other marks than the model's."""
     check_read(config, model.kind)
-    positions, length = model.config.positions, config.data.sequence_length
+    positions, length = model.config.positions, config.data.max_seq_length
     if positions and length > positions:
-        raise UserError(f"config.data.sequence_length: {length} is more than the model's {positions} positions")
+        raise UserError(f"config.data.max_seq_length: {length} is more than the model's {positions} positions")
     check_room(model, config)
-    if config.train.balance_loss and not model.config.experts:
-        raise UserError("config.train.balance_loss is for mixtures of experts, which this model is not; leave it at 0")
+    if config.train.router_aux_loss_coef and not model.config.experts:
+        raise UserError(
+            "config.train.router_aux_loss_coef is for mixtures of experts, which this model is not; leave it at 0"
+        )
     if model.kind == "causal":  # segments mark its padding, and texts end where the tokenizer says
         return
     if tokenizer.end not in model.config.end_tokens:
@@ -188,7 +190,7 @@ def check_model(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -
 def check_mesh(config: Config, model: Model, sizes: Mapping[str, int]) -> None:
     """Refuses a mesh, of these sizes, of which the model cannot use an axis."""
     context, expert = sizes["context"], sizes["expert"]
-    field = "sequence_length" if model.kind == "causal" else "source_length"
+    field = "max_seq_length" if model.kind == "causal" else "source_length"
     if (length := getattr(config.data, field)) % context:
         raise UserError(f"config.mesh.context: {context} devices cannot share the {length} positions of data.{field}")
     if expert > 1 and not model.config.experts:
@@ -206,10 +208,10 @@ def check_steps(config: Config, built: data.Built) -> None:
             f"config.train.batch_size: {train.batch_size} is more than {MOST_EPOCHS_A_STEP} times the {examples} "
             "training examples; lower it"
         )
-    if train.micro_batches > found.layout.rows:
+    if train.gradient_accumulation_steps > found.layout.rows:
         raise UserError(
-            f"config.train.micro_batches: a step has {found.layout.rows} rows, which cannot be cut into "
-            f"{train.micro_batches} parts; lower it, or raise train.batch_size"
+            f"config.train.gradient_accumulation_steps: a step has {found.layout.rows} rows, which cannot be cut into "
+            f"{train.gradient_accumulation_steps} parts; lower it, or raise train.batch_size"
         )
 
     def refuse(name: str, duration: Duration, steps: int, why: str) -> NoReturn:

@@ -13,12 +13,12 @@ from jax_it.models.weights import is_vector
 
 def make_schedule(config: Optimizer, total_steps: int, warmup: int, decay: int) -> optax.Schedule:
     """The learning rate of each step, counted from 0. Warm-up is linear and starts at 0, as in Transformers."""
-    peak, final = config.learning_rate, config.learning_rate * config.final_rate
+    peak, final = config.learning_rate, config.learning_rate * config.final_lr_ratio
     rest, start = max(total_steps - warmup, 1), max(warmup, 1)
     after: dict[str, Callable[[], optax.Schedule]] = {
         "constant": lambda: optax.constant_schedule(peak),
         "linear": lambda: optax.linear_schedule(peak, final, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final_rate),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, config.final_lr_ratio),
         "rsqrt": lambda: lambda step: peak * jnp.sqrt(start / jnp.maximum(step + start, start)),
         "wsd": lambda: optax.linear_schedule(peak, final, max(decay, 1), transition_begin=max(rest - decay, 0)),
     }

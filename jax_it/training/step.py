@@ -86,23 +86,23 @@ def make_train_step(
 
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
     dropout = bool(model.options.dropout or (model.adapter and model.adapter.dropout))
-    balance = config.balance_loss if model.config.experts else 0.0
+    balance = config.router_aux_loss_coef if model.config.experts else 0.0
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step) if dropout else None
-        parts = _split(batch, config.micro_batches)
+        parts = _split(batch, config.gradient_accumulation_steps)
         balance_X = _balance(model, state, batch, parts, balance) if balance else None
         total, weight, gradients = _sum_gradients(gradient, state.params, state.frozen, parts, key, balance_X)
         gradients = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), gradients)
         norm = optax.tree.norm(gradients)
-        if config.clip:
+        if config.max_grad_norm:
             # The small constant is that of torch.nn.utils.clip_grad_norm_.
-            scale = jnp.minimum(1, config.clip / (norm + 1e-6))
+            scale = jnp.minimum(1, config.max_grad_norm / (norm + 1e-6))
             gradients = jax.tree.map(lambda g: g * scale, gradients)
         updates, memory = optimizer.update(gradients, state.optimizer, state.params)
         usual = state.norms.mean
-        # Clipping already bounds what lies within `clip`, however small the norms have become.
-        spike = (state.norms.count >= HISTORY) & (norm > config.max_spike * usual) & (norm > config.clip)
+        # Clipping already bounds what lies within `max_grad_norm`, however small the norms have become.
+        spike = (state.norms.count >= HISTORY) & (norm > config.max_spike * usual) & (norm > config.max_grad_norm)
         good = jnp.isfinite(norm) & ~(spike & (config.max_spike > 0))
         params, memory, norms = jax.tree.map(
             lambda new, old: jnp.where(good, new, old).astype(old.dtype),  # a float32 update of bfloat16 memory

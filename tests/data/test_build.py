@@ -23,7 +23,7 @@ def settings(folder: Path, **given: Any) -> Data:
         Source(path=write(folder / "a.jsonl", pairs(*A))),
         Source(path=write(folder / "b.jsonl", pairs(*B)), template=("auto", "{{prompt}}? ||| {{completion}}")),
     )
-    kept = {"source_length": 16, "target_length": 6, "cache_dir": str(folder / "cache"), "max_unknown": 0.5}
+    kept = {"max_source_length": 16, "max_target_length": 6, "cache_dir": str(folder / "cache"), "max_unknown": 0.5}
     return Data(train=sources, **{**kept, **given})
 
 
@@ -58,7 +58,7 @@ def test_row_lengths_that_are_given_are_taken(tmp_path):
 
 
 def test_what_is_held_out_is_evaluated_and_never_trained_on(tmp_path):
-    data = settings(tmp_path, holdout=4)
+    data = settings(tmp_path, validation_size=4)
     examples = chain.build_eval(data, Letters(), FORMAT, limit=0).examples
     prompts = {example.prompt.rstrip("?") for example in examples}
     assert len(prompts) == 8 and {example.task for example in examples} == {"a", "b"}
@@ -67,12 +67,12 @@ def test_what_is_held_out_is_evaluated_and_never_trained_on(tmp_path):
 
 def test_held_out_examples_stay_the_same_whatever_else_changes(tmp_path):
     def held(**given: Any) -> set[str]:
-        data = settings(tmp_path, holdout=4, **given)
+        data = settings(tmp_path, validation_size=4, **given)
         return {example.id for example in chain.build_eval(data, Letters(), FORMAT, 0).examples}
 
     before = held()
-    assert held(packing=False, mixing="size", source_length=20) == before
-    alone = settings(tmp_path, holdout=4)
+    assert held(packing=False, mixing="proportional", max_source_length=20) == before
+    alone = settings(tmp_path, validation_size=4)
     alone = Data(**{**vars(alone), "train": alone.train[:1]})
     assert {example.id for example in chain.build_eval(alone, Letters(), FORMAT, 0).examples} == {
         id for id in before if id.startswith("a/")
@@ -86,7 +86,7 @@ def test_without_examples_to_evaluate_there_is_no_set(tmp_path):
 
 def test_the_digest_is_that_of_all_training_data(tmp_path):
     before = build(settings(tmp_path)).digest
-    assert build(settings(tmp_path, seed=5, source_length=20)).digest == before
+    assert build(settings(tmp_path, seed=5, max_source_length=20)).digest == before
     data = settings(tmp_path)
     Path(data.train[1].path).write_text(Path(data.train[1].path).read_text().replace("say 0", "say O"))
     assert build(data).digest != before
@@ -112,7 +112,7 @@ def test_a_fault_in_the_data_names_its_place(tmp_path):
 def test_hub_data_sets_are_pinned_to_their_commits_and_others_left_alone(monkeypatch):
     config = Config(
         data=Data(train=(Source("org/a"), Source("b.jsonl")), eval=(Source("org/a", revision="v1"),)),
-        eval=Eval(tasks=(Task(data=Source("org/a"), shots=Source("org/c")),)),
+        eval=Eval(tasks=(Task(data=Source("org/a"), fewshot=Source("org/c")),)),
     )
     commits = {"org/a@": "1" * 40, "org/a@v1": "2" * 40, "org/c@": "3" * 40}
     monkeypatch.setattr(sources, "commit", lambda source, where: commits.get(f"{source.path}@{source.revision}", ""))
@@ -120,6 +120,6 @@ def test_hub_data_sets_are_pinned_to_their_commits_and_others_left_alone(monkeyp
     assert found == commits
     assert [source.revision for source in pinned.data.train] == ["1" * 40, ""]
     assert pinned.data.eval[0].revision == "2" * 40
-    assert (pinned.eval.tasks[0].data.revision, pinned.eval.tasks[0].shots.revision) == ("1" * 40, "3" * 40)
+    assert (pinned.eval.tasks[0].data.revision, pinned.eval.tasks[0].fewshot.revision) == ("1" * 40, "3" * 40)
     assert chain.pin(config, {"org/a@": "4" * 40})[0].data.train[0].revision == "4" * 40
     assert chain.pin(config, {})[0] == config

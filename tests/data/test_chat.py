@@ -59,8 +59,8 @@ def test_a_chat_template_that_would_give_other_data_each_time_is_refused():
         encode(talk("x"), it)
 
 
-def encode(turns: list[Turn], tokenizer: Tokenizer, learn: str = "all") -> Conversation:
-    (found,) = chat.encode([turns], ["data.json, line 3"], tokenizer, learn)
+def encode(turns: list[Turn], tokenizer: Tokenizer, train_on: str = "all") -> Conversation:
+    (found,) = chat.encode([turns], ["data.json, line 3"], tokenizer, train_on)
     return found
 
 
@@ -76,9 +76,9 @@ def expected(name: str, answer: str) -> str:
     return (" " if name in SPACE_BEFORE and of_bytes else "") + change(answer) + end
 
 
-def refusal(turns: list[Turn], tokenizer: Tokenizer, learn: str = "all") -> str:
+def refusal(turns: list[Turn], tokenizer: Tokenizer, train_on: str = "all") -> str:
     with pytest.raises(UserError) as caught:
-        encode(turns, tokenizer, learn)
+        encode(turns, tokenizer, train_on)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -173,7 +173,7 @@ def test_qwen3_s_empty_thought_is_given_and_a_thought_in_the_data_is_learnt():
     assert learnt(encode(talk(thought), it), it) == [f"{thought}<|im_end|>"]
     # It leaves thoughts out of earlier turns, which can then not be learnt as they are.
     assert learnt(encode(talk(thought, thought), it, "last"), it) == [f"{thought}<|im_end|>"]
-    assert "try config.data.learn='last'" in refusal(talk(thought, thought), it)
+    assert "try config.data.train_on='last'" in refusal(talk(thought, thought), it)
 
 
 def test_the_texts_of_others_that_repeat_the_answer_are_not_learnt():

@@ -27,7 +27,7 @@ def read(
     tokenizer: Any = None,
     **given: Any,
 ) -> EvalSet:
-    data = Data(**{"source_length": 8, "target_length": 4, **given})
+    data = Data(**{"max_source_length": 8, "max_target_length": 4, **given})
     return evaluation_set.read(items, "config.data.eval", data, tokenizer or Letters(), format, limit, only)
 
 
@@ -72,7 +72,7 @@ def test_drop_cuts_here_and_refuse_names_the_line(tmp_path):
     with pytest.raises(
         UserError, match=rf"^{path}, line 2: 9 source tokens do not fit 8; raise config\.data\.source_len"
     ):
-        read(Source(path), truncate="refuse")
+        read(Source(path), truncate="error")
 
 
 def test_examples_without_a_reference_are_skipped_and_counted(tmp_path):
@@ -120,7 +120,7 @@ def test_a_fault_names_its_line(tmp_path):
 
 
 def test_a_causal_example_has_its_prompt_and_the_first_reference_after_it(path):
-    found = read(Source(path), format=CausalFormat(0), sequence_length=20)
+    found = read(Source(path), format=CausalFormat(0), max_seq_length=20)
     assert [example.prompt_tokens for example in found.examples] == [ids(text) for text in ("one", "two", "three")]
     for example, text in zip(found.examples, ("one1", "two2", "three3"), strict=True):
         assert example.encoded.target.tolist() == [*ids(text), END]
@@ -131,11 +131,11 @@ def test_a_causal_example_has_its_prompt_and_the_first_reference_after_it(path):
 @pytest.mark.parametrize("truncate, prompt", [("end", "abcdef"), ("start", "cdefgh"), ("drop", "abcdef")])
 def test_a_causal_prompt_is_cut_as_in_training_and_counted(tmp_path, truncate, prompt):
     source = Source(write(tmp_path / "a.jsonl", pairs("abcdefgh>x", "abc>x")))
-    found = read(source, format=CausalFormat(0), sequence_length=8, truncate=truncate)
+    found = read(source, format=CausalFormat(0), max_seq_length=8, truncate=truncate)
     assert [example.prompt_tokens for example in found.examples] == [ids(prompt), ids("abc")]
     assert found.truncated == 1 and found.examples[0].prompt == "abcdefgh"
-    with pytest.raises(UserError, match=r"line 1: 10 tokens do not fit 8; raise config\.data\.sequence_length"):
-        read(source, format=CausalFormat(0), sequence_length=8, truncate="refuse")
+    with pytest.raises(UserError, match=r"line 1: 10 tokens do not fit 8; raise config\.data\.max_seq_length"):
+        read(source, format=CausalFormat(0), max_seq_length=8, truncate="error")
 
 
 def test_a_conversation_s_last_answer_is_the_reference_and_what_stands_before_it_the_prompt(tmp_path):
@@ -143,7 +143,7 @@ def test_a_conversation_s_last_answer_is_the_reference_and_what_stands_before_it
     says = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
     records = [{"messages": [*says, {**says[0], "content": "Bye"}, {**says[1], "content": "See you"}]}]
     source = Source(write(tmp_path / "a.jsonl", records))
-    (example,) = read(source, format=format, tokenizer=it, sequence_length=200).examples
+    (example,) = read(source, format=format, tokenizer=it, max_seq_length=200).examples
     assert example.references == ("See you",)
     assert it.text(example.prompt_tokens).endswith(
         "Hello<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
@@ -151,7 +151,7 @@ def test_a_conversation_s_last_answer_is_the_reference_and_what_stands_before_it
     )
     assert it.text(example.encoded.target[example.encoded.learnt]) == "Hello<|eot_id|>See you<|eot_id|>"
     room = len(example.encoded.target) - 1
-    found = read(source, format=format, tokenizer=it, sequence_length=room, truncate="end")
+    found = read(source, format=format, tokenizer=it, max_seq_length=room, truncate="end")
     assert found.truncated == 1
     assert it.text(found.examples[0].encoded.target[found.examples[0].encoded.learnt]) == "See you<|eot_id|>"
     assert "Hello" not in it.text(found.examples[0].prompt_tokens)

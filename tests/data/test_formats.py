@@ -40,7 +40,7 @@ def example(*turns: str, system: str = "") -> Example:
 def encoded(examples: list[Example], tokenizer: Any, **given: Any) -> tuple[list[Encoded | None], Counts]:
     counts = Counts()
     evaluation = given.pop("evaluation", False)
-    data = Data(**{"sequence_length": 12, **given})
+    data = Data(**{"max_seq_length": 12, **given})
     places = [f"line {number}" for number, _ in enumerate(examples, 1)]
     return list(FORMAT.encode(examples, places, data, tokenizer, counts, evaluation)), counts
 
@@ -110,8 +110,8 @@ def test_the_mark_of_beginning_stays_where_a_prompt_is_cut_at_its_start():
 
 def test_refuse_names_the_first_line_that_does_not_fit():
     texts = [example("abcdefgh", "xyz"), example("abcdefghi", "xyz")]
-    with pytest.raises(UserError, match=r"^line 2: 13 tokens do not fit 12; raise config\.data\.sequence_length, or"):
-        encoded(texts, Letters(), truncate="refuse")
+    with pytest.raises(UserError, match=r"^line 2: 13 tokens do not fit 12; raise config\.data\.max_seq_length, or"):
+        encoded(texts, Letters(), truncate="error")
 
 
 def test_an_example_without_a_target_token_is_dropped_and_counted():
@@ -130,7 +130,7 @@ def test_several_turns_need_a_chat_template():
 def test_with_real_tokenizers_the_prompt_is_what_is_generated_from(kind):
     it = made(kind, None)
     texts = [("Question: 4 + 4?\nAnswer:", "8"), ("  a ", "b \n"), ("Hi", "Hello there")]
-    found, _ = encoded([example(*pair) for pair in texts], it, sequence_length=100)
+    found, _ = encoded([example(*pair) for pair in texts], it, max_seq_length=100)
     for item, (prompt, completion) in zip(found, texts, strict=True):
         assert FORMAT.prompt_of(item) == it.backend(prompt)["input_ids"]  # with <s> where the tokenizer sets it
         assert it.decode(item.target[item.learnt]) == completion
@@ -143,7 +143,7 @@ def test_with_real_tokenizers_the_prompt_is_what_is_generated_from(kind):
 def test_every_record_is_a_conversation_where_there_is_a_chat_template():
     it = checkpoint("qwen2_5")
     texts = [example("a", "b"), example("a", "b", "c", "d", system="Be kind."), example("a", "b", "c", " ")]
-    found, counts = encoded(texts, it, sequence_length=200)
+    found, counts = encoded(texts, it, max_seq_length=200)
     begin = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
     assert shown(found[0], it) == (
         begin + "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n", "b<|im_end|>"
@@ -152,7 +152,7 @@ def test_every_record_is_a_conversation_where_there_is_a_chat_template():
     assert found[2] is None and counts.empty_completion == 1 and counts.kept == 2
     assert counts.target_tokens == 6
     assert counts.source_tokens == sum(len(item.target) for item in found[:2]) - 6
-    last, _ = encoded(texts[:2], it, sequence_length=200, learn="last")
+    last, _ = encoded(texts[:2], it, max_seq_length=200, train_on="last")
     assert shown(last[1], it)[1] == "d<|im_end|>"
     assert FORMAT.prompt_of(last[1]) == FORMAT.prompt_of(found[1])
     assert FORMAT.prompts([texts[1].turns[:-1]], it, ["here"]) == [FORMAT.prompt_of(found[1])]
@@ -167,7 +167,7 @@ def parts(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "truncate, learn, exchanges, said, learnt",
+    "truncate, train_on, exchanges, said, learnt",
     [
         ("end", "all", 3, "Be kind. one a two b three c", "a b c"),
         ("end", "all", 2, "Be kind. one a two b", "a b"),
@@ -177,11 +177,11 @@ def parts(text: str) -> str:
         ("end", "all", 1, "Be kind. one a", "a"),
     ],
 )
-def test_a_long_conversation_is_cut_at_turn_borders_and_counted(truncate, learn, exchanges, said, learnt):
+def test_a_long_conversation_is_cut_at_turn_borders_and_counted(truncate, train_on, exchanges, said, learnt):
     it = checkpoint("smollm2")
-    fits = [encoded([Example(TALK.turns[: 1 + 2 * n], ())], it, sequence_length=500)[0][0] for n in (1, 2, 3)]
+    fits = [encoded([Example(TALK.turns[: 1 + 2 * n], ())], it, max_seq_length=500)[0][0] for n in (1, 2, 3)]
     room = len(fits[exchanges - 1].target) + (0 if exchanges == 3 else 3)
-    (found,), counts = encoded([TALK], it, sequence_length=room, truncate=truncate, learn=learn)
+    (found,), counts = encoded([TALK], it, max_seq_length=room, truncate=truncate, train_on=train_on)
     text, taught = shown(found, it)
     assert parts(text) == said and taught == "".join(f"{word}<|im_end|>" for word in learnt.split())
     assert len(found.target) <= room and text.endswith("<|im_end|>\n")
@@ -193,29 +193,27 @@ def test_a_long_conversation_is_cut_at_turn_borders_and_counted(truncate, learn,
 def test_a_conversation_of_which_no_exchange_fits_is_dropped_and_counted():
     it = checkpoint("smollm2")
     for truncate in ("end", "start", "drop"):
-        found, counts = encoded([TALK, example("q", "r")], it, sequence_length=20, truncate=truncate)
+        found, counts = encoded([TALK, example("q", "r")], it, max_seq_length=20, truncate=truncate)
         assert found == [None, None] and (counts.too_long, counts.truncated, counts.kept) == (2, 0, 0)
-    whole = len(encoded([TALK], it, sequence_length=500)[0][0].target)
-    found, counts = encoded([TALK], it, sequence_length=whole - 1, truncate="drop")
+    whole = len(encoded([TALK], it, max_seq_length=500)[0][0].target)
+    found, counts = encoded([TALK], it, max_seq_length=whole - 1, truncate="drop")
     assert found == [None] and counts.too_long == 1
     with pytest.raises(UserError, match=rf"^line 1: {whole} tokens do not fit {whole - 1}; raise config\.data\.seq"):
-        encoded([TALK], it, sequence_length=whole - 1, truncate="refuse")
+        encoded([TALK], it, max_seq_length=whole - 1, truncate="error")
 
 
 def test_for_evaluation_the_last_answer_stays_and_nothing_is_dropped():
     it = checkpoint("smollm2")
-    for truncate in ("end", "start", "drop", "refuse"):
-        (whole,), _ = encoded([TALK], it, sequence_length=500, truncate=truncate, evaluation=True)
-        (found,), counts = encoded(
-            [TALK], it, sequence_length=len(whole.target) - 1, truncate=truncate, evaluation=True
-        )
+    for truncate in ("end", "start", "drop", "error"):
+        (whole,), _ = encoded([TALK], it, max_seq_length=500, truncate=truncate, evaluation=True)
+        (found,), counts = encoded([TALK], it, max_seq_length=len(whole.target) - 1, truncate=truncate, evaluation=True)
         assert parts(shown(found, it)[0]) == "Be kind. two b three c" and counts.cut_prompts == 1
         long = example("q", "c " * 100)
-        (found,), counts = encoded([long], it, sequence_length=50, truncate=truncate, evaluation=True)
+        (found,), counts = encoded([long], it, max_seq_length=50, truncate=truncate, evaluation=True)
         assert len(found.target) == 50 and (counts.cut_prompts, counts.truncated_target) == (0, 1)
         assert FORMAT.prompt_of(found) == FORMAT.prompts([long.turns[:-1]], it, ["here"])[0]
         long = example("q " * 100, "c")
-        (found,), counts = encoded([long], it, sequence_length=50, truncate=truncate, evaluation=True)
+        (found,), counts = encoded([long], it, max_seq_length=50, truncate=truncate, evaluation=True)
         assert FORMAT.prompt_of(found) == FORMAT.prompts([long.turns[:-1]], it, ["here"])[0][-50:]
         assert (counts.cut_prompts, counts.truncated_target) == (1, 0) and not found.learnt.any()
         assert pack_rows(FORMAT, [found], Layout(Shape(0, 0, 50), 4, 1.0, 0.0, 0.0), 4) == []
@@ -261,7 +259,7 @@ def test_the_end_of_text_is_learnt_where_it_is_the_padding_too(packing, tmp_path
     it = made(Kind("gpt2", "<|endoftext|>", (), "<|endoftext|>"), None)
     assert it.pad == it.end and it.unknown is None
     path = write(tmp_path / "a.jsonl", pairs("Hi>Hello", "How are you?>I am well."))
-    data = Data(train=(Source(path),), sequence_length=32, packing=packing, cache_dir=str(tmp_path / "cache"))
+    data = Data(train=(Source(path),), max_seq_length=32, packing=packing, cache_dir=str(tmp_path / "cache"))
     batch = chain.build(data, it, CausalFormat(it.pad), 2, lambda shape: 1.0).train.batch(0).batch
     ends = (batch.targets_BT == it.end) & (batch.weights_BT > 0)
     assert ends.sum() == 2
@@ -288,7 +286,7 @@ def build(
     folder: Path, tokenizer: Any, records: list[dict[str, Any]], batch_size: int = 4, **given: Any
 ) -> chain.Built:
     path = write(folder / "a.jsonl", records)
-    settings = {"sequence_length": 24, "cache_dir": str(folder / "cache"), **LENIENT, **given}
+    settings = {"max_seq_length": 24, "cache_dir": str(folder / "cache"), **LENIENT, **given}
     return chain.build(Data(train=(Source(path),), **settings), tokenizer, FORMAT, batch_size, lambda shape: 1.0)
 
 
@@ -339,7 +337,7 @@ def test_settings_of_packed_pairs_are_refused(tmp_path):
 
 
 def cached(path: str, cache: Path, tokenizer: Any, format: Any = FORMAT, **given: Any) -> Tokenized:
-    data = Data(**{"sequence_length": 300, "cache_dir": str(cache), **LENIENT, **given})
+    data = Data(**{"max_seq_length": 300, "cache_dir": str(cache), **LENIENT, **given})
     (item,) = tokenize(Source(path), "config.data.train.0", data, tokenizer, format)
     return item
 
@@ -348,7 +346,7 @@ def test_the_cache_gives_back_tokens_and_masks(tmp_path):
     it = checkpoint("llama3")
     messages = [{"role": turn.role, "content": turn.text} for turn in TALK.turns]
     path = write(tmp_path / "a.jsonl", [{"messages": messages}, *pairs("a>", "é>漢")])
-    wanted, counts = encoded([TALK, example("a", ""), example("é", "漢")], it, sequence_length=300)
+    wanted, counts = encoded([TALK, example("a", ""), example("é", "漢")], it, max_seq_length=300)
     for _ in range(2):
         item = cached(path, tmp_path / "cache", it)
         assert item.counts == counts and item.source_lengths.tolist() == [0, 0, 0]
@@ -366,12 +364,12 @@ def test_whatever_decides_a_conversation_s_tokens_makes_another_cache(tmp_path):
     cached(path, cache, it)
     for number, given in enumerate(
         (
-            {"learn": "last"}, {"sequence_length": 299}, {"truncate": "start"}, {"format": Seq2SeqFormat(0, 0)},
+            {"train_on": "last"}, {"max_seq_length": 299}, {"truncate": "start"}, {"format": Seq2SeqFormat(0, 0)},
             {"tokenizer": chat.with_chat_template(it, "default")}, {"tokenizer": chat.with_chat_template(it, "none")},
         ), 2,
     ):  # fmt: skip
         cached(path, cache, **{"tokenizer": it, **given})
         assert len(list(cache.iterdir())) == number, given
-    for same in ({"packing": False}, {"source_length": 7}, {"format": CausalFormat(1, True)}):
+    for same in ({"packing": False}, {"max_source_length": 7}, {"format": CausalFormat(1, True)}):
         cached(path, cache, **{"tokenizer": it, **same})
     assert len(list(cache.iterdir())) == 7

@@ -32,7 +32,7 @@ def made(packed: bool = True, number: int = 50, rows: int = 4, templates: int = 
             versions.append(of_lengths(name, sources, targets, first))
             first += int(sources.sum() + targets.sum())
         parts.append(versions)
-    data = Data(source_length=LIMIT.source, target_length=LIMIT.target, packing=packed, seed=seed)
+    data = Data(max_source_length=LIMIT.source, max_target_length=LIMIT.target, packing=packed, seed=seed)
     mixed = mix([Source(path="a"), Source(path="b")], parts, data)
     epoch = mixed.epoch(0)
     per_row = len(epoch.source) / len(pack(epoch.source_length, epoch.target_length, PACKED)) if packed else 1.0

@@ -166,7 +166,7 @@ def test_weights_are_honoured_exactly_in_every_epoch(items):
 )
 def test_size_takes_a_cap_and_then_a_temperature(cap, temperature, expected):
     made = [source(f"s{size}", size) for size in (10, 40, 160)]
-    mixed = mixture(*made, mixing="size", mixing_cap=cap, mixing_temperature=temperature)
+    mixed = mixture(*made, mixing="proportional", mixing_cap=cap, mixing_temperature=temperature)
     assert np.bincount(mixed.epoch(1).source).tolist() == expected
     assert mixed.epoch_examples == sum(expected)
 
@@ -258,5 +258,7 @@ def test_what_is_held_out_is_stable_spread_and_grows_with_the_number():
 
 def test_a_source_of_which_nothing_is_left_is_refused():
     item = source("a", 10)
-    with pytest.raises(UserError, match=r"data set a: no example is left for training; lower config\.data\.holdout"):
+    with pytest.raises(
+        UserError, match=r"data set a: no example is left for training; lower config\.data\.validation_size"
+    ):
         mixture(item, held_out=[hold_out(item, 10, seed=0)])

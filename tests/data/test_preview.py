@@ -30,7 +30,7 @@ def shown(
 ) -> str:
     records = pairs("abc>x", "de>", "abcdefghijklmnopqrstuvw>yz", "f>0123456789", "gh>uv", "i>j")
     data = {
-        "train": [{"path": write(folder / "quiz.jsonl", records)}], "source_length": 16, "target_length": 8,
+        "train": [{"path": write(folder / "quiz.jsonl", records)}], "max_source_length": 16, "max_target_length": 8,
         "cache_dir": str(folder / "cache"), "max_dropped": 0.5, "max_unknown": 1.0, **given,
     }  # fmt: skip
     tree: dict[str, dict[str, Any]] = {
@@ -49,7 +49,7 @@ WSD = {"warmup": "4 steps", "decay": "5 steps", "schedule": "wsd"}
     "section, changes, message",
     [
         ("train", {"batch_size": 501}, "batch_size: 501 is more than 100 times the 5 training examples; lower it"),
-        ("train", {"micro_batches": 4}, "micro_batches: a step has 2 rows, which cannot be cut into 4 parts"),
+        ("train", {"gradient_accumulation_steps": 4}, "_steps: a step has 2 rows, which cannot be cut into 4 parts"),
         ("train", {"duration": "1e12 steps"}, "duration: 1000000000000 steps is too long; a run has at most 21474836"),
         ("train", {"duration": "1e17 tokens"}, "duration: 1e+17 tokens ("),
         ("train", {"duration": "10001 epochs"}, "duration: 10001 epochs; of epochs the most is 10000; give it in s"),
@@ -66,8 +66,8 @@ WSD = {"warmup": "4 steps", "decay": "5 steps", "schedule": "wsd"}
             "train", {"profile": "8 steps", "duration": 8},
             "profile: 8 steps is not before the end of the run of 8 steps",
         ),
-        ("data", {"sequence_length": 64}, "sequence_length has no effect on an encoder-decoder"),
-        ("mesh", {"context": 3}, "context: 3 devices cannot share the 16 positions of data.source_length"),
+        ("data", {"max_seq_length": 64}, "max_seq_length has no effect on an encoder-decoder"),
+        ("mesh", {"context": 3}, "context: 3 devices cannot share the 16 positions of data.max_source_length"),
         ("mesh", {"expert": 2}, "expert: 2, but this model has no experts; use fsdp"),
         ("model", {"lora": {"rank": 2, "targets": ["no"]}}, "lora.targets: 'no' matches no weight"),
         ("data", {"eval": [{"path": "nowhere.jsonl"}]}, "eval.0"),
@@ -171,7 +171,7 @@ def test_unknown_tokens_are_shown_for_each_template(tmp_path):
 
 def test_long_texts_are_shortened_in_the_middle(tmp_path):
     text = shown(
-        tmp_path, train=[{"path": write(tmp_path / "long.jsonl", pairs(f"{'a' * 900}z>b"))}], source_length=1024
+        tmp_path, train=[{"path": write(tmp_path / "long.jsonl", pairs(f"{'a' * 900}z>b"))}], max_source_length=1024
     )
     assert re.search(r"source text   a{300} … a{299}z\n", text)
 
@@ -181,7 +181,7 @@ def test_long_texts_are_shortened_in_the_middle(tmp_path):
 
 def shown_causal(folder: Path, it: Tokenizer, records: list[dict[str, Any]], **given: Any) -> str:
     data = {
-        "train": [{"path": write(folder / "talks.jsonl", records)}], "sequence_length": 128,
+        "train": [{"path": write(folder / "talks.jsonl", records)}], "max_seq_length": 128,
         "cache_dir": str(folder / "cache"), "max_dropped": 0.5, **given,
     }  # fmt: skip
     train = {"batch_size": 3, "duration": "2 epochs"}
@@ -229,7 +229,7 @@ def test_it_says_where_the_generation_prompt_differs_and_what_ends_an_answer(tmp
 
 def test_conversations_that_lost_turns_are_shown(tmp_path):
     text = shown_causal(
-        tmp_path, checkpoint("phi4"), [{"messages": TALK * 9}, *pairs("q>x")], sequence_length=64, packing=False
+        tmp_path, checkpoint("phi4"), [{"messages": TALK * 9}, *pairs("q>x")], max_seq_length=64, packing=False
     )
     assert " targets, 1 (50.00%) by turns\n" in text
     assert "Rows, padded to the longest of each batch\n  64 tokens, " in text

@@ -386,8 +386,8 @@ def test_a_name_that_no_file_can_have_is_refused(write, tmp_path):
         assert refusal(f"{tmp_path}/{name}.jsonl").startswith("config.data.train.0.path ")
         assert refusal(f"{tmp_path}/{name}.jsonl", format="json").startswith("config.data.train.0.path ")
         listed = write("names.txt", name.encode(errors="surrogatepass"))
-        assert refusal(tmp_path, listed=str(listed)).startswith("config.data.train.0.listed: ")
-    assert refusal(tmp_path, listed=str(write("names.txt", b"\n"))).endswith("names no file; give each a line")
+        assert refusal(tmp_path, file_list=str(listed)).startswith("config.data.train.0.file_list: ")
+    assert refusal(tmp_path, file_list=str(write("names.txt", b"\n"))).endswith("names no file; give each a line")
 
 
 @pytest.mark.parametrize("suffix, pack", [("gz", gzip.compress), ("zst", zst)])
@@ -417,7 +417,7 @@ def test_a_small_zst_file_is_unpacked_in_small_pieces(write):
     "name, settings",
     [
         ("a.jsonl", {"split": "test"}), ("a.jsonl", {"subset": "en"}), ("a.jsonl", {"revision": "v1"}),
-        ("builtin:instructions", {"limit_each": 1}), ("builtin:instructions", {"records": "a"}),
+        ("builtin:instructions", {"max_per_file": 1}), ("builtin:instructions", {"records": "a"}),
         ("builtin:instructions", {"subset": "en"}),
     ],
 )  # fmt: skip
@@ -559,9 +559,9 @@ def test_records_of_an_object_have_its_other_fields_and_the_file_s_name(tmp_path
 
 def test_so_many_records_of_each_file_are_read(tmp_path):
     path = str(objects(tmp_path))
-    found = sources.read(Source(path, records="Instances", limit_each=2))
+    found = sources.read(Source(path, records="Instances", max_per_file=2))
     assert [record.fields["id"] for record in found] == ["task1_a-0", "task1_a-1", "task2_b-0", "task2_b-1"]
-    found = sources.read(Source(path, records="Instances", limit_each=2, limit=3))
+    found = sources.read(Source(path, records="Instances", max_per_file=2, limit=3))
     assert [record.fields["id"] for record in found] == ["task1_a-0", "task1_a-1", "task2_b-0"]
 
 
@@ -569,13 +569,15 @@ def test_a_text_file_says_which_files_of_a_folder_are_read_and_in_what_order(tmp
     objects(tmp_path)
     (tmp_path / "task3.json").write_text("no JSON")
     (tmp_path / "split.txt").write_text("task2_b\ntask1_a\n")
-    source = Source(str(tmp_path), records="Instances", listed=f"{tmp_path}/split.txt", limit_each=1)
+    source = Source(str(tmp_path), records="Instances", file_list=f"{tmp_path}/split.txt", max_per_file=1)
     assert [record.fields["id"] for record in sources.read(source)] == ["task2_b-0", "task1_a-0"]
     (tmp_path / "split.txt").write_text("task2_b\ntask9\n")
-    with pytest.raises(UserError, match=rf"config.data.listed: {tmp_path}/split.txt names 'task9', and {tmp_path} has"):
+    with pytest.raises(
+        UserError, match=rf"config.data.file_list: {tmp_path}/split.txt names 'task9', and {tmp_path} has"
+    ):
         list(sources.read(source))
     (tmp_path / "split.txt").unlink()
-    with pytest.raises(UserError, match=rf"config.data.listed: {tmp_path}/split.txt cannot be read"):
+    with pytest.raises(UserError, match=rf"config.data.file_list: {tmp_path}/split.txt cannot be read"):
         list(sources.read(source))
 
 
@@ -606,6 +608,6 @@ def test_the_digest_depends_on_which_records_are_read(tmp_path):
     path = str(objects(tmp_path))
     digests = {
         sources.digest(Source(path, **given))
-        for given in ({}, {"records": "Instances"}, {"records": "Instances", "limit_each": 1})
+        for given in ({}, {"records": "Instances"}, {"records": "Instances", "max_per_file": 1})
     }
     assert len(digests) == 3

@@ -34,7 +34,7 @@ def read(item: Tokenized) -> list[tuple[list[int], list[int]]]:
 
 
 def run(path: str, cache: Path | str, tokenizer: Any = None, **settings: Any) -> Tokenized:
-    given = {"source_length": 8, "target_length": 4, "cache_dir": str(cache), **LENIENT, **settings}
+    given = {"max_source_length": 8, "max_target_length": 4, "cache_dir": str(cache), **LENIENT, **settings}
     (item,) = tokenize(Source(path), "config.data.train.0", Data(**given), tokenizer or Letters(), FORMAT)
     return item
 
@@ -92,11 +92,11 @@ def test_both_sides_end_with_their_mark_and_are_cut_as_the_config_says(tmp_path,
 
 def test_refuse_names_the_first_line_that_does_not_fit(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", pairs("abc>xy", "abcdefgh>x", "abcdefghi>x"))
-    assert refusal(path, cache, truncate="refuse") == (
+    assert refusal(path, cache, truncate="error") == (
         f"{path}, line 2: 9 source and 2 target tokens do not fit 8 and 4; raise them, or choose another "
         "config.data.truncate"
     )
-    assert run(path, cache, truncate="refuse", source_length=10).counts.kept == 3
+    assert run(path, cache, truncate="error", max_source_length=10).counts.kept == 3
 
 
 def test_everything_is_counted(tmp_path, cache):
@@ -228,12 +228,12 @@ def test_whatever_decides_the_tokens_makes_another_cache(tmp_path, cache, monkey
         return len(known - before) == 1
 
     for settings in (
-        {"source_length": 9}, {"target_length": 5}, {"truncate": "start"}, {"truncate": "drop"},
+        {"max_source_length": 9}, {"max_target_length": 5}, {"truncate": "start"}, {"truncate": "drop"},
         {"tokenizer": Letters("others")},
     ):  # fmt: skip
         run(path, cache, **settings)
         assert renewed(), settings
-    base = {"source_length": 8, "target_length": 4, "cache_dir": str(cache), **LENIENT}
+    base = {"max_source_length": 8, "max_target_length": 4, "cache_dir": str(cache), **LENIENT}
     for source in (
         Source(path, template=("alpaca",)),
         Source(path, template=("{{prompt}} ||| x",)),
@@ -266,7 +266,7 @@ def die(folder, pairs):
     write(folder, pairs)
     os.kill(os.getpid(), signal.SIGKILL)
 tokenized._write_tokens = die
-data = Data(source_length=8, target_length=4, cache_dir=sys.argv[2])
+data = Data(max_source_length=8, max_target_length=4, cache_dir=sys.argv[2])
 tokenized.tokenize(Source(sys.argv[1]), "", data, Letters(), Seq2SeqFormat(0, 0))
 """
 
@@ -391,7 +391,7 @@ def test_tokens_are_those_of_templates_and_tokenizer_applied_one_by_one(tmp_path
     ]
     path = write(tmp_path / "a.jsonl", records)
     template, tokenizer = "Do: {{q}} ||| {{a}}", Letters()
-    data = Data(source_length=16, target_length=6, cache_dir=str(cache), **LENIENT)
+    data = Data(max_source_length=16, max_target_length=6, cache_dir=str(cache), **LENIENT)
     (item,) = tokenize(Source(path, template=(template,)), "", data, tokenizer, FORMAT)
     expected, unknown = [], 0
     for record in sources.read(Source(path)):

@@ -132,7 +132,7 @@ def test_where_nothing_can_be_read_nothing_is_written(run, other, capfd):
 
 def test_a_model_is_scored_as_the_run_that_it_was_exported_from(run, other, tmp_path, capfd):
     succeeds(capfd, "export", "--workdir", run, "--output", tmp_path / "model")
-    lengths = ("--config.data.source_length=32", "--config.data.target_length=16")
+    lengths = ("--config.data.max_source_length=32", "--config.data.max_target_length=16")
     succeeds(
         capfd, "eval", "--model", tmp_path / "model", "--config", other, *lengths, "--output", tmp_path / "of-model"
     )
@@ -152,7 +152,7 @@ def test_a_model_is_scored_as_the_run_that_it_was_exported_from(run, other, tmp_
 
 def test_a_model_needs_something_to_be_scored_on(run, tmp_path, capfd):
     line = fails(capfd, "eval", "--model", run, "--output", tmp_path / "out")
-    assert "has nothing to evaluate on: set config.data.eval, config.data.holdout or config.eval.tasks" in line
+    assert "has nothing to evaluate on: set config.data.eval, config.data.validation_size or config.eval.tasks" in line
 
 
 @pytest.fixture

@@ -149,7 +149,7 @@ def yes():
 
 def test_a_task_counts_the_problems_that_are_solved(setting, answers):
     answers(["    return 2 * x", "    return 3 * x", "    return x + x"], ["    return r", "", "    return 3"])
-    task = Task("code", score="run", samples=3, temperature=1.0, metrics=("pass@1", "pass@2", "pass@3"))
+    task = Task("code", score="code_execution", samples=3, temperature=1.0, metrics=("pass@1", "pass@2", "pass@3"))
     found = Executed(task, examples(*RECORDS), setting[0])({}, yes)
     assert found.metrics[""] == {
         "pass@1": pytest.approx(100 * (2 / 3 + 0) / 2),
@@ -167,7 +167,7 @@ def test_a_task_counts_the_problems_that_are_solved(setting, answers):
 
 def test_one_program_each_is_pass_at_1(setting, answers):
     answers(["    return 2 * x"], ["    return r"])
-    found = Executed(Task("code", score="run"), examples(*RECORDS), setting[0])({}, yes)
+    found = Executed(Task("code", score="code_execution"), examples(*RECORDS), setting[0])({}, yes)
     assert found.metrics[""] == {"pass@1": 50, "n": 2, "unfinished": 0}
     assert [row["passed"] for row in found.predictions] == [True, False]
     assert found.predictions[0]["prediction"] == "    return 2 * x"
@@ -175,7 +175,7 @@ def test_one_program_each_is_pass_at_1(setting, answers):
 
 def test_what_the_machine_does_not_limit_is_said_beside_the_scores(setting, answers, monkeypatch):
     answers(["    return 2 * x"])
-    score = Executed(Task("code", score="run"), examples(RECORDS[0]), setting[0])
+    score = Executed(Task("code", score="code_execution"), examples(RECORDS[0]), setting[0])
     monkeypatch.setattr(sandbox, "gaps", lambda: ())
     assert score({}, yes).advice == ""
     monkeypatch.setattr(sandbox, "gaps", lambda: ("its memory is not limited", "it could read"))
@@ -186,7 +186,11 @@ def test_without_the_users_word_nothing_is_run(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "run_all", lambda *_, **__: pytest.fail("a program was run"))
     model, tokenizer, _, _, mesh = setting[0]
     (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in RECORDS))
-    task = {"name": "code", "data": {"path": str(tmp_path / "data.jsonl"), "template": ["prompt"]}, "score": "run"}
+    task = {
+        "name": "code",
+        "data": {"path": str(tmp_path / "data.jsonl"), "template": ["prompt"]},
+        "score": "code_execution",
+    }
     settings = config.resolve({"model": {"path": "x"}, "eval": {"tasks": [task]}}, training=False)
     scored = Evaluator(model, tokenizer, None, settings, None, mesh)(setting[1])
     assert scored.errors == {
@@ -200,8 +204,9 @@ def test_a_model_that_writes_no_program_solves_nothing(setting, tmp_path):
     model, tokenizer, _, _, mesh = setting[0]
     (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in RECORDS))
     task = {
-        "name": "code", "data": {"path": str(tmp_path / "data.jsonl"), "template": ["prompt"]}, "score": "run",
-        "metrics": ["pass@1", "pass@2"], "samples": 2, "temperature": 1.0, "max_new_tokens": 4, "length": 400,
+        "name": "code", "data": {"path": str(tmp_path / "data.jsonl"), "template": ["prompt"]},
+        "score": "code_execution", "metrics": ["pass@1", "pass@2"], "samples": 2, "temperature": 1.0,
+        "max_new_tokens": 4, "max_prompt_length": 400,
     }  # fmt: skip
     settings = config.resolve(
         {"model": {"path": "x"}, "eval": {"tasks": [task], "run_model_code": True}}, training=False
@@ -230,7 +235,7 @@ def test_a_model_that_writes_no_program_solves_nothing(setting, tmp_path):
 )
 def test_what_cannot_be_scored_is_said_before_anything_is_generated(setting, changes, records, message):
     with pytest.raises(UserError) as error:
-        Executed(Task("code", score="run", **changes), examples(*records), setting[0])
+        Executed(Task("code", score="code_execution", **changes), examples(*records), setting[0])
     assert message in str(error.value)
 
 
@@ -240,7 +245,7 @@ def test_programs_are_left_where_the_evaluation_is_stopped(setting, answers, mon
     calls, ran = [], []
     monkeypatch.setattr(sandbox, "run_all", lambda programs, done: ran.append(programs) or [Outcome(True, "")])
     with pytest.raises(Stopped):
-        Executed(Task("code", score="run"), examples(*RECORDS), setting[0])(
+        Executed(Task("code", score="code_execution"), examples(*RECORDS), setting[0])(
             {}, lambda: calls.append(1) or len(calls) < 2
         )
     assert len(ran) == 1

@@ -348,7 +348,7 @@ def test_checkpoints_of_a_run_that_trains_are_all_scored_by_followers_that_are_k
 
 @pytest.mark.slow
 def test_patience_with_a_followers_scores_ends_training_early_and_the_best_checkpoint_stays(tmp_path):
-    still = ("--config.train.optimizer.learning_rate=0", "--config.eval.patience=2", "--config.train.keep=1")
+    still = ("--config.train.optimizer.learning_rate=0", "--config.eval.patience=2", "--config.train.max_to_keep=1")
     with Beside(tmp_path, *still, pause=0.5) as beside:
         follower = start("eval", "--workdir", beside.run, "--follow", "--timeout", 60)
         output = follower.communicate()[0]

@@ -25,11 +25,11 @@ def path(tmp_path: Path) -> str:
 
 
 def test_all_that_evaluation_needs_is_read_and_nothing_else(path):
-    task = Task("t", Source(path), metrics=("exact_match",), num_shots=1, shots=Source(path))
+    task = Task("t", Source(path), metrics=("exact_match",), num_fewshot=1, fewshot=Source(path))
     needed = read(Config(data=Data(eval=(Source(path),)), eval=Eval(tasks=(task,))))
     assert needed.examples is not None and len(needed.examples.examples) == 2
     assert [example.prompt for example in needed.tasks["t"]] == ["b y\n\na", "a x\n\nb"]
-    held_out = Config(data=Data(train=(Source("absent.jsonl"),), holdout=1))
+    held_out = Config(data=Data(train=(Source("absent.jsonl"),), validation_size=1))
     assert read(held_out) == (None, {})  # it is part of the training data, which is read anyway
 
 
@@ -37,8 +37,14 @@ def test_all_that_evaluation_needs_is_read_and_nothing_else(path):
     "change, message",
     [
         ({"data": Source("absent.jsonl")}, "config.eval.tasks.0.data: data file absent.jsonl does not exist"),
-        ({"shots": Source("absent.jsonl"), "num_shots": 1}, "config.eval.tasks.0.shots: data file absent.jsonl does"),
-        ({"preamble_file": "{{prompt}}.txt"}, "quiz.jsonl, line 1: its preamble_file: a.txt cannot be read: No such"),
+        (
+            {"fewshot": Source("absent.jsonl"), "num_fewshot": 1},
+            "config.eval.tasks.0.fewshot: data file absent.jsonl does",
+        ),
+        (
+            {"description_file": "{{prompt}}.txt"},
+            "quiz.jsonl, line 1: its description_file: a.txt cannot be read: No such",
+        ),
         ({"metrics": ("nonsense",)}, "nonsense"),
     ],
 )

@@ -102,7 +102,9 @@ def test_mmlu_s_prompt_has_five_questions_of_the_subject_with_their_letters(mmlu
 def test_mmlu_refuses_a_subject_with_fewer_shots(mmlu):
     lines = (mmlu / "dev.jsonl").read_text().splitlines()[:9]
     (mmlu / "dev.jsonl").write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"4 shots for .*line 4 where subject is 'virology', fewer than num_shots=5"):
+    with pytest.raises(
+        UserError, match=r"4 examples for .*line 4 where subject is 'virology', fewer than num_fewshot=5"
+    ):
         examples("mmlu", mmlu)
 
 
@@ -182,7 +184,7 @@ def test_super_ni_s_long_prompts_lose_examples_and_then_their_end(super_ni):
 def test_a_model_is_scored_by_the_recipe(name, scores, predictions, opened, request):
     config, layout, model, params, tokenizer, mesh = opened
     (task,) = recipe(name, request.getfixturevalue(name)).eval.tasks
-    data = dataclasses.replace(task.data, limit_each=2 if name != "mmlu" else 4)
+    data = dataclasses.replace(task.data, max_per_file=2 if name != "mmlu" else 4)
     if task.score == "generate":
         task = dataclasses.replace(task, max_new_tokens=8)
     task = dataclasses.replace(task, data=data)

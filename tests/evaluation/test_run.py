@@ -79,7 +79,7 @@ def test_predictions_are_those_of_greedy_decoding_one_token_after_another(evalua
     """Without a cache, packing or batch: the likeliest next token after all tokens so far."""
     config, _, model, params, tokenizer, examples, _ = parts
     format = Seq2SeqFormat(model.config.start_token, model.config.pad_token)
-    length = config.data.target_length
+    length = config.data.max_target_length
 
     @jax.jit
     def next_token(batch, place):
@@ -163,7 +163,7 @@ def test_texts_are_generated_as_the_settings_say(parts):
     scored = Evaluator(model, tokenizer, examples, config, layout, mesh)(params)
     first = tokenizer.id_of("\u2581teal", "the test")
     sampling = Sampling(num_beams=3, length_penalty=2.0, min_new_tokens=4, forced_bos_token=first)
-    length = config.eval.max_new_tokens or config.data.target_length
+    length = config.eval.max_new_tokens or config.data.max_target_length
     texts = generate(
         Engine(model, mesh, length, 7, sampling), params, [example.prompt_tokens for example in examples.examples]
     )

@@ -53,7 +53,9 @@ def say(folder, name="words", **given):
 
 def rank(folder, name="ranked", **given):
     options = "{{completion}} ||| red red ||| who"
-    return say(folder, name, **{"score": "rank", "options": options, "metrics": (), "max_new_tokens": 128, **given})
+    return say(
+        folder, name, **{"score": "multiple_choice", "options": options, "metrics": (), "max_new_tokens": 128, **given}
+    )
 
 
 def test_tasks_are_scored_without_other_examples(parts, folder):
@@ -204,7 +206,7 @@ def test_a_task_that_fails_costs_no_other_its_scores(parts, folder, monkeypatch)
     tasks = (
         say(folder, "absent", data=Source(f"{folder}/absent.jsonl")),
         say(folder, "broken", data=Source(f"{folder}/broken.jsonl", template=SAY)),
-        say(folder, "long", preamble="say " * 40),
+        say(folder, "long", description="say " * 40),
         say(folder, "unknown", metrics=("rougel",)),
         say(folder, "own", metrics=(f"{folder}/own.py:raises", "rougeL")),
         rank(folder, "fault"),
@@ -234,7 +236,9 @@ def test_a_task_that_fails_costs_no_other_its_scores(parts, folder, monkeypatch)
     reasons = {task: reasons[TASK] for task, reasons in scored.errors.items() if TASK in reasons}
     assert reasons["absent"].startswith("config.eval.tasks.0.data: data file")
     assert "broken.jsonl, line 1: there is no reference to compare with" in reasons["broken"]
-    assert "more than 32; raise config.data.source_length or config.eval.tasks.2.length" in reasons["long"]
+    assert (
+        "more than 32; raise config.data.max_source_length or config.eval.tasks.2.max_prompt_length" in reasons["long"]
+    )
     assert reasons["unknown"].startswith("the metrics of task unknown: metric 'rougel' is not known; did you mean")
     assert reasons["fault"] == "RuntimeError: out of memory"
     assert "LookupError" in scored.errors["own"][f"{folder}/own.py:raises"]
@@ -289,7 +293,7 @@ def test_examples_are_read_and_compiled_once_for_all_params(parts, folder):
 
 def test_prompts_that_were_cut_are_counted(parts, folder):
     evaluator, params, _ = parts
-    scored = evaluator(say(folder, preamble="say " * 40, truncate="start"), say(folder, "whole", truncate="end"))(
+    scored = evaluator(say(folder, description="say " * 40, truncate="start"), say(folder, "whole", truncate="end"))(
         params
     )
     assert (scored.metrics["words"]["truncated"], scored.metrics["whole"]["truncated"]) == (5, 0)

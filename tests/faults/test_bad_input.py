@@ -179,7 +179,7 @@ def test_a_run_with_nothing_to_evaluate_on_is_told_where_to_name_it(capfd, finis
     del saved["checksum"]  # the change is meant
     saved["config"]["data"]["eval"] = []
     (run / "config.json").write_text(json.dumps(saved))
-    has(fails(capfd, "eval", "--workdir", run), run, "config.data.eval", "config.data.holdout")
+    has(fails(capfd, "eval", "--workdir", run), run, "config.data.eval", "config.data.validation_size")
     assert not (run / "eval").exists()
 
 

@@ -36,7 +36,7 @@ def equal(tree, other):
 def saved(tmp_path_factory):
     """Checkpoints of steps 1 and 2. To be copied."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
-    with Checkpoints(folder, keep=2) as checkpoints:
+    with Checkpoints(folder, max_to_keep=2) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, *state(step), {"step": step})
     return folder
@@ -44,7 +44,7 @@ def saved(tmp_path_factory):
 
 def restored(folder):
     """The step of the checkpoint in use, which must hold what was saved at that step."""
-    with Checkpoints(folder, keep=2) as checkpoints:
+    with Checkpoints(folder, max_to_keep=2) as checkpoints:
         step, params, training, position = checkpoints.restore_newest(*map(shapes, state(2)))
         assert equal((params, training), state(step)) and position == {"step": step}
         return step
@@ -105,7 +105,7 @@ def test_whatever_byte_of_a_checkpoint_changes_what_is_read_is_what_was_saved(sa
             continue
         content[len(content) // 2] ^= 1
         changed.write_bytes(content)
-        with Checkpoints(folder, keep=2) as checkpoints:
+        with Checkpoints(folder, max_to_keep=2) as checkpoints:
             step, params, training, _ = checkpoints.restore_newest(*map(shapes, state(2)))
         assert equal((params, training), state(step))
         used.append(step)
@@ -176,7 +176,7 @@ def test_where_all_checkpoints_are_damaged_none_is_touched_and_one_line_says_so(
     folder = copy(saved, tmp_path / "checkpoints")
     for step in (1, 2):
         (folder / str(step) / "params" / "manifest.ocdbt").unlink()
-    with pytest.raises(UserError) as error, Checkpoints(folder, keep=2) as checkpoints:
+    with pytest.raises(UserError) as error, Checkpoints(folder, max_to_keep=2) as checkpoints:
         checkpoints.restore_newest(*map(shapes, state(2)))
     line = str(error.value)
     assert f"none of the checkpoints in {folder} can be read: 2: " in line and "; 1: " in line and "\n" not in line
@@ -215,4 +215,4 @@ def test_metadata_of_wrong_types_is_named(saved, tmp_path, content):
     folder = copy(saved, tmp_path / "checkpoints")
     (folder / "1" / "_CHECKPOINT_METADATA").write_text(content)
     with pytest.raises(UserError, match=r"the metadata of a checkpoint in .*/checkpoints is damaged \(Object must be"):
-        Checkpoints(folder, keep=1)
+        Checkpoints(folder, max_to_keep=1)

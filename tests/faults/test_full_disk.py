@@ -52,7 +52,7 @@ def test_an_old_checkpoint_is_not_deleted_before_the_new_one_is_whole(tmp_path):
     params = {"matrix": jax.random.normal(jax.random.key(0), (100, 100))}
     with (
         pytest.raises(UserError, match="File too large; fix that and run the same command to continue from step 1"),
-        Checkpoints(tmp_path, keep=1) as checkpoints,
+        Checkpoints(tmp_path, max_to_keep=1) as checkpoints,
     ):
         checkpoints.save(1, params, params, {})
         checkpoints.wait()

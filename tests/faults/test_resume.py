@@ -176,7 +176,7 @@ def test_a_run_goes_on_on_another_mesh_and_back_with_the_same_losses(config, fin
     run = copy(finished, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "60")
     layout = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
-    keep = ("--config.train.checkpoint_every=5 steps", "--config.train.keep=9")
+    keep = ("--config.train.checkpoint_every=5 steps", "--config.train.max_to_keep=9")
     succeeds(capfd, "train", "--config", config, "--workdir", run, *layout, *keep)
     assert Workdir(run).checkpoints().steps() == [45, 50, 55, 60]
     for step in ("55", "60"):

@@ -113,7 +113,7 @@ def test_sigterm_ends_a_process_that_compiles_and_does_not_see_the_signal(config
 def test_a_step_that_hangs_is_noticed_and_the_run_goes_on_from_its_last_checkpoint(config, finished, tmp_path):
     run = copy(finished, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "60")
-    process = start("train", "--config", config, "--workdir", run, "--config.train.hang_after=1", stall=[52])
+    process = start("train", "--config", config, "--workdir", run, "--config.train.step_timeout=1", stall=[52])
     output = process.communicate()[0]
     assert process.returncode == 75, output
     assert [line["step"] for line in losses(run)][-1] == 50, "the log is one step behind"

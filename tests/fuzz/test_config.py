@@ -79,7 +79,7 @@ TEXTS = (
     "{{prompt}}", "{{", "{% for %}", "rougeL", "file.py:f", "exact_match",
 )  # fmt: skip
 # Sizes up to which a preview of the tiny recipe takes no time and no memory to speak of.
-LARGE = {"source_length", "target_length", "sequence_length", "packed_source_length", "packed_target_length"}
+LARGE = {"max_source_length", "max_target_length", "max_seq_length", "packed_source_length", "packed_target_length"}
 
 
 def value(rng: random.Random, name: str, hint: Any, owner: type) -> str:
@@ -164,7 +164,8 @@ CHANGES = (
     "config.eval.metrics = {'bleu'}", "config.eval.metrics = 'bleu'", "config.eval.metrics = (m for m in ['bleu'])",
     "config.train.optimizer = 'adamw'", "config.train.optimizer.learning_rate = '1e-3'",
     "config.train.optimizer.learning_rate = 1e-3 + 0j", "import numpy\nconfig.train.seed = numpy.int64(3)",
-    "import numpy\nconfig.train.clip = numpy.float32(1)", "import numpy\nconfig.train.loss = numpy.array(['a', 'b'])",
+    "import numpy\nconfig.train.max_grad_norm = numpy.float32(1)",
+    "import numpy\nconfig.train.loss = numpy.array(['a', 'b'])",
     "config.model.architecture['d_model'] = {16}", "config.model.architecture[5] = 1",
     "config.model.architecture['d_model'] = float('inf')", "config.model.path = '\\ud800'",
     "config.lock()\nconfig.nosuch = 1", "config.nosuch = 1", "config['data']['train'] = {}",
@@ -204,7 +205,7 @@ def config_file(rng: random.Random, folder: Path) -> Path:
 
 # What a refusal may say in the place of a setting's name.
 CALLED = {
-    **dict.fromkeys(("source_length", "target_length", "sequence_length"), "truncated"),
+    **dict.fromkeys(("max_source_length", "max_target_length", "max_seq_length"), "truncated"),
     **dict.fromkeys(("path", "format", "template", "records"), ".jsonl"),  # the file that cannot be read so
     "architecture": "encoder-decoder",  # the kind of model that a setting is not for
 }
@@ -263,9 +264,9 @@ SLOW = (
     "train.duration",
     "eval.",
     "mesh.",
-    "train.hang_after",
-    "data.source_length",
-    "data.target_length",
+    "train.step_timeout",
+    "data.max_source_length",
+    "data.max_target_length",
     "train.profile",
 )
 

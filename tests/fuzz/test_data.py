@@ -167,8 +167,8 @@ def write_case(folder: Path, rng: random.Random) -> tuple[dict[str, Any], int | 
     if rng.random() < 0.2:
         name, value = rng.choice([
             ("limit", rng.choice([1, 2, 10**30, -1, 0.5])), ("records", rng.choice(["rows", "prompt", ""])),
-            ("format", rng.choice(["json", "csv", "parquet", "builtin", "xml"])), ("listed", str(file)),
-            ("limit_each", 1), ("split", "test"), ("subset", "x"), ("revision", "x"), ("name", rng.choice(TEXTS)),
+            ("format", rng.choice(["json", "csv", "parquet", "builtin", "xml"])), ("file_list", str(file)),
+            ("max_per_file", 1), ("split", "test"), ("subset", "x"), ("revision", "x"), ("name", rng.choice(TEXTS)),
             ("weight", 2.0), ("template", []),
         ])  # fmt: skip
         source[name], known = value, None

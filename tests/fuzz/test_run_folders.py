@@ -19,7 +19,7 @@ from tests.fuzz.seeds import fuzz_cases
 STEPS = 6  # of the run, with checkpoints of steps 2 and 4: as one that was killed at its end
 OPTIONS = (
     "--config.train.duration=6 steps", "--config.train.checkpoint_every=2 steps", "--config.train.log_every=3 steps",
-    "--config.train.keep=9", "--config.eval.max_new_tokens=4", "--config.eval.metrics=exact_match",
+    "--config.train.max_to_keep=9", "--config.eval.max_new_tokens=4", "--config.eval.metrics=exact_match",
 )  # fmt: skip
 PROMPT = ("--prompt", "say red 1", "--max-new-tokens", 4)
 KINDS = ("train", "export", "generate", "eval", "summary", "summary")

@@ -42,7 +42,7 @@ def write_recipes(folder: Path) -> dict[str, Path]:
             "return config": f"config.model.architecture = {architecture!r}\n    return config",
         }
         if name == "llama":
-            changes["config.data.source_length = 32"] = "config.data.sequence_length = 48"
+            changes["config.data.max_source_length = 32"] = "config.data.max_seq_length = 48"
         made[name] = folder / f"{name}.py"
         body = text
         for before, after in changes.items():

@@ -24,7 +24,12 @@ KEEP_GRADIENT = optax.GradientTransformation(
 @pytest.mark.parametrize("case", cases.params(MIXTURES), indirect=True)
 def test_loss_and_gradients_with_the_balancing_loss_are_those_of_pytorch(loaded, micro_batches):
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    settings = config.Train(balance_loss=pytorch.BALANCE, clip=0.0, loss_chunk=16, micro_batches=micro_batches)
+    settings = config.Train(
+        router_aux_loss_coef=pytorch.BALANCE,
+        max_grad_norm=0.0,
+        loss_chunk=16,
+        gradient_accumulation_steps=micro_batches,
+    )
     params = jax.tree.map(lambda weight: weight + 0, loaded.params)  # which the step takes over
     state = start(*loaded.model.split(params), KEEP_GRADIENT)
     placed = state_shardings(loaded.model, state, mesh)

@@ -105,10 +105,10 @@ def our_losses(folder: Path, name: str, accumulation: int) -> np.ndarray:
     settings = Train(
         duration=Duration(STEPS, "steps"),
         batch_size=ROWS,
-        micro_batches=accumulation,
+        gradient_accumulation_steps=accumulation,
         loss_chunk=64,
         optimizer=Optimizer(name="adamw", learning_rate=PEAK, schedule="linear", weight_decay=DECAY),
-        clip=1.0,
+        max_grad_norm=1.0,
     )
     schedule = make_schedule(settings.optimizer, STEPS, WARMUP, decay=0)
     optimizer = make_optimizer(settings.optimizer, schedule, model.logical_axes)

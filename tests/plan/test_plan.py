@@ -47,7 +47,7 @@ def make_config(architecture=T5, **changes):
         "packing": False,
     }
     seq2seq = architecture.get("model_type", "t5") == "t5"
-    tree["data"] |= {"source_length": 32, "target_length": 16} if seq2seq else {"sequence_length": 48}
+    tree["data"] |= {"max_source_length": 32, "max_target_length": 16} if seq2seq else {"max_seq_length": 48}
     tree["train"] |= {"batch_size": 16, "duration": "100 steps"}
     tree["mesh"] |= {"data": 2, "fsdp": 2, "tensor": 2}
     for name, value in changes.items():
@@ -110,7 +110,7 @@ def test_the_planned_step_is_the_step_of_the_loop(tmp_path, monkeypatch):
     config = make_config(
         T5 | {"num_layers": 1},
         data__packing=True, data__packed_source_length=64, data__packed_target_length=32,
-        data__cache_dir=str(tmp_path / "cache"), train__duration="1 steps", train__micro_batches=2,
+        data__cache_dir=str(tmp_path / "cache"), train__duration="1 steps", train__gradient_accumulation_steps=2,
     )  # fmt: skip
     config = dataclasses.replace(
         config,
@@ -151,7 +151,7 @@ def test_the_planned_step_is_the_step_of_the_loop(tmp_path, monkeypatch):
     [
         ({}, 0, Shape(1, 32, 16), 16),
         ({"train__batch_size": 9}, 0, Shape(1, 32, 16), 12),
-        ({"train__micro_batches": 3}, 0, Shape(1, 32, 16), 24),
+        ({"train__gradient_accumulation_steps": 3}, 0, Shape(1, 32, 16), 24),
         (
             {"data__packed_source_length": 96, "data__packed_target_length": 24, "data__packing": True},
             5, Shape(3, 32, 24), 8,
@@ -175,7 +175,7 @@ def small(memory):
 
 
 def test_a_plan_that_does_not_fit_proposes_settings_of_which_it_does():
-    config = make_config(LLAMA, data__sequence_length=256, train__batch_size=64)
+    config = make_config(LLAMA, data__max_seq_length=256, train__batch_size=64)
     needed = plan(config, find("cpu:8")).memory.total
     topology = small(needed // 3)
     found = plan(config, topology)

@@ -37,7 +37,9 @@ def loss_and_gradients(
 ) -> tuple[float, Params]:
     """The gradients of what is trained: plain gradient descent at rate 1 gives them away."""
     optimizer_config = Optimizer(name="sgd", learning_rate=1.0, schedule="constant", beta1=0.0)
-    config = Train(micro_batches=micro_batches, optimizer=optimizer_config, clip=0.0, loss_chunk=64, **train)
+    config = Train(
+        gradient_accumulation_steps=micro_batches, optimizer=optimizer_config, max_grad_norm=0.0, loss_chunk=64, **train
+    )
     sizes = [max(getattr(mesh_config, axis), 1) for axis in sharding.AXES]
     mesh = sharding.make_mesh(mesh_config, jax.devices()[: int(np.prod(sizes))])
     before = jax.device_get(model.split(params)[0])

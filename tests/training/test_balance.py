@@ -109,19 +109,19 @@ CASES = [
 def test_the_balancing_loss_does_not_depend_on_how_it_is_computed(tiny_mixtral, expected, mesh, micro_batches, rows):
     model, params, *_ = tiny_mixtral
     batch = getattr(tiny_mixtral, rows)
-    found = loss_and_gradients(model, params, batch, MESHES[mesh], micro_batches, balance_loss=COEFFICIENT)
+    found = loss_and_gradients(model, params, batch, MESHES[mesh], micro_batches, router_aux_loss_coef=COEFFICIENT)
     assert_close(found, expected, 1e-5)
 
 
 def test_without_a_weight_for_it_there_is_no_balancing_loss(tiny_mixtral, without):
     model, params, padded, _ = tiny_mixtral
-    found = loss_and_gradients(model, params, padded, MESHES["1 device"], 1, balance_loss=0.0)
+    found = loss_and_gradients(model, params, padded, MESHES["1 device"], 1, router_aux_loss_coef=0.0)
     assert found[0] == without[0]
 
 
 def test_a_model_without_experts_takes_no_notice_of_the_setting(tiny):
     plain, asked = (
-        loss_and_gradients(tiny.model, tiny.params, tiny.padded, MESHES["1 device"], 1, balance_loss=weight)
+        loss_and_gradients(tiny.model, tiny.params, tiny.padded, MESHES["1 device"], 1, router_aux_loss_coef=weight)
         for weight in (0.0, 1.0)
     )
     assert plain[0] == asked[0]

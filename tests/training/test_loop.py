@@ -35,7 +35,7 @@ def make_config(tmp_path, **changes):
         section, _, field = name.partition("__")
         tree[section][field] = value
     if tree["model"]["architecture"]["model_type"] == "t5":
-        tree["data"] |= {"source_length": 128, "target_length": 64}
+        tree["data"] |= {"max_source_length": 128, "max_target_length": 64}
     return resolve(tree)
 
 
@@ -124,7 +124,7 @@ def test_every_optimizer_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tm
 )
 def test_a_causal_run_is_evaluated_and_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path, lora):
     config = make_config(
-        tmp_path, model__architecture=LLAMA, model__lora=lora, data__sequence_length=192,
+        tmp_path, model__architecture=LLAMA, model__lora=lora, data__max_seq_length=192,
         eval__every="6 steps",
         eval__max_new_tokens=4, eval__metrics=["rougeL"],
     )  # fmt: skip

@@ -32,7 +32,7 @@ def expected_rate(name, step, final):
 @pytest.mark.parametrize("final", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "rsqrt", "wsd"])
 def test_a_schedule_warms_up_from_0_and_follows_its_formula(name, final):
-    schedule = make_schedule(Optimizer(learning_rate=PEAK, schedule=name, final_rate=final), TOTAL, WARMUP, DECAY)
+    schedule = make_schedule(Optimizer(learning_rate=PEAK, schedule=name, final_lr_ratio=final), TOTAL, WARMUP, DECAY)
     found = [float(schedule(step)) for step in range(TOTAL + 1)]
     np.testing.assert_allclose(
         found, [expected_rate(name, step, final) for step in range(TOTAL + 1)], rtol=1e-5, atol=1e-8

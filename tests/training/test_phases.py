@@ -180,7 +180,7 @@ def test_the_logged_loss_is_the_mean_over_target_tokens_since_the_last_logged_st
 def test_the_learning_rate_of_a_step_is_that_which_the_optimizer_takes_after_skipped_ones(tiny):
     """The optimizer does not count what it skips; nor may the rate that is logged."""
     optimizer = settings.Optimizer(name="sgd", beta1=0.0, learning_rate=1.0, schedule="linear")
-    config = settings.Config(train=settings.Train(optimizer=optimizer, clip=0.0))
+    config = settings.Config(train=settings.Train(optimizer=optimizer, max_grad_norm=0.0))
     prepared = prepare(tiny.model, config, make_mesh(settings.Mesh(), jax.devices()[:1]), {}, 10, 2, 0)
     state = start(jax.tree.map(jnp.copy, tiny.params), {}, prepared.optimizer)
     with jax.set_mesh(make_mesh(settings.Mesh(), jax.devices()[:1])):

@@ -40,7 +40,7 @@ def test_three_steps_give_the_losses_that_they_always_gave(tiny):
 
 def test_clipping_bounds_the_update_but_reports_the_norm_before(tiny):
     plain = Optimizer(name="sgd", learning_rate=1.0, schedule="constant", beta1=0.0)
-    state, metrics = run(tiny, clip=0.1, optimizer=plain)
+    state, metrics = run(tiny, max_grad_norm=0.1, optimizer=plain)
     moved = jax.tree.map(lambda a, b: jnp.sum(jnp.square(a - b)), state.params, tiny.params)
     assert float(jnp.sqrt(sum(jax.tree.leaves(moved)))) == pytest.approx(0.1, rel=1e-4)
     assert metrics[0]["grad_norm"] > 0.1
@@ -60,7 +60,8 @@ def test_a_step_keeps_the_types_of_bfloat16_weights_and_memory(tiny, name, micro
     """Else a checkpoint could not be restored into the state that a restart makes."""
     model = dataclasses.replace(tiny.model, options=tiny.model.options._replace(dtype=jnp.dtype(dtype)))
     config = Config(
-        model=Model(param_dtype="bfloat16"), train=Train(micro_batches=micro_batches, optimizer=Optimizer(name=name))
+        model=Model(param_dtype="bfloat16"),
+        train=Train(gradient_accumulation_steps=micro_batches, optimizer=Optimizer(name=name)),
     )
     mesh = sharding.make_mesh(Mesh(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
@@ -81,9 +82,9 @@ SPIKES = {"optimizer": Optimizer(learning_rate=1e-5, schedule="constant"), "max_
 
 
 def test_a_spike_changes_nothing_and_is_counted_once_enough_norms_are_known(tiny):
-    before, metrics = run(tiny, steps=HISTORY, clip=0.01, **SPIKES)
+    before, metrics = run(tiny, steps=HISTORY, max_grad_norm=0.01, **SPIKES)
     assert metrics[-1]["skipped"] == 0
-    after, metrics = run(tiny, steps=HISTORY + 2, clip=0.01, **SPIKES)
+    after, metrics = run(tiny, steps=HISTORY + 2, max_grad_norm=0.01, **SPIKES)
     assert [m["skipped"] for m in metrics[HISTORY:]] == [m["skipped_in_a_row"] for m in metrics[HISTORY:]] == [1, 2]
     assert int(after.step) == HISTORY + 2 and int(after.skipped) == 2
     for name in ("params", "optimizer", "norms"):
@@ -91,7 +92,7 @@ def test_a_spike_changes_nothing_and_is_counted_once_enough_norms_are_known(tiny
 
 
 def test_a_gradient_within_the_clip_is_no_spike_and_0_asks_for_none(tiny):
-    for changes in {"clip": 1e6}, {"clip": 0.01, "max_spike": 0.0}:
+    for changes in {"max_grad_norm": 1e6}, {"max_grad_norm": 0.01, "max_spike": 0.0}:
         _, metrics = run(tiny, steps=HISTORY + 2, **SPIKES | changes)
         assert metrics[-1]["skipped"] == 0
 
