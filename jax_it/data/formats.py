@@ -38,7 +38,7 @@ class Seq2SeqFormat:
 
     start: int  # the decoder's first token
     pad: int
-    length_field: ClassVar[str] = "source_length"  # the setting that bounds a prompt
+    length_field: ClassVar[str] = "max_source_length"  # the setting that bounds a prompt
 
     def key(self, data: Data) -> tuple[object, ...]:
         """Everything that decides what `encode` gives, besides the tokenizer."""

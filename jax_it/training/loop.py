@@ -190,7 +190,7 @@ def check_model(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -
 def check_mesh(config: Config, model: Model, sizes: Mapping[str, int]) -> None:
     """Refuses a mesh, of these sizes, of which the model cannot use an axis."""
     context, expert = sizes["context"], sizes["expert"]
-    field = "max_seq_length" if model.kind == "causal" else "source_length"
+    field = "max_seq_length" if model.kind == "causal" else "max_source_length"
     if (length := getattr(config.data, field)) % context:
         raise UserError(f"config.mesh.context: {context} devices cannot share the {length} positions of data.{field}")
     if expert > 1 and not model.config.experts:
