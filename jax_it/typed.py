@@ -186,10 +186,9 @@ def _build_dataclass(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: expected a section with fields, got {shown(value)}")
     hints = typing.get_type_hints(kind)
-    renamed = hints.pop("RENAMED", None) and kind.RENAMED  # type: ignore[attr-defined]
     for key in value:
         if key not in hints:
-            suggestion = f"; did you mean {renamed[key]!r}?" if renamed and key in renamed else ""
-            suggestion = suggestion or _suggest(str(key), list(hints))
+            new = getattr(kind, "RENAMED", {}).get(key)
+            suggestion = f"; did you mean {new!r}?" if new else _suggest(str(key), list(hints))
             raise UserError(f"{where}.{shown_name(key)} is not a setting{suggestion}")
     return kind(**{key: build(hints[key], item, f"{where}.{key}") for key, item in value.items()})

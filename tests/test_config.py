@@ -255,7 +255,7 @@ def test_a_number_that_would_hang_crash_or_do_nothing_is_refused_with_its_limit(
         ),
         (
             {"train__profile_steps": 9},
-            "train.profile_steps has no effect without a profile; say when it begins with trai",
+            "train.profile_steps has no effect without a profile; set train.profile to the step",
         ),
         (
             {"data": {"packing": False, "packed_target_length": 128, "packed_source_length": 512}},
@@ -538,7 +538,7 @@ RANK = {"name": "quiz", "data": {"path": "a.jsonl"}, "score": "multiple_choice",
         (RANK | {"metrics": [], "samples": 2}, ".samples has no effect with score='multiple_choice'"),
         (
             RANK | {"metrics": [], "score": "guess"},
-            ".score: 'guess' is not one of 'generate', 'rank', 'perplexity', 'run'",
+            ".score: 'guess' is not one of 'generate', 'multiple_choice', 'perplexity', 'code_execution'",
         ),
         (RANK | {"metrics": [], "score": "perplexity"}, ".options has no effect with score='perplexity'"),
         ({"num_fewshot": 2}, ": fewshot and num_fewshot are given together or not at all"),

@@ -193,7 +193,7 @@ def test_the_only_checkpoint_that_has_a_score_is_not_taken_for_the_best(place):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "null", "[1]", "{}", '{"config": {}, "derived": {"layout": {}}, "format": 2}']
+    "content", ["", "{", "null", "[1]", "{}", '{"config": {}, "derived": {"layout": {}}, "format": 3}']
 )
 def test_a_damaged_config_is_named(place, content):
     (place.path / "config.json").write_text(content)
@@ -453,11 +453,11 @@ def test_a_run_of_another_format_is_refused_by_its_file(place):
     file = place.path / "config.json"
     saved = json.loads(file.read_text())
     del saved["checksum"]
-    for change in ({"format": 3}, {"format": None}):
+    for change in ({"format": 2}, {"format": None}):
         file.write_text(json.dumps(saved | change))
         with pytest.raises(UserError, match=rf"^{file} is of a run in format \S+, .*; continue or export the run"):
             place.open()
     del saved["format"]  # a run that was started before there were formats
     file.write_text(json.dumps(saved))
-    with pytest.raises(UserError, match="is of a run in format 1, and this version of jax_it has format 2"):
+    with pytest.raises(UserError, match="is of a run in format 1, and this version of jax_it has format 3"):
         place.open()

@@ -8,7 +8,7 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from jax_it.errors import UserError
 from jax_it.typed import shown
@@ -127,7 +127,7 @@ class Source:
     file_list: str = ""  # a text file with a line for each file of the folder that is read, its ending left out
     max_per_file: int = 0  # examples of each file, from its start; 0: all
 
-    RENAMED: ClassVar = {"listed": "file_list", "limit_each": "max_per_file"}
+    RENAMED = {"listed": "file_list", "limit_each": "max_per_file"}
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Data:
     max_truncated: float = 0.5
     max_unknown: float = 0.05
 
-    RENAMED: ClassVar = {
+    RENAMED = {
         "holdout": "validation_size",
         "source_length": "max_source_length",
         "target_length": "max_target_length",
@@ -174,7 +174,7 @@ class Optimizer:
     beta2: float = 0.999
     epsilon: float = 1e-8
 
-    RENAMED: ClassVar = {"final_rate": "final_lr_ratio"}
+    RENAMED = {"final_rate": "final_lr_ratio"}
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Train:
     keep_unscored: int = 2  # and the first so many that a running `jax-it eval --follow` has not scored yet
     seed: int = 0  # of random weights and dropout
 
-    RENAMED: ClassVar = {
+    RENAMED = {
         "micro_batches": "gradient_accumulation_steps",
         "balance_loss": "router_aux_loss_coef",
         "clip": "max_grad_norm",
@@ -266,7 +266,7 @@ class Task:
     group_by: str = ""  # a field; there are scores for each value of it, and their mean
     published: str = ""  # the score to compare with: for people
 
-    RENAMED: ClassVar = {
+    RENAMED = {
         "shots": "fewshot",
         "num_shots": "num_fewshot",
         "shots_by": "fewshot_by",

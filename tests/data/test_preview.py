@@ -49,7 +49,10 @@ WSD = {"warmup": "4 steps", "decay": "5 steps", "schedule": "wsd"}
     "section, changes, message",
     [
         ("train", {"batch_size": 501}, "batch_size: 501 is more than 100 times the 5 training examples; lower it"),
-        ("train", {"gradient_accumulation_steps": 4}, "_steps: a step has 2 rows, which cannot be cut into 4 parts"),
+        (
+            "train", {"gradient_accumulation_steps": 4},
+            "gradient_accumulation_steps: a step has 2 rows, which cannot be cut into 4 parts",
+        ),
         ("train", {"duration": "1e12 steps"}, "duration: 1000000000000 steps is too long; a run has at most 21474836"),
         ("train", {"duration": "1e17 tokens"}, "duration: 1e+17 tokens ("),
         ("train", {"duration": "10001 epochs"}, "duration: 10001 epochs; of epochs the most is 10000; give it in s"),
