@@ -289,12 +289,14 @@ def test_a_setting_that_only_the_other_kind_of_model_reads_is_refused_once_the_k
     assert refused("causal", data__max_source_length=64).startswith(
         "config.data.max_source_length has no effect on a causal mo"
     )
-    for effect in ({"eval__generate": False}, {"eval__max_new_tokens": 9}):
-        assert refused("causal", data__max_target_length=64, **effect).startswith(
-            "config.data.max_target_length has no effect"
-        )
-    settings.check_read(settings.resolve(tree(data__max_target_length=64, data__max_seq_length=64)), "causal")
+    assert refused("causal", data__max_target_length=64).startswith("config.data.max_target_length has no effect on a")
     settings.check_read(settings.resolve(tree(data__max_target_length=64, data__max_source_length=64)), "seq2seq")
+
+
+def test_generated_texts_have_the_length_of_targets_or_that_of_a_causal_model_unless_one_is_set():
+    config = settings.resolve(tree(data__max_target_length=64))
+    assert (config.max_new_tokens("seq2seq"), config.max_new_tokens("causal")) == (64, 128)
+    assert settings.resolve(tree(eval__max_new_tokens=9)).max_new_tokens("causal") == 9
 
 
 def test_a_run_of_an_older_version_opens_with_numbers_that_are_refused_now():

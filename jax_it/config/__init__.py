@@ -17,12 +17,13 @@ from typing import Any
 import ml_collections
 
 from jax_it import files, typed
-from jax_it.config.checks import Kind, check, check_read, measured, without_unread
+from jax_it.config.checks import check, check_read, measured, without_unread
 from jax_it.config.settings import (
     Config,
     Data,
     Duration,
     Eval,
+    Kind,
     Lora,
     Mesh,
     Model,

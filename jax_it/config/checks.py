@@ -4,12 +4,10 @@ import dataclasses
 import operator
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from jax_it.config.settings import Config, Data, Duration, Eval, Lora, Mesh, Model, Optimizer, Source, Task, Train
+from jax_it.config.settings import Config, Data, Duration, Eval, Kind, Lora, Mesh, Model, Optimizer, Source, Task, Train
 from jax_it.errors import UserError
-
-Kind = Literal["causal", "seq2seq"]  # of model
 
 INT32 = 2**31 - 1
 LENGTH = 2**20  # tokens
@@ -183,8 +181,8 @@ _READ_BY_KIND: dict[Kind, tuple[_Read, ...]] = {
             "on a causal model, whose rows hold data.max_seq_length tokens; leave it out",
         ),
         _Read(
-            "data", "max_target_length", lambda c: c.eval.generate and not c.eval.max_new_tokens,
-            "on a causal model, but for the length of generated texts, which eval.max_new_tokens says; leave it out",
+            "data", "max_target_length", lambda c: False,
+            "on a causal model; set data.max_seq_length, or eval.max_new_tokens for generated texts",
         ),
     ),
     "seq2seq": (

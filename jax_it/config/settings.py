@@ -13,6 +13,8 @@ from typing import Any, Literal
 from jax_it.errors import UserError
 from jax_it.typed import shown
 
+Kind = Literal["causal", "seq2seq"]  # of model
+CAUSAL_NEW_TOKENS = 128
 Unit = Literal["steps", "epochs", "examples", "tokens", "%"]
 MOST = 1e18  # of a duration, in whatever unit
 
@@ -288,7 +290,7 @@ class Eval:
     patience: int = 0  # evaluations without a better `best` after which training ends; 0: never
     batch_size: int = 64  # examples
     generate: bool = True  # text for data.eval's examples; False: the loss alone
-    max_new_tokens: int = 0  # 0: data.max_target_length
+    max_new_tokens: int = 0  # 0: data.max_target_length of an encoder-decoder, 128 of a causal model
     min_new_tokens: int = 0
     num_beams: int = 1  # 1: greedy
     length_penalty: float = 1.0  # of beams: above 0 favours longer texts
@@ -307,3 +309,7 @@ class Config:
     train: Train = field(default_factory=Train)
     mesh: Mesh = field(default_factory=Mesh)
     eval: Eval = field(default_factory=Eval)
+
+    def max_new_tokens(self, kind: Kind) -> int:
+        """Return the most tokens of a generated text, for a model of that kind."""
+        return self.eval.max_new_tokens or (self.data.max_target_length if kind == "seq2seq" else CAUSAL_NEW_TOKENS)

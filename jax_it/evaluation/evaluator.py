@@ -181,7 +181,7 @@ class Examples:
         self._left_out = {WITHOUT_REFERENCE: float(examples.skipped), TRUNCATED: float(examples.truncated)}
         encoded = [example.encoded for example in self._examples]
         self._loss = Loss(model, format, encoded, layout, config.train.loss_chunk, mesh)
-        length = config.eval.max_new_tokens or config.data.max_target_length
+        length = config.max_new_tokens(model.kind)
         rows = min(config.eval.batch_size, len(self._examples))
         self._engine = Engine(model, mesh, length, rows, _sampling(config.eval, tokenizer), chat.ends(tokenizer))
 

@@ -198,7 +198,7 @@ def make_evaluator(
 def check_room(model: Model, config: Config) -> None:
     """Refuses examples that would leave no position for the text that is generated."""
     positions, length = model.config.positions, config.data.max_seq_length
-    new = config.eval.max_new_tokens or config.data.max_target_length
+    new = config.max_new_tokens(model.kind)
     if (
         positions
         and config.eval.generate
