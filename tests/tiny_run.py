@@ -61,6 +61,8 @@ def get_config(arg=""):
             "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
         }
         config.data.max_source_length = defaults.default().data.max_source_length
+        config.data.max_target_length = defaults.default().data.max_target_length
+        config.eval.max_new_tokens = 16
         config.data.max_seq_length = 48
     return config
 '''

@@ -43,6 +43,7 @@ def write_recipes(folder: Path) -> dict[str, Path]:
         }
         if name == "llama":
             changes["config.data.max_source_length = 32"] = "config.data.max_seq_length = 48"
+            changes["config.data.max_target_length = 16"] = "config.eval.max_new_tokens = 16"
         made[name] = folder / f"{name}.py"
         body = text
         for before, after in changes.items():
