@@ -18,7 +18,7 @@ from jax_it import pretrained, sharding
 from jax_it.cli import overrides
 from jax_it.config import Config, load, to_dict
 from jax_it.config import resolve as resolve_config
-from jax_it.training.loop import build_data, load_tokenizer
+from jax_it.run import start_run
 from jax_it.training.optimizer import make_optimizer, make_schedule
 from jax_it.training.state import start, state_shardings
 from jax_it.training.step import make_train_step
@@ -27,9 +27,11 @@ from jax_it.training.step import make_train_step
 class Side:
     """One of the two: its data, and a step with a state of its own."""
 
-    def __init__(self, name: str, config: Config, model: Any, params: Any, tokenizer: Any, mesh: Any):
+    def __init__(self, name: str, config: Config, model: Any, params: Any, mesh: Any):
         self.name = name
-        self._data = build_data(config, model, tokenizer).train
+        run = start_run(config, mesh)
+        assert run.data
+        self._data = run.data.train
         schedule = make_schedule(config.train.optimizer, 1000, 0, 0)
         optimizer = make_optimizer(config.train.optimizer, schedule, model.trained_logical_axes)
         state = start(*model.split(jax.tree.map(jnp.copy, params)), optimizer)  # a copy, as the step donates its state
@@ -87,12 +89,11 @@ def main() -> None:
     tree = to_dict(config)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        tokenizer = load_tokenizer(config)
         model, params = pretrained.load(config.model, mesh, config.train.seed)
         sides = []
         for name, packing in (("packed", True), ("padded", False)):
             chosen = resolve_config({**tree, "data": {**tree["data"], "packing": packing}})
-            sides.append(Side(name, chosen, model, params, tokenizer, mesh))
+            sides.append(Side(name, chosen, model, params, mesh))
         for number in range(options.steps):
             for side in sides:
                 side.take(number)

@@ -14,7 +14,7 @@ from typing import Any
 _PLACES = {
     "train": "jax_it.training",
     "evaluate": "jax_it.evaluation.run",
-    "load": "jax_it.workdir",
+    "load": "jax_it.run",
     "generate": "jax_it.predict",
     "save": "jax_it.export",
 }

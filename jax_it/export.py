@@ -1,6 +1,5 @@
 """A run's weights as a folder in Transformers or PEFT format, read back and compared before it is called done."""
 
-import dataclasses
 import os
 import stat
 import tempfile
@@ -12,15 +11,16 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jax_it import files, hosts, sharding
-from jax_it.checkpoint import disk_error
+from jax_it import files, hosts
+from jax_it.checkpointing import disk_error
 from jax_it.data import chat
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from jax_it.models import Model, Params
 from jax_it.pretrained import hf, peft
 from jax_it.pretrained.safetensors import SINGLE, TensorReader
-from jax_it.workdir import Workdir
+from jax_it.run import open_run
+from jax_it.run_dir import RunDir
 
 
 def export(
@@ -33,20 +33,17 @@ def export(
     output = files.locate_local(output, "--output")
     if hosts.is_first():
         _check_free(output)
-    place = Workdir(files.locate(workdir))
-    config, derived = place.open()
+    run_dir = RunDir(files.locate(workdir))
+    step = run_dir.choose_step(checkpoint, run_dir.open()[0].eval.best)
     # The weights beneath adapters are read as they are written; quantized ones as what they stand for.
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
-    step = place.choose_step(checkpoint, config.eval.best)
-    model = place.model(config, derived)
-    mesh = sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
-    if adapter_only and model.adapter is None:
-        raise UserError(f"the run in {place.path} trained all weights; export it without --adapter-only")
-    params, tokenizer = place.params(model, config, step, mesh), place.tokenizer()
+    run = open_run(run_dir, dtype="float32")
+    if adapter_only and run.model.adapter is None:
+        raise UserError(f"the run in {run_dir.path} trained all weights; export it without --adapter-only")
+    params = run.load_params(step)
     if adapter_only:
-        save_adapter(output, model, params, tokenizer, config.model.path, dtype or "float32")
+        save_adapter(output, run.model, params, run.tokenizer, run.config.model.path, dtype or "float32")
     else:
-        save(output, model, params, tokenizer, extras=place.path / "model", dtype=dtype)
+        save(output, run.model, params, run.tokenizer, extras=run_dir.path / "model", dtype=dtype)
     return step
 
 

@@ -15,7 +15,7 @@ from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from jax_it.generation import GREEDY, Engine, Sampling, StopStrings
 from jax_it.models import Model, Params
-from jax_it.workdir import load, make_format
+from jax_it.run import load, make_format
 
 Prompt = str | Sequence[Turn]
 

@@ -13,15 +13,8 @@ from jax_it.data.formats import CausalFormat
 from jax_it.data.tokenized import shown_characters
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
-from jax_it.pretrained import load_model
-from jax_it.training.loop import (
-    build_data,
-    check_mesh,
-    check_model,
-    check_steps,
-    load_tokenizer,
-    make_evaluator,
-)
+from jax_it.evaluation import within_training
+from jax_it.run import start_run
 
 
 def preview(config: Config, number: int) -> str:
@@ -32,16 +25,12 @@ def preview(config: Config, number: int) -> str:
     if number < 0:
         raise UserError(f"--num {number} must be at least 0")
     metrics.check(config.eval.metrics)
-    config, _ = data.pin(config)
-    tokenizer = load_tokenizer(config)
-    model = load_model(config.model)
-    check_model(config, model, tokenizer)
     # The run's mesh may be that of another machine.
-    check_mesh(config, model, {axis: max(getattr(config.mesh, axis), 1) for axis in sharding.AXES})
-    built = build_data(config, model, tokenizer)
-    check_steps(config, built)
-    make_evaluator(config, model, tokenizer, built.train.layout, sharding.make_mesh(settings.Mesh()))
-    return report(config, built, tokenizer, number)
+    sizes = {axis: max(getattr(config.mesh, axis), 1) for axis in sharding.AXES}
+    run = start_run(config, sharding.make_mesh(settings.Mesh()), sizes)
+    within_training(run)
+    assert run.data
+    return report(run.config, run.data, run.tokenizer, number)
 
 
 def report(config: Config, built: data.Built, tokenizer: Tokenizer, number: int) -> str:

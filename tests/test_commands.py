@@ -13,7 +13,7 @@ import transformers
 import jax_it
 from jax_it.cli import main, overrides
 from jax_it.errors import UserError
-from jax_it.workdir import Workdir
+from jax_it.run_dir import RunDir
 from tests.tiny_run import STEPS, fails, finished, succeeds, write_rows
 
 
@@ -58,7 +58,7 @@ def test_an_export_is_the_checkpoint_and_transformers_reads_it(capfd, run, tmp_p
 
 
 def test_an_earlier_checkpoint_can_be_named(capfd, run, tmp_path):
-    early = Workdir(run).checkpoints().steps()[0]
+    early = RunDir(run).checkpoints().steps()[0]
     succeeds(capfd, "export", "--workdir", run, "--output", tmp_path / "out", "--checkpoint", early)
     assert "has" in fails(capfd, "export", "--workdir", run, "--output", tmp_path / "other", "--checkpoint", 7)
 

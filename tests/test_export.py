@@ -153,7 +153,7 @@ def test_an_output_that_exists_is_refused_before_anything_is_read(capfd, run, ou
     output.mkdir(parents=True)
     (output / "precious").write_text("mine")
     monkeypatch.setattr(hf, "save", None)
-    monkeypatch.setattr("jax_it.workdir.Workdir.params", None)
+    monkeypatch.setattr("jax_it.run.Run.load_params", None)
     for place in (output, output / "precious"):
         line = fails(capfd, "export", "--workdir", run, "--output", place)
         assert line == f"jax-it export: {place} exists already; name another folder, or remove it"

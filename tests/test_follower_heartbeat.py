@@ -7,7 +7,7 @@ import time
 import jax.numpy as jnp
 
 from jax_it import follower_heartbeat
-from jax_it.checkpoint import Checkpoints
+from jax_it.checkpointing import Checkpoints
 from jax_it.follower_heartbeat import position, waiting
 
 STEPS = [1, 2, 3, 4, 5]

@@ -1,6 +1,6 @@
 """Scores of a model on held-out examples: loss, and metrics over what it generates."""
 
-from jax_it.evaluation.evaluator import Evaluator, Needed, Scored, Stopped, read
+from jax_it.evaluation.evaluator import Evaluator, Needed, Scored, Stopped, read, within_training
 from jax_it.evaluation.results import complete, examples_text, failures, table, write
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "failures",
     "read",
     "table",
+    "within_training",
     "write",
 ]

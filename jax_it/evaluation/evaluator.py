@@ -35,7 +35,7 @@ from jax_it.evaluation.scorers import (
 from jax_it.generation import Engine, Sampling, generate
 from jax_it.metrics.metric import perplexity
 from jax_it.models import Model, Params
-from jax_it.workdir import make_format
+from jax_it.run import Run, make_format
 
 ALL = "all"
 WITHOUT_REFERENCE = "without_reference"
@@ -107,6 +107,19 @@ def read(config: Config, tokenizer: Tokenizer, format: Format) -> Needed:
         if task.score == "generate":
             metrics.check(task.metrics, f"config.eval.tasks.{number}.metrics")
     return Needed(examples, found)
+
+
+def within_training(run: Run) -> "Evaluator | None":
+    """Return the evaluator of evaluation within training; None where the config asks for none.
+
+    Everything that the config evaluates on is read either way, so that what `jax-it eval` would not find after
+    training is refused before it.
+    """
+    config = run.config
+    needed = read(config, run.tokenizer, run.format)
+    if not (config.eval.every.value or config.eval.at_start):
+        return None
+    return Evaluator(run.model, run.tokenizer, needed.examples, config, run.layout, run.mesh, needed.tasks)
 
 
 def _read_task(number: int, task: Task, config: Config, tokenizer: Tokenizer, format: Format) -> list[TaskExample]:

@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 
 from jax_it import files, hosts
-from jax_it.checkpoint import Unreadable
+from jax_it.checkpointing import Unreadable
 from jax_it.errors import Interrupted, UserError
 from jax_it.evaluation.evaluator import Scored
 from jax_it.evaluation.results import complete, failures
 from jax_it.evaluation.run import OWN, Request, Scorer
 from jax_it.follower_heartbeat import Position, position
+from jax_it.run_dir import SCORES, RunDir
 from jax_it.stopping import on_signals
-from jax_it.workdir import SCORES, Workdir
 
 APPEARS = 600.0  # seconds in which a run's folder should come to be
 POLL = 0.2, 10.0  # seconds between two looks at the folder, at first and at most
@@ -41,7 +41,7 @@ def follow(
     Raises UserError where another process follows, Interrupted at SIGTERM and where it gives up.
     """
     hosts.start()
-    place = Workdir(files.locate(workdir))
+    place = RunDir(files.locate(workdir))
     failed: dict[int, str] = {}
     with on_signals("eval", STOPPED) as stopping:
         if hosts.from_first(lambda: _wait_for(place, timeout or APPEARS)) != "there":
@@ -83,7 +83,7 @@ def follow(
                     _say(failed[step])
 
 
-def _open(place: Workdir, request: Request) -> Scorer:
+def _open(place: RunDir, request: Request) -> Scorer:
     config = request.resolve(place.open()[0])
     every = config.eval.every
     if every.value and not request.name and not request.output:
@@ -97,7 +97,7 @@ def _open(place: Workdir, request: Request) -> Scorer:
     return scorer
 
 
-def _wait_for(place: Workdir, seconds: float) -> str:
+def _wait_for(place: RunDir, seconds: float) -> str:
     """ "there" when the folder holds a run, "" where it does not in time."""
     until = time.monotonic() + seconds
     if not place.holds_a_run():
@@ -110,7 +110,7 @@ def _wait_for(place: Workdir, seconds: float) -> str:
 
 
 @contextmanager
-def _alone(place: Workdir, request: Request) -> Iterator[Position | None]:
+def _alone(place: RunDir, request: Request) -> Iterator[Position | None]:
     """Holds the folder that the scores go to for this process, and says that it follows. On the first host."""
     if not hosts.is_first():
         yield None
@@ -126,7 +126,7 @@ def _alone(place: Workdir, request: Request) -> Iterator[Position | None]:
 class _Watch:
     """What the first host sees of the run's folder."""
 
-    def __init__(self, place: Workdir, request: Request, timeout: float, followed: Position | None):
+    def __init__(self, place: RunDir, request: Request, timeout: float, followed: Position | None):
         self._place, self._request, self._timeout, self._followed = place, request, timeout, followed
 
     def open(self, scorer: Scorer) -> None:

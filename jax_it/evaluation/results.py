@@ -13,7 +13,7 @@ from jax_it import hosts, tensorboard
 from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import ALL, TASK, TRUNCATED, UNFINISHED, WITHOUT_REFERENCE, Scored
 from jax_it.files import remedy, to_json, write_atomically, written_locally
-from jax_it.workdir import SCORES, read_scores, with_checksum
+from jax_it.run_dir import SCORES, read_scores, with_checksum
 
 PREDICTIONS = "predictions.jsonl"
 GROUPS = 12  # of a task, that a table shows

@@ -13,19 +13,17 @@ import jax
 from etils import epath
 
 from jax_it import config as settings
-from jax_it import data, files, hosts, metrics, sharding
+from jax_it import data, files, hosts, metrics
 from jax_it.config import Config
 from jax_it.data import chat
-from jax_it.data import tokenizer as tokenizers
-from jax_it.data.packing import Layout
 from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import TASK, Evaluator, Scored, Stopped
 from jax_it.evaluation.results import PREDICTIONS, write
-from jax_it.models import Model, Params
+from jax_it.models import Params
+from jax_it.run import Run, load_run, open_run
+from jax_it.run_checks import check_room
+from jax_it.run_dir import SCORES, RunDir
 from jax_it.stopping import Stopping, on_signals
-from jax_it.workdir import SCORES, Workdir, load, make_format
-
-TOKENS = 16384  # in a batch of rows that the loss is taken on, of a model whose training has chosen no layout
 
 # Of the settings of an evaluation, those that do not change its scores.
 NOT_OF_SCORES = ("every", "at_start", "best", "patience", "batch_size", "run_model_code")
@@ -55,13 +53,13 @@ class Request:
         """The settings of the config's file, which runs once."""
         return settings.read(self.config) if self.config else {}
 
-    def folder(self, place: Workdir, step: int) -> epath.Path:
+    def folder(self, place: RunDir, step: int) -> epath.Path:
         """Where a step's scores go: eval/STEP/ in the run's folder, eval/STEP/NAME/ or OUTPUT/STEP/."""
         if self.output:
             return files.locate(self.output) / str(step)
         return place.eval(step) / self.name if self.name else place.eval(step)
 
-    def board(self, place: Workdir) -> epath.Path | None:
+    def board(self, place: RunDir) -> epath.Path | None:
         """The folder that TensorBoard reads them from; None where they go to a folder outside the run's."""
         return None if self.output else place.tensorboard / "eval" / self.name
 
@@ -89,30 +87,28 @@ OWN = Request()
 class Scorer:
     """A run that is open, and an evaluator, to score one checkpoint after another."""
 
-    def __init__(self, place: Workdir, request: Request):
+    def __init__(self, place: RunDir, request: Request):
         self.place, self.request = place, request
-        own, derived = place.open()
+        own, resolved = place.open()
         self.config = request.resolve(own)
         _check_metric_code(place, request, own, self.config)
         _check_place(place, request, own, self.config)
-        self.config, _ = data.pin(self.config, derived.commits)
-        self.total_steps, self.checkpoints = derived.total_steps, place.checkpoints()
-        self._model = place.model(own, derived)
-        self._mesh = sharding.make_mesh(sharding.whole_or_split(self._model.parameter_count))
-        tokenizer = place.tokenizer()
-        where = f"the run in {place.path}"
-        with jax.set_mesh(self._mesh):
-            self._evaluate = make_evaluator(self._model, tokenizer, self.config, derived.layout, self._mesh, where)
-            self._frozen = place.frozen(self._model, own, self._mesh)
+        self.config, _ = data.pin(self.config, resolved.commits)
+        self.total_steps, self.checkpoints = resolved.total_steps, place.checkpoints()
+        self._run = open_run(place)
+        with jax.set_mesh(self._run.mesh):
+            scored = dataclasses.replace(self._run, config=self.config)
+            self._evaluate = make_evaluator(scored, f"the run in {place.path}")
+            self._frozen = self._run.load_frozen()
 
     def __call__(self, step: int, stopping: Stopping) -> Scored:
         """Scores a checkpoint and writes what it finds. Raises Unreadable, and Interrupted where it is told to stop."""
         folder = self.request.folder(self.place, step)
         check_writable(folder)
-        with jax.set_mesh(self._mesh):
-            trained = self.place.trained(self._model, self.config, step, self._mesh, self.checkpoints)
+        with jax.set_mesh(self._run.mesh):
+            trained = self._run.load_trained(step, self.checkpoints)
             with _holding(stopping) as go_on:
-                scored = self._evaluate(self._model.join(trained, self._frozen), go_on)
+                scored = self._evaluate(self._run.model.join(trained, self._frozen), go_on)
                 write(folder, scored, self.request.board(self.place), step)
         return scored
 
@@ -134,7 +130,7 @@ def evaluate(workdir: str | Path, checkpoint: str = "latest", request: Request =
     It takes all devices of this process, whatever mesh the run is training on.
     """
     hosts.start()
-    place = Workdir(files.locate(workdir))
+    place = RunDir(files.locate(workdir))
     with on_signals("eval", STOPPED) as stopping:
         step = place.choose_step(checkpoint, request.resolve(place.open()[0]).eval.best)
         if request.output:
@@ -158,57 +154,37 @@ def evaluate_model(model: str, request: Request) -> Scored:
         own = settings.resolve(tree | {"data": tree["data"] | given}, training=False)
     config = request.resolve(own, ("eval", "data", "model.chat_template"))
     with on_signals("eval", STOPPED) as stopping:
-        loaded, params, tokenizer = load(model)
+        run, params = load_run(model)
+        run = dataclasses.replace(run, config=config, run_dir=None, resolved=None)
         if config.model.chat_template:
-            tokenizer = chat.with_chat_template(tokenizer, config.model.chat_template)
-        mesh = sharding.make_mesh(sharding.whole_or_split(loaded.parameter_count))
-        shape = make_format(loaded, tokenizer).smallest(config.data)
-        layout = Layout(shape, max(TOKENS // max(shape.source, shape.target), 1), 1.0, 1.0, 1.0)
-        with jax.set_mesh(mesh):
-            evaluator = make_evaluator(loaded, tokenizer, config, layout, mesh, f"the evaluation of {model}")
+            run = dataclasses.replace(run, tokenizer=chat.with_chat_template(run.tokenizer, config.model.chat_template))
+        with jax.set_mesh(run.mesh):
+            evaluator = make_evaluator(run, f"the evaluation of {model}")
             with _holding(stopping) as go_on:
                 scored = evaluator(params, go_on)
                 write(folder, scored)
     return scored
 
 
-def make_evaluator(
-    model: Model, tokenizer: tokenizers.Tokenizer, config: Config, layout: Layout, mesh: jax.sharding.Mesh, where: str
-) -> Callable[[Params, Callable[[], bool]], Scored]:
+def make_evaluator(run: Run, where: str) -> Callable[[Params, Callable[[], bool]], Scored]:
     """An evaluator of all that the config names. What cannot be read costs only its own scores."""
     unread: dict[str, str] = {}
-    check_room(model, config)
-    format = make_format(model, tokenizer)
-    examples = data.build_eval(config.data, tokenizer, format, config.eval.limit, unread)
+    config = run.config
+    check_room(run.model, config)
+    examples = data.build_eval(config.data, run.tokenizer, run.format, config.eval.limit, unread)
     if examples is None and not config.eval.tasks:
         nothing = (
             f"{where} has nothing to evaluate on: set config.data.eval, config.data.validation_size or "
             "config.eval.tasks"
         )
         raise UserError("; ".join(unread.values()) or nothing)
-    evaluator = Evaluator(model, tokenizer, examples, config, layout, mesh)
+    evaluator = Evaluator(run.model, run.tokenizer, examples, config, run.layout, run.mesh)
 
     def evaluate(params: Params, go_on: Callable[[], bool]) -> Scored:
         scored = evaluator(params, go_on)
         return scored._replace(errors={name: {TASK: why} for name, why in unread.items()} | dict(scored.errors))
 
     return evaluate
-
-
-def check_room(model: Model, config: Config) -> None:
-    """Refuses examples that would leave no position for the text that is generated."""
-    positions, length = model.config.positions, config.data.max_seq_length
-    new = config.max_new_tokens(model.kind)
-    if (
-        positions
-        and config.eval.generate
-        and (config.data.eval or config.data.validation_size)
-        and length + new > positions
-    ):
-        raise UserError(
-            f"config.data.max_seq_length: {length}, and {new} new tokens in evaluation, are more than the model's "
-            f"{positions} positions; lower it or eval.max_new_tokens, or set eval.generate=False"
-        )
 
 
 def check_unused(folder: epath.Path) -> None:
@@ -227,7 +203,7 @@ def check_writable(folder: epath.Path) -> None:
             raise UserError(f"cannot write to {folder}: {reason}; name another place with --output")
 
 
-def _check_metric_code(place: Workdir, request: Request, own: Config, config: Config) -> None:
+def _check_metric_code(place: RunDir, request: Request, own: Config, config: Config) -> None:
     """Refuses to run Python that a run's folder names: the folder may be someone else's."""
     if request.run_metric_code or request.config:  # the metrics are those of the user's own file
         return
@@ -243,7 +219,7 @@ def _check_metric_code(place: Workdir, request: Request, own: Config, config: Co
         )
 
 
-def _check_place(place: Workdir, request: Request, own: Config, config: Config) -> None:
+def _check_place(place: RunDir, request: Request, own: Config, config: Config) -> None:
     """Refuses to mix scores of another evaluation with the run's own."""
     if request.name or request.output or not request.changes:
         return

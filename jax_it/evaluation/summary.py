@@ -11,7 +11,7 @@ from jax_it.errors import UserError
 from jax_it.evaluation.evaluator import ALL, TRUNCATED, UNFINISHED, WITHOUT_REFERENCE
 from jax_it.evaluation.results import cell, read
 from jax_it.evaluation.run import OWN, Request
-from jax_it.workdir import SCORES, Workdir, score_in
+from jax_it.run_dir import SCORES, RunDir, score_in
 
 WIDTH = 160  # of the table, in characters; the files have all columns
 NAME = 20  # of a task
@@ -33,7 +33,7 @@ class Summary(NamedTuple):
 
 def summarize(workdir: str | Path, request: Request = OWN) -> Summary:
     """The scores of the run's own evaluation, or of that which is asked for. Raises UserError where there is no run."""
-    place = Workdir(files.locate(workdir))
+    place = RunDir(files.locate(workdir))
     metric = request.resolve(place.open()[0]).eval.best
     if (place.path / "model").is_dir():  # a copy of the scores alone does without
         place.check_files("model")
@@ -52,7 +52,7 @@ def summarize(workdir: str | Path, request: Request = OWN) -> Summary:
     return Summary(scores, unread, metric, best, place.checkpoints().steps(), _names(place))
 
 
-def _steps(place: Workdir, request: Request) -> list[int]:
+def _steps(place: RunDir, request: Request) -> list[int]:
     if not request.output:
         return place.scored_steps()
     folder = files.locate(request.output)
@@ -61,7 +61,7 @@ def _steps(place: Workdir, request: Request) -> list[int]:
     return sorted(int(item.name) for item in folder.iterdir() if item.name.isdecimal())
 
 
-def _names(place: Workdir) -> list[str]:
+def _names(place: RunDir) -> list[str]:
     folders = (item for step in place.scored_steps() for item in place.eval(step).iterdir())
     return sorted({folder.name for folder in folders if (folder / SCORES).is_file()})
 

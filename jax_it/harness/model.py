@@ -18,7 +18,7 @@ from jax_it.data import chat
 from jax_it.errors import UserError
 from jax_it.generation import GREEDY, Engine, Sampling, StopStrings, generate
 from jax_it.generation.likelihood import LikelihoodRequest, Likelihoods
-from jax_it.workdir import load
+from jax_it.run import load
 
 BATCH, LENGTH, NEW = 32, 2048, 256  # where nothing else is said; the last two are lm_eval's
 LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")  # what configurations call their greatest length

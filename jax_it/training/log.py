@@ -13,9 +13,9 @@ from tqdm import tqdm
 from jax_it import hosts
 from jax_it.errors import UserError
 from jax_it.files import remedy, to_json, write_atomically
+from jax_it.run_dir import RunDir
 from jax_it.tensorboard import Events
 from jax_it.training.phases import SHARES, Phases
-from jax_it.workdir import Workdir
 
 FLUSH = 30  # seconds between what TensorBoard sees
 
@@ -26,8 +26,8 @@ class Log:
     `board` is a run of Weights & Biases, if it is wanted. Raises UserError where the disk is full.
     """
 
-    def __init__(self, workdir: Workdir, start: int, total: int, board: Any = None):
-        self._workdir = workdir
+    def __init__(self, run_dir: RunDir, start: int, total: int, board: Any = None):
+        self._run_dir = run_dir
         self._first = hosts.is_first()
         self._total = total
         self._bar = tqdm(
@@ -36,9 +36,9 @@ class Log:
         if not self._first:
             return
         with self._writing():
-            self._file = workdir.appending("metrics.jsonl")
+            self._file = run_dir.appending("metrics.jsonl")
             name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}"
-            self._board = Events(workdir.appending(f"tensorboard/{name}"))
+            self._board = Events(run_dir.appending(f"tensorboard/{name}"))
             if start:
                 self._board.restart(start + 1)
         self._flushed = 0.0
@@ -87,14 +87,14 @@ class Log:
     def skipped(self, step: int, values: Mapping[str, Any]) -> None:
         """A line of skipped.jsonl."""
         if self._first:
-            with self._writing(), closing(self._workdir.appending("skipped.jsonl")) as file:
+            with self._writing(), closing(self._run_dir.appending("skipped.jsonl")) as file:
                 file.write(to_json({"step": step, **values}) + "\n")
 
     def shares(self, phases: Phases) -> None:
         """Writes down what the run's time was spent on."""
         if self._first:
             with self._writing():
-                write_atomically(self._workdir.path / SHARES, phases.position())
+                write_atomically(self._run_dir.path / SHARES, phases.position())
 
     def say(self, text: str) -> None:
         """Prints without breaking the progress bar."""
@@ -112,6 +112,6 @@ class Log:
             yield
         except OSError as error:
             raise UserError(
-                f"cannot write to {self._workdir.path}: {error.strerror}; {remedy(error.strerror)} and run the "
+                f"cannot write to {self._run_dir.path}: {error.strerror}; {remedy(error.strerror)} and run the "
                 "same command to continue from the last checkpoint"
             ) from error

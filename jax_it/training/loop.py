@@ -3,24 +3,23 @@
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
-from jax_it import data, evaluation, files, hosts, metrics, pretrained, sharding
-from jax_it.checkpoint import abstract
-from jax_it.config import Config, Duration, check_read
-from jax_it.data import chat
-from jax_it.data import tokenizer as tokenizers
+from jax_it import evaluation, files, hosts, metrics, sharding
+from jax_it.checkpointing import abstract
+from jax_it.config import Config
 from jax_it.data.loader import Part
-from jax_it.data.packing import Layout, Shape
 from jax_it.errors import UserError
-from jax_it.evaluation.run import check_room
 from jax_it.models import Model
-from jax_it.pretrained.folder import find_folder, fingerprint
+from jax_it.resolved_run import ResolvedRun
+from jax_it.run import resume_run, start_run, with_weights
+from jax_it.run_checks import durations_in_steps
+from jax_it.run_dir import RunDir
 from jax_it.stopping import Stopping, on_signals
 from jax_it.training import weights_and_biases
 from jax_it.training.log import Log
@@ -33,13 +32,7 @@ from jax_it.training.state import TrainState, start
 from jax_it.training.step import PreparedStep, prepare
 from jax_it.training.throughput import Throughput, peak_flops, step_flops
 from jax_it.training.watchdog import watching
-from jax_it.workdir import Derived, Workdir, make_format
 
-# What bias, mask, softmax and dropout cost for one attention score, in matmul FLOPs of the same time: they are
-# bound by memory. Measured on two CPU cores at 512 positions; an H100's ratio of the two is of the same order.
-FLOPS_OF_A_SCORE = 2000
-MOST_STEPS = 2**31 - 1  # which the state counts in 32 bits
-MOST_EPOCHS_A_STEP = 100
 STOPPED = " before there was a new step to save; run the same command to continue from where the run stood"
 
 
@@ -53,58 +46,52 @@ def train(config: Config, workdir: str | Path) -> TrainState:
     hosts.start()
     metrics.check(config.eval.metrics)
     weights_and_biases.check(config.train.wandb)
-    place = Workdir(files.locate(workdir))
+    run_dir = RunDir(files.locate(workdir))
     mesh = sharding.make_mesh(config.mesh)
-    with on_signals("train", STOPPED) as stopping, hosts.watched(), jax.set_mesh(mesh), place.locked():
-        resuming = place.holds_a_run()
-        if resuming:
-            place.check_parts()
-            place.check_same(config)
-        else:
-            place.check_new()
-        asked = config
-        config, commits = data.pin(config, place.open()[1].commits if resuming else None)
-        tokenizer = place.tokenizer() if resuming else load_tokenizer(config)
-        model, trained, frozen = _load_model(config, place, mesh, resuming)
-        check_model(config, model, tokenizer)
-        check_mesh(config, model, mesh.shape)
-        built = build_data(config, model, tokenizer)
+    with on_signals("train", STOPPED) as stopping, hosts.watched(), jax.set_mesh(mesh), run_dir.locked():
+        resuming = run_dir.holds_a_run()
         if not resuming:
-            check_steps(config, built)
-        derived = _derive(asked, place, model, built, resuming, commits)
-        total, intervals = derived.total_steps, _intervals(config, built, derived.total_steps)
+            run_dir.check_new()
+        run = resume_run(config, run_dir, mesh) if resuming else start_run(config, mesh)
+        if resuming and run_dir.checkpoints().steps():
+            trained, frozen = None, run.load_frozen()
+        else:
+            run, trained, frozen = with_weights(run)
+        asked, config, model, built, resolved = config, run.config, run.model, run.data, run.resolved
+        assert built and resolved
+        total, intervals = resolved.total_steps, durations_in_steps(config, built.train.rates, resolved.total_steps)
 
         prepared = prepare(model, config, mesh, frozen, total, intervals["warmup"], intervals["decay"])
-        evaluator = make_evaluator(config, model, tokenizer, derived.layout, mesh)
-        check_disk(place, prepared)
+        evaluator = evaluation.within_training(run)
+        check_disk(run_dir, prepared)
         if not resuming:
-            place.create(asked, derived, model, tokenizer)
-        checkpoints = place.writing_checkpoints(config)
+            run_dir.create(asked, resolved, model, run.tokenizer)
+        checkpoints = run_dir.writing_checkpoints(config)
         state, position = _restore_or_start(checkpoints, trained, frozen, prepared)
         del trained, frozen
-        phases = since_first_start(place, began, position)
-        evaluate = _evaluation_of(place, model, evaluator, phases, stopping)
+        phases = since_first_start(run_dir, began, position)
+        evaluate = _evaluation_of(run_dir, model, evaluator, phases, stopping)
 
         first = int(state.step)
-        place.rewind_metrics(first)
+        run_dir.rewind_metrics(first)
         parts = sharding.batch_parts(mesh) * config.train.gradient_accumulation_steps
         part = Part(sharding.local_parts(mesh), sharding.batch_parts(mesh), parts)
         batches = built.train.read(first, config.train.duration, part)
         evaluated = _evaluations(config, intervals["eval"], total)
         with (
-            Log(place, first, total, weights_and_biases.start(place, config)) as log,
-            Profile(place.path / "profile", intervals["profile"], config.train.profile_steps) as profile,
-            watching(phases, config.train.step_timeout, place),
+            Log(run_dir, first, total, weights_and_biases.start(run_dir, config)) as log,
+            Profile(run_dir.path / "profile", intervals["profile"], config.train.profile_steps) as profile,
+            watching(phases, config.train.step_timeout, run_dir),
             checkpoints,
         ):
-            log.warn(_summary(model, derived, first))
+            log.warn(_summary(model, resolved, first))
             log.shares(phases)
-            if evaluated(first) and not place.is_scored(first):  # the start, or what a stop has left out
+            if evaluated(first) and not run_dir.is_scored(first):  # the start, or what a stop has left out
                 log.say(evaluate(first, state))
-            patience = Patience(place, config.eval)
+            patience = Patience(run_dir, config.eval)
             end, why = (first, over) if (over := patience.over(first)) else (total, "")
             if first < end:
-                place.go_on()
+                run_dir.clear_end()
             throughput = Throughput(peak_flops(mesh.size), phases, position.get("throughput"))
             progress = Progress(
                 log, Skips(config.train, log, built.train), throughput, phases, position.get("loss", (0.0, 0.0))
@@ -146,149 +133,13 @@ def train(config: Config, workdir: str | Path) -> TrainState:
                     break
             phases.enter("saving", end)
             checkpoints.wait()
-            place.end(end, why or "its duration is over")
+            run_dir.end(end, why or "its duration is over")
             if first < end:
                 log.shares(phases)
                 log.say(phases.text())
             if why:
                 log.say(f"training ends at step {end} of {total}: {why}")
         return state
-
-
-def load_tokenizer(config: Config) -> tokenizers.Tokenizer:
-    """The tokenizer that the config names, or one trained on the training data."""
-    model = config.model
-    if model.tokenizer == "train":
-        found = tokenizers.train(data.texts(config.data.train), model.tokenizer_size)
-    else:
-        found = tokenizers.load(model.tokenizer or str(find_folder(model.path)))
-    return chat.with_chat_template(found, model.chat_template)
-
-
-def check_model(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -> None:
-    """Refuses settings that the model cannot follow, and a tokenizer with other marks than the model's."""
-    check_read(config, model.kind)
-    positions, length = model.config.positions, config.data.max_seq_length
-    if positions and length > positions:
-        raise UserError(f"config.data.max_seq_length: {length} is more than the model's {positions} positions")
-    check_room(model, config)
-    if config.train.router_aux_loss_coef and not model.config.experts:
-        raise UserError(
-            "config.train.router_aux_loss_coef is for mixtures of experts, which this model is not; leave it at 0"
-        )
-    if model.kind == "causal":  # segments mark its padding, and texts end where the tokenizer says
-        return
-    if tokenizer.end not in model.config.end_tokens:
-        ends = ", ".join(map(str, model.config.end_tokens))
-        raise UserError(f"eos_token_id is {ends} in the model's config.json and {tokenizer.end} in the tokenizer")
-    if model.config.pad_token != tokenizer.pad:
-        raise UserError(
-            f"pad_token_id is {model.config.pad_token} in the model's config.json and {tokenizer.pad} in the tokenizer"
-        )
-
-
-def check_mesh(config: Config, model: Model, sizes: Mapping[str, int]) -> None:
-    """Refuses a mesh, of these sizes, of which the model cannot use an axis."""
-    context, expert = sizes["context"], sizes["expert"]
-    field = "max_seq_length" if model.kind == "causal" else "max_source_length"
-    if (length := getattr(config.data, field)) % context:
-        raise UserError(f"config.mesh.context: {context} devices cannot share the {length} positions of data.{field}")
-    if expert > 1 and not model.config.experts:
-        raise UserError(f"config.mesh.expert: {expert}, but this model has no experts; use fsdp")
-    if model.config.experts and model.config.experts.number % expert:
-        raise UserError(f"config.mesh.expert: {expert} devices cannot share {model.config.experts.number} experts")
-
-
-def check_steps(config: Config, built: data.Built) -> None:
-    """Refuses a step or a run that is too long for its data, or durations that do not fit into the run."""
-    train, found = config.train, built.train
-    examples = found.mixture.epoch_examples
-    if train.batch_size > MOST_EPOCHS_A_STEP * examples:
-        raise UserError(
-            f"config.train.batch_size: {train.batch_size} is more than {MOST_EPOCHS_A_STEP} times the {examples} "
-            "training examples; lower it"
-        )
-    if train.gradient_accumulation_steps > found.layout.rows:
-        raise UserError(
-            f"config.train.gradient_accumulation_steps: a step has {found.layout.rows} rows, which cannot be cut into "
-            f"{train.gradient_accumulation_steps} parts; lower it, or raise train.batch_size"
-        )
-
-    def refuse(name: str, duration: Duration, steps: int, why: str) -> NoReturn:
-        raise UserError(f"config.train.{name}: {duration}{f' ({steps} steps)' * (duration.unit != 'steps')} {why}")
-
-    total = found.steps(train.duration)
-    if total > MOST_STEPS:
-        refuse("duration", train.duration, total, f"is too long; a run has at most {MOST_STEPS} steps")
-    steps, optimizer = _intervals(config, built, total), train.optimizer
-    rest = total - steps["warmup"]
-    if rest < 0:
-        why = f"is longer than the run of {total} steps; shorten it"
-        refuse("optimizer.warmup", optimizer.warmup, steps["warmup"], why)
-    if optimizer.schedule == "wsd" and steps["decay"] > rest:
-        why = f"is longer than what the run has after its warmup, {rest} steps; shorten it"
-        refuse("optimizer.decay", optimizer.decay, steps["decay"], why)
-    if steps["profile"] >= total:
-        refuse("profile", train.profile, steps["profile"], f"is not before the end of the run of {total} steps")
-
-
-def build_data(config: Config, model: Model, tokenizer: tokenizers.Tokenizer) -> data.Built:
-    """The training data, its row lengths chosen by what a row costs this model."""
-
-    def row_cost(shape: Shape) -> float:
-        sizes = (shape.source, shape.target, shape.blocks)
-        return model.config.flops(*sizes) + FLOPS_OF_A_SCORE * model.config.score_count(*sizes)
-
-    return data.build(config.data, tokenizer, make_format(model, tokenizer), config.train.batch_size, row_cost)
-
-
-def _load_model(config: Config, place: Workdir, mesh: jax.sharding.Mesh, resuming: bool) -> tuple[Model, Any, Any]:
-    """The model, what is trained as it is at first, unless a checkpoint holds it as it is now, and the rest."""
-    if resuming and place.checkpoints().steps():
-        model = place.model(config, place.open()[1])
-        return model, None, place.frozen(model, config, mesh)
-    model, params = pretrained.load(config.model, mesh, config.train.seed)
-    return model, *model.split(params)
-
-
-def _derive(
-    config: Config, place: Workdir, model: Model, built: data.Built, resuming: bool, commits: Mapping[str, str]
-) -> Derived:
-    """What the run worked out at its start: read back where it is resumed, and refused if the data has changed."""
-    if not resuming:
-        steps = built.train.steps(config.train.duration)
-        return Derived(
-            layout=built.train.layout,
-            packed=built.train.packed,
-            total_steps=steps,
-            data_digest=built.digest,
-            tied=model.config.tied,
-            commits=commits,
-            adapter=model.adapter,
-            base_digest=fingerprint(find_folder(config.model.path)) if model.adapter and config.model.path else "",
-        )
-    derived = place.open()[1]
-    if derived.data_digest != built.digest:
-        raise UserError(
-            f"the training data has changed since the run in {place.path} was started; "
-            "restore it, or start over in another --workdir"
-        )
-    built.train.layout = derived.layout
-    return derived
-
-
-def _intervals(config: Config, built: data.Built, total: int) -> dict[str, int]:
-    """The config's durations in steps."""
-    train, rates = config.train, built.train.rates
-    durations = {
-        "warmup": train.optimizer.warmup,
-        "decay": train.optimizer.decay,
-        "log": train.log_every,
-        "checkpoint": train.checkpoint_every,
-        "profile": train.profile,
-        "eval": config.eval.every,
-    }
-    return {name: duration.steps(rates, total) for name, duration in durations.items()}
 
 
 def _due(step: int, interval: int) -> bool:
@@ -333,23 +184,9 @@ def _restore_or_start(
     return TrainState(params=params, frozen=frozen, **rest), position
 
 
-def make_evaluator(
-    config: Config, model: Model, tokenizer: tokenizers.Tokenizer, layout: Layout, mesh: jax.sharding.Mesh
-) -> evaluation.Evaluator | None:
-    """The evaluator for evaluation within the loop; None where it is not asked for.
-
-    Everything that the config evaluates on is read either way, so that what `jax-it eval` would not find after
-    training is refused before it.
-    """
-    needed = evaluation.read(config, tokenizer, make_format(model, tokenizer))
-    if not (config.eval.every.value or config.eval.at_start):
-        return None
-    return evaluation.Evaluator(model, tokenizer, needed.examples, config, layout, mesh, needed.tasks)
-
-
-def check_disk(place: Workdir, prepared: PreparedStep) -> None:
+def check_disk(run_dir: RunDir, prepared: PreparedStep) -> None:
     """Refuses a disk on which not even one checkpoint has room."""
-    path = files.local(place.path)
+    path = files.local(run_dir.path)
     if not hosts.is_first() or path is None:
         return
     saved = [prepared.shapes.params, prepared.shapes.optimizer]
@@ -357,19 +194,19 @@ def check_disk(place: Workdir, prepared: PreparedStep) -> None:
     free = shutil.disk_usage(path).free
     if free < need:
         raise UserError(
-            f"{place.path} has {free / 1e9:.1f} GB free and a checkpoint takes up to {need / 1e9:.1f} GB; free space "
+            f"{run_dir.path} has {free / 1e9:.1f} GB free and a checkpoint takes up to {need / 1e9:.1f} GB; free space "
             "or name another --workdir"
         )
 
 
 def _evaluation_of(
-    place: Workdir, model: Model, evaluator: evaluation.Evaluator | None, phases: Phases, stopping: Stopping
+    run_dir: RunDir, model: Model, evaluator: evaluation.Evaluator | None, phases: Phases, stopping: Stopping
 ) -> Any:
     """`evaluate(step, state) -> text` for evaluation within the loop; "" where it was stopped between two batches."""
     if evaluator is None:
         return None
-    board = place.tensorboard / "eval"
-    evaluation.complete(board, {step: place.eval(step) for step in place.scored_steps()})
+    board = run_dir.tensorboard / "eval"
+    evaluation.complete(board, {step: run_dir.eval(step) for step in run_dir.scored_steps()})
 
     def evaluate(step: int, state: TrainState) -> str:
         def go_on() -> bool:
@@ -380,26 +217,26 @@ def _evaluation_of(
             scored = evaluator(model.join(state.params, state.frozen), go_on)
         except evaluation.Stopped:
             return ""
-        evaluation.write(place.eval(step), scored, board, step)
+        evaluation.write(run_dir.eval(step), scored, board, step)
         shown = evaluation.examples_text(scored)
         return f"evaluation at step {step}\n{evaluation.table(scored)}" + (f"\n{shown}" if shown else "")
 
     return evaluate
 
 
-def _summary(model: Model, derived: Derived, first: int) -> str:
-    layout = derived.layout
+def _summary(model: Model, resolved: ResolvedRun, first: int) -> str:
+    layout = resolved.layout
     shape = layout.shape
     if model.kind == "causal":
         rows, fill = f"{layout.rows} rows of {shape.target} tokens", f"{layout.target_fill:.0%}"
     else:
         rows = f"{layout.rows} rows of {shape.blocks} x {shape.source} + {shape.target} tokens"
         fill = f"{layout.source_fill:.0%} and {layout.target_fill:.0%}"
-    fill = f", {fill} full" if derived.packed else " at most"
+    fill = f", {fill} full" if resolved.packed else " at most"
     examples = round(layout.rows * layout.examples_per_row)
     adapters = f" and {model.trained_count / 1e6:.2f}M in adapters, which are trained" if model.adapter else ""
     return (
         f"{model.parameter_count / 1e6:.1f}M parameters{adapters}, "
         f"{jax.device_count()} {jax.default_backend()} device(s), "
-        f"steps {first + 1} to {derived.total_steps} of about {examples} examples: {rows}{fill}"
+        f"steps {first + 1} to {resolved.total_steps} of about {examples} examples: {rows}{fill}"
     )

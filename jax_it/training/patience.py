@@ -4,14 +4,14 @@ import math
 
 from jax_it import hosts
 from jax_it.config import Eval
-from jax_it.workdir import Workdir
+from jax_it.run_dir import RunDir
 
 
 class Patience:
     """Looks at the scores in the run's folder, those of its own evaluations as those of `jax-it eval --follow`."""
 
-    def __init__(self, place: Workdir, config: Eval):
-        self._place, self._config = place, config
+    def __init__(self, run_dir: RunDir, config: Eval):
+        self._run_dir, self._config = run_dir, config
         self._scores: dict[int, float] = {}  # larger is better
 
     def over(self, step: int) -> str:
@@ -26,10 +26,10 @@ class Patience:
 
     def _why(self, step: int) -> str:
         metric, patience = self._config.best, self._config.patience
-        for number in self._place.scored_steps():
+        for number in self._run_dir.scored_steps():
             if number > step or number in self._scores:
                 continue
-            if (score := self._place.measured(number, metric)) is not None:
+            if (score := self._run_dir.measured(number, metric)) is not None:
                 self._scores[number] = -math.inf if math.isnan(score) else score
         scores = dict(sorted(self._scores.items()))
         if not scores:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any, Literal, get_args
 
 from jax_it.files import read_json
-from jax_it.workdir import Workdir
+from jax_it.run_dir import RunDir
 
 SHARES = "goodput.json"  # in the run's folder: what position() was at the last start or end
 
@@ -60,12 +60,12 @@ class Phases:
         return f"{_duration(total)} since the first start: {shares}"
 
 
-def since_first_start(place: Workdir, began: float, position: Mapping[str, Any]) -> Phases:
+def since_first_start(run_dir: RunDir, began: float, position: Mapping[str, Any]) -> Phases:
     """Return the phases of a run that continues from a checkpoint, or that was started but has no checkpoint yet."""
     with suppress(KeyError, TypeError, ValueError):
         return Phases(began, position["phases"])
     try:
-        found = Phases(began, read_json(place.path / SHARES))
+        found = Phases(began, read_json(run_dir.path / SHARES))
     except (OSError, ValueError, KeyError, TypeError, OverflowError):  # it is the first start
         return Phases(began)
     return found if math.isfinite(sum(found.seconds.values())) else Phases(began)

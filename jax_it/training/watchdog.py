@@ -11,27 +11,27 @@ from pathlib import Path
 
 from jax_it import hosts
 from jax_it.files import write_atomically
+from jax_it.run_dir import RunDir
 from jax_it.stopping import CODE
 from jax_it.training.phases import Phases
-from jax_it.workdir import Workdir
 
 LONGER = 10  # times the limit of a step, for a phase that takes longer in good health
 LONG = ("starting", "compiling", "saving", "evaluating")
 
 
 @contextmanager
-def watching(phases: Phases, limit: float, place: Workdir) -> Iterator[None]:
+def watching(phases: Phases, limit: float, run_dir: RunDir) -> Iterator[None]:
     """Within it, a phase that lasts over `limit` seconds, or LONGER times that, ends the process with exit code 75."""
     over = threading.Event()
     if limit:
-        threading.Thread(target=_watch, args=(phases, limit, place, over), daemon=True, name="watchdog").start()
+        threading.Thread(target=_watch, args=(phases, limit, run_dir, over), daemon=True, name="watchdog").start()
     try:
         yield
     finally:
         over.set()
 
 
-def _watch(phases: Phases, limit: float, place: Workdir, over: threading.Event) -> None:
+def _watch(phases: Phases, limit: float, run_dir: RunDir, over: threading.Event) -> None:
     tick = min(limit / 20, 1.0)
     seen, still = phases.changes, 0.0
     while not over.wait(tick):
@@ -39,16 +39,16 @@ def _watch(phases: Phases, limit: float, place: Workdir, over: threading.Event) 
             seen, still = phases.changes, 0.0
         still += tick  # counted, not measured: a process that was suspended has not hung
         if still > limit * (LONGER if phases.phase in LONG else 1):
-            _end(phases, still, place)
+            _end(phases, still, run_dir)
 
 
-def _end(phases: Phases, still: float, place: Workdir) -> None:
+def _end(phases: Phases, still: float, run_dir: RunDir) -> None:
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         stacks = file.read()
     said = f"jax-it train: step {phases.step} hangs: {phases.phase} for {still:.0f} s; "
-    report = place.path / f"hang-{phases.step}.txt"
+    report = run_dir.path / f"hang-{phases.step}.txt"
     print(f"\n{stacks}", file=sys.stderr)
     if hosts.is_first():
         # In a thread of its own: it may be the folder that hangs.

@@ -10,7 +10,7 @@ from jax_it import hosts
 from jax_it.config import Config
 from jax_it.errors import UserError
 from jax_it.files import local, read_json, write_atomically
-from jax_it.workdir import Workdir
+from jax_it.run_dir import RunDir
 
 
 def check(project: str) -> None:
@@ -21,14 +21,14 @@ def check(project: str) -> None:
         )
 
 
-def start(place: Workdir, config: Config) -> Any:
+def start(run_dir: RunDir, config: Config) -> Any:
     """The run that belongs to the folder: a new one at first, the same one after a restart. None where none is wanted.
 
     Steps that are taken again after a crash are not logged again: they are the same.
     """
     if not config.train.wandb or not hosts.is_first():
         return None
-    file = place.path / "wandb.json"
+    file = run_dir.path / "wandb.json"
     try:
         if not file.is_file():
             write_atomically(file, {"id": secrets.token_hex(4)})
@@ -36,10 +36,10 @@ def start(place: Workdir, config: Config) -> Any:
         return importlib.import_module("wandb").init(
             project=config.train.wandb,
             id=run,
-            name=place.path.name,
+            name=run_dir.path.name,
             resume="allow",
             config=settings.to_dict(config),
-            dir=local(place.path),
+            dir=local(run_dir.path),
         )
     except Exception as error:  # of its own, of the network, of the account
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -8,7 +8,8 @@ from jax_it import config as settings
 from jax_it import models, sharding
 from jax_it.data.packing import Layout
 from jax_it.data.tokenizer import Tokenizer
-from jax_it.workdir import Workdir
+from jax_it.run import open_run
+from jax_it.run_dir import RunDir
 from tests import tiny_run
 
 
@@ -31,9 +32,6 @@ class Opened(NamedTuple):
 
 @pytest.fixture(scope="session")
 def opened(finished: Path) -> Opened:
-    place = Workdir(finished)
-    config, derived = place.open()
-    mesh = sharding.make_mesh(settings.Mesh(), jax.devices()[:1])
-    model = place.model(config, derived)
-    params = place.params(model, config, tiny_run.STEPS, mesh)
-    return Opened(config, derived.layout, model, params, place.tokenizer(), mesh)
+    run = open_run(RunDir(finished), sharding.make_mesh(settings.Mesh(), jax.devices()[:1]))
+    params = run.load_params(tiny_run.STEPS)
+    return Opened(run.config, run.layout, run.model, params, run.tokenizer, run.mesh)

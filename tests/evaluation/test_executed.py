@@ -116,7 +116,7 @@ def setting(finished):
     model, params, tokenizer = jax_it.load(str(finished))
     mesh = sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
     settings = config.Config(eval=config.Eval(run_model_code=True, batch_size=4))
-    return Setting(model, tokenizer, jax_it.workdir.make_format(model, tokenizer), settings, mesh), params
+    return Setting(model, tokenizer, jax_it.run.make_format(model, tokenizer), settings, mesh), params
 
 
 def examples(*records):

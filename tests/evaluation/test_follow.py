@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from jax_it import evaluate
-from jax_it.checkpoint import Checkpoints
+from jax_it.checkpointing import Checkpoints
 from jax_it.errors import Interrupted, UserError
 from jax_it.evaluation import Evaluator
 from jax_it.evaluation import follow as following
 from jax_it.evaluation.follow import follow
 from jax_it.evaluation.run import Request
-from jax_it.workdir import Workdir
+from jax_it.run_dir import RunDir
 from tests.faults.conftest import quiet_libraries  # noqa: F401 - damage is on purpose
 from tests.tiny_run import STEPS, copy, start, write_recipe
 
@@ -81,13 +81,13 @@ def test_one_evaluator_scores_all_checkpoints(run, monkeypatch):
 
 def reading(monkeypatch, before):
     """Calls `before(step)` before a checkpoint is read."""
-    trained = Workdir.trained
+    trained = RunDir.trained
 
     def read(self, model, config, step, *rest):
         before(step)
         return trained(self, model, config, step, *rest)
 
-    monkeypatch.setattr(Workdir, "trained", read)
+    monkeypatch.setattr(RunDir, "trained", read)
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_read_is_told_and_the_next_one_scored(run, monkeypatch, capfd):
@@ -317,7 +317,7 @@ class Beside:
         assert len(set(told)) == len(told)
         assert all(len(versions) == 1 for versions in self.versions.values())
         steps = sorted(map(int, self.versions))
-        assert set(Workdir(self.run).checkpoints().steps()) <= set(steps)
+        assert set(RunDir(self.run).checkpoints().steps()) <= set(steps)
         for step in steps:
             assert {file.name for file in (self.run / "eval" / str(step)).iterdir()} == {
                 "metrics.json",
@@ -343,7 +343,7 @@ def test_checkpoints_of_a_run_that_trains_are_all_scored_by_followers_that_are_k
         beside.trained()
         time.sleep(0.1)
     assert beside.assert_all_scored_once(outputs) == list(range(EVERY, STEPS + 1, EVERY))
-    assert Workdir(beside.run).choose_step("best", "loss") in scored(beside.run)
+    assert RunDir(beside.run).choose_step("best", "loss") in scored(beside.run)
 
 
 @pytest.mark.slow
@@ -360,8 +360,8 @@ def test_patience_with_a_followers_scores_ends_training_early_and_the_best_check
     assert f"training ends at step {ended['step']} of {STEPS}: no better loss than that of step {EVERY} in" in trained
     steps = beside.assert_all_scored_once([output])
     assert steps[0] == EVERY and steps[-1] == ended["step"]
-    assert {EVERY, ended["step"]} <= set(Workdir(beside.run).checkpoints().steps())
-    assert Workdir(beside.run).choose_step("best", "loss") == EVERY
+    assert {EVERY, ended["step"]} <= set(RunDir(beside.run).checkpoints().steps())
+    assert RunDir(beside.run).choose_step("best", "loss") == EVERY
 
 
 @pytest.mark.slow

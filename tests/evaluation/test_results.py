@@ -8,7 +8,7 @@ import pytest
 from jax_it.errors import UserError
 from jax_it.evaluation import Scored, complete, examples_text, table, write
 from jax_it.evaluation.results import read
-from jax_it.workdir import Workdir
+from jax_it.run_dir import RunDir
 
 
 def row(task, number, prompt="add 1", prediction="it is 2"):
@@ -60,7 +60,7 @@ def test_what_is_written_is_read_back_as_it_was(tmp_path):
 
 
 def test_scores_that_are_not_finite_or_huge_are_json_and_come_back(tmp_path):
-    place = Workdir(tmp_path)
+    place = RunDir(tmp_path)
     found = {"all": {"loss": math.nan, "perplexity": math.inf, "own.py:huge": 1e300, "n": 1.0}}
     scored = Scored(found, [row("sums", 1) | {"log_probs": [-math.inf, -1.0]}], {"all": {"loss": (math.nan, 2.0)}})
     write(place.eval(3), scored, tmp_path / "board", 3)
@@ -80,7 +80,7 @@ def test_scores_that_are_not_finite_or_huge_are_json_and_come_back(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "[]", '{"all": 1}', '{"all": {"loss": 1' + 400 * "0" + "}}", "\0\0", "{"])
 def test_damaged_scores_are_no_scores(tmp_path, content):
-    place = Workdir(tmp_path)
+    place = RunDir(tmp_path)
     place.eval(3).mkdir(parents=True)
     (place.eval(3) / "metrics.json").write_text(content)
     with pytest.raises(ValueError, match=r".+"):
@@ -91,7 +91,7 @@ def test_damaged_scores_are_no_scores(tmp_path, content):
 
 
 def test_a_digit_that_has_changed_is_noticed_and_a_file_of_an_older_version_is_read(tmp_path, capfd):
-    place = Workdir(tmp_path)
+    place = RunDir(tmp_path)
     for step, loss in ((3, 1.25), (4, 1.5), (5, 1.75)):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
         write(place.eval(step), Scored({"all": {"loss": loss}, "checksums": {"loss": math.nan}}, []))

@@ -15,7 +15,8 @@ from jax_it.data.packing import Layout, Shape
 from jax_it.errors import UserError
 from jax_it.evaluation import Evaluator, table
 from jax_it.generation import Engine, Sampling, generate
-from jax_it.workdir import Workdir, make_format
+from jax_it.run import make_format
+from jax_it.run_dir import RunDir
 from tests.tiny_run import STEPS, copy
 
 
@@ -138,7 +139,7 @@ def test_the_scores_choose_the_best_checkpoint(evaluated, tmp_path):
     assert evaluate(run, "45")[0] == 45
     scores = {step: json.loads((run / "eval" / str(step) / "metrics.json").read_text())["all"] for step in (45, 60)}
     best = min(scores, key=lambda step: scores[step]["loss"])
-    assert Workdir(run).choose_step("best", "loss") == best
+    assert RunDir(run).choose_step("best", "loss") == best
     assert evaluate(run, "best")[0] == best
 
 

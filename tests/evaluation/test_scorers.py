@@ -14,7 +14,7 @@ from jax_it.data.tasks import Option, TaskExample
 from jax_it.errors import Interrupted, UserError
 from jax_it.evaluation import Evaluator, Stopped, scorers
 from jax_it.evaluation.evaluator import TASK
-from jax_it.workdir import make_format
+from jax_it.run import make_format
 from tests.data.chat_tokenizers import checkpoint
 from tests.tiny_run import write_rows
 

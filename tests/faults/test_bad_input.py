@@ -6,7 +6,7 @@ import shutil
 import jax
 import pytest
 
-from jax_it.workdir import Workdir
+from jax_it.run_dir import RunDir
 from tests.tiny_run import copy, fails, write_rows
 
 GOOD = [{"prompt": f"add {i} and 1", "completion": f"it is {i + 1}"} for i in range(20)]
@@ -154,7 +154,7 @@ def test_a_config_of_the_run_that_is_damaged_or_another_file_is_named(capfd, con
 
 def test_a_run_that_another_process_trains_is_refused(capfd, config, finished, tmp_path):
     run = copy(finished, tmp_path / "run")
-    with jax.set_mesh(jax.sharding.Mesh(jax.devices()[:1], "x")), Workdir(run).locked():
+    with jax.set_mesh(jax.sharding.Mesh(jax.devices()[:1], "x")), RunDir(run).locked():
         line = fails(capfd, "train", "--config", config, "--workdir", run)
     has(line, run, "process ", "wait for it or stop it, or name another --workdir")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_it.checkpoint import Checkpoints
+from jax_it.checkpointing import Checkpoints
 from jax_it.errors import UserError
 from tests.tiny_run import copy, fails, losses, start
 

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 import jax
 import pytest
 
-from jax_it.checkpoint import Checkpoints
+from jax_it.checkpointing import Checkpoints
 from jax_it.errors import UserError
 from jax_it.evaluation import Scored, results
+from jax_it.run_dir import RunDir
 from jax_it.training.log import Log
-from jax_it.workdir import Workdir
 from tests.tiny_run import STEPS, copy, fails, losses, start, write_rows
 
 
@@ -40,7 +40,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before_and_the_run_goes_o
     assert last.startswith(f"jax-it train: could not save a checkpoint to {run}/checkpoints: File too large; ")
     assert last.endswith("run the same command to continue from step 45")
     assert "Traceback" not in output
-    assert Workdir(run).checkpoints().steps() == [45]
+    assert RunDir(run).checkpoints().steps() == [45]
     done = start("train", "--config", config, "--workdir", run)
     output = done.communicate()[0]
     assert done.returncode == 0 and "steps 46 to 60" in output, output
@@ -88,7 +88,7 @@ def test_predictions_that_do_not_fit_leave_those_that_were_there(tmp_path):
 
 
 def test_a_log_that_does_not_fit_says_so(tmp_path):
-    with pytest.raises(UserError) as error, Log(Workdir(tmp_path), 0, 9) as log, room_for(100):
+    with pytest.raises(UserError) as error, Log(RunDir(tmp_path), 0, 9) as log, room_for(100):
         log.write(1, {"loss": 1.0, "tokens_per_second": 2.0, "mfu": 0.5, "learning_rate": 0.125, "grad_norm": 0.25})
     line = str(error.value)
     assert f"cannot write to {tmp_path}: File too large; free space and run the same command" in line

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jax_it.config import Mesh
+from jax_it.run import open_run
+from jax_it.run_dir import RunDir
 from jax_it.sharding import make_mesh
-from jax_it.workdir import Workdir
 from tests.tiny_run import STEPS, losses, start, write_recipe
 
 # How often each phase is entered in a run, and about how long it lasts each time, in seconds.
@@ -44,13 +45,10 @@ def undisturbed(request, tmp_path_factory):
 
 def everything(run):
     """All that a run leaves and that no clock has measured."""
-    place = Workdir(run)
-    config, derived = place.open()
-    model = place.model(config, derived)
-    params = place.params(model, config, STEPS, make_mesh(Mesh(data=1), jax.devices()[:1]))
+    params = open_run(RunDir(run), make_mesh(Mesh(data=1), jax.devices()[:1])).load_params(STEPS)
     scores = {str(file.relative_to(run)): file.read_text() for file in sorted((run / "eval").rglob("*.json*"))}
     leftovers = [file.name for file in run.rglob("*") if "tmp" in file.name or file.name.endswith(".part")]
-    return losses(run), scores, place.checkpoints().steps()[-1], leftovers, jax.tree.map(np.asarray, params)
+    return losses(run), scores, RunDir(run).checkpoints().steps()[-1], leftovers, jax.tree.map(np.asarray, params)
 
 
 def assert_same(run, reference):

@@ -15,8 +15,9 @@ from jax_it import config as settings
 from jax_it import evaluation, training
 from jax_it.config import Mesh
 from jax_it.errors import Interrupted
+from jax_it.run import open_run
+from jax_it.run_dir import RunDir
 from jax_it.sharding import make_mesh
-from jax_it.workdir import Workdir
 from tests.tiny_run import STEPS, copy, losses, start, succeeds
 
 
@@ -44,10 +45,7 @@ def finish(config, run):
 
 
 def weights(run):
-    place = Workdir(run)
-    config, derived = place.open()
-    model = place.model(config, derived)
-    return place.params(model, config, STEPS, make_mesh(Mesh(data=1), jax.devices()[:1]))
+    return open_run(RunDir(run), make_mesh(Mesh(data=1), jax.devices()[:1])).load_params(STEPS)
 
 
 def assert_same_run(run, reference):
@@ -82,7 +80,7 @@ def test_a_run_that_is_stopped_again_and_again_is_the_run_that_was_not(config, f
             f"stopped by {name} after step {saved}, which is saved; run the same command to continue from there"
             in output
         )
-        assert Workdir(run).checkpoints().steps()[-1] == saved < STEPS
+        assert RunDir(run).checkpoints().steps()[-1] == saved < STEPS
 
     process = start("train", "--config", config, "--workdir", run)
     wait_for(process, run, "checkpoints/*tmp*")  # a checkpoint is being written
@@ -137,7 +135,7 @@ def test_sigterm_during_an_evaluation_saves_its_step_and_the_evaluation_is_done_
         Interrupted, match="stopped by SIGTERM after step 4, which is saved; run the same command to continue"
     ):
         training.train(settings.load(str(config), changes), run)
-    assert Workdir(run).checkpoints().steps() == [3, 4] and not (run / "eval" / "4").exists()
+    assert RunDir(run).checkpoints().steps() == [3, 4] and not (run / "eval" / "4").exists()
     assert [line["step"] for line in losses(run)] == [1, 2, 3, 4]
     training.train(settings.load(str(config), changes), run)
     assert sorted(folder.name for folder in (run / "eval").iterdir()) == ["4", "6"] and len(scored) == 3
@@ -148,13 +146,13 @@ def test_the_log_has_each_step_once_even_where_a_kill_cut_a_line(config, finishe
     run = copy(finished, tmp_path / "run")
     log = run / "metrics.jsonl"
     lines = log.read_text().splitlines(keepends=True)
-    Workdir(run).rewind_metrics(STEPS)
+    RunDir(run).rewind_metrics(STEPS)
     assert log.read_text() == "".join(lines)
     for torn in (lines[9][:-1], lines[9][:30], '{"step": 10', "\0\0\0\0", '"step"\n', "[]\n"):
         log.write_text("".join(lines[:9]) + torn)
-        Workdir(run).rewind_metrics(9)
+        RunDir(run).rewind_metrics(9)
         assert log.read_text() == "".join(lines[:9])
-    Workdir(run).rewind_metrics(0)
+    RunDir(run).rewind_metrics(0)
     assert log.read_text() == "" and not (run / "tensorboard").exists()
 
 
@@ -178,7 +176,7 @@ def test_a_run_goes_on_on_another_mesh_and_back_with_the_same_losses(config, fin
     layout = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
     keep = ("--config.train.checkpoint_every=5 steps", "--config.train.max_to_keep=9")
     succeeds(capfd, "train", "--config", config, "--workdir", run, *layout, *keep)
-    assert Workdir(run).checkpoints().steps() == [45, 50, 55, 60]
+    assert RunDir(run).checkpoints().steps() == [45, 50, 55, 60]
     for step in ("55", "60"):
         shutil.rmtree(run / "checkpoints" / step)
     assert "1 cpu device(s), steps 51 to 60" in finish(config, run)

@@ -15,8 +15,8 @@ import pytest
 from jax_it import config as settings
 from jax_it import training
 from jax_it.errors import Interrupted
+from jax_it.run_dir import RunDir
 from jax_it.stopping import on_signals
-from jax_it.workdir import Workdir
 from tests.faults.test_resume import assert_same_run, finish, stop
 from tests.tiny_run import STEPS, copy, losses, start
 
@@ -65,7 +65,10 @@ def test_a_second_ctrl_c_ends_the_process_at_once():
     assert time.monotonic() < begin + 30
 
 
-@pytest.mark.parametrize("place", ["load_tokenizer", "_load_model", "build_data", "_derive", "prepare", "Log"])
+@pytest.mark.parametrize(
+    "place", ["run.load_tokenizer", "run.build_data", "training.loop.with_weights", "training.loop.prepare",
+              "training.loop.check_disk", "training.loop.Log"]
+)  # fmt: skip
 def test_sigterm_before_the_first_step_ends_the_run_at_once_and_the_same_call_starts_it(
     config, tmp_path, monkeypatch, place
 ):
@@ -75,13 +78,13 @@ def test_sigterm_before_the_first_step_ends_the_run_at_once_and_the_same_call_st
         raise AssertionError("it went on")
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(training.loop, place, told_to_stop)
+    monkeypatch.setattr(f"jax_it.{place}", told_to_stop)
     with pytest.raises(Interrupted, match="run the same command to continue"):
         training.train(settings.load(str(config)), tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is before
-    if place in ("load_tokenizer", "_load_model", "build_data", "_derive"):
+    if "Log" not in place:
         assert not (tmp_path / "run").exists()
-    with Workdir(tmp_path / "run").locked():
+    with RunDir(tmp_path / "run").locked():
         pass
 
 
@@ -150,7 +153,7 @@ def test_gradients_that_are_not_finite_end_the_run_past_a_limit_and_name_the_dat
         assert f"{numbers} of {line['examples'][0]['source']}" in output
 
     # The fault is mended: the run continues from the checkpoint before it, as if nothing had happened.
-    assert Workdir(run).checkpoints().steps() == [15]
+    assert RunDir(run).checkpoints().steps() == [15]
     finish(config, run)
     assert_same_run(run, finished)
     assert (run / "skipped.jsonl").read_text() == ""

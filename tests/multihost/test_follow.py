@@ -44,7 +44,7 @@ def test_sigterm_to_one_host_ends_both_while_they_wait(recipes: dict[str, Path],
     processes.train(1, recipes["t5"], run, FSDP_AND_TENSOR, *SHORT)
     saved = json.loads((run / "config.json").read_text())
     del saved["checksum"]  # the change is meant
-    saved["derived"]["total_steps"] = STEPS + 1
+    saved["resolved"]["total_steps"] = STEPS + 1
     (run / "config.json").write_text(json.dumps(saved))
     (run / "ended.json").unlink()
     pair = processes.start(2, "eval", "--workdir", run, "--follow")

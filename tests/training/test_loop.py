@@ -10,8 +10,8 @@ import pytest
 from jax_it import config as settings
 from jax_it.config import resolve
 from jax_it.errors import UserError
+from jax_it.run_dir import RunDir
 from jax_it.training import loop, step, train
-from jax_it.workdir import Workdir
 
 TINY = {"model_type": "t5", "vocab_size": 120, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 LLAMA = {
@@ -59,7 +59,7 @@ def test_a_run_logs_every_step_and_keeps_its_checkpoints(finished):
         np.isfinite(line["loss"]) and 0 < line["source_fill"] <= 1 and line["flops_per_second"] > 0 for line in lines
     )
     assert all(0 < line["goodput"] < 1 and line["host_memory"] > 1e7 for line in lines)
-    assert Workdir(run).checkpoints().steps() == [3, 6]
+    assert RunDir(run).checkpoints().steps() == [3, 6]
     assert int(state.step) == 6
     assert list((run / "tensorboard").iterdir())
     shares = json.loads((run / "goodput.json").read_text())["seconds"]

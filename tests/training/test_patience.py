@@ -10,8 +10,8 @@ from jax_it import config as settings
 from jax_it import evaluate, training
 from jax_it.config import Eval
 from jax_it.errors import Interrupted
+from jax_it.run_dir import RunDir
 from jax_it.training.patience import Patience
-from jax_it.workdir import Workdir
 from tests.tiny_run import losses, write_recipe
 
 
@@ -37,7 +37,7 @@ def write(place, step, metrics):
     ],
 )
 def test_training_ends_after_so_many_evaluations_without_a_better_score(tmp_path, metric, scores, step, over):
-    place = Workdir(tmp_path)
+    place = RunDir(tmp_path)
     task, _, name = metric.rpartition("/")
     for number, value in scores.items():
         write(place, number, {task or "all": {} if value is None else {name: value}})
@@ -46,7 +46,7 @@ def test_training_ends_after_so_many_evaluations_without_a_better_score(tmp_path
 
 
 def test_scores_that_come_late_count_from_then_on_and_a_half_written_file_does_not(tmp_path):
-    place = Workdir(tmp_path)
+    place = RunDir(tmp_path)
     patience = Patience(place, Eval(patience=2))
     write(place, 3, {"all": {"loss": 1.0}})
     place.eval(4).mkdir()
@@ -81,7 +81,7 @@ def test_a_run_that_gets_no_better_ends_early_and_is_saved(undisturbed, recipe, 
     ended = json.loads((undisturbed / "ended.json").read_text())
     assert ended["step"] == END and ended["why"].startswith("no better loss than that of step 8 in 2 evaluations")
     assert len(losses(undisturbed)) == END
-    assert Workdir(undisturbed).checkpoints().steps() == [20, END]
+    assert RunDir(undisturbed).checkpoints().steps() == [20, END]
     assert sorted(int(folder.name) for folder in (undisturbed / "eval").iterdir()) == [8, 16, END]
     points = sorted(file.name for file in (undisturbed / "tensorboard" / "eval").iterdir())
     assert points == [f"events.out.tfevents.{step:010d}.scores" for step in (8, 16, END)]

@@ -14,6 +14,7 @@ from jax_it import config as settings
 from jax_it.chips import chip_of
 from jax_it.data.loader import Sizes
 from jax_it.data.packing import Shape
+from jax_it.run_dir import RunDir
 from jax_it.sharding import make_mesh
 from jax_it.training import phases as module
 from jax_it.training import progress
@@ -22,7 +23,6 @@ from jax_it.training.progress import Progress
 from jax_it.training.state import start
 from jax_it.training.step import prepare
 from jax_it.training.throughput import Throughput, peak_flops
-from jax_it.workdir import Workdir
 
 
 class Clock:
@@ -71,7 +71,7 @@ def test_what_came_after_the_checkpoint_is_lost_and_the_rest_is_carried_on(clock
     position = json.loads(json.dumps({"phases": phases.position()}))
     spend(clock, phases, stepping=12)  # steps that no checkpoint has
     clock.seconds += 3600  # nothing runs
-    again = since_first_start(Workdir(tmp_path), clock.time(), position)
+    again = since_first_start(RunDir(tmp_path), clock.time(), position)
     spend(clock, again, stepping=18)
     seconds = again.now()
     assert (seconds["stepping"], seconds["saving"], seconds["lost"]) == (48, 1, 3612)
@@ -79,14 +79,14 @@ def test_what_came_after_the_checkpoint_is_lost_and_the_rest_is_carried_on(clock
 
 
 def test_a_run_that_stopped_before_its_first_checkpoint_has_lost_all_since_its_start(clock, tmp_path):
-    phases = since_first_start(Workdir(tmp_path), clock.time(), {})
+    phases = since_first_start(RunDir(tmp_path), clock.time(), {})
     clock.seconds += 5
     (tmp_path / "goodput.json").write_text(json.dumps(phases.position()))
     spend(clock, phases, stepping=100)
-    seconds = since_first_start(Workdir(tmp_path), clock.time(), {}).now()
+    seconds = since_first_start(RunDir(tmp_path), clock.time(), {}).now()
     assert (seconds["starting"], seconds["stepping"], seconds["lost"]) == (5, 0, 100)
     (tmp_path / "goodput.json").write_text('{"at": ')
-    assert since_first_start(Workdir(tmp_path), clock.time(), {"phases": {"at": 0}}).now()["lost"] == 0
+    assert since_first_start(RunDir(tmp_path), clock.time(), {"phases": {"at": 0}}).now()["lost"] == 0
 
 
 def test_rates_are_over_the_time_of_training_alone(clock):
@@ -200,10 +200,10 @@ import sys, time, threading
 from pathlib import Path
 from jax_it.training.phases import Phases
 from jax_it.training.watchdog import watching
-from jax_it.workdir import Workdir
+from jax_it.run_dir import RunDir
 
 phases = Phases(time.time())
-with watching(phases, 0.2, Workdir(Path(sys.argv[1]))):
+with watching(phases, 0.2, RunDir(Path(sys.argv[1]))):
     for number in range(8):  # each step is within the limit, all together are not
         phases.enter("stepping", number)
         time.sleep(0.1)

@@ -33,20 +33,20 @@ class Checkpoints:
     """The checkpoints of one run, each a folder named by its step.
 
     `params` can be restored alone; `training` is the rest of the state; `position` says where in the
-    data the run stands. Kept are the `keep` newest, the `keep_best` with the best scores and those that
+    data the run stands. Kept are the `max_to_keep` newest, the `keep_best` with the best scores and those that
     `waiting` names of the steps that there are. Leaving its `with` block waits until what was started is on disk.
     """
 
     def __init__(
         self,
         folder: epath.Path,
-        keep: int = 0,
+        max_to_keep: int = 0,
         keep_best: int = 0,
         scores: Scores = lambda step: None,
         waiting: Callable[[Sequence[int]], Sequence[int]] = lambda steps: (),
     ):
         self.folder = files.absolute(folder)
-        writing = keep > 0
+        writing = max_to_keep > 0
         if files.is_there(self.folder) and not self.folder.is_dir():
             raise UserError(f"{self.folder} is not a folder; remove it, or restore it from a copy")
         self._check_metadata()
@@ -55,7 +55,9 @@ class Checkpoints:
             self._clean()  # what a killed process had not finished
         if writing:
             hosts.barrier("checkpoints")
-        policy = _NewestAndBest(keep, keep_best, scores, waiting) if writing else preservation_policy.PreserveAll()
+        policy = (
+            _NewestAndBest(max_to_keep, keep_best, scores, waiting) if writing else preservation_policy.PreserveAll()
+        )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             atomicity_options=_teach_orbax_s3() if os.fspath(self.folder).startswith("s3://") else None,
@@ -73,7 +75,7 @@ class Checkpoints:
             ) from error
 
     def _check_metadata(self) -> None:
-        """Refuses what Orbax's manager, which reads these files of all checkpoints, would not come to the end of."""
+        """Refuse what Orbax's manager, which reads these files of all checkpoints, would not come to the end of."""
         try:
             files.check_all_regular(self.folder, "*/*")
         except OSError as error:
@@ -96,7 +98,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, params: Any, training: Any, position: dict[str, Any]) -> None:
-        """Starts writing a checkpoint; an error of the one before is raised now."""
+        """Start writing a checkpoint; an error of the one before is raised now."""
         position = copy.deepcopy(position)  # it is written while the loop counts on
         checksums = {"params": int(_checksum(params)), "training": int(_checksum(training))}
         checksums |= {"position": _checksum_of_json(position), "step": step}
@@ -109,7 +111,7 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(step, args=items))
 
     def wait(self) -> None:
-        """Returns when all that was started is on disk."""
+        """Return when all that was started is on disk."""
         self._guard(self._manager.wait_until_finished)
 
     def restore_params(self, step: int, abstract: Any) -> Any:
@@ -194,12 +196,12 @@ class Checkpoints:
         return place
 
     def _clean(self) -> None:
-        """Removes what Orbax has not finished writing."""
+        """Remove what Orbax has not finished writing."""
         for part in self.folder.glob("*.orbax-checkpoint-tmp*"):
             files.remove(part)
 
     def _guard(self, write: Callable[[], Any]) -> None:
-        """Runs a writing call; a failure leaves nothing half-written and says how to go on."""
+        """Run a writing call; a failure leaves nothing half-written and says how to go on."""
         try:
             write()
             self._manager.check_for_errors()
@@ -249,8 +251,10 @@ def _teach_orbax_s3() -> ocp.options.AtomicityOptions:
 
 
 class _NewestAndBest(preservation_policy.PreservationPolicy):
-    def __init__(self, keep: int, keep_best: int, scores: Scores, waiting: Callable[[Sequence[int]], Sequence[int]]):
-        self._keep, self._keep_best, self._scores, self._waiting = keep, keep_best, scores, waiting
+    def __init__(
+        self, max_to_keep: int, keep_best: int, scores: Scores, waiting: Callable[[Sequence[int]], Sequence[int]]
+    ):
+        self._max_to_keep, self._keep_best, self._scores, self._waiting = max_to_keep, keep_best, scores, waiting
 
     def should_preserve(
         self, checkpoints: Sequence[Any], *, context: preservation_policy.PreservationContext
@@ -258,7 +262,7 @@ class _NewestAndBest(preservation_policy.PreservationPolicy):
         steps = [checkpoint.step for checkpoint in checkpoints]
         scores = {step: score for step in steps if (score := self._scores(step)) is not None}
         best = sorted(scores, key=lambda step: scores[step], reverse=True)[: self._keep_best]
-        kept = {*steps[-self._keep :], *best, *self._waiting(steps)}
+        kept = {*steps[-self._max_to_keep :], *best, *self._waiting(steps)}
         return [step in kept for step in steps]
 
 

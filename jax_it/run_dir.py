@@ -1,11 +1,11 @@
-"""A run's folder: which files it has, and how a run is opened, compared and read back.
+"""A run's directory: which files it has, who holds it, and how each of them is read back and checked.
 
-config.json             the resolved config, what was derived from it, the versions that ran, and hashes of the next two
+config.json             the run's config, what was resolved, the versions that ran, and hashes of the next two
 model/config.json       the model's configuration;  tokenizer/  its tokenizer
-checkpoints/STEP/       see `checkpoint`
+checkpoints/STEP/       see `checkpointing`
 metrics.jsonl           a line for each logged step;  tensorboard/  the same
 eval/STEP/              metrics.json and predictions.jsonl;  NAME/ in it: those of another evaluation than the run's own
-ended.json              where and why training has come to its end
+ended.json              where and why training ended
 """
 
 import dataclasses
@@ -17,29 +17,24 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from etils import epath
 
 from jax_it import config as settings
-from jax_it import files, follower_heartbeat, hosts, metrics, pretrained, sharding
-from jax_it.checkpoint import Checkpoints, Unreadable, abstract, disk_error
+from jax_it import files, follower_heartbeat, hosts, metrics, resolved_run
+from jax_it.checkpointing import Checkpoints, disk_error
 from jax_it.config import Config
 from jax_it.data import tokenizer as tokenizers
-from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
-from jax_it.data.packing import Layout, Shape
 from jax_it.errors import Interrupted, UserError, first_line, shorten
 from jax_it.files import Appending, is_there, remedy, to_json, write_atomically
-from jax_it.models import Model, Params, build, with_tied_head
+from jax_it.models import Model, build, with_tied_head
 from jax_it.models.families import FAMILIES
-from jax_it.models.lora import Adapter, Target
-from jax_it.models.weights import flatten
-from jax_it.pretrained import hf, peft
-from jax_it.pretrained.folder import find_folder, fingerprint
+from jax_it.pretrained import hf
+from jax_it.pretrained.folder import find_folder
+from jax_it.resolved_run import ResolvedRun
 from jax_it.typed import shown
 
 CREATING = ".creating"  # while the folder is being made: what a start that is killed leaves can then be told from a run
@@ -53,30 +48,9 @@ PARTS = {
 BEGUN = ("model", "tokenizer")  # the parts that are written before config.json
 SCORES = "metrics.json"  # of a step's evaluation, whose presence says that it is scored
 
-# What a resumed run may change: where and how it is computed, watched and kept, but not what it computes.
-FREE = (
-    "mesh", "eval", "data.cache_dir", "model.remat", "train.gradient_accumulation_steps", "train.loss_chunk",
-    "train.log_every", "train.checkpoint_every", "train.max_to_keep", "train.keep_best", "train.keep_unscored",
-    "train.max_skipped", "train.max_spike", "train.step_timeout", "train.wandb", "train.profile", "train.profile_steps",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
-class Derived:
-    """What a run worked out from its config and its data, once, for good."""
-
-    layout: Layout
-    packed: bool
-    total_steps: int
-    data_digest: str
-    tied: bool
-    adapter: Adapter | None = None  # what is trained, if not all weights
-    base_digest: str = ""  # of the frozen weights' files
-    commits: Mapping[str, str] = field(default_factory=dict)  # of the hub data sets' revisions; see data.pin
-
-
-@dataclass(frozen=True)
-class Workdir:
+class RunDir:
     path: epath.Path
 
     @property
@@ -92,12 +66,12 @@ class Workdir:
         return self.path / "skipped.jsonl"
 
     def appending(self, name: str) -> Appending:
-        """A file of the folder to add to, as "metrics.jsonl". Raises OSError, as its methods do."""
+        """Open a file of the directory to append to, such as "metrics.jsonl". Raises OSError, as its methods do."""
         return Appending(self.path / name)
 
     @property
     def followers(self) -> epath.Path:
-        """See `follower_heartbeat`."""
+        """The directory of `follower_heartbeat`."""
         return self.path / "eval" / "followers"
 
     def eval(self, step: int) -> epath.Path:
@@ -110,19 +84,19 @@ class Workdir:
         return is_there(self.path / "config.json")
 
     def is_recognized(self) -> bool:
-        """Whether this is the folder of a run, of which parts may be lost, and not of a model."""
+        """Return whether this is the directory of a run, parts of which may be lost, and not of a model."""
         try:
             saved = files.read_json(self.path / "config.json")
             if isinstance(saved, dict) and "model_type" in saved:
                 return False
-            if "derived" in saved:
+            if "resolved" in saved:
                 return True
         except (OSError, ValueError, TypeError):
             pass
         return is_there(self.path / "model" / "config.json") or is_there(self.path / "checkpoints")
 
     def check_new(self) -> None:
-        """Refuses to start a run in a folder that has parts of another one. All hosts must call it."""
+        """Refuse to start a run in a directory that has parts of another one. All hosts must call it."""
         if parts := self._parts():
             raise UserError(
                 f"{self.path} has {_listed(parts)} of a run and no config.json; restore that from a copy, "
@@ -130,7 +104,7 @@ class Workdir:
             )
 
     def _parts(self) -> list[str]:
-        """The parts of a run that are here, but for those that a start which was killed has left half-made."""
+        """Return the parts of a run that are here, except what a start that was killed left half-made."""
         begun = BEGUN if is_there(self.path / CREATING) else ()
         try:
             names = {item.name for item in self.path.iterdir()}
@@ -139,7 +113,7 @@ class Workdir:
         return [name for name in PARTS if name in names and name not in begun]
 
     def check_parts(self) -> None:
-        """Refuses a run's folder in which a file stands in the place of a folder, or the other way round."""
+        """Refuse a run with a file where there should be a folder, or the other way round."""
         for name, folder in PARTS.items():
             part = self.path / name
             if is_there(part) and not (part.is_dir() if folder else files.is_regular(part)):
@@ -148,9 +122,9 @@ class Workdir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder for one training process. Raises UserError where another one trains in it.
+        """Hold the directory for one training process. Raises UserError if another one trains in it.
 
-        A folder that has not become a run is left as it was found, and a run that fails before its first step is not
+        A directory that has not become a run is left as it was found. A run that fails before its first step is not
         one.
         """
         if not hosts.is_first():  # the first host's lock is that of the run
@@ -172,7 +146,7 @@ class Workdir:
                         path.rmdir()
 
     def _discard(self) -> None:
-        """Removes a new run that has come to nothing: without a checkpoint, a score, or a step in its log."""
+        """Remove a new run that has no checkpoint, no score and no step in its log."""
         if not self.holds_a_run() or self.checkpoints().steps() or self.scored_steps():
             return
         for file in (self.metrics, self.skipped):
@@ -181,13 +155,13 @@ class Workdir:
         for name in ("config.json", *PARTS):  # config.json first: without it no other process takes this for a run
             files.remove(self.path / name)
 
-    def create(self, config: Config, derived: Derived, model: Model, tokenizer: tokenizers.Tokenizer) -> None:
-        """Makes the folder of a new run; config.json comes last and makes it one. All hosts must call it."""
+    def create(self, config: Config, resolved: ResolvedRun, model: Model, tokenizer: tokenizers.Tokenizer) -> None:
+        """Write the files of a new run; config.json comes last and makes it one. All hosts must call it."""
         came_from = find_folder(config.model.path) if config.model.path else None
         hosts.barrier("no run yet")  # all have seen that
         with hosts.first_then_others():
             if hosts.is_first():
-                self._create(config, derived, model, tokenizer, came_from)
+                self._create(config, resolved, model, tokenizer, came_from)
         if not self.holds_a_run():
             raise UserError(
                 f"this host does not see {self.path}, which another one has made: "
@@ -197,7 +171,7 @@ class Workdir:
     def _create(
         self,
         config: Config,
-        derived: Derived,
+        resolved: ResolvedRun,
         model: Model,
         tokenizer: tokenizers.Tokenizer,
         came_from: Path | None,
@@ -214,7 +188,7 @@ class Workdir:
             versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
             saved = {
                 "config": settings.to_dict(config),
-                "derived": dataclasses.asdict(derived),
+                "resolved": dataclasses.asdict(resolved),
                 "format": FORMAT,
                 "versions": {"python": platform.python_version(), **versions},
                 "files": {part: files.digests(self.path / part) for part in BEGUN},
@@ -235,26 +209,20 @@ class Workdir:
         for part in BEGUN:
             files.remove(self.path / part)
 
-    def open(self) -> tuple[Config, Derived]:
-        """The config of the run in this folder. Raises UserError where there is none."""
+    def open(self) -> tuple[Config, ResolvedRun]:
+        """Read the run's config, as it was written, and what was resolved. Raises UserError if there is no run."""
         saved = self._read()
         file = self.path / "config.json"
         try:
-            derived = saved["derived"]
-            layout = derived.pop("layout")
-            layout = Layout(Shape(*layout.pop("shape")), **layout)
-            adapter = derived.pop("adapter", None)
-            if adapter:
-                adapter["targets"] = tuple(Target(*target) for target in adapter["targets"])
-                adapter = Adapter(**adapter)
-            return settings.reopen(saved["config"]), Derived(layout=layout, adapter=adapter, **derived)
+            resolved = resolved_run.from_json(saved["resolved"])
+            return settings.reopen(saved["config"]), resolved
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise _damaged(file, f"{type(error).__name__}: {error}") from None
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
 
     def _read(self) -> dict[str, Any]:
-        """What config.json holds, which is an object."""
+        """Read config.json, which holds an object."""
         file = self.path / "config.json"
         try:
             saved = files.read_json(file)
@@ -276,7 +244,7 @@ class Workdir:
                 "if the change is meant"
             )
         found = saved.get("format", 1)
-        if {"config", "derived"} <= saved.keys() and found != FORMAT:
+        if {"config", "resolved"} <= saved.keys() and found != FORMAT:
             raise UserError(
                 f"{file} is of a run in format {shown(found)}, and this version of jax_it has format {FORMAT}: "
                 "settings and weights have other names; continue or export the run with the version that started it"
@@ -284,7 +252,7 @@ class Workdir:
         return saved
 
     def check_files(self, part: str) -> None:
-        """Refuses files of model/ or tokenizer/ that are not those which the run was started with."""
+        """Refuse files of model/ or tokenizer/ other than those that the run was started with."""
         try:
             expected = dict(self._read().get("files", {}).get(part, {}))
             for name in expected:
@@ -301,22 +269,11 @@ class Workdir:
                 )
 
     def check_same(self, config: Config) -> None:
-        """Refuses to go on with another config than the one that the run was started with.
-
-        Settings that nothing reads may differ: an older version took them.
-        """
-        read = (settings.without_unread(c, self._kind()) for c in (self.open()[0], config))
-        old, new = (flatten(_as_mapping(settings.to_dict(c))) for c in read)
-        for name in sorted(old.keys() | new.keys()):
-            free = any(name == part or name.startswith(f"{part}.") for part in FREE)
-            if not free and old.get(name) != new.get(name):
-                raise UserError(
-                    f"{self.path} holds a run with config.{name}={old.get(name)!r}, not {new.get(name)!r}; "
-                    "go on with its config, or name another --workdir"
-                )
+        """Refuse to continue the run with a config that would compute something else."""
+        resolved_run.check_same(self.open()[0], config, self._kind(), str(self.path))
 
     def _kind(self) -> settings.Kind | None:
-        """The kind of the run's model; None where that cannot be read."""
+        """Return the kind of the run's model; None if that cannot be read."""
         try:
             return FAMILIES[files.read_json(self.path / "model" / "config.json")["model_type"]].kind
         except (OSError, ValueError, KeyError, TypeError):
@@ -327,19 +284,19 @@ class Workdir:
         with files.read_locally(self.path / "tokenizer") as folder:
             return tokenizers.load(str(folder))
 
-    def model(self, config: Config, derived: Derived) -> Model:
-        """The run's model, without weights."""
+    def model(self, config: Config, resolved: ResolvedRun) -> Model:
+        """Build the run's model, without weights, to be computed as the config says."""
         self.check_files("model")
         file = self.path / "model" / "config.json"
         try:
             values = files.read_json(file)
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read ({error}); restore it") from None
-        model = with_tied_head(build(values, str(file), config.model), derived.tied)
-        return dataclasses.replace(model, adapter=derived.adapter)
+        model = with_tied_head(build(values, str(file), config.model), resolved.tied)
+        return dataclasses.replace(model, adapter=resolved.adapter)
 
     def checkpoints(self) -> Checkpoints:
-        """The run's checkpoints, to read."""
+        """Open the run's checkpoints to read them."""
         return Checkpoints(self.path / "checkpoints")
 
     def writing_checkpoints(self, config: Config) -> Checkpoints:
@@ -352,7 +309,7 @@ class Workdir:
         return Checkpoints(self.path / "checkpoints", train.max_to_keep, train.keep_best, scores, waiting)
 
     def scored_steps(self) -> list[int]:
-        """The steps that have a folder of scores, in order, which may not be whole yet."""
+        """List, in order, the steps that have a folder of scores, which may not be complete yet."""
         try:
             found = [folder for folder in (self.path / "eval").iterdir() if folder.name.isdecimal()]
             return sorted(int(folder.name) for folder in found if folder.is_dir())
@@ -360,7 +317,10 @@ class Workdir:
             return []
 
     def scores(self, metric: str) -> Callable[[int], float | None]:
-        """A step's score, larger is better: `metric` over all its evaluation's examples, or a task's "TASK/METRIC"."""
+        """Return a function from a step to its score, larger is better, None without one or if it is NaN.
+
+        `metric` is one over all of the evaluation's examples, or a task's "TASK/METRIC".
+        """
 
         def score(step: int) -> float | None:
             value = self.measured(step, metric)
@@ -369,14 +329,14 @@ class Workdir:
         return score
 
     def measured(self, step: int, metric: str) -> float | None:
-        """The same, NaN where that was measured."""
+        """Return a step's score, larger is better; NaN if that was measured, None without one."""
         try:
             return score_in(read_scores(self.eval(step)), metric)
         except (OSError, ValueError):
             return None
 
     def end(self, step: int, why: str) -> None:
-        """Writes down that training has come to its end, on the first host."""
+        """Record that training has ended, on the first host."""
         if not hosts.is_first():
             return
         try:
@@ -387,14 +347,14 @@ class Workdir:
                 f"cannot write to {self.path}: {reason}; {remedy(reason)} and run the same command"
             ) from error
 
-    def go_on(self) -> None:
-        """Take that back if training continues, on the first host."""
+    def clear_end(self) -> None:
+        """Remove that record, on the first host: training continues."""
         if hosts.is_first():
             with suppress(OSError):
                 (self.path / "ended.json").unlink()
 
     def ended(self) -> int | None:
-        """The step at which training has come to its end; None where it has not. Raises UserError."""
+        """Return the step at which training ended; None if it has not. Raises UserError if that cannot be read."""
         file = self.path / "ended.json"
         try:
             step = files.read_json(file)["step"]
@@ -407,7 +367,7 @@ class Workdir:
         raise UserError(f"{file} is damaged, so it does not tell whether training has ended; restore it or remove it")
 
     def choose_step(self, which: str, metric: str) -> int:
-        """The step of checkpoint "latest", "best" or a number. Raises UserError that lists what there is."""
+        """Return the step of checkpoint "latest", "best" or a number. Raises UserError that lists what there is."""
         steps = self.checkpoints().steps()
         if not steps:
             raise UserError(f"{self.path} has no checkpoint yet")
@@ -440,34 +400,8 @@ class Workdir:
             except (OSError, ValueError) as error:
                 print(f"{self.eval(step) / SCORES} cannot be read: {error}; it counts as none", file=sys.stderr)
 
-    def params(self, model: Model, config: Config, step: int, mesh: jax.sharding.Mesh) -> Params:
-        """The weights of a checkpoint, sharded over the mesh, beside those that the run has not trained."""
-        return model.join(self.trained(model, config, step, mesh), self.frozen(model, config, mesh))
-
-    def trained(
-        self, model: Model, config: Config, step: int, mesh: jax.sharding.Mesh, checkpoints: Checkpoints | None = None
-    ) -> Params:
-        """What a checkpoint holds of them. Raises `checkpoint.Unreadable`."""
-        dtype = jnp.dtype(config.model.param_dtype)
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), model.trained_shapes)
-        placed = abstract(shapes, sharding.shardings(model.trained_logical_axes, shapes, mesh))
-        return (checkpoints or self.checkpoints()).restore_params(step, placed)
-
-    def frozen(self, model: Model, config: Config, mesh: jax.sharding.Mesh) -> Params:
-        """The weights beneath the run's adapters, which no checkpoint holds. Raises UserError if they have changed."""
-        if model.adapter is None:
-            return {}
-        if config.model.pretrained:
-            now, then = fingerprint(find_folder(config.model.path)), self.open()[1].base_digest
-            if now != then:
-                raise UserError(
-                    f"the weights in {config.model.path} are not those that the run in {self.path} was started from; "
-                    "restore them"
-                )
-        return pretrained.load_base(config.model, mesh, config.train.seed)[1]
-
     def rewind_metrics(self, step: int) -> None:
-        """Drops logged steps after `step`, which a resumed run will take again, and what a kill cut off.
+        """Drop logged steps after `step`, which a resumed run will take again, and lines that were cut off.
 
         On the first host, and before any has written more. Says so where a line amid the others cannot be read, or
         where steps were logged and no checkpoint is left of them.
@@ -493,57 +427,8 @@ class Workdir:
             files.remove(self.tensorboard)
 
 
-def load(path: str) -> tuple[Model, Params, tokenizers.Tokenizer]:
-    """The model of a run's newest checkpoint, a Transformers or PEFT folder or a hub name, over all devices."""
-    place = Workdir(files.locate(path))
-
-    def mesh_for(model: Model) -> jax.sharding.Mesh:
-        return sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
-
-    def checked(model: Model, params: Params, tokenizer: tokenizers.Tokenizer) -> Any:
-        check_vocabulary(model, tokenizer)
-        return model, params, tokenizer
-
-    def read(config: settings.Model) -> tuple[Model, Params]:
-        return pretrained.load(config, mesh_for(pretrained.load_model(config)))
-
-    if place.is_recognized():
-        config, derived = place.open()
-        model = place.model(config, derived)
-        try:
-            params = place.params(model, config, place.choose_step("latest", ""), mesh_for(model))
-        except Unreadable as error:
-            reason = str(error).removesuffix("; name another with --checkpoint")
-            raise UserError(f"{reason}; remove it, or give the folder of another that jax-it export writes") from error
-        return checked(model, params, place.tokenizer())
-    if peft.is_folder(path):
-        base = peft.base_of(path)
-        model, params = read(settings.Model(path=base, lora=settings.Lora(path=path)))
-        with_tokenizer = path if (place.path / "tokenizer_config.json").is_file() else base
-        return checked(model, params, tokenizers.load(str(find_folder(with_tokenizer))))
-    model, params = read(settings.Model(path=path))
-    return checked(model, params, tokenizers.load(str(find_folder(path))))
-
-
-def check_vocabulary(model: Model, tokenizer: tokenizers.Tokenizer) -> None:
-    """Refuses a tokenizer with ids that the model's embedding has no row for."""
-    if tokenizer.size > model.config.vocabulary:
-        raise UserError(
-            f"the tokenizer has {tokenizer.size} ids and the model's embedding {model.config.vocabulary} rows "
-            "(vocab_size in its config.json): give the model its own tokenizer with config.model.tokenizer"
-        )
-
-
-def make_format(model: Model, tokenizer: tokenizers.Tokenizer) -> Format:
-    """How this model sees examples. Raises UserError where it is not the model's tokenizer."""
-    check_vocabulary(model, tokenizer)
-    if model.kind == "causal":
-        return CausalFormat(tokenizer.pad, model.options.prefix_lm)
-    return Seq2SeqFormat(*model.start_and_pad)
-
-
 def read_scores(folder: Any) -> dict[str, dict[str, Any]]:
-    """What metrics.json in a folder holds.
+    """Read metrics.json in a folder.
 
     Raises OSError where it cannot be read, and ValueError where it is damaged.
     """
@@ -557,7 +442,7 @@ def read_scores(folder: Any) -> dict[str, dict[str, Any]]:
 
 
 def score_in(found: Any, metric: str) -> float | None:
-    """The score by `metric` in what a metrics.json holds, larger is better; None where there is none."""
+    """Return the score by `metric` in what a metrics.json holds, larger is better; None if there is none."""
     try:
         task, _, name = ("all", "", metric) if metric in found.get("all", {}) else metric.rpartition("/")
         value = found[task][name]
@@ -568,7 +453,7 @@ def score_in(found: Any, metric: str) -> float | None:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinity where it is not whole."""
+    """Return the step of a line of metrics.jsonl; infinity if the line is not complete."""
     try:
         step = json.loads(line)["step"] if line.endswith("\n") else None
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -585,24 +470,15 @@ def _damaged(file: epath.Path, reason: str) -> UserError:
 
 
 def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file is to hold, with a hash by which a later change is noticed, unless that key is taken."""
+    """Add a hash by which a later change is noticed, unless that key is taken."""
     return {**values, "checksum": _checksum(json.loads(to_json(values)))} | dict(values)
 
 
 def _is_changed(values: dict[str, Any]) -> bool:
-    """Whether this is no longer what was written, where it has a checksum, which is taken out."""
+    """Take the checksum out, if there is one, and return whether it no longer fits."""
     checksum = values.pop("checksum", None)
     return checksum is not None and checksum != _checksum(values)
 
 
 def _checksum(values: Any) -> str:
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def _as_mapping(value: Any) -> Any:
-    """Lists as mappings from their indices, so that a difference inside one has a name."""
-    if isinstance(value, dict):
-        return {key: _as_mapping(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return {str(i): _as_mapping(item) for i, item in enumerate(value)}
-    return value

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jax_it import config as settings
-from jax_it import pretrained, workdir
+from jax_it import pretrained
 from jax_it.config import Mesh
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.packing import Layout, Shape
@@ -21,8 +21,10 @@ from jax_it.models import build
 from jax_it.models.lora import Adapter, Target
 from jax_it.pretrained.folder import fingerprint
 from jax_it.pretrained.safetensors import SINGLE
+from jax_it.resolved_run import ResolvedRun
+from jax_it.run import load, open_run
+from jax_it.run_dir import FORMAT, PARTS, RunDir
 from jax_it.sharding import make_mesh
-from jax_it.workdir import PARTS, Derived, Workdir, load
 from tests import tiny_run
 from tests.parity import cases
 
@@ -35,7 +37,7 @@ TREE = {
     "data": {"train": [{"path": "a.jsonl"}, {"path": "b.jsonl", "template": ["{{x}} ||| {{y}}"]}]},
     "train": {"duration": "1234567 steps"},
 }
-DERIVED = Derived(Layout(Shape(2, 32, 40), 7, 3.5, 0.75, 0.875), True, 100, "digest", False)
+RESOLVED = ResolvedRun(Layout(Shape(2, 32, 40), 7, 3.5, 0.75, 0.875), True, 100, "digest", False)
 
 
 def resolve(**changes):
@@ -49,21 +51,21 @@ def resolve(**changes):
     return settings.resolve(tree)
 
 
-def write_metrics(place, step, **overall):
-    place.eval(step).mkdir(parents=True, exist_ok=True)
-    (place.eval(step) / "metrics.json").write_text(json.dumps({"all": overall}))
+def write_metrics(run_dir, step, **overall):
+    run_dir.eval(step).mkdir(parents=True, exist_ok=True)
+    (run_dir.eval(step) / "metrics.json").write_text(json.dumps({"all": overall}))
 
 
 @pytest.fixture
-def place(tmp_path):
+def run_dir(tmp_path):
     """A run's folder, with checkpoints of steps 3, 5 and 10 by name alone."""
-    place, config = Workdir(tmp_path / "run"), resolve()
-    assert not place.holds_a_run()
+    run_dir, config = RunDir(tmp_path / "run"), resolve()
+    assert not run_dir.holds_a_run()
     model = build(config.model.architecture, "the test", config.model)
-    place.create(config, DERIVED, model, tokenizers.load("bytes"))
+    run_dir.create(config, RESOLVED, model, tokenizers.load("bytes"))
     for step in (3, 5, 10):
-        (place.path / "checkpoints" / str(step)).mkdir(parents=True)
-    return place
+        (run_dir.path / "checkpoints" / str(step)).mkdir(parents=True)
+    return run_dir
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +73,27 @@ def finished(tmp_path_factory):
     return tiny_run.finished(tmp_path_factory)
 
 
-def test_what_was_created_is_opened_again(place):
-    assert place.holds_a_run()
-    config, derived = place.open()
-    assert derived == DERIVED
+def test_what_was_created_is_opened_again(run_dir):
+    assert run_dir.holds_a_run()
+    config, resolved = run_dir.open()
+    assert resolved == RESOLVED
     assert config == resolve()
-    place.check_same(resolve())
-    saved = json.loads((place.path / "config.json").read_text())
+    run_dir.check_same(resolve())
+    saved = json.loads((run_dir.path / "config.json").read_text())
     assert {"python", "jax", "flax", "optax", "orbax-checkpoint"} <= saved["versions"].keys()
-    assert place.tokenizer().encode(["text"]) == tokenizers.load("bytes").encode(["text"])
-    assert place.model(config, derived).config.vocabulary == 384 and not place.model(config, derived).config.tied
+    assert run_dir.tokenizer().encode(["text"]) == tokenizers.load("bytes").encode(["text"])
+    assert run_dir.model(config, resolved).config.vocabulary == 384 and not run_dir.model(config, resolved).config.tied
 
 
-def test_what_says_which_weights_are_trained_is_read_back(place):
+def test_what_says_which_weights_are_trained_is_read_back(run_dir):
     targets = (Target("encoder.layers.attention.query", 4, 2.0), Target("decoder.layers.mlp.down", 8, 0.5**0.5))
-    derived = dataclasses.replace(DERIVED, adapter=Adapter(targets, True, 0.1), base_digest="of files")
+    resolved = dataclasses.replace(RESOLVED, adapter=Adapter(targets, True, 0.1), base_digest="of files")
     config = resolve()
-    place.create(config, derived, place.model(config, DERIVED), tokenizers.load("bytes"))
-    assert place.open() == (config, derived)
-    assert place.model(config, derived).adapter == derived.adapter and place.model(config, DERIVED).adapter is None
+    run_dir.create(config, resolved, run_dir.model(config, RESOLVED), tokenizers.load("bytes"))
+    assert run_dir.open() == (config, resolved)
+    assert (
+        run_dir.model(config, resolved).adapter == resolved.adapter and run_dir.model(config, RESOLVED).adapter is None
+    )
 
 
 def test_a_run_of_a_version_that_took_settings_without_effect_opens_and_goes_on_without_them(tmp_path):
@@ -101,10 +105,10 @@ def test_a_run_of_a_version_that_took_settings_without_effect_opens_and_goes_on_
         data=dataclasses.replace(now.data, max_seq_length=64),  # of an encoder-decoder
         eval=dataclasses.replace(now.eval, length_penalty=2.0),
     )
-    place = Workdir(tmp_path / "old")
-    place.create(then, DERIVED, build(now.model.architecture, "the test", now.model), tokenizers.load("bytes"))
-    assert place.open()[0] == dataclasses.replace(now, data=then.data)
-    place.check_same(now)
+    run_dir = RunDir(tmp_path / "old")
+    run_dir.create(then, RESOLVED, build(now.model.architecture, "the test", now.model), tokenizers.load("bytes"))
+    assert run_dir.open()[0] == dataclasses.replace(now, data=then.data)
+    run_dir.check_same(now)
 
 
 @pytest.mark.parametrize(
@@ -123,12 +127,12 @@ def test_a_run_of_a_version_that_took_settings_without_effect_opens_and_goes_on_
         ({"model__lora": {"rank": 2}}, "config.model.lora.rank=0, not 2"),
     ],
 )
-def test_another_config_is_refused_and_the_field_that_differs_is_named(place, changes, message):
+def test_another_config_is_refused_and_the_field_that_differs_is_named(run_dir, changes, message):
     with pytest.raises(UserError) as error:
-        place.check_same(resolve(**changes))
+        run_dir.check_same(resolve(**changes))
     line = str(error.value)
-    assert f"{place.path} holds a run with {message}" in line
-    assert line.endswith("go on with its config, or name another --workdir")
+    assert f"{run_dir.path} holds a run with {message}" in line
+    assert line.endswith("continue with its config, or name another --workdir")
 
 
 @pytest.mark.parametrize(
@@ -143,81 +147,81 @@ def test_another_config_is_refused_and_the_field_that_differs_is_named(place, ch
         {"train__max_to_keep": 9, "train__keep_best": 0, "train__max_skipped": 1},
     ],
 )
-def test_what_does_not_change_the_losses_may_change(place, changes):
-    place.check_same(resolve(**changes))
+def test_what_does_not_change_the_losses_may_change(run_dir, changes):
+    run_dir.check_same(resolve(**changes))
 
 
-def test_the_model_of_a_resumed_run_is_computed_as_its_config_now_says(place):
-    _, derived = place.open()
-    assert not place.model(resolve(), derived).options.remat
-    assert place.model(resolve(model__remat="layer"), derived).options.remat
+def test_the_model_of_a_resumed_run_is_computed_as_its_config_now_says(run_dir):
+    _, resolved = run_dir.open()
+    assert not run_dir.model(resolve(), resolved).options.remat
+    assert run_dir.model(resolve(model__remat="layer"), resolved).options.remat
 
 
-def test_the_latest_the_best_or_a_numbered_checkpoint_is_chosen(place):
-    write_metrics(place, 3, loss=2.0, rougeL=50.0)
-    write_metrics(place, 5, loss=1.0, rougeL=40.0)
-    write_metrics(place, 7, loss=0.5, rougeL=99.0)  # its checkpoint is gone
-    assert place.choose_step("latest", "loss") == 10
-    assert place.choose_step("best", "loss") == 5
-    assert place.choose_step("best", "rougeL") == 3
-    write_metrics(place, 3, ter=40.0)
-    write_metrics(place, 5, ter=30.0)
-    assert place.choose_step("best", "ter") == 5  # fewer edits are better
-    write_metrics(place, 3, loss=2.0)
-    write_metrics(place, 5, loss=1.0)
-    assert place.choose_step("3", "loss") == 3
+def test_the_latest_the_best_or_a_numbered_checkpoint_is_chosen(run_dir):
+    write_metrics(run_dir, 3, loss=2.0, rougeL=50.0)
+    write_metrics(run_dir, 5, loss=1.0, rougeL=40.0)
+    write_metrics(run_dir, 7, loss=0.5, rougeL=99.0)  # its checkpoint is gone
+    assert run_dir.choose_step("latest", "loss") == 10
+    assert run_dir.choose_step("best", "loss") == 5
+    assert run_dir.choose_step("best", "rougeL") == 3
+    write_metrics(run_dir, 3, ter=40.0)
+    write_metrics(run_dir, 5, ter=30.0)
+    assert run_dir.choose_step("best", "ter") == 5  # fewer edits are better
+    write_metrics(run_dir, 3, loss=2.0)
+    write_metrics(run_dir, 5, loss=1.0)
+    assert run_dir.choose_step("3", "loss") == 3
 
 
 @pytest.mark.parametrize("which", ["7", "-3", "newest", "", "3.0", "³", "3" * 5000])
-def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(place, which):
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(run_dir, which):
     with pytest.raises(UserError, match=r"has 3, 5, 10, latest and best"):
-        place.choose_step(which, "loss")
+        run_dir.choose_step(which, "loss")
 
 
-def test_without_a_score_there_is_no_best_checkpoint(place):
+def test_without_a_score_there_is_no_best_checkpoint(run_dir):
     for content in (None, "", "{", "[]", '{"all": {}}', '{"all": {"loss": NaN}}', '{"all": {"loss": null}}'):
         if content is not None:
-            place.eval(5).mkdir(parents=True, exist_ok=True)
-            (place.eval(5) / "metrics.json").write_text(content)
-        assert place.scores("loss")(5) is None
+            run_dir.eval(5).mkdir(parents=True, exist_ok=True)
+            (run_dir.eval(5) / "metrics.json").write_text(content)
+        assert run_dir.scores("loss")(5) is None
         with pytest.raises(UserError, match=r"no checkpoint of .* has a score \(loss\); run jax-it eval first"):
-            place.choose_step("best", "loss")
+            run_dir.choose_step("best", "loss")
 
 
-def test_the_only_checkpoint_that_has_a_score_is_not_taken_for_the_best(place):
-    write_metrics(place, 10, loss=1.0)
+def test_the_only_checkpoint_that_has_a_score_is_not_taken_for_the_best(run_dir):
+    write_metrics(run_dir, 10, loss=1.0)
     with pytest.raises(
         UserError, match=r"only checkpoint 10 of .* has a score \(loss\), so none is known to be the best"
     ):
-        place.choose_step("best", "loss")
+        run_dir.choose_step("best", "loss")
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "null", "[1]", "{}", '{"config": {}, "derived": {"layout": {}}, "format": 3}']
+    "content", ["", "{", "null", "[1]", "{}", '{"config": {}, "resolved": {"layout": {}}, "format": 3}']
 )
-def test_a_damaged_config_is_named(place, content):
-    (place.path / "config.json").write_text(content)
+def test_a_damaged_config_is_named(run_dir, content):
+    (run_dir.path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"run/config.json is not that of a run, or damaged .*name another --workdir"):
-        place.open()
+        run_dir.open()
 
 
-def test_a_config_with_a_setting_of_another_version_is_named(place):
-    saved = json.loads((place.path / "config.json").read_text())
+def test_a_config_with_a_setting_of_another_version_is_named(run_dir):
+    saved = json.loads((run_dir.path / "config.json").read_text())
     del saved["checksum"]  # the change is meant
     saved["config"]["train"]["momentum"] = 0.9
-    (place.path / "config.json").write_text(json.dumps(saved))
+    (run_dir.path / "config.json").write_text(json.dumps(saved))
     with pytest.raises(UserError, match=r"run/config.json: config.train.momentum is not a setting"):
-        place.open()
+        run_dir.open()
 
 
-def test_a_config_that_was_changed_is_refused_unless_the_change_is_meant(place):
-    file = place.path / "config.json"
+def test_a_config_that_was_changed_is_refused_unless_the_change_is_meant(run_dir):
+    file = run_dir.path / "config.json"
     text = file.read_text().replace('"total_steps": 100', '"total_steps": 101')
     file.write_text(text)
     with pytest.raises(UserError, match=r"run/config.json has been changed .*restore it, or remove its line with the"):
-        place.open()
+        run_dir.open()
     file.write_text(json.dumps({key: value for key, value in json.loads(text).items() if key != "checksum"}))
-    assert place.open()[1].total_steps == 101
+    assert run_dir.open()[1].total_steps == 101
 
 
 def loop(path):
@@ -225,20 +229,20 @@ def loop(path):
 
 
 @pytest.mark.parametrize("make, reason", [(Path.mkdir, "Is a directory"), (loop, "symbolic"), (os.mkfifo, "Not a reg")])
-def test_what_stands_in_the_place_of_a_config_is_named(place, make, reason):
-    (place.path / "config.json").unlink()
-    make(place.path / "config.json")
-    assert place.holds_a_run()
+def test_what_stands_in_the_place_of_a_config_is_named(run_dir, make, reason):
+    (run_dir.path / "config.json").unlink()
+    make(run_dir.path / "config.json")
+    assert run_dir.holds_a_run()
     with pytest.raises(UserError, match=rf"run/config.json cannot be read: .*{reason}.*; restore it"):
-        place.open()
+        run_dir.open()
 
 
 @pytest.mark.parametrize("part", ["model/config.json", "tokenizer/tokenizer_config.json"])
-def test_a_part_that_was_lost_or_changed_is_named(place, part):
-    config, derived = place.open()
-    file = place.path / part
+def test_a_part_that_was_lost_or_changed_is_named(run_dir, part):
+    config, resolved = run_dir.open()
+    file = run_dir.path / part
     content = file.read_text()
-    read = {"model": lambda: place.model(config, derived), "tokenizer": place.tokenizer}[file.parent.name]
+    read = {"model": lambda: run_dir.model(config, resolved), "tokenizer": run_dir.tokenizer}[file.parent.name]
     file.write_text(content.replace(" ", "  ", 1))
     with pytest.raises(UserError, match=rf"{part} is not the file that the run was started with; restore it"):
         read()
@@ -254,52 +258,52 @@ def test_a_part_that_was_lost_or_changed_is_named(place, part):
 
 
 @pytest.mark.parametrize("left", [*PARTS])
-def test_a_folder_with_a_part_of_a_run_and_no_config_is_refused(place, left):
-    for item in place.path.iterdir():
+def test_a_folder_with_a_part_of_a_run_and_no_config_is_refused(run_dir, left):
+    for item in run_dir.path.iterdir():
         item.unlink() if item.is_file() else shutil.rmtree(item)
-    (place.path / left).mkdir() if PARTS[left] else (place.path / left).touch()
-    for refusing in (place.check_new, place.open):
+    (run_dir.path / left).mkdir() if PARTS[left] else (run_dir.path / left).touch()
+    for refusing in (run_dir.check_new, run_dir.open):
         with pytest.raises(UserError, match=rf"run has {left} of a run and no config.json; restore that from a copy"):
             refusing()
 
 
 def test_what_a_start_that_was_killed_has_left_is_no_run_and_is_made_again(tmp_path, monkeypatch):
-    place, config = Workdir(tmp_path / "run"), resolve()
+    run_dir, config = RunDir(tmp_path / "run"), resolve()
     model, tokenizer = build(config.model.architecture, "the test", config.model), tokenizers.load("bytes")
 
     def killed(file, content):
-        if file.name == "config.json" and file.parent == place.path:
-            shutil.copytree(place.path, tmp_path / "left")
+        if file.name == "config.json" and file.parent == run_dir.path:
+            shutil.copytree(run_dir.path, tmp_path / "left")
             raise KeyboardInterrupt
         write_atomically(file, content)
 
-    monkeypatch.setattr(workdir, "write_atomically", killed)
+    monkeypatch.setattr("jax_it.run_dir.write_atomically", killed)
     with pytest.raises(KeyboardInterrupt):
-        place.create(config, DERIVED, model, tokenizer)
-    assert not list(place.path.iterdir())
+        run_dir.create(config, RESOLVED, model, tokenizer)
+    assert not list(run_dir.path.iterdir())
     monkeypatch.undo()
-    left = Workdir(tmp_path / "left")
+    left = RunDir(tmp_path / "left")
     (left.path / "tokenizer" / "chat_template.jinja").write_text("of another tokenizer")
     assert not left.holds_a_run()
     left.check_new()
-    left.create(config, DERIVED, model, tokenizer)
-    assert left.open() == (config, DERIVED) and left.tokenizer().chat_template is None
+    left.create(config, RESOLVED, model, tokenizer)
+    assert left.open() == (config, RESOLVED) and left.tokenizer().chat_template is None
     assert sorted(item.name for item in left.path.iterdir()) == ["config.json", "model", "tokenizer"]
 
 
-def test_a_file_in_the_place_of_a_folder_is_named_before_a_run_goes_on(place):
-    place.check_parts()
-    (place.path / "eval").touch()
+def test_a_file_in_the_place_of_a_folder_is_named_before_a_run_goes_on(run_dir):
+    run_dir.check_parts()
+    (run_dir.path / "eval").touch()
     with pytest.raises(UserError, match=r"run/eval is not a folder; remove it"):
-        place.check_parts()
-    (place.path / "eval").unlink()
+        run_dir.check_parts()
+    (run_dir.path / "eval").unlink()
     for make in (Path.mkdir, os.mkfifo, loop):
-        make(place.path / "ended.json")
+        make(run_dir.path / "ended.json")
         with pytest.raises(UserError, match=r"run/ended.json is not a regular file; remove it"):
-            place.check_parts()
+            run_dir.check_parts()
         with pytest.raises(UserError, match=r"run/ended.json is damaged"):
-            place.ended()
-        shutil.rmtree(place.path / "ended.json") if make is Path.mkdir else (place.path / "ended.json").unlink()
+            run_dir.ended()
+        shutil.rmtree(run_dir.path / "ended.json") if make is Path.mkdir else (run_dir.path / "ended.json").unlink()
 
 
 @pytest.mark.parametrize(
@@ -314,61 +318,61 @@ def test_a_file_in_the_place_of_a_folder_is_named_before_a_run_goes_on(place):
     ],
 )
 def test_a_new_run_that_fails_before_its_first_step_leaves_nothing(tmp_path, error, came_to, kept):
-    place, config = Workdir(tmp_path), resolve()
+    run_dir, config = RunDir(tmp_path), resolve()
     model, tokenizer = build(config.model.architecture, "the test", config.model), tokenizers.load("bytes")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(error), place.locked():
-        place.create(config, DERIVED, model, tokenizer)
+    with pytest.raises(error), run_dir.locked():
+        run_dir.create(config, RESOLVED, model, tokenizer)
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "metrics.jsonl").touch()
         if came_to:
             (tmp_path / came_to).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / came_to).write_text('{"step": 1}\n')
         raise error("no")
-    assert place.holds_a_run() == kept
+    assert run_dir.holds_a_run() == kept
     assert kept or [item.name for item in tmp_path.iterdir()] == ["notes.txt"]
     if kept:
-        with pytest.raises(KeyError), place.locked():  # it was there before
+        with pytest.raises(KeyError), run_dir.locked():  # it was there before
             shutil.rmtree(tmp_path / "checkpoints")
             raise KeyError
-        assert place.holds_a_run()
+        assert run_dir.holds_a_run()
 
 
 @pytest.mark.parametrize("content", ['{"step": 1e999}', "[]", '{"step": "3"}', "", "\0", '{"step": null}', "{}"])
-def test_a_damaged_end_is_named(place, content):
-    assert place.ended() is None
-    (place.path / "ended.json").write_text(content)
+def test_a_damaged_end_is_named(run_dir, content):
+    assert run_dir.ended() is None
+    (run_dir.path / "ended.json").write_text(content)
     with pytest.raises(UserError, match=r"run/ended.json is damaged, so it does not tell whether training has ended"):
-        place.ended()
+        run_dir.ended()
 
 
-def test_lines_of_the_log_that_cannot_be_read_are_removed_with_a_word(place, capfd):
+def test_lines_of_the_log_that_cannot_be_read_are_removed_with_a_word(run_dir, capfd):
     lines = [f'{{"step": {step}}}\n' for step in range(1, 6)]
     for bad in ("\0\1\n", '{"step": "2"}\n', '{"step": NaN}\n', "[" * 100_000 + "\n"):
-        place.metrics.write_text("".join([lines[0], bad, *lines[2:]]))
-        place.rewind_metrics(4)
-        assert place.metrics.read_text() == "".join([lines[0], *lines[2:4]])
-        assert f"1 lines of {place.metrics} cannot be read; they are removed" in capfd.readouterr().err
-    place.rewind_metrics(0)
+        run_dir.metrics.write_text("".join([lines[0], bad, *lines[2:]]))
+        run_dir.rewind_metrics(4)
+        assert run_dir.metrics.read_text() == "".join([lines[0], *lines[2:4]])
+        assert f"1 lines of {run_dir.metrics} cannot be read; they are removed" in capfd.readouterr().err
+    run_dir.rewind_metrics(0)
     assert "has logged steps and no checkpoint; the run starts over" in capfd.readouterr().err
 
 
-def test_a_folder_is_locked_once_and_free_again_after(place):
-    with place.locked():
+def test_a_folder_is_locked_once_and_free_again_after(run_dir):
+    with run_dir.locked():
         for _ in range(2):  # the one that was refused has taken nothing away
             with pytest.raises(UserError, match=r"process \d+ on .* trains in .*run; wait for it or stop it"):
-                place.locked().__enter__()
-    with place.locked():
+                run_dir.locked().__enter__()
+    with run_dir.locked():
         pass
-    assert place.holds_a_run()
+    assert run_dir.holds_a_run()
 
 
 def test_a_folder_that_has_become_no_run_is_left_as_it_was_found(tmp_path):
-    with pytest.raises(KeyError), Workdir(tmp_path / "new").locked():
+    with pytest.raises(KeyError), RunDir(tmp_path / "new").locked():
         raise KeyError
     assert not (tmp_path / "new").exists()
     (tmp_path / "notes.txt").write_text("mine")
-    with Workdir(tmp_path).locked():
+    with RunDir(tmp_path).locked():
         pass
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -383,33 +387,33 @@ def test_a_run_that_could_not_be_made_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tokenizer, "save", full)
     with pytest.raises(UserError, match=r"cannot write to .*: No space left on device; free space or name another"):
-        Workdir(tmp_path).create(config, DERIVED, model, tokenizer)
+        RunDir(tmp_path).create(config, RESOLVED, model, tokenizer)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_newest_checkpoint_of_a_run_is_loaded_sharded_over_all_devices(finished):
-    model, params, tokenizer = load(str(finished))
-    place = Workdir(finished)
+    _, params, tokenizer = load(str(finished))
+    run_dir = RunDir(finished)
     mesh = make_mesh(Mesh(), jax.devices()[:1])
-    expected = place.params(model, place.open()[0], tiny_run.STEPS, mesh)
+    expected = open_run(run_dir, mesh).load_params(tiny_run.STEPS)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert all(len(leaf.sharding.device_set) == jax.device_count() for leaf in jax.tree.leaves(params))
-    assert tokenizer.digest() == place.tokenizer().digest()
+    assert tokenizer.digest() == run_dir.tokenizer().digest()
 
 
-def test_a_run_without_a_checkpoint_is_not_taken_for_a_model(place):
+def test_a_run_without_a_checkpoint_is_not_taken_for_a_model(run_dir):
     for step in (3, 5, 10):
-        (place.path / "checkpoints" / str(step)).rmdir()
+        (run_dir.path / "checkpoints" / str(step)).rmdir()
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        load(str(place.path))
-    (place.path / "checkpoints").rmdir()
+        load(str(run_dir.path))
+    (run_dir.path / "checkpoints").rmdir()
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        load(str(place.path))
+        load(str(run_dir.path))
 
 
-def test_frozen_values_are_saved_as_they_are(place):
+def test_frozen_values_are_saved_as_they_are(run_dir):
     """JSON has no tuples; what is read back must still equal the config that was resolved."""
-    assert dataclasses.asdict(place.open()[0]) == dataclasses.asdict(resolve())
+    assert dataclasses.asdict(run_dir.open()[0]) == dataclasses.asdict(resolve())
 
 
 @pytest.fixture
@@ -417,47 +421,48 @@ def adapted(tmp_path):
     """(folder of the base model, the run's folder, config, model) of a run that trains adapters."""
     base = cases.write(cases.BY_NAME["t5_1_1"], tmp_path / "base")
     config = resolve(model__path=str(base), model__architecture={}, model__pretrained=True, model__lora={"rank": 2})
-    place = Workdir(tmp_path / "run")
+    run_dir = RunDir(tmp_path / "run")
     model = pretrained.load_model(config.model)
-    derived = dataclasses.replace(DERIVED, adapter=model.adapter, base_digest=fingerprint(base))
-    place.create(config, derived, model, tokenizers.load("bytes"))
-    return base, place, config, model
+    resolved = dataclasses.replace(RESOLVED, adapter=model.adapter, base_digest=fingerprint(base))
+    run_dir.create(config, resolved, model, tokenizers.load("bytes"))
+    return base, run_dir, config, model
 
 
 def test_the_weights_beneath_adapters_are_read_from_the_base_model(adapted):
-    base, place, config, model = adapted
+    base, run_dir, config, model = adapted
     mesh = make_mesh(Mesh(), jax.devices()[:1])
-    frozen = place.frozen(model, config, mesh)
+    run = open_run(run_dir, mesh)
+    frozen = run.load_frozen()
     jax.tree.map(np.testing.assert_array_equal, frozen, cases.load(base)[1])
-    assert place.frozen(dataclasses.replace(model, adapter=None), config, mesh) == {}
+    assert dataclasses.replace(run, model=dataclasses.replace(model, adapter=None)).load_frozen() == {}
     trained = jax.jit(model.init_adapter)(jax.random.key(0), frozen)
-    with place.writing_checkpoints(config) as checkpoints:
+    with run_dir.writing_checkpoints(config) as checkpoints:
         checkpoints.save(3, trained, {"step": np.int32(3)}, {"step": 3})
-    params = place.params(model, config, 3, mesh)
+    params = run.load_params(3)
     jax.tree.map(np.testing.assert_array_equal, params, model.join(trained, frozen))
 
 
 def test_a_base_model_with_other_weights_than_the_run_was_started_from_is_refused(adapted):
-    base, place, config, model = adapted
+    base, run_dir, _, _ = adapted
     file = Path(base) / SINGLE
     content = bytearray(file.read_bytes())
     content[-7] ^= 1
     file.write_bytes(content)
     with pytest.raises(UserError) as error:
-        place.frozen(model, config, make_mesh(Mesh(), jax.devices()[:1]))
+        open_run(run_dir).load_frozen()
     line = str(error.value)
-    assert str(base) in line and f"not those that the run in {place.path} was started from; restore them" in line
+    assert str(base) in line and f"not those that the run in {run_dir.path} was started from; restore them" in line
 
 
-def test_a_run_of_another_format_is_refused_by_its_file(place):
-    file = place.path / "config.json"
+def test_a_run_of_another_format_is_refused_by_its_file(run_dir):
+    file = run_dir.path / "config.json"
     saved = json.loads(file.read_text())
     del saved["checksum"]
-    for change in ({"format": 2}, {"format": None}):
+    for change in ({"format": FORMAT + 1}, {"format": None}):
         file.write_text(json.dumps(saved | change))
         with pytest.raises(UserError, match=rf"^{file} is of a run in format \S+, .*; continue or export the run"):
-            place.open()
+            run_dir.open()
     del saved["format"]  # a run that was started before there were formats
     file.write_text(json.dumps(saved))
-    with pytest.raises(UserError, match="is of a run in format 1, and this version of jax_it has format 3"):
-        place.open()
+    with pytest.raises(UserError, match=f"is of a run in format 1, and this version of jax_it has format {FORMAT}"):
+        run_dir.open()

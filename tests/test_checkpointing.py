@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_it.checkpoint import Checkpoints, abstract
+from jax_it.checkpointing import Checkpoints, abstract
 from jax_it.config import Mesh
 from jax_it.sharding import make_mesh
 
