@@ -13,7 +13,7 @@ from typing import Any
 # Imported when first used: `jax-it --help` should not wait for JAX.
 _PLACES = {
     "train": "jax_it.training",
-    "evaluate": "jax_it.evaluation.run",
+    "evaluate": "jax_it.evaluation.evaluate",
     "load": "jax_it.run",
     "generate": "jax_it.predict",
     "save": "jax_it.export",

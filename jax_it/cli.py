@@ -179,9 +179,11 @@ def _parser() -> argparse.ArgumentParser:
     scored.add_argument("--model", type=_path, metavar="DIR|NAME", help="a Transformers or PEFT folder or a hub name")
     which = evaluate.add_mutually_exclusive_group()
     which.add_argument("--checkpoint", **checkpoint)
-    which.add_argument("--follow", action="store_true", help="score each checkpoint, as they come, until the run ends")
+    which.add_argument("--follow", action="store_true", help="score each new checkpoint until the run ends")
     which.add_argument("--summary", action="store_true", help="show the scores of all steps in one table")
-    evaluate.add_argument("--config", **config | {"required": False, "help": "whose eval and data.eval are used"})
+    evaluate.add_argument(
+        "--config", **config | {"required": False, "help": "a file whose eval and data.eval replace the run's"}
+    )
     evaluate.add_argument("--output", type=_path, metavar="DIR", help="a folder for the scores (default: the run's)")
     evaluate.add_argument("--timeout", type=_positive, metavar="S", help="--follow: give up after S seconds")
     evaluate.add_argument("--json", type=_path, metavar="FILE", help="--summary: write it as JSON too")
@@ -343,9 +345,9 @@ def _train(options: argparse.Namespace, changes: dict[str, str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, changes: dict[str, str]) -> None:
-    from jax_it.evaluation.run import Request, evaluate, evaluate_model
+    from jax_it.evaluation.evaluate import EvalOptions, evaluate, evaluate_model
 
-    request = Request(
+    asked = EvalOptions(
         options.config or "", changes, options.output or "", options.run_model_code, options.run_metric_code
     )
     for name, goes_with in (("timeout", "follow"), ("json", "summary"), ("csv", "summary")):
@@ -354,45 +356,43 @@ def _evaluate(options: argparse.Namespace, changes: dict[str, str]) -> None:
     if options.model:
         if options.follow or options.summary or options.checkpoint != "latest":
             raise UserError("--checkpoint, --follow and --summary are for a run: name it with --workdir")
-        _show(f"{options.model}\n", evaluate_model(options.model, request))
+        _show(f"{options.model}\n", evaluate_model(options.model, asked))
     elif options.summary:
-        _summarize(options, request)
+        _summarize(options, asked)
     elif options.follow:
         from jax_it.evaluation.follow import follow
 
         failed = follow(
-            options.workdir,
-            request,
-            options.timeout or 0,
-            lambda step, scored: _show(f"step {step}\n", scored, whole=False),
-        )
+            options.workdir, asked, options.timeout or 0,
+            lambda step, result: _show(f"step {step}\n", result, last=False),
+        )  # fmt: skip
         if failed:
             steps = ", ".join(map(str, failed))
-            raise UserError(f"not all of step{'s' * (len(failed) > 1)} {steps} could be scored; the reasons are above")
+            raise UserError(f"step{'s' * (len(failed) > 1)} {steps} could not be fully scored; the reasons are above")
     else:
-        step, scored = evaluate(options.workdir, options.checkpoint, request)
-        _show(f"step {step}\n", scored)
+        step, result = evaluate(options.workdir, options.checkpoint, asked)
+        _show(f"step {step}\n", result)
 
 
-def _show(head: str, scored: Any, whole: bool = True) -> None:
-    """Prints what an evaluation found. Raises UserError where a task failed and this is the `whole` of it."""
+def _show(head: str, result: Any, last: bool = True) -> None:
+    """Print the results of an evaluation. Raises UserError where a task failed, unless more results follow."""
     from jax_it import hosts
     from jax_it.evaluation import examples_text, failures, table
 
     if hosts.is_first():
-        print(f"{head}{table(scored)}", flush=True)
-        if whole and scored.predictions:
-            print(examples_text(scored))
-    if whole and (failed := failures(scored)):
+        print(f"{head}{table(result)}", flush=True)
+        if last and result.predictions:
+            print(examples_text(result))
+    if last and (failed := failures(result)):
         raise UserError("; ".join(f"{task}: {why}" for task, why in failed.items()))
 
 
-def _summarize(options: argparse.Namespace, request: Any) -> None:
+def _summarize(options: argparse.Namespace, asked: Any) -> None:
     from jax_it import hosts
     from jax_it.evaluation import summary
 
     outputs = _outputs({"--json": options.json, "--csv": options.csv})
-    found = summary.summarize(options.workdir, request)
+    found = summary.summarize(options.workdir, asked)
     if hosts.is_first():
         for option, content in (("--json", summary.to_json), ("--csv", summary.to_csv)):
             if option in outputs:

@@ -74,14 +74,15 @@ def build(
 
 
 def build_eval(
-    data: Data, tokenizer: Tokenizer, format: Format, limit: int, unread: dict[str, str] | None = None
+    data: Data, tokenizer: Tokenizer, format: Format, limit: int, strict: bool = True
 ) -> evaluation_set.EvalSet | None:
-    """The examples to evaluate on: `data.eval`, or what is held out of `data.train`; None where there are none.
+    """Read the examples to evaluate on: `data.eval`, or what is held out of `data.train`; None where neither is set.
 
-    Where `unread` is given, a source of `data.eval` that cannot be read is put there, and why, and left out.
+    Raises UserError for a source that cannot be read. Unless `strict`: then one of `data.eval` is left out, and the
+    reason is in the set's `errors`.
     """
     if data.eval:
-        return evaluation_set.read(data.eval, "config.data.eval", data, tokenizer, format, limit, None, unread)
+        return evaluation_set.read(data.eval, "config.data.eval", data, tokenizer, format, limit, strict=strict)
     if not data.validation_size:
         return None
     made = _tokenize(data, tokenizer, format)

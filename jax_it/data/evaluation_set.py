@@ -1,8 +1,12 @@
-"""Examples to evaluate on: tokens for the model, texts for the metrics."""
+"""Examples to evaluate on: tokens for the model, texts for the metrics. This reads those of `data.eval`.
+
+`data/tasks.py` reads the examples of `eval.tasks`.
+"""
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,19 +21,28 @@ from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 
 
+class Option(NamedTuple):
+    text: str
+    prompt: list[int]  # what the model continues
+    tokens: list[int]  # those that count: with the end mark for an encoder-decoder, and without for a causal model
+
+
 class EvalExample(NamedTuple):
     id: str
-    task: str
+    group: str  # of data.eval the record's task; "" where there are no groups
     prompt: str
-    references: tuple[str, ...]
     prompt_tokens: list[int]  # what generation starts from
-    encoded: Encoded  # what the loss is taken on: the prompt and the first reference, cut as in training
+    references: tuple[str, ...]  # of score="code_execution" there may be none
+    truncated: bool = False  # the prompt is not whole, or lacks few-shot examples
+    encoded: Encoded | None = None  # of data.eval: the prompt and the first reference, truncated as in training
+    options: tuple[Option, ...] = ()  # of score="multiple_choice"; of "perplexity" the reference
+    fields: Mapping[str, Any] = MappingProxyType({})  # the record, of a task
 
 
 class EvalSet(NamedTuple):
     examples: list[EvalExample]
-    skipped: int  # without a reference
-    truncated: int  # prompts
+    skipped: int = 0  # records without a reference
+    errors: Mapping[str, str] = MappingProxyType({})  # by name: why a source could not be read
 
 
 def read(
@@ -39,44 +52,38 @@ def read(
     tokenizer: Tokenizer,
     format: Format,
     limit: int,
-    only: Sequence[np.ndarray] | None,
-    unread: dict[str, str] | None = None,
-) -> EvalSet | None:
-    """The examples of some sources; `only` names the records of each to take, `limit` how many at most.
+    only: Sequence[np.ndarray] | None = None,
+    strict: bool = True,
+) -> EvalSet:
+    """Read the examples of some sources; `only` names the records of each to take, `limit` how many at most.
 
-    Where `unread` is given, a source at fault is left out and put there, by its name, with what is wrong with it;
-    None comes back if there is no other. Without it that is a UserError.
+    Raises UserError for a source that cannot be read, and where no record has a reference. Unless `strict`: then the
+    reason is in `errors`.
 
-    A record's task is its field "task", or else its source's name. Where a source has several
-    templates, its records take them in turn. References without text are left out. Too long a prompt is
-    cut also with truncate="drop": a score over fewer examples would not compare.
+    A record's task is its field "task", or else its source's name. Where a source has several templates, its records
+    take them in turn. References without text are skipped. A prompt that is too long is truncated also with
+    truncate="drop": a score over fewer examples would not compare.
     """
     parts: list[EvalSet] = []
+    errors: dict[str, str] = {}
     for i, source in enumerate(items):
         try:
             wanted = None if only is None else set(only[i].tolist())
             parts.append(_read_one(source, f"{where}.{i}", data, tokenizer, format, limit, wanted))
         except UserError as error:
-            if unread is None:
+            if strict:
                 raise
-            unread[sources.name_of(source)] = str(error)
-    together = EvalSet(
-        [example for part in parts for example in part.examples],
-        sum(part.skipped for part in parts),
-        sum(part.truncated for part in parts),
-    )
-    if not together.examples:
-        reason = f"{where}: none of {together.skipped} examples has a reference to compare with"
-        if unread is None:
-            raise UserError(reason)
-        if parts:
-            unread[where] = reason
-        return None
-    return together
+            errors[sources.name_of(source)] = str(error)
+    examples, skipped = [example for part in parts for example in part.examples], sum(part.skipped for part in parts)
+    if parts and not examples:
+        errors[where] = f"{where}: none of {skipped} examples has a reference to compare with"
+        if strict:
+            raise UserError(errors[where])
+    return EvalSet(examples, skipped, errors)
 
 
 def _printable(record: sources.Record, name: str) -> Any:
-    """A field that names the example in files and tables."""
+    """Return a field that names the example in files and tables."""
     value = record.fields.get(name)
     try:
         str(value).encode()
@@ -96,7 +103,7 @@ def _read_one(
 ) -> EvalSet:
     chosen: list[EvalExample] = []
     rendered: list[Example] = []
-    places: list[str] = []
+    locations: list[str] = []
     skipped = 0
     name = sources.name_of(source)
     most = min([n for n in (limit, None if wanted is None else len(wanted)) if n], default=0)
@@ -111,31 +118,29 @@ def _read_one(
         chosen.append(
             EvalExample(
                 id=f"{name}/{number}" if id is None else str(id),
-                task=task if isinstance(task, str) else name,
+                group=task if isinstance(task, str) else name,
                 prompt=example.prompt,
-                references=references,
                 prompt_tokens=[],
-                encoded=Encoded(np.zeros(0, np.int32), np.zeros(0, np.int32)),
+                references=references,
             )
         )
         rendered.append(Example((*example.turns[:-1], Turn("assistant", references[0])), references))
-        places.append(record.where)
+        locations.append(record.where)
     counts = Counts()
-    encoded = format.encode(rendered, places, data, tokenizer, counts, evaluation=True)
-    examples, truncated = [], 0
-    for answered, place in zip(chosen, places, strict=True):
+    encoded = format.encode(rendered, locations, data, tokenizer, counts, evaluation=True)
+    examples = []
+    for example, location in zip(chosen, locations, strict=True):
         before = dataclasses.replace(counts)
         item = next(encoded)
         assert item is not None  # as there is a reference
-        if counts.cut_prompts > before.cut_prompts:
-            truncated += 1
-            if data.truncate == "error":
-                number, what = counts.source_tokens - before.source_tokens, "source "
-                if isinstance(format, CausalFormat):
-                    number, what = number + counts.target_tokens - before.target_tokens, ""
-                raise UserError(
-                    f"{place}: {number} {what}tokens do not fit {getattr(data, format.length_field)}; "
-                    f"raise config.data.{format.length_field}, or choose another config.data.truncate"
-                )
-        examples.append(answered._replace(prompt_tokens=format.prompt_of(item), encoded=item))
-    return EvalSet(examples, skipped, truncated)
+        truncated = counts.cut_prompts > before.cut_prompts
+        if truncated and data.truncate == "error":
+            number, what = counts.source_tokens - before.source_tokens, "source "
+            if isinstance(format, CausalFormat):
+                number, what = number + counts.target_tokens - before.target_tokens, ""
+            raise UserError(
+                f"{location}: {number} {what}tokens do not fit {getattr(data, format.length_field)}; "
+                f"raise config.data.{format.length_field}, or choose another config.data.truncate"
+            )
+        examples.append(example._replace(prompt_tokens=format.prompt_of(item), truncated=truncated, encoded=item))
+    return EvalSet(examples, skipped)

@@ -1,37 +1,21 @@
-"""What a task asks: prompts with their shots and options, as texts and as token ids.
+"""Reads the examples of `eval.tasks`: prompts with few-shot examples and options, as texts and as token ids.
 
 Without a chat template a causal model continues plain text, and an option is tokenized together with the prompt:
 its tokens are those beyond as many as the prompt has by itself, as the Language Model Evaluation Harness splits them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax_it.config import Data, Task
 from jax_it.data import chat, encoding, sources, templates
+from jax_it.data.evaluation_set import EvalExample, Option
 from jax_it.data.formats import CausalFormat, Format
 from jax_it.data.sources import Record
 from jax_it.data.templates import Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
-
-
-class Option(NamedTuple):
-    text: str
-    prompt: list[int]  # what the model continues
-    tokens: list[int]  # those that count: with the end mark for an encoder-decoder, and without for a causal model
-
-
-class TaskExample(NamedTuple):
-    id: str
-    group: str  # "" where there are none
-    fields: Mapping[str, Any]  # the record
-    prompt: str  # with all that stands before it
-    prompt_tokens: list[int]  # what generation starts from
-    references: tuple[str, ...]  # of score="code_execution" there may be none
-    options: tuple[Option, ...]  # of score="multiple_choice"; of "perplexity" the reference
-    cut: bool  # the prompt is not whole, or lacks shots
 
 
 @dataclass(frozen=True)
@@ -46,7 +30,7 @@ class _Question:
     shots: int
 
 
-def read(task: Task, where: str, data: Data, tokenizer: Tokenizer, format: Format, limit: int = 0) -> list[TaskExample]:
+def read(task: Task, where: str, data: Data, tokenizer: Tokenizer, format: Format, limit: int = 0) -> list[EvalExample]:
     """The examples of a task, at most `limit` where that is not 0; `where` is its name in messages.
 
     Raises UserError that names the record: for what it lacks, an empty prompt, no reference, fewer than two options
@@ -58,7 +42,7 @@ def read(task: Task, where: str, data: Data, tokenizer: Tokenizer, format: Forma
         if limit and number == limit:
             break
         waiting.append((number, record))
-    found: dict[int, TaskExample] = {}
+    found: dict[int, EvalExample] = {}
     choices = [(template, task.num_fewshot) for template in task.data.template]
     if task.truncate == "fewshot":
         choices += [(task.data.template[-1], fewer) for fewer in range(task.num_fewshot - 1, -1, -1)]
@@ -215,7 +199,7 @@ def _fitted(
     tokenizer: Tokenizer,
     format: Format,
     whole: bool,
-) -> TaskExample | None:
+) -> EvalExample | None:
     """The example, its prompt cut where the task says so; None where it is too long and must stay whole."""
     causal = isinstance(format, CausalFormat)
     new = max((len(option.tokens) for option in made.options), default=task.max_new_tokens) if causal else 0
@@ -234,15 +218,15 @@ def _fitted(
         ]
     record = question.record
     id = record.fields.get("id")
-    return TaskExample(
+    return EvalExample(
         id=f"{sources.name_of(task.data)}/{question.number}" if id is None else str(id),
         group=_value(record, task.group_by, f"{where}.group_by") if task.group_by else "",
-        fields=record.fields,
         prompt=_plain(question),
         prompt_tokens=prompt,
         references=question.references,
+        truncated=cut or question.shots < task.num_fewshot,
         options=tuple(options),
-        cut=cut or question.shots < task.num_fewshot,
+        fields=record.fields,
     )
 
 

@@ -1,18 +1,9 @@
-"""Scores of a model on held-out examples: loss, and metrics over what it generates."""
+"""Scores of a model on held-out examples: loss, metrics of what it generates, benchmarks."""
 
-from jax_it.evaluation.evaluator import Evaluator, Needed, Scored, Stopped, read, within_training
-from jax_it.evaluation.results import complete, examples_text, failures, table, write
+from jax_it.evaluation.evaluators import Stopped
+from jax_it.evaluation.results import examples_text, failures, table, write, write_missing_events
+from jax_it.evaluation.suite import Suite, within_training
 
 __all__ = [
-    "Evaluator",
-    "Needed",
-    "Scored",
-    "Stopped",
-    "complete",
-    "examples_text",
-    "failures",
-    "read",
-    "table",
-    "within_training",
-    "write",
-]
+    "Stopped", "Suite", "examples_text", "failures", "table", "within_training", "write", "write_missing_events",
+]  # fmt: skip

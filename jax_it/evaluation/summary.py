@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from jax_it import files
 from jax_it.errors import UserError
-from jax_it.evaluation.evaluator import ALL, TRUNCATED, UNFINISHED, WITHOUT_REFERENCE
+from jax_it.evaluation.evaluate import OWN, EvalOptions
+from jax_it.evaluation.evaluators import ALL, TRUNCATED, UNFINISHED, WITHOUT_REFERENCE
 from jax_it.evaluation.results import cell, read
-from jax_it.evaluation.run import OWN, Request
 from jax_it.run_dir import SCORES, RunDir, score_in
 
 WIDTH = 160  # of the table, in characters; the files have all columns
@@ -21,53 +21,56 @@ Scores = dict[str, dict[str, Any]]  # by task and metric
 
 
 class Summary(NamedTuple):
-    """What is known of a run's steps, in their order."""
+    """The scores of a run's steps, in their order."""
 
     scores: dict[int, Scores]
-    unread: dict[str, str]  # files that cannot be read, and why
+    unreadable: dict[str, str]  # files that cannot be read, and why
     metric: str  # that ranks steps
-    best: int | None  # the step with the best of it
+    best: int | None  # the step that is best by it
     kept: list[int]  # steps that have a checkpoint
-    names: list[str]  # of other evaluations that the run has scores of
+    names: list[str]  # of the run's other evaluations
 
 
-def summarize(workdir: str | Path, request: Request = OWN) -> Summary:
-    """The scores of the run's own evaluation, or of that which is asked for. Raises UserError where there is no run."""
-    place = RunDir(files.locate(workdir))
-    metric = request.resolve(place.open()[0]).eval.best
-    if (place.path / "model").is_dir():  # a copy of the scores alone does without
-        place.check_files("model")
+def summarize(workdir: str | Path, options: EvalOptions = OWN) -> Summary:
+    """Read the scores of the run's own evaluation, or of the one that the options name.
+
+    Raises UserError where there is no run.
+    """
+    run_dir = RunDir(files.locate(workdir))
+    metric = options.resolve(run_dir.open()[0]).eval.best
+    if (run_dir.path / "model").is_dir():  # a copy of the scores alone has none
+        run_dir.check_files("model")
     scores: dict[int, Scores] = {}
-    unread: dict[str, str] = {}
-    for step in _steps(place, request):
-        folder = request.folder(place, step)
+    unreadable: dict[str, str] = {}
+    for step in _steps(run_dir, options):
+        folder = options.folder(run_dir, step)
         try:
             if (found := read(folder)) is not None:
                 scores[step] = found
         except (OSError, ValueError) as error:
-            unread[str(folder / SCORES)] = str(error)
+            unreadable[str(folder / SCORES)] = str(error)
     ranked = {step: score for step in scores if (score := score_in(scores[step], metric)) is not None}
     ranked = {step: score for step, score in ranked.items() if not math.isnan(score)}
     best = max(ranked, key=lambda step: ranked[step]) if ranked else None
-    return Summary(scores, unread, metric, best, place.checkpoints().steps(), _names(place))
+    return Summary(scores, unreadable, metric, best, run_dir.checkpoints().steps(), _names(run_dir))
 
 
-def _steps(place: RunDir, request: Request) -> list[int]:
-    if not request.output:
-        return place.scored_steps()
-    folder = files.locate(request.output)
+def _steps(run_dir: RunDir, options: EvalOptions) -> list[int]:
+    if not options.output:
+        return run_dir.scored_steps()
+    folder = files.locate(options.output)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; --output names that of the scores")
+        raise UserError(f"{folder} is not a folder; --output names the folder of the scores")
     return sorted(int(item.name) for item in folder.iterdir() if item.name.isdecimal())
 
 
-def _names(place: RunDir) -> list[str]:
-    folders = (item for step in place.scored_steps() for item in place.eval(step).iterdir())
+def _names(run_dir: RunDir) -> list[str]:
+    folders = (item for step in run_dir.scored_steps() for item in run_dir.eval(step).iterdir())
     return sorted({folder.name for folder in folders if (folder / SCORES).is_file()})
 
 
 def text(summary: Summary) -> str:
-    """A row for each step: what was measured over all examples, then the main metric of each task."""
+    """Return a row for each step: the metrics over all examples, then the main metric of each task."""
     columns = [(ALL, name) for name in _metrics(summary, ALL)]
     tasks = [task for task in _tasks(summary) if task != ALL and task.split("/")[0] not in {*_tasks(summary)} - {task}]
     for task in tasks:
@@ -110,7 +113,7 @@ def _notes(summary: Summary, over: str) -> list[str]:
     for step, scores in summary.scores.items():
         for task, values in scores.items():
             lines += [f"step {step}: {task}: {why}" for why in values.get("errors", {}).values()]
-    lines += [f"{file} cannot be read: {why}" for file, why in summary.unread.items()]
+    lines += [f"{file} cannot be read: {why}" for file, why in summary.unreadable.items()]
     if waiting := [step for step in summary.kept if step not in summary.scores]:
         lines.append(f"checkpoints without scores: {', '.join(map(str, waiting))}")
     if summary.names:
@@ -123,7 +126,7 @@ def _tasks(summary: Summary) -> list[str]:
 
 
 def _metrics(summary: Summary, task: str) -> list[str]:
-    """The metrics of a task in any step; bounds of intervals and counts are none."""
+    """Return the metrics of a task in any step, without intervals and counts."""
     found = dict.fromkeys(name for scores in summary.scores.values() for name in scores.get(task, {}))
     return [name for name in found if name not in (*HIDDEN, "errors") and not name.endswith("_ci")]
 
@@ -134,7 +137,7 @@ def _shown(values: dict[str, Any], name: str) -> str:
 
 
 def to_json(summary: Summary) -> list[dict[str, Any]]:
-    """A list with an object for each step."""
+    """Return a list with an object for each step."""
     return [
         {"step": step, "best": step == summary.best, "checkpoint": step in summary.kept, "scores": scores}
         for step, scores in summary.scores.items()
@@ -142,7 +145,7 @@ def to_json(summary: Summary) -> list[dict[str, Any]]:
 
 
 def to_csv(summary: Summary) -> str:
-    """A row for each step, with columns "TASK/METRIC"."""
+    """Return a row for each step, with columns "TASK/METRIC"."""
     rows = []
     for step, scores in summary.scores.items():
         row: dict[str, Any] = {"step": step, "best": int(step == summary.best)}

@@ -6,17 +6,16 @@ ending says how a text is cut into words where it is not the metric's own way: `
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from jax_it.errors import UserError
 from jax_it.metrics import answers, bootstrap, custom, ifeval, rouge, translation
 from jax_it.metrics.answers import find_final_number
 from jax_it.metrics.custom import is_custom
 from jax_it.metrics.languages import advice, characters
-from jax_it.metrics.metric import Array, Metric, Predictions, References, Values, mean, value
+from jax_it.metrics.metric import Array, Metric, Predictions, References, Result, Values, mean, value
 
 __all__ = [
-    "METRICS", "Measured", "Predictions", "References", "advice", "characters", "check", "find_final_number",
+    "METRICS", "Predictions", "References", "Result", "advice", "characters", "check", "find_final_number",
     "is_custom", "lower_is_better", "measure", "score",
 ]  # fmt: skip
 
@@ -48,24 +47,16 @@ METRICS: dict[str, Metric] = {
 }
 
 
-class Measured(NamedTuple):
-    """What was found over some examples. All three by name; a user's metric that returns a dict has NAME.KEY."""
-
-    values: dict[str, float]
-    intervals: dict[str, tuple[float, float]]  # 95 %; of metrics that are known by example, and from 2 examples on
-    errors: dict[str, str]  # why a metric has no value, one line each
-
-
 def score(names: Sequence[str], predictions: Predictions, references: References) -> dict[str, float]:
-    """The metrics called `names`, in that order, over all examples.
+    """Return the metrics called `names`, in that order, over all examples.
 
     Raises `UserError` for an unknown metric and for a user's own that fails, and `ValueError` where there is
     no example, or where one has no reference.
     """
-    measured = measure(names, predictions, references, {"all": range(len(predictions))}, resamples=0)["all"]
-    for error in measured.errors.values():
+    result = measure(names, predictions, references, {"all": range(len(predictions))}, resamples=0)
+    for error in result.errors.get("all", {}).values():
         raise UserError(error)
-    return measured.values
+    return result.metrics["all"]
 
 
 def measure(
@@ -75,14 +66,15 @@ def measure(
     groups: Mapping[str, Sequence[int]],
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, Measured]:
-    """The metrics over each group of examples, which holds their indices, with bootstrap intervals.
+) -> Result:
+    """Measure each group of examples, given by their indices, with 95 % bootstrap intervals.
 
-    Each text is looked at once, however many groups there are; but a user's metric that returns a number
-    for all examples together is called for each group, and gets no interval. Without `resamples` there are
-    no intervals. A metric that fails leaves its reason in `errors`, and the others alone.
+    The result has no predictions; a user's metric that returns a dict is called NAME.KEY there. Each text is looked at
+    once, however many groups there are; but a user's metric that returns a number for all examples together is called
+    for each group, and gets no interval, nor does a group of one example. Without `resamples` there are no intervals.
+    A metric that fails leaves its reason in `errors`, and does not affect the others.
 
-    Raises as `score` does, but for a metric that fails.
+    Raises as `score` does, but not for a metric that fails.
     """
     check(names)
     _check_examples(predictions, references)
@@ -99,31 +91,34 @@ def measure(
             except UserError as error:  # of references that are not what the metric needs
                 failed[name] = str(error)
     own = {name: _Own(name, predictions, references) for name in names if is_custom(name)}
-
-    def measured(chosen: list[int]) -> Measured:
-        values: dict[str, float] = {}
-        errors = dict(failed)
+    values: dict[str, dict[str, float]] = {}
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
+    errors: dict[str, dict[str, str]] = {}
+    for group, indices in groups.items():
+        chosen = list(indices)
+        values[group], reasons = {}, dict(failed)
         by_example: dict[str, tuple[Values, Array]] = {}
         for name in names:
             if name in rows:
                 by_example[name] = METRICS[name].values, rows[name][chosen]
-                values[name] = value(*by_example[name])
-                continue
-            if name in failed:
-                continue
-            try:
-                for key, numbers in own[name].over(chosen).items():
+                values[group][name] = value(*by_example[name])
+            elif name in own:
+                try:
+                    measured = own[name].over(chosen)
+                except UserError as error:
+                    reasons[name] = str(error)
+                    continue
+                for key, numbers in measured.items():
                     if isinstance(numbers, float):
-                        values[key] = numbers
+                        values[group][key] = numbers
                     else:
                         by_example[key] = mean, numbers
-                        values[key] = value(*by_example[key])
-            except UserError as error:
-                errors[name] = str(error)
-        enough = resamples > 0 and len(chosen) > 1
-        return Measured(values, bootstrap.intervals(by_example, resamples, seed) if enough else {}, errors)
-
-    return {group: measured(list(chosen)) for group, chosen in groups.items()}
+                        values[group][key] = value(*by_example[key])
+        if resamples > 0 and len(chosen) > 1 and by_example:
+            intervals[group] = bootstrap.intervals(by_example, resamples, seed)
+        if reasons:
+            errors[group] = reasons
+    return Result(values, [], intervals, errors, advice(names, references))
 
 
 class _Own:

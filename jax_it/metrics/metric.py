@@ -1,8 +1,13 @@
-"""What a metric is: a few numbers for each example, and a value from their sums over any of the examples."""
+"""What a metric is: a few numbers for each example, and a value from their sums over any of the examples.
+
+`Result` is what all evaluations return.
+"""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +17,29 @@ References = Sequence[Sequence[str]]  # of each prediction, one or more
 Array = NDArray[np.float64]
 Values = Callable[[Array, int], Array]
 """[samples, numbers], which are sums over so many examples each -> the metric over each sample [samples]."""
+
+
+class Result(NamedTuple):
+    """What an evaluation found. Scores, intervals and errors are by group of examples, and then by metric.
+
+    The groups of a task are called "TASK" (all of its examples) and "TASK/GROUP".
+    """
+
+    metrics: dict[str, dict[str, float]]
+    predictions: list[dict[str, Any]]  # id, task, prompt, prediction, references
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = MappingProxyType({})  # 95 %
+    errors: Mapping[str, Mapping[str, str]] = MappingProxyType({})  # why metrics have no value, one line each
+    advice: str = ""  # what to know about the scores, one line each
+
+    def merge(self, other: "Result") -> "Result":
+        """Return the results of this evaluation and of another one."""
+        return Result(
+            {**self.metrics, **other.metrics},
+            [*self.predictions, *other.predictions],
+            {**self.intervals, **other.intervals},
+            {**self.errors, **other.errors},
+            "\n".join(dict.fromkeys(filter(None, (self.advice, other.advice)))),
+        )
 
 
 @dataclass(frozen=True)

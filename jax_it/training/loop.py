@@ -62,7 +62,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         total, intervals = resolved.total_steps, durations_in_steps(config, built.train.rates, resolved.total_steps)
 
         prepared = prepare(model, config, mesh, frozen, total, intervals["warmup"], intervals["decay"])
-        evaluator = evaluation.within_training(run)
+        suite = evaluation.within_training(run)
         check_disk(run_dir, prepared)
         if not resuming:
             run_dir.create(asked, resolved, model, run.tokenizer)
@@ -70,7 +70,7 @@ def train(config: Config, workdir: str | Path) -> TrainState:
         state, position = _restore_or_start(checkpoints, trained, frozen, prepared)
         del trained, frozen
         phases = since_first_start(run_dir, began, position)
-        evaluate = _evaluation_of(run_dir, model, evaluator, phases, stopping)
+        evaluate = _evaluation_of(run_dir, model, suite, phases, stopping)
 
         first = int(state.step)
         run_dir.rewind_metrics(first)
@@ -200,26 +200,26 @@ def check_disk(run_dir: RunDir, prepared: PreparedStep) -> None:
 
 
 def _evaluation_of(
-    run_dir: RunDir, model: Model, evaluator: evaluation.Evaluator | None, phases: Phases, stopping: Stopping
+    run_dir: RunDir, model: Model, suite: evaluation.Suite | None, phases: Phases, stopping: Stopping
 ) -> Any:
     """`evaluate(step, state) -> text` for evaluation within the loop; "" where it was stopped between two batches."""
-    if evaluator is None:
+    if suite is None:
         return None
-    board = run_dir.tensorboard / "eval"
-    evaluation.complete(board, {step: run_dir.eval(step) for step in run_dir.scored_steps()})
+    tensorboard_dir = run_dir.tensorboard / "eval"
+    evaluation.write_missing_events(tensorboard_dir, {step: run_dir.eval(step) for step in run_dir.scored_steps()})
 
     def evaluate(step: int, state: TrainState) -> str:
-        def go_on() -> bool:
+        def should_stop() -> bool:
             phases.enter("evaluating", step)
-            return not stopping()
+            return stopping()
 
         try:
-            scored = evaluator(model.join(state.params, state.frozen), go_on)
+            result = suite(model.join(state.params, state.frozen), should_stop)
         except evaluation.Stopped:
             return ""
-        evaluation.write(run_dir.eval(step), scored, board, step)
-        shown = evaluation.examples_text(scored)
-        return f"evaluation at step {step}\n{evaluation.table(scored)}" + (f"\n{shown}" if shown else "")
+        evaluation.write(run_dir.eval(step), result, tensorboard_dir, step)
+        shown = evaluation.examples_text(result)
+        return f"evaluation at step {step}\n{evaluation.table(result)}" + (f"\n{shown}" if shown else "")
 
     return evaluate
 

@@ -61,7 +61,7 @@ def test_what_is_held_out_is_evaluated_and_never_trained_on(tmp_path):
     data = settings(tmp_path, validation_size=4)
     examples = chain.build_eval(data, Letters(), FORMAT, limit=0).examples
     prompts = {example.prompt.rstrip("?") for example in examples}
-    assert len(prompts) == 8 and {example.task for example in examples} == {"a", "b"}
+    assert len(prompts) == 8 and {example.group for example in examples} == {"a", "b"}
     assert prompts.isdisjoint(trained(build(data), epochs=2)) and {*prompts, *trained(build(data))} == set(PROMPTS)
 
 

@@ -58,7 +58,7 @@ def test_an_example_has_its_prompt_and_references_as_texts_and_tokens(folder):
     first, second = read(task(folder, group_by="subject"))
     assert (first.id, first.group, first.prompt, first.references) == ("q1", "sums", "one and one a", ("two",))
     assert first.prompt_tokens == [*ids("one and one a"), END] and first.fields == RECORDS[0]
-    assert (second.id, second.group, first.options, first.cut) == ("test/1", "words", (), False)
+    assert (second.id, second.group, first.options, first.truncated) == ("test/1", "words", (), False)
     assert len(read(task(folder), limit=1)) == 1
 
 
@@ -140,9 +140,9 @@ def test_shots_are_left_out_where_the_task_lets_them_be(folder):
         "one and two a three two and two a four one and one a",
         "a name a ann a place a rome a word a",
     ]
-    assert [example.cut for example in found] == [False, False]
+    assert [example.truncated for example in found] == [False, False]
     found = read(with_shots(folder, truncate="fewshot", max_prompt_length=38, fewshot_delimiter=" "))
-    assert [(example.prompt, example.cut) for example in found] == [
+    assert [(example.prompt, example.truncated) for example in found] == [
         ("one and two a three one and one a", True),
         ("a name a ann a place a rome a word a", False),
     ]
@@ -155,7 +155,7 @@ def test_shots_are_left_out_where_the_task_lets_them_be(folder):
 @pytest.mark.parametrize("side, kept", [("end", "one an"), ("start", " one a")])
 def test_a_prompt_is_cut_only_where_the_task_says_so(folder, side, kept):
     first, _ = read(task(folder, truncate=side, max_prompt_length=7))
-    assert first.cut and first.prompt == "one and one a"  # the text tells what it was
+    assert first.truncated and first.prompt == "one and one a"  # the text tells what it was
     assert first.prompt_tokens == [*ids(kept), END]
     ranked = read(task(folder, truncate=side, max_prompt_length=7, score="multiple_choice", options=OPTIONS))[0]
     assert all(option.prompt == first.prompt_tokens for option in ranked.options)

@@ -10,7 +10,8 @@ from jax_it import config, sharding
 from jax_it.data import tasks
 from jax_it.data import tokenizer as tokenizers
 from jax_it.data.formats import CausalFormat
-from jax_it.evaluation import Evaluator, executed
+from jax_it.evaluation import code_execution
+from tests.evaluation.suites import make_suite
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "benchmarks"
 
@@ -67,14 +68,14 @@ def test_humaneval_scores_what_a_model_writes(problems, finished, monkeypatch, t
         def __init__(self, *_):
             pass
 
-        def __call__(self, params, go_on):
+        def __call__(self, params, should_stop):
             return [[text]], [0]
 
-    monkeypatch.setattr(executed, "Samples", Samples)
+    monkeypatch.setattr(code_execution, "Samples", Samples)
     model, params, tokenizer = jax_it.load(str(finished))
     mesh = sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
     settings = load(f"humaneval.py:{problems}", ("eval.run_model_code", "true"))
-    assert Evaluator(model, tokenizer, None, settings, None, mesh)(params).metrics == {
+    assert make_suite(model, tokenizer, None, settings, None, mesh)(params).metrics == {
         "humaneval": {"pass@1": score, "n": 1, "unfinished": 0}
     }
 

@@ -7,7 +7,7 @@ import pytest
 from jax_it import config as settings
 from jax_it.cli import main
 from jax_it.errors import UserError
-from jax_it.evaluation.run import Request
+from jax_it.evaluation.evaluate import EvalOptions
 from tests.tiny_run import copy, fails, succeeds, write_rows
 
 OTHER = """
@@ -70,7 +70,10 @@ def test_a_config_files_scores_lie_beside_the_runs_own_under_its_name(run, other
 def test_changed_settings_need_a_folder_of_their_own_unless_they_leave_the_scores_alone(run, tmp_path, capfd):
     command = ("eval", "--workdir", run, "--config.eval.limit=2")
     line = fails(capfd, *command)
-    assert line.endswith(f"the run in {run} is scored; name a folder for scores by other ones with --output")
+    assert line.endswith(
+        f"the run in {run} is scored with other settings, and the scores would not compare; "
+        "name another folder for these with --output"
+    )
     assert not (run / "eval").exists()
     succeeds(capfd, *command, "--output", tmp_path / "out")
     assert scores(tmp_path / "out" / "60")["all"]["n"] == 2 and not (run / "eval").exists()
@@ -83,7 +86,7 @@ def test_changed_settings_need_a_folder_of_their_own_unless_they_leave_the_score
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_scored(run, tmp_path, capfd):
     (tmp_path / "file").write_text("")
     line = fails(capfd, "eval", "--workdir", run, "--output", tmp_path / "file")
-    assert line.endswith("file/60: Not a directory; name another place with --output")
+    assert line.endswith("file/60: Not a directory; name another folder with --output")
     (run / "eval").write_text("")
     assert "cannot write to" in fails(capfd, "eval", "--workdir", run)
 
@@ -91,7 +94,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_scored(run, 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--config.train.seed=1",), "--config.train.seed: jax-it eval changes eval and data.eval alone"),
+        (("--config.train.seed=1",), "--config.train.seed: jax-it eval can only change eval and data.eval"),
         (("--config.eval.limt=1",), "config.eval.limt is not a setting"),
         (("--timeout", "3"), "--timeout goes with --follow"),
         (("--json", "x"), "--json goes with --summary"),
@@ -189,7 +192,7 @@ def test_python_that_the_user_names_or_allows_runs(run, ran, other, tmp_path, ca
 def test_a_config_file_runs_once(other, tmp_path):
     ran = tmp_path / "ran"
     other.write_text(f"open({str(ran)!r}, 'a').write('once ')\n{other.read_text()}")
-    request = Request(str(other), {"eval.limit": "3"})
+    request = EvalOptions(str(other), {"eval.limit": "3"})
     own = settings.Config(model=settings.Model(path="a model"))
     first, second = request.resolve(own), request.resolve(own)
     assert first == second and first.eval.limit == 3
@@ -199,10 +202,10 @@ def test_a_config_file_runs_once(other, tmp_path):
 def test_no_file_allows_by_itself_that_model_code_is_run(other):
     own = settings.Config(model=settings.Model(path="x"))
     for request, allowed in (
-        (Request(str(other)), False),
-        (Request(str(other), run_model_code=True), True),
-        (Request(str(other), {"eval.run_model_code": "true"}), True),
-        (Request(), False),
+        (EvalOptions(str(other)), False),
+        (EvalOptions(str(other), run_model_code=True), True),
+        (EvalOptions(str(other), {"eval.run_model_code": "true"}), True),
+        (EvalOptions(), False),
     ):
         assert request.resolve(own).eval.run_model_code is allowed
 
@@ -211,10 +214,10 @@ def test_no_file_allows_by_itself_that_model_code_is_run(other):
     "config, name", [("", ""), ("configs/mmlu.py", "mmlu"), ("mmlu.py:x", "mmlu-x"), ("m.py:a/b ../c", "m-a_b_.._c")]
 )
 def test_the_name_of_an_evaluation_is_that_of_its_file_and_argument(config, name):
-    assert Request(config).name == name
+    assert EvalOptions(config).name == name
 
 
 def test_settings_of_a_file_that_are_wrong_name_the_field(other):
     other.write_text(other.read_text().replace("config.eval.generate = False", "config.eval.batch_size = 0"))
     with pytest.raises(UserError, match=r"config.eval.batch_size: 0 must be at least 1"):
-        Request(str(other)).resolve(settings.Config(model=settings.Model(path="x")))
+        EvalOptions(str(other)).resolve(settings.Config(model=settings.Model(path="x")))

@@ -14,10 +14,11 @@ import pytest
 from jax_it import evaluate
 from jax_it.checkpointing import Checkpoints
 from jax_it.errors import Interrupted, UserError
-from jax_it.evaluation import Evaluator
+from jax_it.evaluation import Suite
 from jax_it.evaluation import follow as following
+from jax_it.evaluation.evaluate import EvalOptions
 from jax_it.evaluation.follow import follow
-from jax_it.evaluation.run import Request
+from jax_it.run import Run
 from jax_it.run_dir import RunDir
 from tests.faults.conftest import quiet_libraries  # noqa: F401 - damage is on purpose
 from tests.tiny_run import STEPS, copy, start, write_recipe
@@ -74,26 +75,26 @@ def test_all_checkpoints_of_a_finished_run_are_scored_once_in_their_order(run, c
 
 def test_one_evaluator_scores_all_checkpoints(run, monkeypatch):
     made = []
-    init = Evaluator.__init__
-    monkeypatch.setattr(Evaluator, "__init__", lambda self, *rest: made.append(init(self, *rest)))
+    init = Suite.__init__
+    monkeypatch.setattr(Suite, "__init__", lambda self, *rest: made.append(init(self, *rest)))
     assert followed(run)[0] == [45, 60] and len(made) == 1
 
 
 def reading(monkeypatch, before):
     """Calls `before(step)` before a checkpoint is read."""
-    trained = RunDir.trained
+    load_trained = Run.load_trained
 
-    def read(self, model, config, step, *rest):
+    def read(self, step, *rest):
         before(step)
-        return trained(self, model, config, step, *rest)
+        return load_trained(self, step, *rest)
 
-    monkeypatch.setattr(RunDir, "trained", read)
+    monkeypatch.setattr(Run, "load_trained", read)
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_read_is_told_and_the_next_one_scored(run, monkeypatch, capfd):
     reading(monkeypatch, lambda step: step == 45 and shutil.rmtree(run / "checkpoints" / "45"))
     assert followed(run) == ([60], {})
-    assert capfd.readouterr().err.count("checkpoint 45 was deleted before it was scored; a larger config.train.") == 1
+    assert capfd.readouterr().err.count("checkpoint 45 was deleted before it was scored; raise config.train.") == 1
 
 
 def test_a_damaged_checkpoint_is_told_once_and_left_out(run, capfd, monkeypatch):
@@ -106,7 +107,7 @@ def test_a_damaged_checkpoint_is_told_once_and_left_out(run, capfd, monkeypatch)
     steps, failed = followed(run)
     assert steps == [60] and list(failed) == [45] and tried == [45, 45, 60]
     assert capfd.readouterr().err.count(f"checkpoint {run}/checkpoints/45 cannot be read: ") == 1
-    assert failed[45].endswith("; it is left out") and list(scored(run)) == [60]
+    assert failed[45].endswith("; it is skipped") and list(scored(run)) == [60]
 
 
 def test_a_checkpoint_that_was_damaged_is_scored_when_training_has_written_it_anew(run, monkeypatch, capfd):
@@ -123,7 +124,7 @@ def test_a_checkpoint_that_was_damaged_is_scored_when_training_has_written_it_an
 
     thread = threading.Thread(target=mend)
     thread.start()
-    with pytest.raises(Interrupted, match="nothing new has come"):
+    with pytest.raises(Interrupted, match="no new checkpoint"):
         followed(run, timeout=4)
     thread.join()
     assert list(scored(run)) == [45]
@@ -136,7 +137,7 @@ def test_a_checkpoint_that_is_being_written_is_left_alone(run):
 
 def test_a_run_that_has_stopped_before_its_end_is_waited_for(run, capfd):
     cut(run)
-    with pytest.raises(Interrupted, match=r"nothing new has come to .*run for 3 s; run the same command to continue"):
+    with pytest.raises(Interrupted, match=r"no new checkpoint in .*run for 3 s; run the same command to continue"):
         followed(run, timeout=3)
     assert list(scored(run)) == [45]
     assert "1 checkpoint scored; waiting for the next checkpoint" in capfd.readouterr().err
@@ -159,7 +160,7 @@ def test_a_run_that_has_ended_early_is_not_waited_for(run):
 def test_an_end_that_cannot_be_is_named_once_and_not_believed(run, capfd, content, said):
     cut(run)
     (run / "ended.json").write_text(content)
-    with pytest.raises(Interrupted, match="nothing new has come"):
+    with pytest.raises(Interrupted, match="no new checkpoint"):
         followed(run, timeout=1)
     assert list(scored(run)) == [45] and capfd.readouterr().err.count(said) == 1
 
@@ -209,7 +210,7 @@ def test_the_second_follower_is_refused_and_one_with_another_place_for_its_score
         with pytest.raises(UserError) as error:
             follow(run)
         refused.append(str(error.value))
-        other.append(followed(run, Request(output=str(run.parent / "scores"))))
+        other.append(followed(run, EvalOptions(output=str(run.parent / "scores"))))
 
     follow(run, report=second)
     assert refused == [f"{line} follows the run in {run} already; stop it, or name another --output" for line in whom()]
@@ -222,15 +223,15 @@ def whom():
 
 
 def test_sigterm_stops_between_two_batches_and_the_step_is_scored_by_the_next_call(run, monkeypatch):
-    call = Evaluator.__call__
+    call = Suite.__call__
 
-    def stopped(self, params, go_on):
+    def stopped(self, params, should_stop):
         os.kill(os.getpid(), signal.SIGTERM)
-        return call(self, params, go_on)
+        return call(self, params, should_stop)
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="stopped by SIGTERM"):
-        patch.setattr(Evaluator, "__call__", stopped)
+        patch.setattr(Suite, "__call__", stopped)
         follow(run)
     assert scored(run) == {} and signal.getsignal(signal.SIGTERM) is before
     assert followed(run) == ([45, 60], {})
@@ -248,7 +249,7 @@ def test_a_run_that_is_scored_while_it_trains_is_not_followed_as_well(run):
     set_eval(run, every="20 steps")
     with pytest.raises(UserError, match=r"is scored while it trains \(config.eval.every='20 steps'\); follow a run"):
         follow(run)
-    assert followed(run, Request(output=str(run.parent / "scores")))[0] == [45, 60]
+    assert followed(run, EvalOptions(output=str(run.parent / "scores")))[0] == [45, 60]
 
 
 def test_another_run_in_the_folder_is_opened_anew(run, capfd):
@@ -332,7 +333,7 @@ def test_checkpoints_of_a_run_that_trains_are_all_scored_by_followers_that_are_k
     """Two are killed: before the second step's scores are whole, and before those of the next one are shown."""
     with Beside(tmp_path, "--config.train.keep_unscored=20", pause=0.2) as beside:
         outputs = []
-        for moment in ("write_atomically", 4), ("show", 1):
+        for moment in ("write_atomically", 4), ("write_events", 1):
             faults = {"killed_in": ["jax_it.evaluation.results", *moment]}
             follower = start("eval", "--workdir", beside.run, "--follow", **faults)
             outputs.append(follower.communicate()[0])

@@ -5,18 +5,19 @@ from typing import Any
 
 import pytest
 
-from jax_it import evaluation
 from jax_it.config import Config, Data, Duration, Eval, Source, Task
+from jax_it.data.evaluation_set import EvalSet
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.errors import UserError
+from jax_it.evaluation import suite
 from tests.data.letters import Letters, pairs, write
 from tests.tiny_run import fails, write_recipe
 
 FORMAT = Seq2SeqFormat(0, 0)
 
 
-def read(config: Config) -> evaluation.Needed:
-    return evaluation.read(config, Letters(), FORMAT)
+def read(config: Config) -> dict[str, EvalSet]:
+    return suite.read_examples(config, Letters(), FORMAT)
 
 
 @pytest.fixture
@@ -27,10 +28,10 @@ def path(tmp_path: Path) -> str:
 def test_all_that_evaluation_needs_is_read_and_nothing_else(path):
     task = Task("t", Source(path), metrics=("exact_match",), num_fewshot=1, fewshot=Source(path))
     needed = read(Config(data=Data(eval=(Source(path),)), eval=Eval(tasks=(task,))))
-    assert needed.examples is not None and len(needed.examples.examples) == 2
-    assert [example.prompt for example in needed.tasks["t"]] == ["b y\n\na", "a x\n\nb"]
+    assert list(needed) == ["all", "t"] and len(needed["all"].examples) == 2
+    assert [example.prompt for example in needed["t"].examples] == ["b y\n\na", "a x\n\nb"]
     held_out = Config(data=Data(train=(Source("absent.jsonl"),), validation_size=1))
-    assert read(held_out) == (None, {})  # it is part of the training data, which is read anyway
+    assert read(held_out) == {}  # it is part of the training data, which is read anyway
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ import pytest
 
 from jax_it import config as settings
 from jax_it.data import tasks
+from jax_it.data.evaluation_set import EvalExample
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.errors import UserError
-from jax_it.evaluation import Evaluator
 from tests.data.letters import Letters
+from tests.evaluation.suites import make_suite
 from tests.tiny_run import write_rows
 
 RECIPES = Path(__file__).parents[2] / "configs" / "benchmarks"
@@ -24,7 +25,7 @@ def recipe(name: str, folder: object) -> settings.Config:
     return settings.resolve(tree | {"model": {"path": "a/model"}}, training=False)
 
 
-def examples(name: str, folder: object) -> list[tasks.TaskExample]:
+def examples(name: str, folder: object) -> list[EvalExample]:
     config = recipe(name, folder)
     (task,) = config.eval.tasks
     return tasks.read(task, "config.eval.tasks.0", config.data, Letters(), Seq2SeqFormat(0, 0))
@@ -146,7 +147,7 @@ def test_super_ni_s_long_prompts_lose_examples_and_then_their_end(super_ni):
     file.write_text(json.dumps(whole))
     found = examples("super_ni", super_ni)
     assert [example.prompt.count("Positive Example") for example in found[:5]] == [2, 1, 0, 0, 2]
-    assert [example.cut for example in found[:5]] == [False, False, False, True, False]
+    assert [example.truncated for example in found[:5]] == [False, False, False, True, False]
     assert [len(example.prompt_tokens) <= 1024 for example in found[:5]] == [True] * 5
 
 
@@ -189,7 +190,7 @@ def test_a_model_is_scored_by_the_recipe(name, scores, predictions, opened, requ
         task = dataclasses.replace(task, max_new_tokens=8)
     task = dataclasses.replace(task, data=data)
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, tasks=(task,)))
-    scored = Evaluator(model, tokenizer, None, config, layout, mesh)(params)
+    scored = make_suite(model, tokenizer, None, config, layout, mesh)(params)
     assert scored.errors == {}
     for group, values in scores.items():
         assert list(scored.metrics[group]) == values

@@ -6,8 +6,9 @@ import math
 import pytest
 
 from jax_it.errors import UserError
-from jax_it.evaluation import Scored, complete, examples_text, table, write
+from jax_it.evaluation import examples_text, table, write, write_missing_events
 from jax_it.evaluation.results import read
+from jax_it.metrics import Result
 from jax_it.run_dir import RunDir
 
 
@@ -16,7 +17,7 @@ def row(task, number, prompt="add 1", prediction="it is 2"):
     return {"id": str(number), "task": task, "prompt": prompt, "prediction": prediction, "references": references}
 
 
-SCORED = Scored(
+SCORED = Result(
     {
         "sums": {"rougeL": 50.0, "n": 2.0},
         "translation": {"rougeL": 0.25, "n": 1.0},
@@ -46,7 +47,7 @@ def test_the_examples_show_the_first_of_each_task_on_one_line_each():
         "    reference:  it is 2",
     ]
     assert examples_text(SCORED, each=2).count("[sums]") == 2
-    assert examples_text(Scored(SCORED.metrics, [])) == ""
+    assert examples_text(Result(SCORED.metrics, [])) == ""
 
 
 def test_what_is_written_is_read_back_as_it_was(tmp_path):
@@ -62,7 +63,7 @@ def test_what_is_written_is_read_back_as_it_was(tmp_path):
 def test_scores_that_are_not_finite_or_huge_are_json_and_come_back(tmp_path):
     place = RunDir(tmp_path)
     found = {"all": {"loss": math.nan, "perplexity": math.inf, "own.py:huge": 1e300, "n": 1.0}}
-    scored = Scored(found, [row("sums", 1) | {"log_probs": [-math.inf, -1.0]}], {"all": {"loss": (math.nan, 2.0)}})
+    scored = Result(found, [row("sums", 1) | {"log_probs": [-math.inf, -1.0]}], {"all": {"loss": (math.nan, 2.0)}})
     write(place.eval(3), scored, tmp_path / "board", 3)
 
     def refuse(constant):
@@ -74,7 +75,7 @@ def test_scores_that_are_not_finite_or_huge_are_json_and_come_back(tmp_path):
     assert math.isnan(again["loss"]) and math.isnan(again["perplexity"]) and again["own.py:huge"] == 1e300
     assert math.isnan(again["loss_ci"][0]) and again["loss_ci"][1] == 2.0
     assert place.scores("loss")(3) is None and math.isnan(place.measured(3, "loss"))
-    complete(tmp_path / "board again", {3: place.eval(3)})
+    write_missing_events(tmp_path / "board again", {3: place.eval(3)})
     assert len(list((tmp_path / "board again").iterdir())) == 1
 
 
@@ -85,7 +86,7 @@ def test_damaged_scores_are_no_scores(tmp_path, content):
     (place.eval(3) / "metrics.json").write_text(content)
     with pytest.raises(ValueError, match=r".+"):
         read(place.eval(3))
-    complete(tmp_path / "board", {3: place.eval(3)})
+    write_missing_events(tmp_path / "board", {3: place.eval(3)})
     assert place.scores("loss")(3) is None and place.measured(3, "loss") is None
     assert not (tmp_path / "board").exists()
 
@@ -94,7 +95,7 @@ def test_a_digit_that_has_changed_is_noticed_and_a_file_of_an_older_version_is_r
     place = RunDir(tmp_path)
     for step, loss in ((3, 1.25), (4, 1.5), (5, 1.75)):
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
-        write(place.eval(step), Scored({"all": {"loss": loss}, "checksums": {"loss": math.nan}}, []))
+        write(place.eval(step), Result({"all": {"loss": loss}, "checksums": {"loss": math.nan}}, []))
     assert place.choose_step("best", "loss") == 3 and capfd.readouterr().err == ""
     file = place.eval(3) / "metrics.json"
     file.write_text(file.read_text().replace("1.25", "1.26"))
@@ -107,12 +108,12 @@ def test_a_digit_that_has_changed_is_noticed_and_a_file_of_an_older_version_is_r
 
 
 def test_a_task_may_be_called_checksum(tmp_path):
-    write(tmp_path, Scored({"checksum": {"loss": 1.0}}, []))
+    write(tmp_path, Result({"checksum": {"loss": 1.0}}, []))
     assert read(tmp_path) == {"checksum": {"loss": 1.0}}
 
 
 def test_half_a_surrogate_pair_does_not_lose_the_predictions(tmp_path):
-    write(tmp_path, Scored(SCORED.metrics, [row("sums", 1, prediction="\ud83d")]))
+    write(tmp_path, Result(SCORED.metrics, [row("sums", 1, prediction="\ud83d")]))
     (line,) = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["prediction"] == "\ud83d"
 
@@ -131,7 +132,7 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
         write(tmp_path / "eval" / "3", SCORED)
 
 
-WITH_INTERVALS = Scored(
+WITH_INTERVALS = Result(
     {
         "sums": {"rougeL": 50.0, "own.py:ratio": 0.12345, "n": 2.0},
         "all": {"loss": 1.23456, "n": 3.0, "rougeL": 33.3333, "without_reference": 1.0},
@@ -162,12 +163,12 @@ def test_the_table_shows_the_bounds_over_all_and_what_failed():
         ["loss", "rougeL", "own.py:ratio", "n"],
         ["sums", "50.0", "0.1235", "2"],
         ["all", "1.2346", "33.3", "3"],
-        ["from", "12.2"],
-        ["to", "61.0"],
+        ["95%", "CI", "low", "12.2"],
+        ["95%", "CI", "high", "61.0"],
     ]
     assert len({len(line) for line in lines[:5]}) == 1
     assert lines[5:] == [
         "metric 'own.py:ratio' raised KeyError",
         "most references are in a script",
-        "1 examples without a reference are left out",
+        "1 examples without a reference were skipped",
     ]

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jax_it.evaluation.run import Request
+from jax_it.evaluation.evaluate import EvalOptions
 from jax_it.evaluation.summary import summarize, text
 from tests.tiny_run import copy, fails, succeeds
 
@@ -51,10 +51,10 @@ def test_steps_are_rows_in_their_order_and_the_best_is_marked(run):
 
 
 def test_the_best_is_that_of_the_metric_which_the_config_names(run):
-    found = summarize(run, Request(changes={"eval.best": "rougeL"}))
+    found = summarize(run, EvalOptions(changes={"eval.best": "rougeL"}))
     assert found.best == 100
     assert "* best by rougeL: step 100, whose checkpoint is not kept" in text(found)
-    found = summarize(run, Request(changes={"eval.best": "exact_match"}))
+    found = summarize(run, EvalOptions(changes={"eval.best": "exact_match"}))
     assert found.best is None and "no step has a score by exact_match" in text(found)
 
 
@@ -102,13 +102,13 @@ def test_other_evaluations_are_named_and_shown_on_request(run, tmp_path):
     write(run, 45, {"all": {"loss": 9.0}}, "mmlu")
     shown = text(summarize(run))
     assert shown.splitlines()[-1] == "scores by other config files (--config): mmlu"
-    assert rows(text(summarize(run, Request(str(tmp_path / "mmlu.py")))))[:3] == [
+    assert rows(text(summarize(run, EvalOptions(str(tmp_path / "mmlu.py")))))[:3] == [
         ["all"],
         ["step", "loss"],
         ["*", "45", "9.0000"],
     ]
     write(tmp_path, 7, {"all": {"loss": 8.0}})
-    assert list(summarize(run, Request(output=str(tmp_path / "eval"))).scores) == [7]
+    assert list(summarize(run, EvalOptions(output=str(tmp_path / "eval"))).scores) == [7]
 
 
 def test_the_files_hold_what_the_table_shows_and_more(run, tmp_path, capfd):

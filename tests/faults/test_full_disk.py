@@ -9,7 +9,8 @@ import pytest
 
 from jax_it.checkpointing import Checkpoints
 from jax_it.errors import UserError
-from jax_it.evaluation import Scored, results
+from jax_it.evaluation import results
+from jax_it.metrics import Result
 from jax_it.run_dir import RunDir
 from jax_it.training.log import Log
 from tests.tiny_run import STEPS, copy, fails, losses, start, write_rows
@@ -79,7 +80,7 @@ def test_an_export_that_does_not_fit_leaves_no_folder(capfd, finished, tmp_path)
 
 
 def test_predictions_that_do_not_fit_leave_those_that_were_there(tmp_path):
-    scored = Scored({"all": {"loss": 1.0, "n": 1.0}}, [{"id": "1", "prediction": "word " * 1000}])
+    scored = Result({"all": {"loss": 1.0, "n": 1.0}}, [{"id": "1", "prediction": "word " * 1000}])
     write_rows(tmp_path / "predictions.jsonl", [{"id": "old"}])
     with room_for(1000), pytest.raises(UserError, match=r"cannot write .*: File too large; free space and evaluate"):
         results.write(tmp_path, scored)

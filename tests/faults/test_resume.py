@@ -15,6 +15,7 @@ from jax_it import config as settings
 from jax_it import evaluation, training
 from jax_it.config import Mesh
 from jax_it.errors import Interrupted
+from jax_it.metrics import Result
 from jax_it.run import open_run
 from jax_it.run_dir import RunDir
 from jax_it.sharding import make_mesh
@@ -110,24 +111,24 @@ def test_sigterm_during_an_evaluation_saves_its_step_and_the_evaluation_is_done_
     config, tmp_path, monkeypatch
 ):
 
-    class Evaluator:
+    class Suite:
         def __init__(self, *arguments):
             pass
 
-        def __call__(self, params, go_on):
-            scored.append(go_on())
+        def __call__(self, params, should_stop):
+            scored.append(should_stop())
             if len(scored) == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-                if not go_on():
+                if should_stop():
                     raise evaluation.Stopped
-            return evaluation.Scored({"all": {"loss": 1.0, "n": 1.0}}, [])
+            return Result({"all": {"loss": 1.0, "n": 1.0}}, [])
 
     def step(state, batch):
         measured = ("loss", "weight", "grad_norm", "learning_rate", "skipped", "skipped_in_a_row")
         return replace(state, step=state.step + 1), dict.fromkeys(measured, 0.0)
 
     scored = []
-    monkeypatch.setattr(evaluation, "Evaluator", Evaluator)
+    monkeypatch.setattr(evaluation.suite, "Suite", Suite)
     monkeypatch.setattr(training.step, "make_train_step", lambda *arguments: step)
     run = tmp_path / "run"
     changes = {"eval.every": "4 steps", "train.checkpoint_every": "3 steps", "train.duration": "6 steps"}

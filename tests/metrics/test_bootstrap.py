@@ -36,7 +36,7 @@ NAMES = [
 
 def test_intervals_are_those_of_resampled_texts():
     predictions, references = corpus(12)
-    found = metrics.measure(NAMES, predictions, references, {"all": range(12)}, resamples=30, seed=3)["all"].intervals
+    found = metrics.measure(NAMES, predictions, references, {"all": range(12)}, resamples=30, seed=3).intervals["all"]
     counts = bootstrap.draw(np.random.default_rng(3), 30, 12)
     assert (counts.sum(1) == 12).all() and len(np.unique(counts, axis=0)) > 25
     scores = []
@@ -58,13 +58,13 @@ def test_intervals_are_sacrebleus_on_its_resamples(name, scorer, monkeypatch):
     streams = [[texts[0] for texts in references]]
     _, resampled = _bootstrap_resample(scorer._extract_corpus_statistics(predictions, streams), scorer, 1000)
     expected = np.quantile([score.score for score in resampled], [0.025, 0.975])
-    measured = metrics.measure([name], predictions, references, {"all": range(60)}, resamples=1000, seed=12345)["all"]
-    low, high = measured.intervals[name]
+    measured = metrics.measure([name], predictions, references, {"all": range(60)}, resamples=1000, seed=12345)
+    low, high = measured.intervals["all"][name]
     assert (low, high) == pytest.approx(tuple(expected), rel=1e-5)  # its sums are float32
-    assert low < measured.values[name] < high
+    assert low < measured.metrics["all"][name] < high
     # What it prints, the half width between the 26th score from each end, lies one resample from that.
     printed = scorer.corpus_score(predictions, streams, n_bootstrap=1000)
-    assert measured.values[name] == pytest.approx(printed.score, abs=1e-9)
+    assert measured.metrics["all"][name] == pytest.approx(printed.score, abs=1e-9)
     assert (high - low) / 2 == pytest.approx(printed._ci, rel=0.02)
 
 
@@ -81,7 +81,7 @@ def test_intervals_repeat_with_the_seed_and_do_not_depend_on_the_other_metrics_o
     predictions, references = corpus(20)
 
     def interval(names, seed=0):
-        return metrics.measure(names, predictions, references, {"all": range(20)}, seed=seed)["all"].intervals["bleu"]
+        return metrics.measure(names, predictions, references, {"all": range(20)}, seed=seed).intervals["all"]["bleu"]
 
     assert interval(["bleu"]) == interval(["bleu"]) == interval(["rougeL", "chrf", "bleu"])
     assert interval(["bleu"], seed=1) != interval(["bleu"])
@@ -91,6 +91,6 @@ def test_intervals_repeat_with_the_seed_and_do_not_depend_on_the_other_metrics_o
 
 
 def test_equal_examples_have_an_interval_without_width():
-    found = metrics.measure(["bleu", "rougeL"], ["the dog"] * 5, [["the dog sat"]] * 5, {"all": range(5)})["all"]
-    for name, value in found.values.items():
-        assert found.intervals[name] == pytest.approx((value, value))
+    found = metrics.measure(["bleu", "rougeL"], ["the dog"] * 5, [["the dog sat"]] * 5, {"all": range(5)})
+    for name, value in found.metrics["all"].items():
+        assert found.intervals["all"][name] == pytest.approx((value, value))

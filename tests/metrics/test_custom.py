@@ -107,13 +107,13 @@ def test_numbers_by_example_get_a_mean_and_an_interval_and_one_number_only_a_val
     names = ["own.py:lengths", "own.py:brevity", "own.py:several"]
     groups = {"first": [0, 1], "all": range(3)}
     measured = metrics.measure(names, PREDICTIONS, REFERENCES, groups)
-    assert measured["first"].values == pytest.approx(
+    assert measured.metrics["first"] == pytest.approx(
         {"own.py:lengths": 2, "own.py:brevity": 4 / 5, "own.py:several.mean": 0.5, "own.py:several.length": 2}
     )
-    assert measured["all"].values["own.py:lengths"] == pytest.approx(5 / 3)
-    assert list(measured["first"].intervals) == ["own.py:lengths", "own.py:several.length"]
-    assert measured["first"].intervals["own.py:lengths"] == (1, 3)  # both the one, or both the other, in a quarter each
-    assert measured["all"].errors == {}
+    assert measured.metrics["all"]["own.py:lengths"] == pytest.approx(5 / 3)
+    assert list(measured.intervals["first"]) == ["own.py:lengths", "own.py:several.length"]
+    assert measured.intervals["first"]["own.py:lengths"] == (1, 3)  # both the one, or both the other, in a quarter each
+    assert "all" not in measured.errors
 
 
 def test_a_metric_is_called_again_for_a_group_only_where_it_does_not_tell_by_example(own):
@@ -127,12 +127,12 @@ def test_a_metric_is_called_again_for_a_group_only_where_it_does_not_tell_by_exa
 def test_a_metric_that_raises_is_left_out_with_its_reason_and_stops_no_other(own):
     names = ["own.py:fails_with_many_lines", "rougeL", "own.py:fails_on_one", "own.py:lengths"]
     measured = metrics.measure(names, PREDICTIONS, REFERENCES, {"calm": [0, 1], "all": range(3)})
-    assert list(measured["all"].values) == ["rougeL", "own.py:lengths"]
+    assert list(measured.metrics["all"]) == ["rougeL", "own.py:lengths"]
     many = "metric 'own.py:fails_with_many_lines' raised ValueError: one two (own.py, line "
-    assert measured["all"].errors["own.py:fails_with_many_lines"].startswith(many)
-    assert "there is a !" in measured["all"].errors["own.py:fails_on_one"]
-    assert measured["calm"].values["own.py:fails_on_one"] == 2
-    assert list(measured["calm"].errors) == ["own.py:fails_with_many_lines"]
+    assert measured.errors["all"]["own.py:fails_with_many_lines"].startswith(many)
+    assert "there is a !" in measured.errors["all"]["own.py:fails_on_one"]
+    assert measured.metrics["calm"]["own.py:fails_on_one"] == 2
+    assert list(measured.errors["calm"]) == ["own.py:fails_with_many_lines"]
     with pytest.raises(UserError, match="one two"):
         metrics.score(names, PREDICTIONS, REFERENCES)
 
@@ -147,7 +147,7 @@ def test_a_reason_says_where_the_metric_failed(own):
 def test_a_metric_cannot_spoil_the_texts_of_the_others(own):
     names = ["own.py:spoils", "exact_match"]
     measured = metrics.measure(names, PREDICTIONS, REFERENCES, {"a": [0, 1], "all": range(3)})
-    assert measured["all"].values["exact_match"] == pytest.approx(200 / 3)
+    assert measured.metrics["all"]["exact_match"] == pytest.approx(200 / 3)
     assert PREDICTIONS == ["a b", "c", "!"] and REFERENCES[0] == ["a b"]
 
 

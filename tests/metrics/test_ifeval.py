@@ -162,9 +162,9 @@ def test_the_same_text_has_the_same_score_however_often_it_is_asked():
 def test_a_bootstrap_draws_prompts_and_weighs_them_by_their_instructions():
     texts, references = ["a b", "a, b"], [reference(COMMA, WORDS), reference(COMMA)]
     found = metrics.measure(["ifeval.instruction_strict"], texts, references, {"all": [0, 1], "one": [0]})
-    assert found["all"].values["ifeval.instruction_strict"] == pytest.approx(200 / 3)
-    assert found["all"].intervals["ifeval.instruction_strict"] == (0, 100)
-    assert found["one"].values["ifeval.instruction_strict"] == 100
+    assert found.metrics["all"]["ifeval.instruction_strict"] == pytest.approx(200 / 3)
+    assert found.intervals["all"]["ifeval.instruction_strict"] == (0, 100)
+    assert found.metrics["one"]["ifeval.instruction_strict"] == 100
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,8 @@ def test_a_reference_that_is_none_is_named_and_spoils_no_other_metric(given, mes
     with pytest.raises(UserError) as error:
         metrics.score(["ifeval"], texts, references)
     assert message in str(error.value) and "\n" not in str(error.value)
-    found = metrics.measure(["ifeval", "exact_match"], texts, references, {"all": [0, 1]})["all"]
-    assert message in found.errors["ifeval"] and found.values["exact_match"] == 0 and "ifeval" not in found.values
+    found = metrics.measure(["ifeval", "exact_match"], texts, references, {"all": [0, 1]})
+    assert message in found.errors["all"]["ifeval"] and found.metrics["all"] == {"exact_match": 0}
 
 
 def test_what_is_missing_is_said_before_a_run_starts(monkeypatch, tmp_path):

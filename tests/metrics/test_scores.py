@@ -85,12 +85,12 @@ def test_groups_of_examples_are_scored_as_if_alone_and_each_text_is_cut_once(mon
         Metric(lambda texts, _: calls.append(texts) or np.array([[float(len(text))] for text in texts]), mean),
     )
     measured = metrics.measure(EVERYWHERE, PREDICTIONS, RAGGED, TASKS)
-    assert list(measured) == list(TASKS) and calls == [PREDICTIONS]
+    assert list(measured.metrics) == list(TASKS) and calls == [PREDICTIONS]
     for task, chosen in TASKS.items():
         expected = metrics.score(EVERYWHERE, [PREDICTIONS[i] for i in chosen], [RAGGED[i] for i in chosen])
-        assert measured[task].values == pytest.approx(expected, abs=1e-9)
-        assert list(measured[task].values) == EVERYWHERE
-        assert measured[task].errors == {}
+        assert measured.metrics[task] == pytest.approx(expected, abs=1e-9)
+        assert list(measured.metrics[task]) == EVERYWHERE
+        assert task not in measured.errors
 
 
 def test_a_group_without_examples_is_refused():
@@ -101,10 +101,10 @@ def test_a_group_without_examples_is_refused():
 def test_every_metric_has_an_interval_from_two_examples_on():
     measured = metrics.measure(EVERYWHERE, PREDICTIONS, RAGGED, TASKS)
     for task in ("pets", "rest", "all"):
-        assert list(measured[task].intervals) == EVERYWHERE
-        for low, high in measured[task].intervals.values():
+        assert list(measured.intervals[task]) == EVERYWHERE
+        for low, high in measured.intervals[task].values():
             assert type(low) is float and math.isfinite(low) and low <= high
-    low, high = measured["all"].intervals["rougeL"]
-    assert low < measured["all"].values["rougeL"] < high
-    assert measured["one"].intervals == {}
-    assert metrics.measure(["bleu"], PREDICTIONS, RAGGED, TASKS, resamples=0)["all"].intervals == {}
+    low, high = measured.intervals["all"]["rougeL"]
+    assert low < measured.metrics["all"]["rougeL"] < high
+    assert "one" not in measured.intervals
+    assert metrics.measure(["bleu"], PREDICTIONS, RAGGED, TASKS, resamples=0).intervals == {}

@@ -28,7 +28,7 @@ def test_two_hosts_score_each_checkpoint_once_together(recipes: dict[str, Path],
     first, second = processes.ends(processes.start(2, "eval", "--workdir", run, "--follow"))
     assert first.code == second.code == 2, (first, second)
     assert told(first.text) == ["step 8"] and told(second.text) == []
-    assert re.search(r"checkpoint \S+/6 cannot be read: .*; it is left out", first.text)
+    assert re.search(r"checkpoint \S+/6 cannot be read: .*; it is skipped", first.text)
     scores = {
         folder: json.loads((folder / "8" / "metrics.json").read_text())["all"]["loss"]
         for folder in (run / "eval", tmp_path / "one")

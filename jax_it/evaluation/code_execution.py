@@ -1,4 +1,4 @@
-"""score="code_execution": do the programs that a model writes pass their tests? pass@k of Chen et al. 2021."""
+"""Do the programs that a model writes pass their tests? pass@k of Chen et al. 2021."""
 
 import json
 import re
@@ -11,28 +11,30 @@ from tqdm import tqdm
 
 from jax_it import hosts
 from jax_it.config import Task
-from jax_it.data.tasks import TaskExample
+from jax_it.data.evaluation_set import EvalExample
 from jax_it.errors import UserError
 from jax_it.evaluation import sandbox
+from jax_it.evaluation.evaluators import Samples, check_stop, measure_groups, prediction_row, with_counts
 from jax_it.evaluation.sandbox import Outcome
-from jax_it.evaluation.scorers import Found, Samples, Setting, ask, over_groups, row_of, summed_up
+from jax_it.metrics import Result
 from jax_it.metrics.metric import percent
 from jax_it.models import Params
+from jax_it.run import Run
 
 FIELDS = ("prompt", "test", "entry_point")  # of a record: text that the model continues, tests, and what they call
-CHUNK = 256  # programs between two questions whether to go on
+CHUNK = 256  # programs between two calls of `should_stop`
 FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)  # Markdown's, that of a model that chats
 
 
-class Executed:
-    """The shares of problems that one of k programs solves, of `task.metrics` ("pass@1", "pass@10").
+class CodeExecution:
+    """score="code_execution": the share of problems that one of k programs solves ("pass@1", "pass@10").
 
-    Programs run in `sandbox`, and only where the user has said so. Raises UserError where that is missing, and for
-    records without what a program is built from.
+    Programs run in `sandbox`, and only if the user allows it. Raises UserError where that is missing, and for records
+    without what a program is built from.
     """
 
-    def __init__(self, task: Task, examples: Sequence[TaskExample], setting: Setting):
-        if not setting.config.eval.run_model_code:
+    def __init__(self, task: Task, examples: Sequence[EvalExample], run: Run):
+        if not run.config.eval.run_model_code:
             raise UserError("it runs programs that the model writes; add --run-model-code to allow that")
         self._ks = {name: _k(name, task) for name in task.metrics or ("pass@1",)}
         for example in examples:
@@ -41,21 +43,21 @@ class Executed:
                     there = ", ".join(map(str, example.fields))
                     raise UserError(f"example {example.id}: no text in the field {field!r}; its fields: {there}")
         self._task, self._examples = task, examples
-        self._samples = Samples(task, examples, setting)
+        self._samples = Samples(task, examples, run)
 
-    def __call__(self, params: Params, go_on: Callable[[], bool]) -> Found:
+    def __call__(self, params: Params, should_stop: Callable[[], bool]) -> Result:
         task, several = self._task, self._task.samples > 1
-        texts, unfinished = self._samples(params, go_on)
+        texts, unfinished = self._samples(params, should_stop)
         programs = [
             program(example.fields, text) for example, each in zip(self._examples, texts, strict=True) for text in each
         ]
-        outcomes = _run(task, programs, go_on)
+        outcomes = _run(task, programs, should_stop)
         rows, solved = [], []
         for i, (example, each) in enumerate(zip(self._examples, texts, strict=True)):
             found = outcomes[i * task.samples : (i + 1) * task.samples]
             solved.append(sum(outcome.passed for outcome in found))
             passed, reasons = [outcome.passed for outcome in found], [outcome.reason for outcome in found]
-            row = row_of(example, each if several else each[0])
+            row = prediction_row(task, example, each if several else each[0])
             rows.append(
                 row | {"passed": passed if several else passed[0], "reason": reasons if several else reasons[0]}
             )
@@ -63,14 +65,14 @@ class Executed:
             name: (percent, np.array([[pass_at_k(task.samples, number, k)] for number in solved]))
             for name, k in self._ks.items()
         }
-        values, intervals = over_groups(scores, self._examples)
-        return Found(summed_up(values, task, self._examples, unfinished), rows, intervals, advice=_advice())
+        result = measure_groups(scores, task, self._examples)._replace(predictions=rows, advice=_advice())
+        return with_counts(result, task, self._examples, unfinished)
 
 
 def program(fields: Mapping[str, Any], text: str) -> str:
-    """The prompt, the model's text and the tests of it. Of a text with Markdown's code, that code.
+    """Join the prompt, the model's text and the tests of it. Of a text with code in Markdown, take that code.
 
-    A whole function that the text defines takes the place of the prompt's, whose docstring is all its body then.
+    A whole function that the text defines replaces the prompt's, whose body is only its docstring then.
     """
     fenced = FENCE.search(text)
     code = fenced[1] if fenced else text
@@ -78,9 +80,9 @@ def program(fields: Mapping[str, Any], text: str) -> str:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that one of k programs is right, drawn from n of which c are: 1 - C(n - c, k) / C(n, k).
+    """Return the chance that one of k programs is right, drawn from n of which c are: 1 - C(n - c, k) / C(n, k).
 
-    Without bias for k up to n, unlike 1 - (1 - c / n) ** k (Chen et al. 2021, section 2.1).
+    It has no bias for k up to n, unlike 1 - (1 - c / n) ** k (Chen et al. 2021, section 2.1).
     """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"expected 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
@@ -101,12 +103,12 @@ def _k(name: str, task: Task) -> int:
     return int(match[1])
 
 
-def _run(task: Task, programs: Sequence[str], go_on: Callable[[], bool]) -> list[Outcome]:
-    """On the first host; all get the outcomes. Raises UserError on all where no program can be run."""
+def _run(task: Task, programs: Sequence[str], should_stop: Callable[[], bool]) -> list[Outcome]:
+    """Run programs on the first host; all get the outcomes. Raises UserError on all where no program can be run."""
     outcomes: list[Outcome] = []
     with tqdm(total=len(programs), desc=f"{task.name}: tests", unit=" programs", disable=None, leave=False) as bar:
         for start in range(0, len(programs), CHUNK):
-            ask(go_on)
+            check_stop(should_stop)
             run = partial(sandbox.run_all, programs[start : start + CHUNK], done=bar.update)
             outcomes += [Outcome(*outcome) for outcome in _from_first(run)]
     return outcomes
@@ -118,7 +120,7 @@ def _advice() -> str:
 
 
 def _from_first(make: Callable[[], Any]) -> Any:
-    """What the first host makes, through JSON, or its UserError: it is one task's, and must end no other host."""
+    """Return what the first host makes, through JSON, or raise its UserError on all: it is one task's error alone."""
 
     def made() -> str:
         try:

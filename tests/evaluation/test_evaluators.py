@@ -10,12 +10,13 @@ import pytest
 
 from jax_it import data, metrics
 from jax_it.config import Source, Task
-from jax_it.data.tasks import Option, TaskExample
+from jax_it.data.evaluation_set import EvalExample, Option
 from jax_it.errors import Interrupted, UserError
-from jax_it.evaluation import Evaluator, Stopped, scorers
-from jax_it.evaluation.evaluator import TASK
+from jax_it.evaluation import Stopped, evaluators
+from jax_it.evaluation.evaluators import TASK
 from jax_it.run import make_format
 from tests.data.chat_tokenizers import checkpoint
+from tests.evaluation.suites import make_suite
 from tests.tiny_run import write_rows
 
 WORDS = ["red", "green", "blue", "pink", "grey", "teal"]
@@ -35,7 +36,7 @@ def parts(opened):
         changed = dataclasses.replace(config.eval, tasks=tasks, **given)
         whole = dataclasses.replace(config, eval=changed)
         examples = data.build_eval(config.data, tokenizer, make_format(model, tokenizer), 0) if with_examples else None
-        return Evaluator(model, tokenizer, examples, whole, layout, mesh)
+        return make_suite(model, tokenizer, examples, whole, layout, mesh)
 
     return evaluator, params, tokenizer
 
@@ -101,10 +102,11 @@ def test_a_log_likelihood_is_the_loss_of_the_option_times_its_tokens(parts, fold
     row = evaluator(rank(folder))(params).predictions[1]
     for option, log_likelihood in zip(row["options"], row["log_likelihoods"], strict=True):
         write_rows(folder / "one.jsonl", [{"prompt": row["prompt"], "completion": option}])
-        model, _, format, config, mesh = evaluator(rank(folder))._setting
+        run = evaluator(rank(folder)).run
+        config, model, mesh, format = run.config, run.model, run.mesh, run.format
         sources = dataclasses.replace(config.data, eval=(Source(f"{folder}/one.jsonl"),))
         examples = data.build_eval(sources, tokenizer, format, 0)
-        alone = Evaluator(model, tokenizer, examples, dataclasses.replace(
+        alone = make_suite(model, tokenizer, examples, dataclasses.replace(
             config, eval=dataclasses.replace(config.eval, tasks=(), generate=False)
         ), format.layout(np.array([8]), np.array([4]), sources, 1, lambda shape: 1.0), mesh)  # fmt: skip
         overall = alone(params).metrics["all"]
@@ -145,12 +147,12 @@ def test_log_likelihoods_are_compared_as_they_are_or_by_the_options_lengths(part
     options = (
         Option("ab", [1], [5]), Option("abcdef", [1], [5] * 4), Option("longer than all", [1], [5, 5]),
     )  # fmt: skip
-    example = TaskExample("x", "", {}, "?", [1], ("ab",), options, False)
-    ranked = scorers.Ranked(task, [example], evaluator(task)._setting)
-    ranked._log_probs = lambda params, go_on: [[-3.0, -8.0, -5.0]]
-    found = ranked(params, lambda: True)
+    example = EvalExample("x", "", "?", [1], ("ab",), options=options)
+    ranked = evaluators.MultipleChoice(task, [example], evaluator(task).run)
+    ranked._log_probs = lambda params, should_stop: [[-3.0, -8.0, -5.0]]
+    found = ranked(params, lambda: False)
     assert found.predictions[0]["prediction"] == chosen
-    assert found.metrics[""]["accuracy"] == (100.0 if chosen == "ab" else 0.0)
+    assert found.metrics["ranked"]["accuracy"] == (100.0 if chosen == "ab" else 0.0)
 
 
 def test_several_texts_of_a_prompt_are_drawn_and_each_counts(parts, folder):
@@ -190,7 +192,7 @@ def test_a_text_is_cut_at_a_stop_string_and_its_answer_is_what_a_pattern_finds(p
     ],
 )
 def test_the_answer_is_the_last_match_of_the_pattern(text, pattern, answer):
-    assert scorers._answer(text, pattern) == answer
+    assert evaluators._answer(text, pattern) == answer
 
 
 OWN = """
@@ -212,7 +214,7 @@ def test_a_task_that_fails_costs_no_other_its_scores(parts, folder, monkeypatch)
         rank(folder, "fault"),
         rank(folder),
     )
-    real = scorers.Likelihoods
+    real = evaluators.Likelihoods
 
     class Faulty:
         """Raises for the first task that makes one, as a fault of the model's code would."""
@@ -227,7 +229,7 @@ def test_a_task_that_fails_costs_no_other_its_scores(parts, folder, monkeypatch)
         def fails(params, requests):
             raise RuntimeError("\nout of memory\nmore")
 
-    monkeypatch.setattr(scorers, "Likelihoods", Faulty)
+    monkeypatch.setattr(evaluators, "Likelihoods", Faulty)
     scored = evaluator(*tasks, with_examples=True)(params)
     assert list(scored.metrics) == ["first", "last", "all", "own", "ranked"]
     assert {task for task, reasons in scored.errors.items() if TASK in reasons} == {
@@ -250,14 +252,14 @@ def test_examples_that_fail_cost_the_tasks_nothing(parts, folder, monkeypatch):
     evaluator, params, _ = parts
     one = evaluator(rank(folder), with_examples=True)
 
-    def fails(params, go_on):
+    def fails(params, should_stop):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(one, "_examples", fails)
+    monkeypatch.setitem(one._make, "all", lambda: fails)
     scored = one(params)
     assert list(scored.metrics) == ["ranked"] and scored.errors == {"all": {TASK: "RuntimeError: out of memory"}}
     alone = evaluator(with_examples=True)
-    monkeypatch.setattr(alone, "_examples", fails)
+    monkeypatch.setitem(alone._make, "all", lambda: fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         alone(params)
 
@@ -266,7 +268,7 @@ def test_examples_that_fail_cost_the_tasks_nothing(parts, folder, monkeypatch):
 def test_an_evaluation_stops_between_two_batches(parts, folder, make):
     evaluator, params, _ = parts
     one = evaluator(make(folder), batch_size=1)
-    answers = iter([True, True, False])
+    answers = iter([False, False, True])
     with pytest.raises(Stopped):
         one(params, lambda: next(answers))
     assert list(one(params).metrics) == [make(folder).name]  # and may begin anew
@@ -303,20 +305,20 @@ def test_prompts_that_were_cut_are_counted(parts, folder):
 @pytest.mark.parametrize("new, fits", [(3, True), (4, False)])
 def test_a_model_with_learned_positions_refuses_what_it_has_none_for(new, fits):
     model = SimpleNamespace(config=SimpleNamespace(positions=8))
-    examples = [TaskExample("x", "", {}, "", [1] * 5, (), (), False)]
+    examples = [EvalExample("x", "", "", [1] * 5, ())]
     if fits:
-        scorers._check_room(model, examples, [new])
+        evaluators._check_positions(model, examples, [new])
         return
     message = r"^example x: its prompt has 5 tokens, and with 4 more it is too long for the model's 8 positions; use"
     with pytest.raises(UserError, match=message):
-        scorers._check_room(model, examples, [new])
+        evaluators._check_positions(model, examples, [new])
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama2", "mistral_v3", "gemma"])
 def test_a_causal_model_s_text_keeps_the_blanks_that_it_begins_with(name):
     tokenizer = checkpoint(name)
-    samples = scorers.Samples.__new__(scorers.Samples)
-    samples._tokenizer, samples._causal = tokenizer, True
+    samples = evaluators.Samples.__new__(evaluators.Samples)
+    samples._tokenizer, samples._in_context = tokenizer, True
     for text in (" well", "\n  a  b", "Hello"):
         (whole,) = tokenizer.encode(["I am" + text])
         for at in range(1, len(whole)):

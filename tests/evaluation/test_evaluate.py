@@ -13,10 +13,11 @@ from jax_it.data.batches import Placed
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
 from jax_it.errors import UserError
-from jax_it.evaluation import Evaluator, table
+from jax_it.evaluation import table
 from jax_it.generation import Engine, Sampling, generate
 from jax_it.run import make_format
 from jax_it.run_dir import RunDir
+from tests.evaluation.suites import make_suite
 from tests.tiny_run import STEPS, copy
 
 
@@ -119,7 +120,7 @@ def test_the_scores_do_not_depend_on_rows_devices_or_batches(evaluated, parts, d
     mesh = sharding.make_mesh(settings.Mesh(tensor=min(devices, 2)), jax.devices()[:devices])
     params = jax.device_put(params, sharding.shardings(model.logical_axes, params, mesh))
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_size=3))
-    scored = Evaluator(model, tokenizer, examples, config, layout or own, mesh)(params)
+    scored = make_suite(model, tokenizer, examples, config, layout or own, mesh)(params)
     assert scored.predictions == evaluated[1].predictions
     for task, values in evaluated[1].metrics.items():
         assert scored.metrics[task] == pytest.approx(values, rel=1e-5)
@@ -146,7 +147,7 @@ def test_the_scores_choose_the_best_checkpoint(evaluated, tmp_path):
 def test_without_generation_there_is_the_loss_alone(evaluated, parts):
     config, layout, model, params, tokenizer, examples, mesh = parts
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, generate=False))
-    scored = Evaluator(model, tokenizer, examples, config, layout, mesh)(params)
+    scored = make_suite(model, tokenizer, examples, config, layout, mesh)(params)
     assert scored.predictions == [] and list(scored.metrics) == ["all"]
     loss = evaluated[1].metrics["all"]["loss"]
     expected = {"loss": loss, "perplexity": np.exp(loss), "n": 7, "without_reference": 0, "truncated": 0}
@@ -156,12 +157,12 @@ def test_without_generation_there_is_the_loss_alone(evaluated, parts):
 def test_texts_are_generated_as_the_settings_say(parts):
     config, layout, model, params, tokenizer, examples, mesh = parts
     short = dataclasses.replace(config.eval, metrics=("rougeL",), max_new_tokens=2, min_new_tokens=2)
-    scored = Evaluator(model, tokenizer, examples, dataclasses.replace(config, eval=short), layout, mesh)(params)
+    scored = make_suite(model, tokenizer, examples, dataclasses.replace(config, eval=short), layout, mesh)(params)
     assert {task: values["unfinished"] for task, values in scored.metrics.items()} == {"first": 4, "last": 3, "all": 7}
     assert "texts that reached max_new_tokens before they ended: first 4, last 3, all 7" in table(scored)
     chosen = {"num_beams": 3, "length_penalty": 2.0, "min_new_tokens": 4, "forced_bos_token": "\u2581teal"}
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, metrics=("rougeL",), **chosen))
-    scored = Evaluator(model, tokenizer, examples, config, layout, mesh)(params)
+    scored = make_suite(model, tokenizer, examples, config, layout, mesh)(params)
     first = tokenizer.id_of("\u2581teal", "the test")
     sampling = Sampling(num_beams=3, length_penalty=2.0, min_new_tokens=4, forced_bos_token=first)
     length = config.eval.max_new_tokens or config.data.max_target_length
@@ -183,7 +184,7 @@ def test_a_metric_of_ones_own_that_fails_costs_only_its_own_value(parts, tmp_pat
     fails, lengths = f"{tmp_path}/own.py:fails", f"{tmp_path}/own.py:lengths"
     names = (fails, "rougeL", lengths)
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, metrics=names))
-    scored = Evaluator(model, tokenizer, examples, config, layout, mesh)(params)
+    scored = make_suite(model, tokenizer, examples, config, layout, mesh)(params)
     assert fails not in scored.metrics["all"] and scored.metrics["all"]["rougeL"] > 0
     expected = np.mean([len(row["prediction"]) for row in scored.predictions])
     assert scored.metrics["all"][lengths] == pytest.approx(expected)
@@ -191,4 +192,4 @@ def test_a_metric_of_ones_own_that_fails_costs_only_its_own_value(parts, tmp_pat
     assert table(scored).count("raised LookupError: not there (own.py, line 2)") == 1
     missing = dataclasses.replace(config, eval=dataclasses.replace(config.eval, metrics=(f"{fails}_not",)))
     with pytest.raises(UserError, match="has no function 'fails_not'"):
-        Evaluator(model, tokenizer, examples, missing, layout, mesh)
+        make_suite(model, tokenizer, examples, missing, layout, mesh)

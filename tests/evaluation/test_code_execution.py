@@ -11,12 +11,13 @@ import pytest
 import jax_it
 from jax_it import config, hosts, sharding
 from jax_it.config import Task
-from jax_it.data.tasks import TaskExample
+from jax_it.data.evaluation_set import EvalExample
 from jax_it.errors import UserError
-from jax_it.evaluation import Evaluator, executed, sandbox
-from jax_it.evaluation.executed import Executed, pass_at_k, program
+from jax_it.evaluation import code_execution, sandbox
+from jax_it.evaluation.code_execution import CodeExecution, pass_at_k, program
+from jax_it.evaluation.evaluators import Stopped
 from jax_it.evaluation.sandbox import Outcome
-from jax_it.evaluation.scorers import Setting, Stopped
+from tests.evaluation.suites import make_run, make_suite
 
 PROMPTS = {
     "double": 'import math\n\n\ndef double(x: int) -> int:\n    """ Twice x.\n    >>> double(2)\n    4\n    """\n',
@@ -112,17 +113,16 @@ def test_tests_of_the_models_own_do_not_take_the_place_of_the_real_ones():
 
 
 @pytest.fixture(scope="module")
-def setting(finished):
+def opened_run(finished):
     model, params, tokenizer = jax_it.load(str(finished))
     mesh = sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
     settings = config.Config(eval=config.Eval(run_model_code=True, batch_size=4))
-    return Setting(model, tokenizer, jax_it.run.make_format(model, tokenizer), settings, mesh), params
+    return make_run(settings, None, model, tokenizer, mesh), params
 
 
 def examples(*records):
     return [
-        TaskExample(f"t{i}", "", record, record.get("prompt"), [3, 1], (), (), False)
-        for i, record in enumerate(records)
+        EvalExample(f"t{i}", "", record.get("prompt"), [3, 1], (), fields=record) for i, record in enumerate(records)
     ]
 
 
@@ -135,56 +135,56 @@ def answers(monkeypatch):
             def __init__(self, *_):
                 pass
 
-            def __call__(self, params, go_on):
+            def __call__(self, params, should_stop):
                 return [list(each) for each in texts], [0] * len(texts)
 
-        monkeypatch.setattr(executed, "Samples", Samples)
+        monkeypatch.setattr(code_execution, "Samples", Samples)
 
     return answers
 
 
-def yes():
-    return True
+def no():
+    return False
 
 
-def test_a_task_counts_the_problems_that_are_solved(setting, answers):
+def test_a_task_counts_the_problems_that_are_solved(opened_run, answers):
     answers(["    return 2 * x", "    return 3 * x", "    return x + x"], ["    return r", "", "    return 3"])
     task = Task("code", score="code_execution", samples=3, temperature=1.0, metrics=("pass@1", "pass@2", "pass@3"))
-    found = Executed(task, examples(*RECORDS), setting[0])({}, yes)
-    assert found.metrics[""] == {
+    found = CodeExecution(task, examples(*RECORDS), opened_run[0])({}, no)
+    assert found.metrics["code"] == {
         "pass@1": pytest.approx(100 * (2 / 3 + 0) / 2),
         "pass@2": pytest.approx(100 * (1 + 0) / 2),
         "pass@3": pytest.approx(100 * (1 + 0) / 2),
         "n": 2,
         "unfinished": 0,
     }
-    assert set(found.intervals[""]) == {"pass@1", "pass@2", "pass@3"}
+    assert set(found.intervals["code"]) == {"pass@1", "pass@2", "pass@3"}
     first, second = found.predictions
     assert first["passed"] == [True, False, True] and second["passed"] == [False] * 3
     assert first["reason"][1].startswith("AssertionError") and first["reason"][0] == ""
     assert first["prediction"][0] == "    return 2 * x"
 
 
-def test_one_program_each_is_pass_at_1(setting, answers):
+def test_one_program_each_is_pass_at_1(opened_run, answers):
     answers(["    return 2 * x"], ["    return r"])
-    found = Executed(Task("code", score="code_execution"), examples(*RECORDS), setting[0])({}, yes)
-    assert found.metrics[""] == {"pass@1": 50, "n": 2, "unfinished": 0}
+    found = CodeExecution(Task("code", score="code_execution"), examples(*RECORDS), opened_run[0])({}, no)
+    assert found.metrics["code"] == {"pass@1": 50, "n": 2, "unfinished": 0}
     assert [row["passed"] for row in found.predictions] == [True, False]
     assert found.predictions[0]["prediction"] == "    return 2 * x"
 
 
-def test_what_the_machine_does_not_limit_is_said_beside_the_scores(setting, answers, monkeypatch):
+def test_what_the_machine_does_not_limit_is_said_beside_the_scores(opened_run, answers, monkeypatch):
     answers(["    return 2 * x"])
-    score = Executed(Task("code", score="code_execution"), examples(RECORDS[0]), setting[0])
+    score = CodeExecution(Task("code", score="code_execution"), examples(RECORDS[0]), opened_run[0])
     monkeypatch.setattr(sandbox, "gaps", lambda: ())
-    assert score({}, yes).advice == ""
+    assert score({}, no).advice == ""
     monkeypatch.setattr(sandbox, "gaps", lambda: ("its memory is not limited", "it could read"))
-    assert score({}, yes).advice.endswith("cannot fully enforce: its memory is not limited; it could read")
+    assert score({}, no).advice.endswith("cannot fully enforce: its memory is not limited; it could read")
 
 
-def test_without_the_users_word_nothing_is_run(setting, tmp_path, monkeypatch):
+def test_without_the_users_word_nothing_is_run(opened_run, tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox, "run_all", lambda *_, **__: pytest.fail("a program was run"))
-    model, tokenizer, _, _, mesh = setting[0]
+    model, tokenizer, mesh = opened_run[0].model, opened_run[0].tokenizer, opened_run[0].mesh
     (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in RECORDS))
     task = {
         "name": "code",
@@ -192,16 +192,16 @@ def test_without_the_users_word_nothing_is_run(setting, tmp_path, monkeypatch):
         "score": "code_execution",
     }
     settings = config.resolve({"model": {"path": "x"}, "eval": {"tasks": [task]}}, training=False)
-    scored = Evaluator(model, tokenizer, None, settings, None, mesh)(setting[1])
+    scored = make_suite(model, tokenizer, None, settings, None, mesh)(opened_run[1])
     assert scored.errors == {
         "code": {"task": "it runs programs that the model writes; add --run-model-code to allow that"}
     }
     assert scored.metrics == {}
 
 
-def test_a_model_that_writes_no_program_solves_nothing(setting, tmp_path):
+def test_a_model_that_writes_no_program_solves_nothing(opened_run, tmp_path):
     """From the file to the scores, by way of a model."""
-    model, tokenizer, _, _, mesh = setting[0]
+    model, tokenizer, mesh = opened_run[0].model, opened_run[0].tokenizer, opened_run[0].mesh
     (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in RECORDS))
     task = {
         "name": "code", "data": {"path": str(tmp_path / "data.jsonl"), "template": ["prompt"]},
@@ -211,7 +211,7 @@ def test_a_model_that_writes_no_program_solves_nothing(setting, tmp_path):
     settings = config.resolve(
         {"model": {"path": "x"}, "eval": {"tasks": [task], "run_model_code": True}}, training=False
     )
-    scored = Evaluator(model, tokenizer, None, settings, None, mesh)(setting[1])
+    scored = make_suite(model, tokenizer, None, settings, None, mesh)(opened_run[1])
     assert scored.errors == {}
     # Random weights decide how many texts end by themselves.
     assert scored.metrics == {"code": {"pass@1": 0, "pass@2": 0, "n": 2, "unfinished": ANY}}
@@ -233,20 +233,20 @@ def test_a_model_that_writes_no_program_solves_nothing(setting, tmp_path):
         ({}, [{**RECORDS[0], "test": None}], "example t0: no text in the field 'test'"),
     ],
 )
-def test_what_cannot_be_scored_is_said_before_anything_is_generated(setting, changes, records, message):
+def test_what_cannot_be_scored_is_said_before_anything_is_generated(opened_run, changes, records, message):
     with pytest.raises(UserError) as error:
-        Executed(Task("code", score="code_execution", **changes), examples(*records), setting[0])
+        CodeExecution(Task("code", score="code_execution", **changes), examples(*records), opened_run[0])
     assert message in str(error.value)
 
 
-def test_programs_are_left_where_the_evaluation_is_stopped(setting, answers, monkeypatch):
+def test_programs_are_left_where_the_evaluation_is_stopped(opened_run, answers, monkeypatch):
     answers(["    return 2 * x"], ["    return r"])
-    monkeypatch.setattr(executed, "CHUNK", 1)
+    monkeypatch.setattr(code_execution, "CHUNK", 1)
     calls, ran = [], []
     monkeypatch.setattr(sandbox, "run_all", lambda programs, done: ran.append(programs) or [Outcome(True, "")])
     with pytest.raises(Stopped):
-        Executed(Task("code", score="code_execution"), examples(*RECORDS), setting[0])(
-            {}, lambda: calls.append(1) or len(calls) < 2
+        CodeExecution(Task("code", score="code_execution"), examples(*RECORDS), opened_run[0])(
+            {}, lambda: calls.append(1) or len(calls) == 2
         )
     assert len(ran) == 1
 
@@ -261,10 +261,10 @@ def test_a_machine_that_can_run_no_program_is_one_tasks_error_on_all_hosts(monke
     monkeypatch.setattr(sandbox, "run_all", fails)
     monkeypatch.setattr(hosts, "from_first", lambda make: shared.append(make()) or shared[-1])
     with pytest.raises(UserError, match="no program can be run"):
-        executed._run(Task("code"), ["pass"], yes)
+        code_execution._run(Task("code"), ["pass"], no)
     monkeypatch.setattr(hosts, "from_first", lambda make: shared[-1])  # as another host
     with pytest.raises(UserError, match="no program can be run"):
-        executed._run(Task("code"), ["pass"], yes)
+        code_execution._run(Task("code"), ["pass"], no)
 
 
 DATA = os.environ.get("HUMANEVAL", "")
