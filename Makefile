@@ -21,7 +21,7 @@ help: ## list the targets
 setup: $(VENV)/stamp ## install jax_it and its test tools, at the tested versions, into .venv
 
 quickstart: setup ## train a small model on the built-in data and export it: runs/quickstart
-	$(VENV)/bin/jax-it train --config configs/quickstart.py --workdir runs/quickstart
+	$(VENV)/bin/jax-it train --config quickstart --workdir runs/quickstart
 	$(VENV)/bin/jax-it export --workdir runs/quickstart --output runs/quickstart/export
 
 test: setup ## the tests; PYTEST_ARGS="-n 4 -k metrics" chooses

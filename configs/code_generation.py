@@ -1,6 +1,6 @@
 """Code generation: ByT5-base on MBPP, a Python function for a description. Bytes keep line breaks and braces.
 
-    jax-it train --config configs/code_generation.py --workdir runs/code_generation
+    jax-it train --config code_generation --workdir runs/code_generation
     jax-it eval --workdir runs/code_generation
 
 T5's own vocabulary turns braces into <unk> and line breaks into spaces; see the `unknown` line of

@@ -1,6 +1,6 @@
 """Dialogue: Flan-T5-base on Dolly's open questions and Alpaca's instructions, mixed by size.
 
-jax-it train --config configs/dialogue.py --workdir runs/dialogue
+jax-it train --config dialogue --workdir runs/dialogue
 jax-it eval --workdir runs/dialogue
 """
 

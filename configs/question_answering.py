@@ -1,6 +1,6 @@
 """Question answering: Flan-T5-base on SQuAD, an answer from a passage; every annotator's answer counts.
 
-jax-it train --config configs/question_answering.py --workdir runs/question_answering
+jax-it train --config question_answering --workdir runs/question_answering
 jax-it eval --workdir runs/question_answering
 """
 

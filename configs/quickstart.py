@@ -1,6 +1,6 @@
 """The quickstart: a small T5 from random weights on the built-in instructions, in a few minutes on two CPU cores.
 
-    jax-it train --config configs/quickstart.py --workdir runs/quickstart
+    jax-it train --config quickstart --workdir runs/quickstart
 
 It needs no download: the data is generated, and the tokenizer is trained on it.
 """

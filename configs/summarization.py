@@ -1,6 +1,6 @@
 """Summarisation: Flan-T5-base on CNN/DailyMail, news articles to their highlights.
 
-    jax-it train --config configs/summarization.py --workdir runs/summarization
+    jax-it train --config summarization --workdir runs/summarization
     jax-it eval --workdir runs/summarization
 
 The scores of this task in the literature are rouge1, rouge2 and rougeLsum (highlights are lines).
@@ -12,7 +12,7 @@ from jax_it import config as defaults
 
 TEMPLATES = [
     "summarize: {{article}} ||| {{highlights}}",
-    "Write highlights of this article, one on each line.\n\n{{article}} ||| {{highlights}}",
+    "Write highlights of this article.\n\n{{article}} ||| {{highlights}}",
     "{{article}}\n\nWhat are the main points of the article above? ||| {{highlights}}",
 ]
 

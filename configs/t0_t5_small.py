@@ -1,15 +1,30 @@
-"""T5 1.1 small on T0's prompted data sets: the main job, at 512 source and 128 target tokens.
+"""T5 1.1 small on data sets prompted as T0's were (Sanh et al. 2022): 512 source and 128 target tokens.
 
-    jax-it train --config configs/t0_t5_small.py --workdir runs/t0
+    jax-it train --config t0_t5_small --workdir runs/t0
+    jax-it train --config t0_t5_small:random --workdir runs/t0_random
 
-reads `data/t0/train.jsonl.gz`, lines of {task, prompt, completion}; --config.data.train.0.path=FILE names
-another. `configs/t0_t5_small.py:random` starts from random weights, which need no download but that of the
-tokenizer (--config.model.tokenizer=FILE names T5's spiece.model).
+It downloads one prompt of each of T0's eight kinds of task from bigscience/P3, at most 20,000 examples each; TASKS may
+name any of the 660 subsets there. `random` starts from random weights (--config.model.tokenizer=FILE names a copy of
+T5's spiece.model). To train on a file of your own, with lines of {prompt, completion}:
+
+    jax-it train --config t0_t5_small --workdir runs/mine --config.data.train='[{"path": "train.jsonl.gz"}]'
 """
 
 import ml_collections
 
 from jax_it import config as defaults
+
+TASKS = [
+    "ag_news_classify_question_first",  # topic classification
+    "imdb_Reviewer_Expressed_Sentiment",  # sentiment
+    "glue_mrpc_same_thing",  # paraphrase identification
+    "xsum_DOC_tldr",  # summarization
+    "common_gen_Put_together",  # structure to text
+    "sciq_Multiple_Choice",  # multiple-choice questions
+    "kilt_tasks_hotpotqa_final_exam",  # closed-book questions
+    "ropes_plain_background_situation",  # extractive questions
+]
+TEMPLATE = "{{inputs_pretokenized}} ||| {{targets_pretokenized}}"
 
 T5_V1_1_SMALL = {
     "model_type": "t5",
@@ -36,10 +51,21 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     else:
         raise ValueError("the argument may be 'random' or nothing")
 
-    config.data.train = [{"path": "data/t0/train.jsonl.gz", "name": "t0"}]
-    config.data.validation_size = 500
+    config.data.train = [
+        {
+            "path": "bigscience/P3",
+            "subset": task,
+            "name": task,
+            "format": "datasets",
+            "template": [TEMPLATE],
+            "limit": 20000,
+        }
+        for task in TASKS
+    ]
+    config.data.validation_size = 100  # of each task
     config.data.max_source_length = 512
     config.data.max_target_length = 128
+    config.data.max_truncated = 0.7  # of each task's examples; news articles are long
 
     config.train.duration = "3 epochs"
     config.train.batch_size = 128

@@ -1,6 +1,6 @@
 """Translation: mT5-base on OPUS-100, English to German and back.
 
-jax-it train --config configs/translation.py --workdir runs/translation
+jax-it train --config translation --workdir runs/translation
 jax-it eval --workdir runs/translation
 """
 

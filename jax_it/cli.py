@@ -160,8 +160,8 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     config: dict[str, Any] = {
-        "type": _filled, "required": True, "metavar": "FILE[:ARG]",
-        "help": "a config file; --config.a.b=VALUE changes a setting",
+        "type": _filled, "required": True, "metavar": "NAME|FILE[:ARG]",
+        "help": "a recipe's name or a config file; --config.a.b=VALUE changes a setting",
     }  # fmt: skip
     checkpoint: dict[str, Any] = {
         "default": "latest",

@@ -1,10 +1,8 @@
-import ast
 import dataclasses
 import json
 import math
 import os
 import re
-import shlex
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -19,9 +17,6 @@ from hypothesis import strategies as st
 from jax_it import config as settings
 from jax_it.config import Config, Duration, Rates
 from jax_it.errors import UserError
-
-ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 
 def tree(**changes: Any) -> dict[str, Any]:
@@ -737,39 +732,3 @@ def test_a_file_may_set_durations_as_numbers_and_sections_as_plain_dicts(tmp_pat
         "    return config\n"
     )
     assert str(settings.load(str(file)).train.duration) == "100 steps"
-
-
-# The recipes
-
-
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_every_recipe_resolves_and_its_docstring_holds_commands_that_do_too(file):
-    settings.load(str(file))
-    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    commands = re.findall(r"^ *(jax-it train .*)", text.replace("\\\n", ""), re.M)
-    assert commands, f"{file} names no command 'jax-it train --config configs/{file.name} --workdir …'"
-    for command in commands:
-        words = shlex.split(command)
-        assert words[2] == "--config" and words[3].split(":")[0] == f"configs/{file.name}" and "--workdir" in words
-        overrides = [word.removeprefix("--config.").split("=", 1) for word in words if word.startswith("--config.")]
-        settings.load(f"{ROOT}/{words[3]}", dict(overrides))
-
-
-@pytest.mark.parametrize("arg, pretrained", [("", True), ("random", False)])
-def test_the_t0_recipe_starts_from_a_checkpoint_or_from_random_weights(arg, pretrained):
-    model = settings.load(f"{ROOT}/configs/t0_t5_small.py:{arg}").model
-    assert model.pretrained == pretrained and bool(model.path) == pretrained
-    assert bool(model.architecture) != pretrained
-
-
-def test_an_argument_that_a_recipe_does_not_know_is_refused():
-    with pytest.raises(UserError, match=r"get_config\('rnd'\) failed: ValueError: the argument may be 'random'"):
-        settings.load(f"{ROOT}/configs/t0_t5_small.py:rnd")
-    with pytest.raises(UserError, match=r"get_config\('many'\) failed: ValueError: invalid literal for int"):
-        settings.load(f"{ROOT}/configs/flan_t5_xl.py:many")
-
-
-def test_the_recipe_for_flan_t5_xl_holds_to_its_description():
-    train = settings.load(f"{ROOT}/configs/flan_t5_xl.py:4").train
-    assert (str(train.duration), train.batch_size, str(train.optimizer.warmup)) == ("3 epochs", 64, "500 steps")
-    assert (train.optimizer.name, train.optimizer.weight_decay) == ("adamw", 0.01)

@@ -78,9 +78,10 @@ verdict() {
     echo "$result"
 }
 
-# The config's file without its argument: FILE[:ARG]
+# The file of a config without its argument, FILE[:ARG]; nothing for a recipe's name, NAME[:ARG]
 config_file() {
-    echo "${1%%:*}"
+    local file=${1%%:*}
+    [[ $file != */* && $file != *.py ]] || echo "$file"
 }
 
 # Where XLA keeps compiled programs: beside the run's folder unless said otherwise, so that runs share it.

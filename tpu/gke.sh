@@ -18,7 +18,7 @@
 #   --slices N              (default: 1)
 #   --chips-per-host N      (default: 4, or all of a smaller slice; 8: machines that end in -8t)
 #   --image IMAGE           built from tpu/Dockerfile with EXTRA=tpu
-#   --config FILE[:ARG]     a path in the image
+#   --config NAME[:ARG]     a recipe, or FILE[:ARG] in the image
 #   --workdir URL           gs://BUCKET/RUN
 #   --cache URL             XLA's compiled programs (default: jax_cache beside the workdir); none: no cache
 #   --spot                  nodes that are spot

@@ -35,17 +35,17 @@ class Row:
 
 # One row of 4096 tokens per chip: what packing makes of several short conversations.
 MODELS = [
-    Row("flan_t5_xxl", "Flan-T5-XXL", "configs/flan_t5_xxl.py", "v5e:8x8"),
-    Row("flan_ul2", "Flan-UL2", "configs/flan_ul2.py", "v5e:8x8"),
-    Row("llama3_1_8b", "Llama-3.1-8B", "configs/llama3_1_8b.py", "v5e:4x4", rows=16),
-    Row("llama3_1_70b_v5p", "Llama-3.1-70B", "configs/llama3_1_70b.py", "v5p:4x4x4", rows=64),
-    Row("llama3_1_70b_v6e", "Llama-3.1-70B", "configs/llama3_1_70b.py", "v6e:16x16", rows=256),
+    Row("flan_t5_xxl", "Flan-T5-XXL", "flan_t5:xxl", "v5e:8x8"),
+    Row("flan_ul2", "Flan-UL2", "flan_t5:ul2", "v5e:8x8"),
+    Row("llama3_1_8b", "Llama-3.1-8B", "causal_lm:llama-3.1-8b", "v5e:4x4", rows=16),
+    Row("llama3_1_70b_v5p", "Llama-3.1-70B", "causal_lm:llama-3.1-70b", "v5p:4x4x4", rows=64),
+    Row("llama3_1_70b_v6e", "Llama-3.1-70B", "causal_lm:llama-3.1-70b", "v6e:16x16", rows=256),
 ]
 SCALING = [
-    Row(f"flan_t5_xl_{chips}", "Flan-T5-XL", f"configs/flan_t5_xl.py:{chips}", topology)
+    Row(f"flan_t5_xl_{chips}", "Flan-T5-XL", f"flan_t5:xl,{chips}", topology)
     for chips, topology in ((16, "v5e:4x4"), (64, "v5e:8x8"), (256, "v5e:16x16"))
 ]
-SMALL = Row("flan_t5_small", "Flan-T5-small", "configs/flan_t5_xxl.py", "v5e:8x8", model="google/flan-t5-small")
+SMALL = Row("flan_t5_small", "Flan-T5-small", "flan_t5:xxl", "v5e:8x8", model="google/flan-t5-small")
 COMPILED: list[tuple[Row, ...]] = [(SMALL, MODELS[0])]  # and both on fake devices
 COMPILED += [tuple(dataclasses.replace(row, name=f"{row.name}_cpu", topology="cpu:8") for row in COMPILED[0])]
 

@@ -23,7 +23,7 @@
 #   --network N, --subnetwork N, --service-account EMAIL, --internal-ip     handed to gcloud
 #
 # The run:
-#   --config FILE[:ARG]     a path below the current folder; the file is sent along   [start, run]
+#   --config NAME[:ARG]     a recipe, or FILE[:ARG] below the current folder, which is sent along   [start, run]
 #   --workdir URL           gs://BUCKET/RUN, or a path on a disk that all workers share   [start, run]
 #   --cache URL             XLA's compiled programs (default: jax_cache beside the workdir); none: no cache
 #   --revision REV          what git calls this checkout's commit to install (default: HEAD)
@@ -139,7 +139,8 @@ check_options() {
     if [[ $VERB == run || $VERB == setup ]]; then
         [[ $PYTHON =~ ^3\.1[123]$ ]] || fail "--python=$PYTHON: jax_it runs on 3.11, 3.12 and 3.13"
         [[ ! $WHEEL || -f $WHEEL ]] || fail "--wheel=$WHEEL: there is no such file"
-        [[ ! $CONFIG ]] || FILES+=("$(config_file "$CONFIG")")
+        file=$(config_file "$CONFIG")
+        [[ ! $file ]] || FILES+=("$file")
         for file in "${FILES[@]}"; do
             [[ $file != /* && $file != ../* ]] || fail "$file: only files below the current folder can be sent"
             [[ -e $file ]] || fail "$file: there is no such file"

@@ -87,11 +87,12 @@ def override(tree: dict[str, Any], changes: Mapping[str, str]) -> dict[str, Any]
 
 
 def read(path: str) -> dict[str, Any]:
-    """The settings of a file, "FILE" or "FILE:ARG", as plain values that are not checked yet."""
+    """The settings of a file or recipe, "FILE", "FILE:ARG", "NAME" or "NAME:ARG", as plain values, not checked yet."""
     file, _, arg = path.partition(":")
     if arg.startswith("//"):
         files.locate_local(path, "config file")  # which refuses it
-    file = str(files.locate_local(file, "config file"))
+    is_name = bool(file) and os.sep not in file and not file.endswith(".py")
+    file = recipe(file) if is_name else str(files.locate_local(file, "config file"))
     get_config = _get_config(file)
     try:
         # What it returns may be of any type, whose methods raise anything.
@@ -108,6 +109,19 @@ def read(path: str) -> dict[str, Any]:
         raise
     except BaseException as error:  # SystemExit among them: a config does not end the command
         raise UserError(f"{file}: get_config({arg!r}) failed: {_reason(error)}") from error
+
+
+def recipe(name: str) -> str:
+    """The file of a recipe that comes with jax_it. Raises UserError that lists them for a name that is not one."""
+    package = Path(__file__).parents[1]  # the recipes are inside it where a wheel is installed, else beside it
+    folder = next(found for found in (package / "configs", package.parent / "configs") if found.is_dir())
+    found = {file.stem: str(file) for file in sorted(folder.rglob("*.py"))}
+    if name not in found:
+        raise UserError(
+            f"config {typed.shown(name)} is not the name of a recipe ({', '.join(found)}); "
+            "write a file of your own with its ending, .py"
+        )
+    return found[name]
 
 
 def _get_config(file: str) -> Any:

@@ -10,7 +10,7 @@ import yaml
 from tests.tpu.stubs import Cloud
 
 RUN = ("--name=run1", "--type=v5e", "--topology=4x4", "--image=eu.pkg.dev/p/r/jax-it:tpu",
-       "--config=configs/flan_t5_xl.py", "--workdir=gs://bucket/run1", "--poll=0")  # fmt: skip
+       "--config=configs/flan_t5.py", "--workdir=gs://bucket/run1", "--poll=0")  # fmt: skip
 
 
 def rendered(cloud: Cloud, *words: str) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def test_words_reach_the_container_as_they_were_written(cloud: Cloud) -> None:
     # Kubernetes reads $$( as $( and does not run it
     expected = [word.replace("$(", "$$(") for word in rest]
     assert container["command"] == [
-        "jax-it", "train", "--config", "configs/flan_t5_xl.py", "--workdir", "gs://bucket/run1", *expected
+        "jax-it", "train", "--config", "configs/flan_t5.py", "--workdir", "gs://bucket/run1", *expected
     ]  # fmt: skip
     assert container["env"] == [
         {"name": "JAX_COMPILATION_CACHE_DIR", "value": "gs://bucket/jax_cache"},

@@ -92,4 +92,4 @@ def test_the_readme_has_a_place_for_the_tables():
 def test_the_configs_of_the_tables_are_there(row):
     from jax_it import config
 
-    assert config.load(str(README.parents[1] / row.config), {"model.path": row.model} if row.model else {}).model.path
+    assert config.load(row.config, {"model.path": row.model} if row.model else {}).model.path

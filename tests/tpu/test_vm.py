@@ -12,7 +12,7 @@ import pytest
 from tests.tpu.stubs import Cloud
 
 PLACE = ("--name=run1", "--zone=us-west4-a", "--project=mine")
-RUN = (*PLACE, "--type=v5litepod-16", "--config=configs/flan_t5_xl.py", "--workdir=gs://bucket/run1",
+RUN = (*PLACE, "--type=v5litepod-16", "--config=configs/flan_t5.py", "--workdir=gs://bucket/run1",
        "--wheel=jax_it-0.1.0-py3-none-any.whl", "--poll=0")  # fmt: skip
 WHOLE = ["CREATE", "scp", "ssh setup", "ssh start"]
 END = ["ssh log", "DELETE"]
@@ -42,7 +42,7 @@ def test_a_run_is_created_set_up_started_on_all_workers_watched_and_deleted(clou
                       "--runtime-version=v2-alpha-tpuv5-lite", "--spot", "--quiet"]  # fmt: skip
     for worker in (0, 1):
         words, environment, folder = cloud.started(f"run1-{worker}")
-        assert words == ["train", "--config", "configs/flan_t5_xl.py", "--workdir", "gs://bucket/run1"]
+        assert words == ["train", "--config", "configs/flan_t5.py", "--workdir", "gs://bucket/run1"]
         assert environment["JAX_COMPILATION_CACHE_DIR"] == "gs://bucket/jax_cache"
         assert folder.endswith(f"machines/run1/{worker}/jax-it/source")
         log = (cloud.checkout / f"runs/logs/run1/attempt-0/run1/{worker}.log").read_text()
