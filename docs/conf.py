@@ -12,7 +12,7 @@ from sphinx.util import logging
 from sphinx.util.nodes import make_refnode
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-import generated
+import generated  # noqa: E402
 
 project = "jax_it"
 author = "the authors of jax_it"
@@ -44,7 +44,7 @@ html_theme_options = {"sidebar_hide_name": False, "navigation_with_keys": True}
 
 
 class LinkSettings(SphinxPostTransform):
-    """Links `train.batch_size`, in code font, to its entry in the reference; a setting that is not there is an error."""
+    """Links `train.batch_size`, in code font, to its entry in the reference; an unknown setting is an error."""
 
     default_priority = 5
 
