@@ -6,7 +6,9 @@
 import argparse
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from jax_it import cli
@@ -76,6 +78,11 @@ def settings_page() -> str:
     return "\n".join(parts)
 
 
+def names() -> set[str]:
+    """The names of all settings, as `canonical` gives them."""
+    return {setting.name for class_name in SECTIONS for setting in settings_of(class_name)}
+
+
 def canonical(name: str) -> str:
     """The name that the reference has: "--config.data.eval.1.path" is the setting data.train.0.path."""
     name = re.sub(r"\.\d+(?=\.)", ".0", name.removeprefix("--").removeprefix("config."))
@@ -133,4 +140,27 @@ def _sentence(comment: str) -> str:
     return comment if comment.endswith((".", "?", "!", ")")) or not comment else f"{comment}."
 
 
-PARTS = {"<!-- generated: settings -->": settings_page, "<!-- generated: commands -->": commands_page}
+def modules_page() -> str:
+    """A table for each layer of import-linter's contract, from top to bottom: modules and what they are for."""
+    root = Path(cli.__file__).parent
+    with open(root.parent / "pyproject.toml", "rb") as file:
+        contracts = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    parts = []
+    for layer in layers:
+        rows = []
+        for name in layer.split(" | "):
+            name = name.strip("()")
+            paths = sorted((root / name).rglob("*.py")) if (root / name).is_dir() else [root / f"{name}.py"]
+            for path in paths:
+                doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+                rows.append(f"| `{path.relative_to(root)}` | {doc.splitlines()[0] if doc else ''} |\n")
+        parts.append("| module | |\n|---|---|\n" + "".join(rows))
+    return "\n".join(parts)
+
+
+PARTS = {
+    "<!-- generated: settings -->": settings_page,
+    "<!-- generated: commands -->": commands_page,
+    "<!-- generated: modules -->": modules_page,
+}
