@@ -133,7 +133,7 @@ def _wrap(usage: str, width: int = 88) -> str:
 
 def _sentence(comment: str) -> str:
     """A comment as a sentence: with a capital and a full stop, unless it begins with code."""
-    comment = re.sub(r"(?<![\w`])--[a-z][\w-]+", lambda found: f"`{found[0]}`", comment)
+    comment = re.sub(r"(?<![\w`])--[a-z][\w.-]*\w(=[A-Z]+)?", lambda found: f"`{found[0]}`", comment)
     comment = comment.replace("*", r"\*").replace("{{", r"\{\{").replace("<", "&lt;")
     if comment and comment[0].islower() and not re.match(r"\w*[_.(A-Z\d]|\w+:", comment):
         comment = comment[0].upper() + comment[1:]
