@@ -12,7 +12,7 @@ constraints = constraints/$$($(1)/bin/python -c 'import sys; print("py%d%d" % sy
 
 SEED ?= 0
 
-.PHONY: help setup quickstart test test-slow faults fuzz parity lint libtpu plans clean
+.PHONY: help setup quickstart test test-slow faults fuzz parity lint libtpu plans docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -52,8 +52,12 @@ libtpu: setup ## TPU's compiler (700 MB), into .venv: with it `make test` compil
 plans: libtpu ## write the tables of plans in tpu/README.md again; half an hour
 	$(VENV)/bin/python tpu/plans.py tpu/README.md
 
+docs: setup ## the documentation site: docs/_build/html/index.html
+	$(VENV)/bin/python -m pip install -q -e '.[docs]' -c $(call constraints,$(VENV))
+	$(VENV)/bin/python -m sphinx -q -E -n -W --keep-going docs docs/_build/html
+
 clean: ## remove the environments and caches; runs/ stays
-	rm -rf $(VENV) $(VENV)-parity .pytest_cache .ruff_cache .mypy_cache .hypothesis .jax_cache build dist
+	rm -rf $(VENV) $(VENV)-parity .pytest_cache .ruff_cache .mypy_cache .hypothesis .jax_cache build dist docs/_build
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # `make test` must not need PyTorch, so .venv never holds it.
