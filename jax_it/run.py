@@ -9,7 +9,7 @@ load       the model of a run, a Transformers or PEFT folder or a hub name
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +144,7 @@ def resume_run(config: Config, run_dir: RunDir, mesh: jax.sharding.Mesh) -> Run:
     return dataclasses.replace(run, data=built)
 
 
-def open_run(run_dir: RunDir, mesh: jax.sharding.Mesh | None = None, dtype: str = "") -> Run:
+def open_run(run_dir: RunDir, mesh: jax.sharding.Mesh | None = None, dtype: Literal["", "float32"] = "") -> Run:
     """Open a run as it was started, to score or export it: over all devices, or on the mesh that is given.
 
     `dtype` is that of the computation, "" for the config's.

@@ -128,8 +128,8 @@ def _read_one(
         locations.append(record.where)
     counts = Counts()
     encoded = format.encode(rendered, locations, data, tokenizer, counts, evaluation=True)
-    examples = []
-    for example, location in zip(chosen, locations, strict=True):
+    examples: list[EvalExample] = []
+    for unencoded, location in zip(chosen, locations, strict=True):
         before = dataclasses.replace(counts)
         item = next(encoded)
         assert item is not None  # as there is a reference
@@ -142,5 +142,5 @@ def _read_one(
                 f"{location}: {number} {what}tokens do not fit {getattr(data, format.length_field)}; "
                 f"raise config.data.{format.length_field}, or choose another config.data.truncate"
             )
-        examples.append(example._replace(prompt_tokens=format.prompt_of(item), truncated=truncated, encoded=item))
+        examples.append(unencoded._replace(prompt_tokens=format.prompt_of(item), truncated=truncated, encoded=item))
     return EvalSet(examples, skipped)
