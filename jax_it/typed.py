@@ -9,10 +9,11 @@ import types
 import typing
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from jax_it.errors import UserError
 
+Name = Annotated[str, "name"]  # of something; a text of several with commas between them is a list of names
 MOST_DEPTH = 50  # of lists and mappings within each other, in a value
 
 
@@ -37,7 +38,7 @@ def shown_name(name: Any) -> str:
 
 
 def override(tree: dict[str, Any], name: str, text: str, raw: tuple[str, ...]) -> None:
-    """Sets `tree`'s entry at a dotted name; numbers index lists (data.train.0.path).
+    """Set `tree`'s entry at a dotted name. Numbers index lists (data.train.0.path); the next one appends to a list.
 
     Texts stay texts, which `build` reads as the types ask; those below `raw`, which has no types, are read now.
     """
@@ -61,6 +62,8 @@ def _entry(node: Any, key: str, where: str) -> Any:
         raise UserError(f"{where} has no field {shown(key)}: it is a single value")
     if isinstance(node, dict) and key in node:
         return node[key]
+    if isinstance(node, list) and key == str(len(node)):
+        node.append({})
     if isinstance(node, list) and key.isascii() and key.isdigit() and len(key) < 10 and int(key) < len(node):
         return node[int(key)]
     names = [str(i) for i in range(len(node))] if isinstance(node, list) else list(map(str, node))
@@ -89,6 +92,8 @@ def build(kind: Any, value: Any, where: str) -> Any:
         return kind.parse(value if isinstance(value, str) else shown(value), where)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(typing.cast(type, kind), value, where)
+    if kind == Name:
+        kind = str
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if not isinstance(value, str) or value not in args:
@@ -101,8 +106,12 @@ def build(kind: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if isinstance(value, str):
             listed = _literal(value)
-            # One text is a list of one; a Jinja template too may begin with a bracket.
-            value = listed if isinstance(listed, (list, tuple)) else [value] if args[0] is str else value
+            if isinstance(listed, (list, tuple)):
+                value = listed
+            elif args[0] == Name:
+                value = [name.strip() for name in value.split(",")]
+            elif args[0] is str:  # one text is a list of one; a Jinja template too may begin with a bracket
+                value = [value]
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{where}: expected a list, got {shown(value)}")
         return tuple(build(args[0], item, f"{where}.{i}") for i, item in enumerate(value))
@@ -185,7 +194,7 @@ def _build_dataclass(kind: type, value: Any, where: str) -> Any:
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(kind)}
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: expected a section with fields, got {shown(value)}")
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     for key in value:
         if key not in hints:
             new = getattr(kind, "RENAMED", {}).get(key)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jax_it.errors import UserError
-from jax_it.typed import shown
+from jax_it.typed import Name, shown
 
 Kind = Literal["causal", "seq2seq"]  # of model
 CAUSAL_NEW_TOKENS = 128
@@ -257,7 +257,7 @@ class Task:
     chat: bool = True  # by the model's chat template, if it has one: all of the prompt is one turn of the user
     max_prompt_length: int = 0  # tokens of the longest prompt (and answer, of causal models); 0: that of `data`
     truncate: Literal["error", "fewshot", "end", "start"] = "error"  # longer ones lose few-shot examples, or tokens
-    metrics: tuple[str, ...] = ()  # of generate: as eval.metrics
+    metrics: tuple[Name, ...] = ()  # of generate: as eval.metrics
     answer: str = ""  # of generate: a regular expression; its last match, or its group, is scored; "": the whole text
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()  # a text ends before the first of these
@@ -283,7 +283,7 @@ class Task:
 @dataclass(frozen=True)
 class Eval:
     # of jax_it.metrics.METRICS, and your own as "FILE.py:FUNCTION", called with (predictions, references)
-    metrics: tuple[str, ...] = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "exact_match", "token_f1")
+    metrics: tuple[Name, ...] = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "exact_match", "token_f1")
     every: Duration = Duration(0, "steps")  # within training; the end of the run too where it is not 0
     at_start: bool = False  # also before the first step
     best: str = "loss"  # the metric that ranks checkpoints, of data.eval; or "TASK/METRIC" of one of `tasks`
