@@ -1,7 +1,8 @@
 """Scalars as TensorBoard reads them: protocol buffers in a file of TFRecords.
 
-The messages are those of tensorboard/compat/proto/event.proto and summary.proto. Written here because
-the packages that write them import PyTorch or TensorFlow where they find them, or lose errors in a thread.
+The messages are those of tensorboard/compat/proto/event.proto and summary.proto. Written by hand because tensorboardX
+imports PyTorch wherever it is installed (2.6.5, whichever of its modules is imported), loses errors in a thread and
+opens files by itself, not through `files`; the package tensorboard brings a web server and gRPC.
 """
 
 import io
@@ -13,7 +14,7 @@ from typing import Any
 
 
 class Events:
-    """Writes events to a new file. Its methods raise OSError where the disk is full."""
+    """Write events to a new file. Its methods raise OSError where the disk is full."""
 
     def __init__(self, file: Any):
         self._file = file
@@ -27,7 +28,7 @@ class Events:
         self._write(b"\x10" + _varint(step) + _text(5, b"".join(summary)))
 
     def restart(self, step: int) -> None:
-        """Hides what an earlier process has written from this step on."""
+        """Hide what an earlier process has written from this step on."""
         self._write(b"\x10" + _varint(step) + _text(7, b"\x08\x01"))
 
     def flush(self) -> None:
@@ -43,14 +44,14 @@ class Events:
 
 
 def point(step: int, values: Mapping[str, float]) -> bytes:
-    """A whole file of events that has the scalars of one step."""
+    """Return a whole file of events with the scalars of one step."""
     file = io.BytesIO()
     Events(file).scalars(step, values)
     return file.getvalue()
 
 
 def _float32(value: float) -> float:
-    """A number that fits into 32 bits: infinite where it is too large for them."""
+    """Return a number that fits into 32 bits: infinity if it is too large for them."""
     try:
         struct.pack("<f", value)
     except OverflowError:
@@ -59,7 +60,7 @@ def _float32(value: float) -> float:
 
 
 def _text(field: int, content: bytes) -> bytes:
-    """A field with a length: a text, or a message in the message."""
+    """Encode a field with a length: a text, or a message within the message."""
     return bytes([field << 3 | 2]) + _varint(len(content)) + content
 
 
@@ -72,7 +73,7 @@ def _varint(number: int) -> bytes:
 
 
 def _checksum(content: bytes) -> bytes:
-    """The masked CRC-32C of a TFRecord."""
+    """Return the masked CRC-32C of a TFRecord."""
     crc = 0xFFFFFFFF
     for byte in content:
         crc = _CRC32C[(crc ^ byte) & 0xFF] ^ (crc >> 8)
