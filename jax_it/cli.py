@@ -2,15 +2,18 @@
 
 import argparse
 import errno
+import importlib.metadata
 import io
 import logging
 import math
 import os
+import platform
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, NoReturn
 
@@ -39,10 +42,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         changes = overrides(rest, takes_config="config" in options)
         if options.command in ON_DEVICES:
-            from jax_it import hosts
+            from jax_it import hosts, status
 
             hosts.start()
-            with hosts.watched():
+            with hosts.watched(), status.lines(options.command) if hosts.is_first() else nullcontext():
                 options.run(options, changes)
         else:
             options.run(options, changes)
@@ -149,8 +152,16 @@ class _Parser(argparse.ArgumentParser):
         leave(status)
 
 
+class _Version(argparse.Action):
+    def __call__(self, *arguments: Any) -> NoReturn:
+        version = importlib.metadata.version
+        print(f"jax-it {version('jax-it')} (JAX {version('jax')}, Python {platform.python_version()})")
+        leave(0)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="jax-it", description="Instruction tuning in JAX.", allow_abbrev=False)
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the versions of jax-it, JAX and Python")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Any, help: str) -> argparse.ArgumentParser:
@@ -169,9 +180,19 @@ def _parser() -> argparse.ArgumentParser:
         "help": "which checkpoint (default: latest)",
     }
 
-    train = add("train", _train, "Train a model, or go on with the run that the folder holds.")
+    print_config: dict[str, Any] = {"action": "store_true", "help": "print all settings as JSON, and do nothing else"}
+
+    train = add("train", _train, "Train a model, or continue the run in the directory.")
     train.add_argument("--config", **config)
-    train.add_argument("--workdir", type=_path, required=True, help="the run's folder")
+    train.add_argument("--workdir", type=_path, required=True, metavar="DIR", help="the run's directory")
+    train.add_argument(
+        "--allow-change", action="append", default=[], metavar="SETTING",
+        help="continue with another value of this setting, such as train.duration; may be repeated",
+    )  # fmt: skip
+    train.add_argument(
+        "--dry-run", action="store_true", help="check all that comes before the first step; leave nothing"
+    )
+    train.add_argument("--print-config", **print_config)
 
     evaluate = add("eval", _evaluate, "Score a run's checkpoints, or any model: loss, metrics over text, benchmarks.")
     scored = evaluate.add_mutually_exclusive_group(required=True)
@@ -227,6 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     preview = add("preview", _preview, "Show what the model will see, and what becomes of each data set.")
     preview.add_argument("--config", **config)
     preview.add_argument("--num", type=_whole(0), default=3, metavar="N", help="examples to show (default: 3)")
+    preview.add_argument("--print-config", **print_config)
 
     plan = add("plan", _plan, "Compile the training step for chips that are not there: memory, traffic, time.")
     plan.add_argument("--config", **config)
@@ -338,10 +360,35 @@ def overrides(rest: list[str], takes_config: bool) -> dict[str, str]:
 
 
 def _train(options: argparse.Namespace, changes: dict[str, str]) -> None:
-    from jax_it import config
-    from jax_it.training import train
+    from jax_it import hosts
+    from jax_it.training import dry_run, train
 
-    train(config.load(options.config, changes), options.workdir)
+    if (config := _config(options, changes)) is None:
+        return
+    if options.dry_run:
+        report = dry_run(config, options.workdir, options.allow_change)
+        if hosts.is_first():
+            print(report)
+        return
+    state = train(config, options.workdir, options.allow_change)
+    if hosts.is_first():
+        run = shlex.quote(options.workdir)
+        print(
+            f"step {int(state.step)} is saved in {options.workdir}; next: jax-it eval --workdir {run}, "
+            f"jax-it generate --model {run} --prompt TEXT, or jax-it export --workdir {run} --output DIR"
+        )
+
+
+def _config(options: argparse.Namespace, changes: dict[str, str]) -> Any:
+    """Load the config; with --print-config, print it and return None."""
+    from jax_it import config, hosts
+
+    loaded = config.load(options.config, changes)
+    if not options.print_config:
+        return loaded
+    if hosts.is_first():
+        print(files.to_json(config.to_dict(loaded), indent=2))
+    return None
 
 
 def _evaluate(options: argparse.Namespace, changes: dict[str, str]) -> None:
@@ -478,10 +525,10 @@ def _export(options: argparse.Namespace, changes: dict[str, str]) -> None:
 
 
 def _preview(options: argparse.Namespace, changes: dict[str, str]) -> None:
-    from jax_it import config
     from jax_it.preview import preview
 
-    print(preview(config.load(options.config, changes), options.num))
+    if (config := _config(options, changes)) is not None:
+        print(preview(config, options.num))
 
 
 def _plan(options: argparse.Namespace, changes: dict[str, str]) -> None:

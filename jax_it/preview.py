@@ -27,7 +27,7 @@ def preview(config: Config, number: int) -> str:
     metrics.check(config.eval.metrics)
     # The run's mesh may be that of another machine.
     sizes = {axis: max(getattr(config.mesh, axis), 1) for axis in sharding.AXES}
-    run = start_run(config, sharding.make_mesh(settings.Mesh()), sizes)
+    run = start_run(config, sharding.make_mesh(settings.Mesh()), sizes=sizes)
     within_training(run)
     assert run.data
     return report(run.config, run.data, run.tokenizer, number)

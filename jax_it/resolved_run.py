@@ -17,6 +17,16 @@ FREE = (
     "train.log_every", "train.checkpoint_every", "train.max_to_keep", "train.keep_best", "train.keep_unscored",
     "train.max_skipped", "train.max_spike", "train.step_timeout", "train.wandb", "train.profile", "train.profile_steps",
 )  # fmt: skip
+# What may differ from then on, if it is asked for: how the steps to come are computed, but not on which data or model.
+CHANGEABLE = (
+    "train.duration", "train.max_grad_norm", "train.label_smoothing", "train.z_loss", "train.router_aux_loss_coef",
+    "model.dropout",
+    *(f"train.optimizer.{name}" for name in (
+        "learning_rate", "schedule", "warmup", "decay", "final_lr_ratio", "weight_decay", "beta1", "beta2", "epsilon"
+    )),
+)  # fmt: skip
+
+Changes = dict[str, tuple[Any, Any]]  # a setting's value before and after
 
 
 @dataclass(frozen=True)
@@ -43,23 +53,30 @@ def from_json(saved: dict[str, Any]) -> ResolvedRun:
     return ResolvedRun(layout=layout, adapter=adapter, **saved)
 
 
-def check_same(saved: Config, config: Config, kind: settings.Kind | None, where: str) -> None:
-    """Refuse to continue a run with a config that would compute something else than the one it was started with.
+def find_changes(
+    saved: Config, config: Config, kind: settings.Kind | None, where: str, allow: Sequence[str] = ()
+) -> Changes:
+    """Return which of the settings in `allow` differ between the config that a run was started with and another one.
 
-    `kind` is that of its model, None if that is not known. Settings that nothing reads may differ: an older version
-    took them.
+    `kind` is that of its model, None if that is not known. Raises UserError for any other setting that would change
+    what the run computes. Settings that nothing reads may differ: an older version took them.
     """
+    for name in allow:
+        if name not in CHANGEABLE:
+            raise UserError(f"--allow-change {name}: this cannot change within a run; {', '.join(CHANGEABLE)} can")
+    changes: Changes = {}
     old, new = (flatten(_as_mapping(settings.to_dict(settings.without_unread(each, kind)))) for each in (saved, config))
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name) and not _is_within(name, FREE):
+        before, after = old.get(name), new.get(name)
+        if before == after or any(name == free or name.startswith(f"{free}.") for free in FREE):
+            continue
+        if name not in allow:
+            how = f"add --allow-change {name}" if name in CHANGEABLE else "continue with its config"
             raise UserError(
-                f"{where} holds a run with config.{name}={old.get(name)!r}, not {new.get(name)!r}; "
-                "continue with its config, or name another --workdir"
+                f"{where} holds a run with config.{name}={before!r}, not {after!r}; {how}, or name another --workdir"
             )
-
-
-def _is_within(name: str, settings: Sequence[str]) -> bool:
-    return any(name == each or name.startswith(f"{each}.") for each in settings)
+        changes[name] = before, after
+    return changes
 
 
 def _as_mapping(value: Any) -> Any:

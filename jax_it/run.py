@@ -7,6 +7,7 @@ load       the model of a run, a Transformers or PEFT folder or a hub name
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from jax_it.errors import UserError
 from jax_it.models import Model, Params
 from jax_it.pretrained import peft
 from jax_it.pretrained.folder import find_folder, fingerprint
-from jax_it.resolved_run import ResolvedRun
+from jax_it.resolved_run import Changes, ResolvedRun
 from jax_it.run_checks import check_mesh, check_model, check_steps, check_vocabulary
 from jax_it.run_dir import RunDir
 
@@ -49,6 +50,7 @@ class Run:
     run_dir: RunDir | None = None
     resolved: ResolvedRun | None = None
     data: Built | None = None  # to train on, where it was asked for
+    changes: Changes = dataclasses.field(default_factory=dict)  # of settings, from when the run was resumed on
 
     @cached_property
     def format(self) -> Format:
@@ -90,15 +92,21 @@ class Run:
         return pretrained.load_base(config.model, self.mesh, config.train.seed)[1]
 
 
-def start_run(config: Config, mesh: jax.sharding.Mesh, sizes: dict[str, int] | None = None) -> Run:
+def start_run(
+    config: Config, mesh: jax.sharding.Mesh, run_dir: RunDir | None = None, sizes: dict[str, int] | None = None
+) -> Run:
     """Open a new run: all that can be known of it before a weight is read, its training data included.
 
     `sizes` are those of the mesh to train on, if that is another one. Raises UserError for what does not fit together.
     """
+    if run_dir:
+        run_dir.check_new()
     config, commits = data.pin(config)
     tokenizer = load_tokenizer(config)
     model = pretrained.load_model(config.model)
-    run = Run(config, model, tokenizer, mesh)
+    if config.model.lora.path:
+        model = dataclasses.replace(model, adapter=peft.read_adapter(config.model.lora.path, model)[0])
+    run = Run(config, model, tokenizer, mesh, run_dir)
     check_model(config, model, tokenizer)
     check_mesh(config, model, sizes or mesh.shape)
     built = build_data(run)
@@ -125,10 +133,13 @@ def with_weights(run: Run) -> tuple[Run, Params, Params]:
     return dataclasses.replace(run, model=model, resolved=resolved), *model.split(params)
 
 
-def resume_run(config: Config, run_dir: RunDir, mesh: jax.sharding.Mesh) -> Run:
-    """Open a run to continue its training with `config`. Raises UserError if that or the data has changed."""
+def resume_run(config: Config, run_dir: RunDir, mesh: jax.sharding.Mesh, allow_change: Sequence[str] = ()) -> Run:
+    """Open a run to continue its training with `config`.
+
+    Raises UserError if the data has changed, or a setting that is not named in `allow_change`.
+    """
     run_dir.check_parts()
-    run_dir.check_same(config)
+    changes = run_dir.check_same(config, allow_change)
     resolved = run_dir.open()[1]
     config, _ = data.pin(config, resolved.commits)
     run = Run(config, run_dir.model(config, resolved), run_dir.tokenizer(), mesh, run_dir, resolved)
@@ -141,7 +152,10 @@ def resume_run(config: Config, run_dir: RunDir, mesh: jax.sharding.Mesh) -> Run:
             "restore it, or start over in another --workdir"
         )
     built.train.layout = resolved.layout
-    return dataclasses.replace(run, data=built)
+    if changes:
+        check_steps(config, built)
+        resolved = dataclasses.replace(resolved, total_steps=built.train.steps(config.train.duration))
+    return dataclasses.replace(run, resolved=resolved, data=built, changes=changes)
 
 
 def open_run(run_dir: RunDir, mesh: jax.sharding.Mesh | None = None, dtype: Literal["", "float32"] = "") -> Run:

@@ -34,7 +34,7 @@ from jax_it.models import Model, build, with_tied_head
 from jax_it.models.families import FAMILIES
 from jax_it.pretrained import hf
 from jax_it.pretrained.folder import find_folder
-from jax_it.resolved_run import ResolvedRun
+from jax_it.resolved_run import Changes, ResolvedRun
 from jax_it.typed import shown
 
 CREATING = ".creating"  # while the folder is being made: what a start that is killed leaves can then be told from a run
@@ -169,13 +169,9 @@ class RunDir:
             )
 
     def _create(
-        self,
-        config: Config,
-        resolved: ResolvedRun,
-        model: Model,
-        tokenizer: tokenizers.Tokenizer,
+        self, config: Config, resolved: ResolvedRun, model: Model, tokenizer: tokenizers.Tokenizer,
         came_from: Path | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / CREATING, "")
@@ -268,9 +264,34 @@ class RunDir:
                     f"{self.path / part / name} is not the file that the run was started with; restore it from a copy"
                 )
 
-    def check_same(self, config: Config) -> None:
-        """Refuse to continue the run with a config that would compute something else."""
-        resolved_run.check_same(self.open()[0], config, self._kind(), str(self.path))
+    def check_same(self, config: Config, allow: Sequence[str] = ()) -> Changes:
+        """Refuse to continue the run with a config that would compute something else, but for settings in `allow`.
+
+        Returns those of them that differ.
+        """
+        return resolved_run.find_changes(self.open()[0], config, self._kind(), str(self.path), allow)
+
+    def change(self, changes: Changes, step: int, total_steps: int) -> None:
+        """Record in config.json, on the first host, which settings change after a step and how long the run is now.
+
+        Raises UserError if the run is past that already.
+        """
+        if total_steps < step:
+            raise UserError(f"config.train.duration: the run in {self.path} is at step {step}, past {total_steps}")
+        with hosts.first_then_others():
+            if not hosts.is_first():
+                return
+            saved = self._read()
+            for name, (_, value) in changes.items():
+                *sections, last = name.split(".")
+                section = saved["config"]
+                for each in sections:
+                    section = section[each]
+                section[last] = value
+            saved["resolved"]["total_steps"] = total_steps
+            told = {name: list(values) for name, values in changes.items()}
+            saved["changes"] = [*saved.get("changes", []), {"after_step": step, **told}]
+            self._write("config.json", with_checksum(saved))
 
     def _kind(self) -> settings.Kind | None:
         """Return the kind of the run's model; None if that cannot be read."""
@@ -337,10 +358,12 @@ class RunDir:
 
     def end(self, step: int, why: str) -> None:
         """Record that training has ended, on the first host."""
-        if not hosts.is_first():
-            return
+        if hosts.is_first():
+            self._write("ended.json", {"step": step, "why": why})
+
+    def _write(self, name: str, content: Any) -> None:
         try:
-            write_atomically(self.path / "ended.json", {"step": step, "why": why})
+            write_atomically(self.path / name, content)
         except OSError as error:
             reason = str(error.strerror or error)
             raise UserError(

@@ -1,17 +1,22 @@
 """Exit codes and what is said with them. The commands themselves: tests/test_commands.py and tests/faults."""
 
+import importlib.metadata
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import jax_it
 from jax_it import cli
+from jax_it import config as settings
 from jax_it.cli import main
 from jax_it.errors import Interrupted, UserError
+from tests import tiny_run
 from tests.tiny_run import fails
 
 HERE = Path(__file__).parents[1]
@@ -257,6 +262,41 @@ assert jax_it.generate is generate
     assert sorted(jax_it.__all__) == ["evaluate", "generate", "load", "save", "train"]
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         jax_it.trian  # noqa: B018
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert exit_code("--version") == 0
+    assert capsys.readouterr().out.startswith(f"jax-it {importlib.metadata.version('jax-it')} (JAX ")
+
+
+@pytest.mark.parametrize("command", [("train", "--workdir", "nowhere"), ("preview",)])
+def test_a_config_is_printed_as_it_was_resolved_and_can_be_read_back(capsys, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    options = ("--config", tiny_run.write_recipe(tmp_path), "--config.train.seed=7", "--print-config")
+    assert exit_code(*map(str, (*command, *options))) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["train"]["seed"] == 7 and printed["train"]["duration"] == "60 steps"
+    assert settings.resolve(printed) == settings.load(str(tmp_path / "config.py"), {"train.seed": "7"})
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_training_ends_with_where_the_run_is_and_what_comes_next(capsys, tmp_path, monkeypatch):
+    asked = []
+
+    def train(*arguments):
+        asked.append(arguments[1:])
+        return SimpleNamespace(step=60)
+
+    monkeypatch.setattr("jax_it.training.train", train)
+    monkeypatch.setattr("jax_it.training.dry_run", lambda *arguments: asked.append(arguments[1:]) or "as planned")
+    run = str(tmp_path / "my run")
+    command = ("train", "--config", str(tiny_run.write_recipe(tmp_path)), "--workdir", run)
+    assert exit_code(*command, "--allow-change", "train.duration", "--allow-change", "train.z_loss") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"step 60 is saved in {run}; next: jax-it eval --workdir '{run}', jax-it generate --model '")
+    assert exit_code(*command, "--dry-run") == 0
+    assert capsys.readouterr().out == "as planned\n"
+    assert asked == [(run, ["train.duration", "train.z_loss"]), (run, [])]
 
 
 def test_help_and_bad_options_do_not_wait_for_jax():

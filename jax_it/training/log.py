@@ -10,12 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jax_it import hosts
+from jax_it import hosts, status
 from jax_it.errors import UserError
 from jax_it.files import remedy, to_json, write_atomically
 from jax_it.run_dir import RunDir
 from jax_it.tensorboard import Events
-from jax_it.training.phases import SHARES, Phases
+from jax_it.training.phases import SHARES, Phases, duration
 
 FLUSH = 30  # seconds between what TensorBoard sees
 
@@ -79,8 +79,10 @@ class Log:
         if "mfu" in values:
             shown["mfu"] = f"{values['mfu']:.1%}"
         if self._bar.disable:
+            left = duration(values["seconds_per_step"] * (self._total - step))
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"step {step}/{self._total}  {text}", file=sys.stderr, flush=True)
+            print(f"step {step}/{self._total}  {text}  {left} left", file=sys.stderr, flush=True)
+            status.said()
         else:
             self._bar.set_postfix(shown)
 

@@ -57,7 +57,7 @@ class Phases:
         seconds = self.now()
         total = sum(seconds.values())
         shares = ", ".join(f"{phase} {part / total:.1%}" for phase, part in seconds.items() if part)
-        return f"{_duration(total)} since the first start: {shares}"
+        return f"{duration(total)} since the first start: {shares}"
 
 
 def since_first_start(run_dir: RunDir, began: float, position: Mapping[str, Any]) -> Phases:
@@ -71,7 +71,8 @@ def since_first_start(run_dir: RunDir, began: float, position: Mapping[str, Any]
     return found if math.isfinite(sum(found.seconds.values())) else Phases(began)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return a time as H:MM:SS."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

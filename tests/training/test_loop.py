@@ -1,5 +1,6 @@
 """Whole runs on the built-in data with a very small model."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,7 +12,7 @@ from jax_it import config as settings
 from jax_it.config import resolve
 from jax_it.errors import UserError
 from jax_it.run_dir import RunDir
-from jax_it.training import loop, step, train
+from jax_it.training import dry_run, loop, step, train
 
 TINY = {"model_type": "t5", "vocab_size": 120, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 LLAMA = {
@@ -175,8 +176,74 @@ def test_what_an_evaluation_would_lack_is_named_before_the_first_step(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def config_json(run):
+    return json.loads((run / "config.json").read_text())
+
+
+def test_a_finished_run_trains_longer_and_with_another_rate_where_that_is_asked_for(finished, tmp_path, capfd):
+    config, run, _ = finished
+    run = shutil.copytree(run, tmp_path / "run")
+    optimizer = dataclasses.replace(config.train.optimizer, learning_rate=1e-3)
+    train_ = dataclasses.replace(config.train, duration=settings.Duration(9, "steps"), optimizer=optimizer)
+    longer = dataclasses.replace(config, train=train_)
+    with pytest.raises(
+        UserError, match=r"config.train.duration='6 steps', not '9 steps'; add --allow-change train.dur"
+    ):
+        train(longer, run)
+    with pytest.raises(UserError, match=r"config.train.optimizer.learning_rate=0.0003, not 0.001; add --allow-change"):
+        train(longer, run, ["train.duration"])
+    before = config_json(run)
+    names = ["train.duration", "train.optimizer.learning_rate"]
+    state = train(longer, run, names)
+    assert int(state.step) == 9 and [line["step"] for line in logged(run)] == [*range(1, 10)]
+    assert "config.train.duration is '9 steps' after step 6; it was '6 steps'" in capfd.readouterr().err
+    after = config_json(run)
+    assert after["changes"] == [
+        {"after_step": 6, "train.duration": ["6 steps", "9 steps"], "train.optimizer.learning_rate": [3e-4, 1e-3]}
+    ]
+    assert after["resolved"] == before["resolved"] | {"total_steps": 9}
+    after["config"]["train"]["duration"], after["config"]["train"]["optimizer"]["learning_rate"] = "6 steps", 3e-4
+    assert after["config"] == before["config"]
+    assert int(train(longer, run).step) == 9  # it is the run's config now
+    shorter = dataclasses.replace(longer, train=dataclasses.replace(train_, duration=settings.Duration(5, "steps")))
+    with pytest.raises(UserError, match=r"config.train.duration: the run in .* is at step 9, past 5"):
+        train(shorter, run, names)
+
+
+def test_what_may_not_change_within_a_run_is_refused_by_name(finished):
+    config, run, _ = finished
+    for name in ("data.train", "train.batch_size", "model.architecture", "train.optimizer", "duration"):
+        with pytest.raises(
+            UserError, match=rf"--allow-change {name}: this cannot change within a run; train.duration, "
+        ):
+            train(config, run, [name])
+
+
+@pytest.mark.parametrize("lora", [{}, {"rank": 2}], ids=["all weights", "adapters"])
+def test_a_dry_run_says_what_training_would_do_and_leaves_nothing(tmp_path, lora):
+    config = make_config(tmp_path, eval__every="2 steps", model__lora=lora)
+    report = dry_run(config, tmp_path / "run")
+    assert "8 cpu device(s), steps 1 to 6 of about 8 examples: " in report
+    assert "a checkpoint every 3 steps, an evaluation every 2 steps; a checkpoint takes up to 0.00 GB" in report
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_of_a_run_refuses_what_continuing_it_would_and_leaves_it_as_it_is(finished, tmp_path, monkeypatch):
+    config, run, _ = finished
+    run = shutil.copytree(run, tmp_path / "run")
+    before = sorted((file, file.stat().st_mtime) for file in run.rglob("*"))
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=4))
+    with pytest.raises(UserError, match=r"config.train.batch_size=8, not 4"):
+        dry_run(other, run)
+    assert "steps 7 to 6" not in dry_run(config, run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 10_000))
+    with pytest.raises(UserError, match=r"GB free and a checkpoint takes up to"):
+        dry_run(config, run)
+    assert sorted((file, file.stat().st_mtime) for file in run.rglob("*") if file.name != ".lock") == before
+
+
 def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_first_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 10_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(9, 9, 10_000))
     with pytest.raises(UserError, match=r"run has 0.0 GB free and a checkpoint takes up to 0.0 GB; free space or name"):
         train(make_config(tmp_path), tmp_path / "run")
     assert not (tmp_path / "run").exists()

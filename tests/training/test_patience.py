@@ -11,7 +11,7 @@ from jax_it import evaluate, training
 from jax_it.config import Eval
 from jax_it.errors import Interrupted
 from jax_it.run_dir import RunDir
-from jax_it.training.patience import Patience
+from jax_it.training.hooks import Patience
 from tests.tiny_run import losses, write_recipe
 
 

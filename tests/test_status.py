@@ -1,0 +1,55 @@
+"""What a long command says where there is no terminal."""
+
+import io
+import time
+
+import pytest
+
+from jax_it import status
+from jax_it.status import Bar, activity, lines
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(status, "INTERVAL", 0.3)
+
+
+def test_there_is_a_line_with_what_is_going_on_whenever_there_was_none_for_a_while():
+    stream = io.StringIO()
+    with lines("train", stream):
+        time.sleep(0.5)
+        with activity(lambda: "compiling, step 1 of 60"):
+            time.sleep(0.35)
+            with Bar("generating", total=100, unit="examples") as bar:
+                bar.update(7)
+                time.sleep(0.35)
+            time.sleep(0.35)
+    found = stream.getvalue().splitlines()
+    assert list(dict.fromkeys(found)) == [
+        "jax-it train: working",
+        "jax-it train: compiling, step 1 of 60",
+        "jax-it train: generating, 7 of 100 examples",
+    ]
+    assert found[-1] == "jax-it train: compiling, step 1 of 60" and len(found) < 7
+    time.sleep(0.5)
+    assert stream.getvalue().splitlines() == found
+
+
+def test_there_is_none_soon_after_another_line_and_none_on_a_terminal():
+    stream, terminal = io.StringIO(), Terminal()
+    with lines("eval", stream), lines("eval", terminal):
+        for _ in range(10):
+            time.sleep(0.1)
+            status.said()
+    assert stream.getvalue() == terminal.getvalue() == ""
+
+
+def test_a_bar_without_a_total_says_how_many():
+    with Bar("tokenizing say", unit="examples") as bar:
+        bar.update(1200)
+        assert bar._text() == "tokenizing say, 1200 examples"
