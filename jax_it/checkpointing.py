@@ -1,4 +1,4 @@
-"""A run's checkpoints, by Orbax: whole or absent, written in the background, restored on any mesh."""
+"""A run's checkpoints, by Orbax: complete or absent, written in the background, restored on any mesh."""
 
 import copy
 import importlib.metadata
@@ -75,7 +75,7 @@ class Checkpoints:
             ) from error
 
     def _check_metadata(self) -> None:
-        """Refuse what Orbax's manager, which reads these files of all checkpoints, would not come to the end of."""
+        """Refuse pipes and the like, on which Orbax's manager, which reads these files, would hang."""
         try:
             files.check_all_regular(self.folder, "*/*")
         except OSError as error:
@@ -93,7 +93,7 @@ class Checkpoints:
             self._manager.close()
 
     def steps(self) -> list[int]:
-        """The steps of finished checkpoints, in order."""
+        """Return the steps of finished checkpoints, in order."""
         self._manager.reload()
         return sorted(self._manager.all_steps())
 
@@ -115,7 +115,7 @@ class Checkpoints:
         self._guard(self._manager.wait_until_finished)
 
     def restore_params(self, step: int, abstract: Any) -> Any:
-        """The params of a step, placed as the ShapeDtypeStructs of `abstract` say. Raises Unreadable."""
+        """Return the params of a step, sharded as the ShapeDtypeStructs of `abstract` say. Raises Unreadable."""
         try:
             return self._restore(step, params=abstract)["params"]
         except (UserError, Interrupted):
@@ -126,10 +126,10 @@ class Checkpoints:
             ) from error
 
     def restore_newest(self, params: Any, training: Any) -> tuple[int, Any, Any, dict[str, Any]] | None:
-        """(step, params, training, position) of the newest checkpoint that can be read; None if there is none.
+        """Return (step, params, training, position) of the newest checkpoint that can be read; None if there is none.
 
         Damaged ones are passed over with a line on standard error, and set aside, so that the run can
-        write those steps anew. Raises UserError where all are damaged.
+        write those steps again. Raises UserError where all are damaged.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -156,7 +156,7 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, **abstract: Any) -> dict[str, Any]:
-        """The items of a checkpoint. Raises ValueError where they are not those that were saved at that step.
+        """Return the items of a checkpoint. Raises ValueError if they are not those that were saved at that step.
 
         It raises on all hosts, or on none. Orbax's manager would wait for a host that could not read its part.
         """
@@ -201,7 +201,7 @@ class Checkpoints:
             files.remove(part)
 
     def _guard(self, write: Callable[[], Any]) -> None:
-        """Run a writing call; a failure leaves nothing half-written and says how to go on."""
+        """Run a writing call; a failure leaves nothing half-written and says how to continue."""
         try:
             write()
             self._manager.check_for_errors()
@@ -218,7 +218,7 @@ class Checkpoints:
 
 @cache
 def _teach_orbax_s3() -> ocp.options.AtomicityOptions:
-    """Has Orbax write arrays to s3:// by TensorStore, as it does to gs://; otherwise it takes that for a local path.
+    """Have Orbax write arrays to s3:// by TensorStore, as it does to gs://; otherwise it takes that for a local path.
 
     Returns the options of checkpoints that are not renamed when they are whole, but get a file that says so.
     """
@@ -268,7 +268,7 @@ class _NewestAndBest(preservation_policy.PreservationPolicy):
 
 @jax.jit
 def _checksum(tree: Any) -> jax.Array:
-    """A number from every bit of every array and from where it stands, the same on any mesh.
+    """Return a number that depends on every bit of every array and its position, the same on any mesh.
 
     Orbax and TensorStore notice a file that is lost or cut, but not a byte that is changed.
     """
@@ -288,14 +288,14 @@ def _checksum_of_json(value: Any) -> int:
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
-    """Shapes, dtypes and placement of a tree, to restore into."""
+    """Return the shapes, dtypes and shardings of a tree, to restore into."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
     )
 
 
 def _reason(error: BaseException) -> str:
-    """The operating system's word for an error, or the error's first line."""
+    """Return the operating system's word for an error, or the error's first line."""
     text = str(error)
     if "tree structures do not match" in text:
         names = re.findall(r"^([^\s:]+):$", text, re.MULTILINE)
@@ -309,7 +309,7 @@ def _reason(error: BaseException) -> str:
 
 
 def disk_error(error: BaseException) -> str:
-    """What the operating system said of a file, "" where the error is another one.
+    """Return what the operating system said about a file, "" for any other error.
 
     TensorStore and libraries in Rust put its number into the text of their own errors.
     """

@@ -28,7 +28,7 @@ ON_DEVICES = ("train", "eval", "generate", "export")  # on several hosts, the sa
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Exits with 0: done, 2: the user can fix it, 1: a fault of ours.
+    """Exit with 0: done, 2: the user can fix it, 1: a fault of ours.
 
     Or with 75, and 130 after Ctrl-C: stopped with nothing lost; the same command continues.
     """
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def leave(code: int, message: str = "", at_once: bool = False) -> NoReturn:
-    """Ends the process and, where it is one of several, the others; one that has not joined them yet just ends.
+    """End the process and, if it is one of several, the others; one that has not joined them yet just ends.
 
     `at_once` skips Python's own shutdown: a signal may have interrupted a library between the start of a thread and
     the note of it by which the thread would be told to end, and the shutdown would wait for it for ever.
@@ -100,7 +100,7 @@ def leave(code: int, message: str = "", at_once: bool = False) -> NoReturn:
 
 
 def _say(command: str, what: object) -> None:
-    """One line on standard error, as far as that can be written to."""
+    """Print one line to standard error, as far as that can be written to."""
     try:
         print(f"{f'jax-it {command}'.rstrip()}: {shorten(str(what), LINE)}", file=sys.stderr, flush=True)
     except OSError:
@@ -108,7 +108,7 @@ def _say(command: str, what: object) -> None:
 
 
 def _lost_output(probe: str = "") -> str:
-    """Why what was printed, or `probe`, cannot be written to standard output, "" if it can; it is thrown away then."""
+    """Return why what was printed, or `probe`, cannot be written to standard output; "" if it can. It is lost then."""
     try:
         sys.stdout.write(probe)
         sys.stdout.flush()
@@ -119,7 +119,7 @@ def _lost_output(probe: str = "") -> str:
 
 
 def _open_streams() -> None:
-    """Replaces standard streams that are closed, whose numbers other files would get, and allows any text in them."""
+    """Replace standard streams that are closed, whose numbers other files would get, and allows any text in them."""
     for number, name in ((0, "stdin"), (2, "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)
@@ -134,7 +134,7 @@ def _open_streams() -> None:
 
 
 def silence_libraries() -> None:
-    """Keeps their reports of what fails off standard error: it comes back as an exception, and is said in one line."""
+    """Keep their reports of failures off standard error: those come back as exceptions, printed in one line."""
     for name in ("absl", "asyncio"):  # Orbax logs through the first and runs on the second
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None  # of writes that are still under way when another one has failed
@@ -142,7 +142,7 @@ def silence_libraries() -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, without the usage before it."""
+        """Print one line, without the usage before it."""
         if message.endswith("expected one argument"):
             message += " (write --OPTION=VALUE where it begins with '-')"
         _say(self.prog.removeprefix("jax-it").strip(), f"{message}; see {self.prog} --help")
@@ -334,7 +334,7 @@ def _stop(text: str) -> str:
 
 
 def _path(text: str, locate: Callable[[str, str], object] = files.locate) -> str:
-    """Refuses what can be no path, before anything is imported or read."""
+    """Refuse what cannot be a path, before anything is imported or read."""
     try:
         locate(text, "")
     except UserError as error:
@@ -343,7 +343,7 @@ def _path(text: str, locate: Callable[[str, str], object] = files.locate) -> str
 
 
 def overrides(rest: list[str], takes_config: bool) -> dict[str, str]:
-    """{"train.seed": "1"} from ["--config.train.seed=1"], or from the same in two words."""
+    """Return {"train.seed": "1"} from ["--config.train.seed=1"], or from the same in two words."""
     found: dict[str, str] = {}
     words = iter(rest)
     for word in words:
@@ -448,7 +448,7 @@ def _summarize(options: argparse.Namespace, asked: Any) -> None:
 
 
 def _outputs(options: dict[str, str | None]) -> dict[str, epath.Path]:
-    """The files that options name, by option. Raises UserError where one cannot be written, or two are the same."""
+    """Return the files that options name, by option. Raises UserError if one cannot be written, or two are the same."""
     found: dict[str, epath.Path] = {}
     for option, path in options.items():
         if path is None:
@@ -485,7 +485,7 @@ def _generate(options: argparse.Namespace, changes: dict[str, str]) -> None:
 
 
 def _sampling(options: argparse.Namespace) -> Any:
-    """How tokens are chosen. Raises UserError for options that exclude each other or that nothing would read."""
+    """Return how tokens are chosen. Raises UserError for options that exclude each other or have no effect."""
     from jax_it.generation import Sampling
     from jax_it.generation.sampling import check
 

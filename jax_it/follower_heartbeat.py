@@ -1,4 +1,4 @@
-"""Tells training which checkpoints the processes that score them still need, so that it does not delete those.
+"""Tell training which checkpoints the processes that score them still need, so that it does not delete those.
 
 Each such process (`jax-it eval --follow`) keeps rewriting a file {"at": seconds since 1970, "step": the first step
 that it may still read}, on a local disk or in an object store.
@@ -38,7 +38,7 @@ def _positions(folder: epath.Path) -> Iterator[int]:
 
 
 class Position:
-    """Writes this process's file. If that fails, checkpoints may be deleted before they are scored."""
+    """Write this process's file. If that fails, checkpoints may be deleted before they are scored."""
 
     def __init__(self, file: epath.Path):
         self._file, self._step = file, 0
@@ -46,7 +46,7 @@ class Position:
         self._over = threading.Event()
 
     def move(self, step: int) -> None:
-        """Says that only this step and later ones are still needed."""
+        """Say that only this step and later ones are still needed."""
         if step != self._step:
             self._step = step
             self.write()
@@ -68,7 +68,7 @@ class Position:
 
 @contextmanager
 def position(file: epath.Path) -> Iterator[Position]:
-    """Keep the file up to date within the block, whatever the process is busy with; it starts from step 0."""
+    """Keep the file up to date within the block, even while the process is busy; it starts from step 0."""
     found = Position(file)
     found.write()
     threading.Thread(target=found.beat, daemon=True, name="follows").start()

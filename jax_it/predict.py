@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-from tqdm import tqdm
 
 from jax_it import files, generation, hosts, sharding
 from jax_it.config import Source
@@ -16,6 +15,7 @@ from jax_it.errors import UserError
 from jax_it.generation import GREEDY, Engine, Sampling, StopStrings
 from jax_it.models import Model, Params
 from jax_it.run import load, make_format
+from jax_it.status import Bar
 
 Prompt = str | Sequence[Turn]
 
@@ -69,7 +69,7 @@ def predict(
     slots = min(batch_size, len(prompts) * sampling.num_samples)
     engine = Engine(model, mesh, max_new_tokens, slots, sampling, chat.ends(tokenizer), log_probs)
     found: list[dict[int, Prediction]] = [{} for _ in prompts]
-    with tqdm(total=len(prompts), desc="generating", unit=" prompts", disable=None, leave=False) as bar:
+    with Bar("generating", len(prompts), "prompts") as bar:
         for output in generation.generate(engine, params, encoded, stop=stopping):
             text = tokenizer.decode(output.tokens)
             found[output.request_id][output.sample] = Prediction(

@@ -18,9 +18,9 @@ from jax_it.run import start_run
 
 
 def preview(config: Config, number: int) -> str:
-    """The report that `jax-it preview` prints, with `number` examples of the first batch.
+    """Return what `jax-it preview` prints, with `number` examples of the first batch.
 
-    Raises UserError for all that training would refuse before its first step, but for its mesh and its weights.
+    Raises UserError for whatever training would refuse before its first step, except its mesh and its weights.
     """
     if number < 0:
         raise UserError(f"--num {number} must be at least 0")
@@ -34,7 +34,7 @@ def preview(config: Config, number: int) -> str:
 
 
 def report(config: Config, built: data.Built, tokenizer: Tokenizer, number: int) -> str:
-    """The same, of data that is built."""
+    """Return the same for data that is built."""
     parts = [_data_sets(built), _rows(config, built)]
     if tokenizer.chat_template is not None and isinstance(built.train.format, CausalFormat):
         parts.append(_generation(tokenizer))
@@ -131,7 +131,7 @@ def _bracketed(tokens: np.ndarray, learnt: np.ndarray, tokenizer: Tokenizer) -> 
 
 
 def _generation(tokenizer: Tokenizer) -> str:
-    """How a conversation's answer begins and ends, and whether other programs would begin it otherwise."""
+    """Return how a conversation's answer begins and ends, and whether other programs would begin it differently."""
     lines = [
         "Chat template",
         f"  an answer ends with {' or '.join(tokenizer.show(chat.ends(tokenizer)))}",

@@ -1,4 +1,4 @@
-"""Signals that stop a command: what is worth saving is saved, and the command ends with `Interrupted`.
+"""Stop a command at a signal: what is worth saving is saved, and the command ends with `Interrupted`.
 
 SIGTERM announces a pre-emption, SIGHUP the end of a terminal, SIGINT is Ctrl-C. A second Ctrl-C ends the process at
 once. A signal that is ignored when the command starts, as SIGHUP under nohup, stays ignored.
@@ -28,11 +28,11 @@ SAME = 0.5
 
 
 class _AtOnce(BaseException):
-    """Ends what the main thread does. No `except Exception` on its way may take it for a fault."""
+    """End what the main thread does. No `except Exception` on its way may take it for a fault."""
 
 
 class Stopping:
-    """Called once a step, and once a batch in an evaluation: whether the command stops here.
+    """Tell, once a step and once a batch in an evaluation, whether the command stops here.
 
     On several hosts all must call it equally often, and all stop at the same call, whichever of them got the
     signal. Where nothing is held the signal ends the command at once, with `message` on standard error.
@@ -52,7 +52,7 @@ class Stopping:
         return bool(self._received)
 
     def interrupted(self, text: str) -> Interrupted:
-        """The error with which the command ends: "stopped by SIGTERM", and the text, which begins with a space or ;"""
+        """Return the error with which the command ends: "stopped by SIGTERM" and `text`, from " " or ";" on."""
         names = {0: "a signal to another host", signal.SIGINT: "Ctrl-C"}
         name = names.get(self._received) or signal.Signals(self._received).name
         return Interrupted(f"stopped by {name}{text}", CODES.get(self._received, CODE))
@@ -61,7 +61,7 @@ class Stopping:
         return self.interrupted(self._message)
 
     def hold(self, holding: bool = True) -> None:
-        """From now on there is something to bring to an end in order, or no longer."""
+        """Tell whether there is something to finish before the command may end."""
         self._holding = holding
         if not holding and self._received:
             raise _AtOnce
@@ -75,7 +75,7 @@ class Stopping:
         self._over.set()
 
     def follow(self, signals: int) -> None:
-        """Ends the process where the main thread does not see the signal: it compiles, say, and is not in Python."""
+        """End the process if the main thread does not see the signal because it is not in Python: it compiles, say."""
         first = 0.0
         with os.fdopen(signals, "rb", buffering=0) as stream:
             while number := stream.read(1):
@@ -102,7 +102,7 @@ class Stopping:
 
 @contextmanager
 def on_signals(command: str, at_once: str) -> Iterator[Stopping]:
-    """Within it a signal stops the command; `at_once` is said where it does so without an end in order.
+    """Let a signal within the block stop the command; `at_once` is the message if it does so immediately.
 
     In another thread than the main one signals are the caller's affair.
     """

@@ -18,12 +18,12 @@ MOST_DEPTH = 50  # of lists and mappings within each other, in a value
 
 
 def parts(name: str) -> list[str]:
-    """The parts of a dotted name: "data.train[0].path" and "data.train.0.path" are the same."""
+    """Return the parts of a dotted name: "data.train[0].path" and "data.train.0.path" are the same."""
     return re.sub(r"\[(\d+)\]", r".\1", name).split(".")
 
 
 def shown(value: Any) -> str:
-    """A value in a message: on one line, and not at length."""
+    """Show a value in a message: on one line, and not too long."""
     try:
         text = repr(value)
     except Exception as error:  # whose repr fails, or a whole number of more digits than Python writes
@@ -33,7 +33,7 @@ def shown(value: Any) -> str:
 
 
 def shown_name(name: Any) -> str:
-    """A setting's name, or what was given for one, in a message."""
+    """Show a setting's name, or what was given for one, in a message."""
     return name if isinstance(name, str) and name.isprintable() and len(name) <= 60 else shown(name)
 
 
@@ -80,7 +80,7 @@ def _suggest(name: str, known: list[str]) -> str:
 
 
 def build(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the declared type `kind`. Texts, which the command line gives, are read as the type asks.
+    """Return `value` as the declared type `kind`. Texts, which the command line gives, are read as the type asks.
 
     A type with a `parse(text, where)` reads its own text. Raises UserError that names the field.
     """
@@ -150,13 +150,13 @@ def _float(value: int) -> float:
 
 
 def _check_text(text: str, where: str) -> None:
-    """Refuses what no file, name or tokenizer takes: NUL, and half a surrogate pair, as a byte that is no UTF-8."""
+    """Refuse what no file, name or tokenizer takes: NUL, and lone surrogates, which bytes that are not UTF-8 become."""
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
         raise UserError(f"{where}: {shown(text)} has a character that is not text (NUL, or bytes that are not UTF-8)")
 
 
 def _json_value(value: Any, where: str, depth: int) -> Any:
-    """A value without a declared type, which must be what JSON holds."""
+    """Return a value without a declared type, which must be one that JSON can hold."""
     if depth > MOST_DEPTH:
         raise UserError(f"{where} is nested more than {MOST_DEPTH} levels deep")
     if isinstance(value, Mapping):

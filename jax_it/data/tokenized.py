@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from jax_it import files, hosts
 from jax_it.config import Data, Source
@@ -26,6 +25,7 @@ from jax_it.data.encoding import Counts
 from jax_it.data.formats import Format
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
+from jax_it.status import Bar
 
 _CHUNK = 1000  # records that the tokenizer takes at a time
 
@@ -184,7 +184,7 @@ def _encode(
 ) -> Iterator[Encoded | None]:
     """The tokens of every example, None for one that is dropped; counts as it goes."""
     records = iter(sources.read(source, where))
-    with tqdm(desc=f"tokenizing {sources.name_of(source)}", unit=" examples", disable=None, leave=False) as bar:
+    with Bar(f"tokenizing {sources.name_of(source)}", unit="examples") as bar:
         while chunk := list(islice(records, _CHUNK)):
             examples = [templates.render(record, template) for record in chunk]
             yield from format.encode(examples, [record.where for record in chunk], data, tokenizer, counts)

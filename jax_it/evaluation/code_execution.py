@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from jax_it import hosts
 from jax_it.config import Task
@@ -20,6 +19,7 @@ from jax_it.metrics import Result
 from jax_it.metrics.metric import percent
 from jax_it.models import Params
 from jax_it.run import Run
+from jax_it.status import Bar
 
 FIELDS = ("prompt", "test", "entry_point")  # of a record: text that the model continues, tests, and what they call
 CHUNK = 256  # programs between two calls of `should_stop`
@@ -106,7 +106,7 @@ def _k(name: str, task: Task) -> int:
 def _run(task: Task, programs: Sequence[str], should_stop: Callable[[], bool]) -> list[Outcome]:
     """Run programs on the first host; all get the outcomes. Raises UserError on all where no program can be run."""
     outcomes: list[Outcome] = []
-    with tqdm(total=len(programs), desc=f"{task.name}: tests", unit=" programs", disable=None, leave=False) as bar:
+    with Bar(f"testing programs of {task.name}", len(programs), "programs") as bar:
         for start in range(0, len(programs), CHUNK):
             check_stop(should_stop)
             run = partial(sandbox.run_all, programs[start : start + CHUNK], done=bar.update)

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from jax_it import losses, metrics, sharding
 from jax_it.config import Eval, Task
@@ -25,6 +24,7 @@ from jax_it.metrics import Result, bootstrap
 from jax_it.metrics.metric import Array, Values, percent, perplexity, value
 from jax_it.models import Model, Params
 from jax_it.run import Run
+from jax_it.status import Bar
 
 ALL = "all"  # the task that data.eval is; its groups have no prefix
 TASK = "task"  # the key in a task's errors of why it failed as a whole
@@ -351,6 +351,5 @@ def _check_positions(model: Model, examples: Sequence[EvalExample], new: Sequenc
             )
 
 
-def _progress(task: Task, total: int) -> Any:
-    name = "data.eval" if task.name == ALL else task.name
-    return tqdm(total=total, desc=name, unit=" texts", disable=None, leave=False)
+def _progress(task: Task, total: int) -> Bar:
+    return Bar(f"evaluating {'data.eval' if task.name == ALL else task.name}", total, "texts")

@@ -6,9 +6,10 @@
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from etils import epath
@@ -25,11 +26,8 @@ from jax_it.training.phases import Phases
 from jax_it.training.progress import Progress
 from jax_it.training.state import TrainState
 
+Hook = Callable[[int, TrainState, str], str]
 SIGNAL = "a signal"  # the ending of a run that continues with the same command
-
-
-class Hook(Protocol):
-    def __call__(self, step: int, state: TrainState, ending: str) -> str: ...
 
 
 def is_due(step: int, interval: int) -> bool:

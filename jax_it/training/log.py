@@ -21,7 +21,7 @@ FLUSH = 30  # seconds between what TensorBoard sees
 
 
 class Log:
-    """What has been logged before `start` stays. Only the first host writes and says anything.
+    """Write the log from step `start` on, after what was logged before. Only the first host writes and prints.
 
     `board` is a run of Weights & Biases, if it is wanted. Raises UserError where the disk is full.
     """
@@ -87,24 +87,24 @@ class Log:
             self._bar.set_postfix(shown)
 
     def skipped(self, step: int, values: Mapping[str, Any]) -> None:
-        """A line of skipped.jsonl."""
+        """Write a line of skipped.jsonl."""
         if self._first:
             with self._writing(), closing(self._run_dir.appending("skipped.jsonl")) as file:
                 file.write(to_json({"step": step, **values}) + "\n")
 
     def shares(self, phases: Phases) -> None:
-        """Writes down what the run's time was spent on."""
+        """Write down what the run's time was spent on."""
         if self._first:
             with self._writing():
                 write_atomically(self._run_dir.path / SHARES, phases.position())
 
     def say(self, text: str) -> None:
-        """Prints without breaking the progress bar."""
+        """Print without breaking the progress bar."""
         if self._first and text:
             self._bar.write(text)
 
     def warn(self, text: str) -> None:
-        """The same on standard error."""
+        """Print the same way to standard error."""
         if self._first:
             self._bar.write(text, file=sys.stderr)
 

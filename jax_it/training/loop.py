@@ -94,12 +94,7 @@ def train(config: Config, workdir: str | Path, allow_change: Sequence[str] = ())
             save = Checkpointing(checkpoints, steps["checkpoint"], total, progress, phases)
             evaluate = Evaluation(run, suite, steps["eval"], total, progress, log, phases, stopping)
             patience = Patience(run_dir, run.config.eval)
-            hooks = (
-                save,
-                evaluate,
-                patience.after(save, evaluate, total=total),
-                save,
-            )  # the last saves what the others ended
+            hooks = save, evaluate, patience.after(save, evaluate, total=total), save  # the last one if others end it
 
             if not run_dir.is_scored(first):
                 evaluate(first, state, "")  # the start, or what a stop has left out

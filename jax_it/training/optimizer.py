@@ -12,7 +12,7 @@ from jax_it.models.weights import is_vector
 
 
 def make_schedule(config: Optimizer, total_steps: int, warmup: int, decay: int) -> optax.Schedule:
-    """The learning rate of each step, counted from 0. Warm-up is linear and starts at 0, as in Transformers."""
+    """Return the learning rate of each step, counted from 0. Warm-up is linear and starts at 0, as in Transformers."""
     peak, final = config.learning_rate, config.learning_rate * config.final_lr_ratio
     rest, start = max(total_steps - warmup, 1), max(warmup, 1)
     after: dict[str, Callable[[], optax.Schedule]] = {
@@ -29,7 +29,7 @@ def make_schedule(config: Optimizer, total_steps: int, warmup: int, decay: int) 
 
 
 def make_optimizer(config: Optimizer, schedule: optax.Schedule, logical_axes: Any) -> optax.GradientTransformation:
-    """The optimizer. Each step takes learning rate * weight decay of a weight away, whichever optimizer it is.
+    """Return the optimizer. Each step takes learning rate * weight decay of a weight away, whichever optimizer it is.
 
     Weight decay is thus decoupled from gradients and momentum (Loshchilov & Hutter 2019). It spares norms and
     relative-position biases. `logical_axes` is the params' tree of logical axes ("L D N H").
@@ -50,7 +50,7 @@ def _decays(logical_axes: str) -> bool:
 
 
 def _adafactor(logical_axes: Any) -> optax.GradientTransformation:
-    """Adafactor's direction (Shazeer & Stern 2018) on each layer's matrices, before the learning rate.
+    """Return Adafactor's direction (Shazeer & Stern 2018) on each layer's matrices, before the learning rate.
 
     Our arrays stack layers and split heads. Factoring, clipping and scaling by the weights' size are
     meant for a layer's matrix [D, N * H], so each array is taken apart into such before, and put back after.
@@ -79,7 +79,7 @@ def _adafactor(logical_axes: Any) -> optax.GradientTransformation:
 
 
 def _as_matrices(logical_axes: str, array: jax.Array) -> jax.Array:
-    """An array with the axes N and H, which are neighbours, merged."""
+    """Merge the neighbouring axes N and H of an array."""
     axes = logical_axes.split()
     if "H" not in axes:
         return array

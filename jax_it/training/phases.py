@@ -15,7 +15,7 @@ Phase = Literal["starting", "compiling", "stepping", "waiting", "saving", "evalu
 
 
 class Phases:
-    """The phase that the run is in, and the seconds of each one.
+    """Count the seconds that the run spends in each phase.
 
     A checkpoint carries `position`. What came after it, until the process that continues from it started, is lost:
     steps that are taken again, and the time in which nothing ran. Goodput is the share of steps that count.
@@ -33,14 +33,14 @@ class Phases:
         self._since = time.perf_counter() - max(time.time() - began, 0.0)
 
     def enter(self, phase: Phase, step: int = 0) -> None:
-        """From now on time goes to this phase; entered again it is a sign of life."""
+        """Count time for this phase from now on; entering it again is a sign of life."""
         now = time.perf_counter()
         self.seconds[self.phase] += now - self._since
         self._since, self.phase, self.step = now, phase, step or self.step
         self.changes += 1
 
     def now(self) -> dict[str, float]:
-        """The seconds of each phase up to now."""
+        """Return the seconds of each phase up to now."""
         self.enter(self.phase)
         return dict(self.seconds)
 
@@ -49,11 +49,11 @@ class Phases:
         return seconds["stepping"] / sum(seconds.values())
 
     def position(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint keeps."""
         return {"at": time.time(), "seconds": self.now()}
 
     def text(self) -> str:
-        """The shares of all phases, on a line."""
+        """Return the shares of all phases, on one line."""
         seconds = self.now()
         total = sum(seconds.values())
         shares = ", ".join(f"{phase} {part / total:.1%}" for phase, part in seconds.items() if part)

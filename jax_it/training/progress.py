@@ -1,4 +1,4 @@
-"""What is seen of each step: read once the next one is under way, so that the device never waits for it."""
+"""The metrics of each step, read while the next one runs, so that the device never waits for it."""
 
 import math
 import resource
@@ -15,7 +15,7 @@ from jax_it.training.throughput import Throughput
 
 
 class Progress:
-    """Logs steps and looks whether they were skipped, one step behind the loop until `settle`.
+    """Log steps, and report those that were skipped, one step behind the loop until `settle`.
 
     The logged loss is the mean over the target tokens of all steps since the last one that was logged, without those
     that were skipped. `sums` are those of the checkpoint's position from which the run continues.
@@ -30,16 +30,16 @@ class Progress:
         self._loss, self._weight = sums
 
     def position(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the steps that are not logged yet, so that a resumed run logs the same of them."""
+        """Return what a checkpoint keeps of steps that are not logged yet, so that a resumed run logs the same."""
         return {"loss": [self._loss, self._weight], "throughput": self._throughput.position()}
 
     def add(self, step: int, measured: Mapping[str, jax.Array], logged: bool) -> None:
-        """The metrics of a step, which may not have been computed yet, and whether it is to be logged."""
+        """Take the metrics of a step, which may not have been computed yet, to be logged or not."""
         self._last = step, measured, logged
         self._log.advance()
 
     def settle(self) -> None:
-        """Waits for the step that was added last, and looks at it."""
+        """Wait for the step that was added last, and log it."""
         if self._last is None:
             return
         step, measured, logged = self._last
@@ -59,7 +59,7 @@ class Progress:
 
 
 def memory() -> dict[str, float]:
-    """Peaks in bytes: of this host's fullest device, where the device tells it, and of this process."""
+    """Return peaks in bytes: of this host's fullest device, if it reports them, and of this process."""
     stats: list[Any] = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [stat["peak_bytes_in_use"] for stat in stats if "peak_bytes_in_use" in stat]
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""Steps whose gradient was left out: which they are, which examples they had, and when there are too many."""
+"""Steps that were skipped because of their gradient: which ones, with which examples, and when there are too many."""
 
 import math
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ SHOWN = 10  # records that a line on standard error names; skipped.jsonl names a
 
 
 class Skips:
-    """Says which steps are skipped. Raises UserError where they are more than `max_skipped` in a row."""
+    """Report skipped steps. Raises UserError for more than `max_skipped` in a row."""
 
     def __init__(self, config: Train, log: Log, data: TrainData):
         self._config, self._log, self._data = config, log, data
 
     def look(self, step: int, measured: Mapping[str, float]) -> None:
-        """The metrics of a step that is done."""
+        """Look at the metrics of a finished step."""
         in_a_row = int(measured["skipped_in_a_row"])
         if not in_a_row:
             return
@@ -42,7 +42,7 @@ class Skips:
 
 
 def _text(examples: list[dict]) -> str:
-    """ "records 3, 17 of say; record 2 of names", or as many of them as a line holds."""
+    """Return "records 3, 17 of say; record 2 of names", with as many records as a line holds."""
     parts, left = [], SHOWN
     for source in examples:
         shown = source["records"][:left]

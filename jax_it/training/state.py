@@ -1,4 +1,4 @@
-"""What a training step carries on: the weights, the optimizer's memory and a few counters."""
+"""The state of training: the weights, the optimizer's state and a few counters."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ DECAY = 0.99  # a mean over about the last 100 steps
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Norms:
-    """An exponential mean of the norms of the gradients that were not left out."""
+    """An exponential mean of the gradient norms of steps that were not skipped."""
 
     sum: jax.Array  # of norms, each weighing DECAY times what the one after it weighs
     count: jax.Array  # of norms, int32
 
     @property
     def mean(self) -> jax.Array:
-        """Right from the first norm on, as in Adam (Kingma & Ba 2015); 0 where there is none."""
+        """The mean, unbiased from the first norm on, as in Adam (Kingma & Ba 2015); 0 if there is none."""
         weight = (1 - DECAY ** self.count.astype(jnp.float32)) / (1 - DECAY)
         return self.sum / jnp.maximum(weight, 1)
 
@@ -46,13 +46,13 @@ class TrainState:
 
 
 def start(params: Params, frozen: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step. The counters are arrays of their own, since each is donated."""
+    """Return the state before the first step. Each counter is an array of its own, since each is donated."""
     norms = Norms(jnp.float32(0), jnp.int32(0))
     return TrainState(jnp.int32(0), params, frozen, optimizer.init(params), jnp.int32(0), jnp.int32(0), norms)
 
 
 def state_shardings(model: Model, state: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Placement of a state (or of its shapes): optimizer arrays shaped like a weight lie as that weight does.
+    """Return the shardings of a state (or of its shapes): an optimizer array shaped like a weight has that weight's.
 
     What is left, such as Adafactor's rows and columns, is small and whole on every device.
     """

@@ -15,18 +15,18 @@ TRAINING = ("stepping", "waiting", "saving")  # the phases that rates are over
 
 
 def peak_flops(devices: int) -> float | None:
-    """FLOP/s of all devices by their published peak; None of a kind that has none in `chips`, as a CPU."""
+    """Return the published peak FLOP/s of all devices; None for a kind that `chips` does not list, such as a CPU."""
     chip = chip_of(jax.devices()[0].device_kind)
     return chip.flops * devices if chip else None
 
 
 def step_flops(model: Model, rows: float, shape: Shape) -> float:
-    """FLOPs of the forward pass, and twice that of the backward; as many again where weights are frozen."""
+    """Return the FLOPs of a step: a backward pass costs two forward passes, or one if the weights are frozen."""
     return (2 if model.adapter else 3) * rows * model.config.flops(shape.source, shape.target, shape.blocks)
 
 
 class Throughput:
-    """Rates since the last `report`; `flops` are the model's, forward and backward, without recomputation.
+    """Measure rates since the last `report`; `flops` are the model's, forward and backward, without recomputation.
 
     Time spent on anything but training, such as compiling or evaluating, is left out. `position` is that of the
     checkpoint from which the run continues: the first report then counts the steps before it too.
@@ -43,7 +43,7 @@ class Throughput:
             self._steps, self._flops = position["steps"], position["flops"]
 
     def position(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the steps that are not reported yet."""
+        """Return what a checkpoint keeps of the steps that are not reported yet."""
         return {"begin": list(self._begin), "steps": self._steps, "flops": self._flops, "totals": self._totals}
 
     def _restart(self) -> None:
@@ -52,12 +52,12 @@ class Throughput:
         self._totals: dict[str, int] = {}
 
     def _spent(self) -> tuple[float, float]:
-        """Seconds of training so far, and of waiting for data among them."""
+        """Return the seconds of training so far, and how many of them were spent waiting for data."""
         seconds = self._phases.now()
         return sum(seconds[phase] for phase in TRAINING), seconds["waiting"]
 
     def knows(self, shape: Shape) -> bool:
-        """Whether a step of this shape was added before, and need not be compiled."""
+        """Return whether a step of this shape was added before, and need not be compiled."""
         return shape in self._shapes
 
     def add(self, sizes: Sizes, shape: Shape, flops: float) -> None:
@@ -68,7 +68,7 @@ class Throughput:
             self._totals[name] = self._totals.get(name, 0) + int(getattr(sizes, name))
 
     def report(self) -> dict[str, float]:
-        """tokens_per_second counts tokens, never padding; data_share is the time that steps waited for data."""
+        """Return the rates: of tokens without padding; data_share is the share of time spent waiting for data."""
         seconds, waited = (now - then for now, then in zip(self._spent(), self._begin, strict=True))
         totals = self._totals
         rates = {

@@ -1,4 +1,4 @@
-"""Notices a run that hangs: says where each thread stands, and ends the process, so that it is started again."""
+"""Notice a run that hangs, print every thread's stack, and end the process, so that it is started again."""
 
 import faulthandler
 import os
@@ -21,7 +21,7 @@ LONG = ("starting", "compiling", "saving", "evaluating")
 
 @contextmanager
 def watching(phases: Phases, limit: float, run_dir: RunDir) -> Iterator[None]:
-    """Within it, a phase that lasts over `limit` seconds, or LONGER times that, ends the process with exit code 75."""
+    """End the process with code 75 if a phase within the block lasts over `limit` seconds, or LONGER times that."""
     over = threading.Event()
     if limit:
         threading.Thread(target=_watch, args=(phases, limit, run_dir, over), daemon=True, name="watchdog").start()

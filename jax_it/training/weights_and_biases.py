@@ -1,4 +1,4 @@
-"""The log as a run of Weights & Biases, where the config asks for it."""
+"""The log as a run of Weights & Biases, if the config asks for it."""
 
 import importlib
 import importlib.util
@@ -14,7 +14,7 @@ from jax_it.run_dir import RunDir
 
 
 def check(project: str) -> None:
-    """Raises UserError where a project is named and the package is missing."""
+    """Raise UserError if a project is named and the package is missing."""
     if project and importlib.util.find_spec("wandb") is None:
         raise UserError(
             "config.train.wandb needs the package wandb: pip install 'jax-it[wandb]', or leave the setting empty"
@@ -22,7 +22,7 @@ def check(project: str) -> None:
 
 
 def start(run_dir: RunDir, config: Config) -> Any:
-    """The run that belongs to the folder: a new one at first, the same one after a restart. None where none is wanted.
+    """Open the run that belongs to the directory: the same one after a restart. Returns None if none is wanted.
 
     Steps that are taken again after a crash are not logged again: they are the same.
     """
