@@ -71,9 +71,10 @@ def find_changes(
         if before == after or any(name == free or name.startswith(f"{free}.") for free in FREE):
             continue
         if name not in allow:
-            how = f"add --allow-change {name}" if name in CHANGEABLE else "continue with its config"
+            how = f"add --allow-change {name}, " if name in CHANGEABLE else ""
             raise UserError(
-                f"{where} holds a run with config.{name}={before!r}, not {after!r}; {how}, or name another --workdir"
+                f"{where} holds a run with config.{name}={before!r}, not {after!r}; {how}"
+                "continue with its config, or name another --workdir"
             )
         changes[name] = before, after
     return changes
