@@ -8,9 +8,9 @@ from jax_it import config as settings
 from jax_it import data, metrics, sharding
 from jax_it.config import Config
 from jax_it.data import chat
-from jax_it.data.batches import CausalBatch, Seq2SeqBatch
-from jax_it.data.formats import CausalFormat
-from jax_it.data.tokenized import shown_characters
+from jax_it.data.encoding import Counts
+from jax_it.data.formats import CausalBatch, CausalFormat, Seq2SeqBatch
+from jax_it.data.tokenized import shown_characters, shown_reasons
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from jax_it.evaluation import within_training
@@ -52,6 +52,7 @@ def _data_sets(built: data.Built) -> str:
             template = "" if len(templates) == 1 else f", template {item.template!r}"
             lines += [
                 f"  {item.name}{template}: {counts.examples} examples, {counts.kept} kept",
+                f"    invalid    {_share(counts.invalid, counts.examples)}{_reasons(counts)}",
                 f"    dropped    {_share(counts.empty_completion, counts.examples)} with an empty completion, "
                 f"{_share(counts.too_long, counts.examples)} too long",
                 f"    truncated  {_share(counts.truncated_source, counts.examples)} sources, "
@@ -60,10 +61,15 @@ def _data_sets(built: data.Built) -> str:
                 f"    tokens     mean source {counts.source_tokens / counts.examples:.1f}, "
                 f"target {counts.target_tokens / counts.examples:.1f} (before truncation)",
                 f"    supervised {_share(counts.target_tokens, tokens)} of the tokens",
-                f"    unknown    {_share(counts.unknown_tokens, tokens)} of the tokens",
+                f"    unknown    {_share(counts.unknown_tokens, tokens)} of the tokens"
+                + (f": {shown_characters(counts.unknown)}" if counts.unknown else ""),
                 f"    lost       {shown_characters(counts.lost) or 'no character'}",
             ]
     return "\n".join(lines)
+
+
+def _reasons(counts: Counts) -> str:
+    return f": {shown_reasons(counts, most=5)}" if counts.invalid else ""
 
 
 def _share(number: int, of: int) -> str:

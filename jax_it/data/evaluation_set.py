@@ -13,9 +13,8 @@ import numpy as np
 
 from jax_it.config import Data, Source
 from jax_it.data import sources, templates
-from jax_it.data.batches import Encoded
 from jax_it.data.encoding import Counts
-from jax_it.data.formats import CausalFormat, Format
+from jax_it.data.formats import CausalFormat, Encoded, Format
 from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError

@@ -1,4 +1,4 @@
-"""Data sets of every supported kind, as a stream of records: plain dicts that know where they stand."""
+"""Data sets of every supported kind as a stream of records: dicts, each with its file and line."""
 
 import csv
 import gzip
@@ -34,17 +34,28 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 class Record(NamedTuple):
     fields: Fields
     where: str  # "data/train.jsonl, line 7", for messages
+    error: str = ""  # why the record cannot be read; it has no fields then
+
+
+class InvalidRecord(UserError):
+    """Raised for a fault of one record, which `config.data.on_invalid` may leave out."""
 
 
 def name_of(source: Source) -> str:
-    """The name of a data set in reports."""
+    """Return the name of a data set in reports."""
     return source.name or Path(source.path).name.split(".")[0] or source.path
 
 
-def read(source: Source, where: str = "config.data") -> Iterator[Record]:
-    """The records of a data set, in order. Raises UserError that names the file and the line."""
+def read(source: Source, where: str = "config.data", keep_invalid: bool = False) -> Iterator[Record]:
+    """Yield the records of a data set, in order.
+
+    Raises UserError that names the file and the line; with `keep_invalid`, a single record at fault is yielded with
+    its `error` instead.
+    """
     count = 0
     for record in _read_all(source, where):
+        if record.error and not keep_invalid:
+            raise InvalidRecord(record.error)
         count += 1
         yield record
         if count == source.limit:
@@ -54,7 +65,7 @@ def read(source: Source, where: str = "config.data") -> Iterator[Record]:
 
 
 def digest(source: Source, where: str = "config.data") -> str:
-    """A hash of everything that decides what `read` yields."""
+    """Return a hash of everything that decides what `read` yields."""
     kind = _kind(source, where)
     _check_settings(source, kind, where)
     parts = hashlib.blake2b(digest_size=16)
@@ -343,7 +354,11 @@ def _read_json(file: epath.Path) -> Iterator[Record]:
                 return
             first = False
             where = f"{file}, line {number}"
-            yield _record(_parse_json(line, where), where)
+            try:
+                record = _record(_JSON.decode(line), where)
+            except (ValueError, RecursionError) as error:
+                record = Record({}, where, str(_malformed(error, where, "line")))
+            yield record
 
     return _read_text(file, parse)
 
@@ -389,13 +404,14 @@ def _read_object(file: epath.Path, field: str) -> Iterator[Record]:
                     f"line {error.lineno}; leave it out for JSON lines"
                 ) from None
             raise _malformed(error, str(file), "file") from None
-        whole = _record(whole, str(file)).fields
+        if not isinstance(whole, dict):
+            raise UserError(f"{file}: expected an object with fields, got {type(whole).__name__}")
         if not isinstance(whole.get(field), list):
             raise UserError(f"{file}: no list of records in the field {field!r}; its fields: {shown(whole)}")
         shared = {"task": _stem(file)} | {name: value for name, value in whole.items() if name != field}
         for i, fields in enumerate(whole[field], 1):
-            where = f"{file}, {field} {i}"
-            yield Record(shared | _record(fields, where).fields, where)
+            record = _record(fields, f"{file}, {field} {i}")
+            yield record._replace(fields=shared | record.fields)
 
     return _read_text(file, parse)
 
@@ -430,13 +446,6 @@ _JSON = json.JSONDecoder(object_pairs_hook=_object)
 _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
-def _parse_json(line: str, where: str) -> Any:
-    try:
-        return _JSON.decode(line)
-    except (ValueError, RecursionError) as error:
-        raise _malformed(error, where, "line") from None
-
-
 def _malformed(error: Exception, where: str, what: str) -> UserError:
     if isinstance(error, _Repeated):
         return UserError(f"{where}: an object has the key {error} more than once; keep one of them")
@@ -446,7 +455,7 @@ def _malformed(error: Exception, where: str, what: str) -> UserError:
 
 def _record(fields: Any, where: str) -> Record:
     if not isinstance(fields, dict):
-        raise UserError(f"{where}: expected an object with fields, got {type(fields).__name__}")
+        return Record({}, where, f"{where}: expected an object with fields, got {type(fields).__name__}")
     return Record(fields, where)
 
 
@@ -464,8 +473,9 @@ def _read_csv(file: epath.Path) -> Iterator[Record]:
             for fields in reader:
                 where = f"{file}, line {reader.line_num}"
                 if None in fields or None in fields.values():
-                    raise UserError(f"{where}: expected {len(names)} columns; fix the line")
-                yield Record(fields, where)
+                    yield Record({}, where, f"{where}: expected {len(names)} columns; fix the line")
+                else:
+                    yield Record(fields, where)
         except csv.Error as error:
             where = f"{file}, line {reader.line_num + 1}"  # line_num is where the last whole record ended
             raise UserError(f"{where}: not valid CSV ({error}); fix the line") from None
@@ -486,26 +496,27 @@ def _read_parquet(file: epath.Path) -> Iterator[Record]:
                 raise UserError(f"{file}: columns have the same name: {_repeated(names)}; rename or remove one")
             for batch in table.iter_batches():
                 try:
-                    records = batch.to_pylist()
-                except (ValueError, OverflowError, LookupError) as error:  # also of zoneinfo, for a time zone
-                    raise UserError(_unreadable(file, row, batch, error)) from None
-                for fields in records:
+                    records = [Record(fields, "") for fields in batch.to_pylist()]
+                except (ValueError, OverflowError, LookupError):  # also of zoneinfo, for a time zone
+                    records = [_read_row(batch, number) for number in range(batch.num_rows)]
+                for record in records:
                     row += 1
-                    yield Record(fields, f"{file}, row {row}")
+                    where = f"{file}, row {row}"
+                    yield Record(record.fields, where, record.error and f"{where}, {record.error}")
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file} cannot be read after row {row}: {first_line(error)}") from error
 
 
-def _unreadable(file: epath.Path, row: int, batch: Any, error: Exception) -> str:
-    """Which value of a batch has no counterpart in Python, `row` rows after the file's beginning."""
-    for number in range(batch.num_rows):
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            try:
-                column[number].as_py()
-            except Exception as found:  # as to_pylist raises
-                reason = f"{type(found).__name__}: {first_line(found)}"
-                return f"{file}, row {row + number + 1}, column {name!r} cannot be read: {reason}; fix or remove it"
-    return f"{file}, after row {row}: {type(error).__name__}: {first_line(error)}"
+def _read_row(batch: Any, number: int) -> Record:
+    """Read a row of a batch in which some value has no counterpart in Python."""
+    fields = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            fields[name] = column[number].as_py()
+        except Exception as error:  # as to_pylist raises
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            return Record({}, "", f"column {name!r} cannot be read: {reason}; fix or remove it")
+    return Record(fields, "")
 
 
 _READERS: dict[str, Callable[[epath.Path], Iterator[Record]]] = {

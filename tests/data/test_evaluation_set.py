@@ -128,7 +128,7 @@ def test_a_causal_example_has_its_prompt_and_the_first_reference_after_it(path):
     assert [example.prompt_tokens for example in found.examples] == [ids(text) for text in ("one", "two", "three")]
     for example, text in zip(found.examples, ("one1", "two2", "three3"), strict=True):
         assert example.encoded.target.tolist() == [*ids(text), END]
-        assert example.encoded.learnt.tolist() == [False] * (len(text) - 1) + [True] * 2
+        assert example.encoded.loss_mask.tolist() == [False] * (len(text) - 1) + [True] * 2
     assert found.examples[1].references == ("2", "ii") and truncated(found) == 0
 
 
@@ -153,11 +153,11 @@ def test_a_conversation_s_last_answer_is_the_reference_and_what_stands_before_it
         "Hello<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert it.text(example.encoded.target[example.encoded.learnt]) == "Hello<|eot_id|>See you<|eot_id|>"
+    assert it.text(example.encoded.target[example.encoded.loss_mask]) == "Hello<|eot_id|>See you<|eot_id|>"
     room = len(example.encoded.target) - 1
     found = read(source, format=format, tokenizer=it, max_seq_length=room, truncate="end")
     assert truncated(found) == 1
-    assert it.text(found.examples[0].encoded.target[found.examples[0].encoded.learnt]) == "See you<|eot_id|>"
+    assert it.text(found.examples[0].encoded.target[found.examples[0].encoded.loss_mask]) == "See you<|eot_id|>"
     assert "Hello" not in it.text(found.examples[0].prompt_tokens)
 
 
