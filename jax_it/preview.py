@@ -10,7 +10,7 @@ from jax_it.config import Config
 from jax_it.data import chat
 from jax_it.data.encoding import Counts
 from jax_it.data.formats import CausalBatch, CausalFormat, Seq2SeqBatch
-from jax_it.data.tokenized import shown_characters, shown_reasons
+from jax_it.data.tokenized import shown_characters
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from jax_it.evaluation import within_training
@@ -69,7 +69,7 @@ def _data_sets(built: data.Built) -> str:
 
 
 def _reasons(counts: Counts) -> str:
-    return f": {shown_reasons(counts, most=5)}" if counts.invalid else ""
+    return f": {counts.shown_reasons(most=5)}" if counts.invalid else ""
 
 
 def _share(number: int, of: int) -> str:

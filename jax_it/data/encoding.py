@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from jax_it.data import chat
 from jax_it.data.sources import InvalidRecord
 from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
+from jax_it.errors import UserError, shorten
 
 MAX_REASONS = 20  # why records are invalid: so many are kept
 
@@ -87,6 +89,20 @@ class Counts:
         """Count a record that cannot be read or rendered."""
         self.add(Counts(examples=1, invalid=1, reasons=[str(error)]))
 
+    def check_invalid(self, name: str, data: Data) -> None:
+        """Raise UserError if the data set has invalid records that the config does not drop."""
+        if self.invalid and data.on_invalid == "error":
+            raise UserError(
+                f"{self.shown_reasons(most=3)} (invalid records in data set {name}: {self.invalid} of {self.examples}; "
+                "fix them, or leave them out with config.data.on_invalid=drop)"
+            )
+
+    def shown_reasons(self, most: int) -> str:
+        """Return why records are invalid, with their files and lines, at most so many of them."""
+        shown = self.reasons[:most]
+        more = [f"{self.invalid - len(shown)} more"] if self.invalid > len(shown) else []
+        return "; ".join([shorten(reason, 350) for reason in shown] + more)
+
     def add_cut(self, source: bool, target: bool) -> None:
         """Count an example that is cut on these sides."""
         self.truncated += 1
@@ -105,15 +121,15 @@ class Counts:
         """Count the characters of texts, and those among them that the tokenizer loses or does not know."""
         text = "".join(texts)
         self.characters += len(text)
-        for kind, characters in (("lost", tokenizer.lost(set(text))), ("unknown", tokenizer.unknown_of(set(text)))):
-            found = getattr(self, kind)
-            for character in sorted(characters):
-                if character == "  ":
-                    number = sum(len(_REPEATED.findall(item)) for item in texts)
-                else:
-                    number = text.count(character)
-                if number:
-                    found[character] = found.get(character, 0) + number
+        present = set(text)
+        for counted, found in ((self.lost, tokenizer.lost(present)), (self.unknown, tokenizer.unknown_of(present))):
+            singles = re.escape("".join(sorted(found - {"  "})))
+            numbers = Counter(re.findall(f"[{singles}]", text) if singles else ())
+            if "  " in found:
+                numbers["  "] = sum(len(_REPEATED.findall(item)) for item in texts)
+            for character in sorted(found):
+                if numbers[character]:
+                    counted[character] = counted.get(character, 0) + numbers[character]
 
 
 _REPEATED = re.compile("(?<= ) ")

@@ -31,7 +31,7 @@ from jax_it.data.formats import Format
 from jax_it.data.sources import InvalidRecord, Record
 from jax_it.data.templates import Example
 from jax_it.data.tokenizer import Tokenizer
-from jax_it.errors import UserError, shorten
+from jax_it.errors import UserError
 
 _CHUNK = 1000  # records that the tokenizer takes at a time
 
@@ -157,7 +157,7 @@ def _write(
         with files.new_folder(folder.parent, ".part-") as part:
             counts = Counts()
             _write_tokens(part, _encode(source, where, template, data, tokenizer, format, counts))
-            _check_invalid(sources.name_of(source), counts, data)
+            counts.check_invalid(sources.name_of(source), data)
             checksums = {array: _checksum(_map(part, array)) for array in _ARRAYS}
             content = json.dumps({"counts": asdict(counts), "checksums": checksums})
             (part / _INDEX).write_text(f"{zlib.crc32(content.encode())}\n{content}\n", encoding="utf-8")
@@ -258,23 +258,15 @@ def _encode_chunk(
     return [found.get(i) for i in range(len(records))]
 
 
-def _check_invalid(name: str, counts: Counts, data: Data) -> None:
-    if counts.invalid and data.on_invalid == "error":
-        raise UserError(
-            f"data set {name}: {counts.invalid} of {counts.examples} records are invalid; fix them, or leave them out "
-            f"with config.data.on_invalid=drop: {shown_reasons(counts, most=3)}"
-        )
-
-
 def _check_limits(item: Tokenized, data: Data) -> None:
     counts = item.counts
     tokens = max(counts.source_tokens + counts.target_tokens, 1)
-    _check_invalid(item.name, counts, data)
+    counts.check_invalid(item.name, data)
     dropped = f"{counts.empty_completion} with an empty completion, {counts.too_long} too long"
     if counts.invalid:
         dropped = f"{counts.invalid} invalid, {dropped}"
     if not counts.kept:
-        reasons = f": {shown_reasons(counts, most=3)}" if counts.invalid else ""
+        reasons = f": {counts.shown_reasons(most=3)}" if counts.invalid else ""
         raise UserError(f"data set {item.name}: no example is left of {counts.examples}: {dropped}{reasons}")
     vanished = counts.vanished
     shares = (
@@ -299,12 +291,6 @@ def _check_limits(item: Tokenized, data: Data) -> None:
                 f"data set {item.name}: {number} of {of} {what}, {number / of:.1%}; fix the data, "
                 f"or allow it with config.data.{limit}={math.ceil(1000 * number / of) / 1000} or more"
             )
-
-
-def shown_reasons(counts: Counts, most: int) -> str:
-    """Return why records are invalid, with their files and lines, at most so many of them."""
-    more = counts.invalid - len(counts.reasons[:most])
-    return "; ".join([*(shorten(reason, 350) for reason in counts.reasons[:most]), *([f"{more} more"] if more else [])])
 
 
 def shown_characters(counted: Mapping[str, int], most: int = 5) -> str:

@@ -314,7 +314,7 @@ def test_a_template_that_changes_some_answers_alone_is_refused_where_it_does():
 
 def test_an_answer_that_holds_the_end_of_turn_is_refused():
     message = refusal(talk("a<|im_end|>b"), checkpoint("qwen2_5"))
-    assert message.startswith("data.json, line 3: the assistant's turn 'a<|im_end|>b' holds '<|im_end|>', ")
+    assert message.startswith("data.json, line 3: the assistant's turn 'a<|im_end|>b' contains '<|im_end|>', ")
 
 
 def test_a_template_that_marks_no_end_of_turn_is_refused_by_name():
@@ -339,7 +339,7 @@ def test_a_border_that_cannot_be_found_is_refused():
     kind = Kind("llama2", "</s>", ("<|im_start|>", "<|im_end|>"), "<s>", True)
     glued = template("chatml").replace("'\\n' + message['content']", "': Hi th' + message['content']")
     it = made(kind, glued, "glued")
-    assert "a token of glued reaches from before an answer" in refusal(
+    assert "a token of glued spans the beginning of an answer" in refusal(
         [Turn("user", "q"), Turn("assistant", "ere")], it
     )
 

@@ -74,7 +74,7 @@ def test_drop_cuts_here_and_refuse_names_the_line(tmp_path):
     path = write(tmp_path / "a.jsonl", pairs("abc>x", "abcdefgh>x"))
     assert len(read(Source(path), truncate="drop").examples) == 2
     with pytest.raises(
-        UserError, match=rf"^{path}, line 2: 9 source tokens do not fit 8; raise config\.data\.source_len"
+        UserError, match=rf"^{path}, line 2: 9 source tokens do not fit 8; raise config\.data\.max_source_len"
     ):
         read(Source(path), truncate="error")
 
@@ -175,3 +175,20 @@ def test_a_name_that_cannot_be_written_is_refused(tmp_path, name):
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", name: "\ud800"}])
     with pytest.raises(UserError, match=f"line 1: the field '{name}' cannot be written as text"):
         read(Source(path))
+
+
+def test_invalid_records_are_refused_together_or_skipped(tmp_path):
+    path = write(tmp_path / "a.jsonl", [*pairs("one>1"), {"prompt": "two"}, *pairs("three>3"), {"x": 1}])
+    with pytest.raises(UserError, match=r"line 2: .*; .*line 4: .*\(invalid records in data set a: 2 of 4; fix them"):
+        read(Source(path))
+    found = read(Source(path), on_invalid="drop")
+    assert [example.id for example in found.examples] == ["a/0", "a/2"] and found.skipped == 2
+    it = checkpoint("llama3")
+    path = write(
+        tmp_path / "b.jsonl", [*pairs("one>1"), {"prompt": "two", "completion": "<|eot_id|>"}, *pairs("three>3")]
+    )
+    given = {"format": CausalFormat(0), "tokenizer": it, "max_seq_length": 100}
+    found = read(Source(path), on_invalid="drop", **given)
+    assert [example.id for example in found.examples] == ["b/0", "b/2"] and found.skipped == 1
+    with pytest.raises(UserError, match="line 2: the assistant's turn"):
+        read(Source(path), **given)

@@ -197,7 +197,9 @@ def test_a_conversation_of_which_no_exchange_fits_is_dropped_and_counted():
     whole = len(encoded([TALK], it, max_seq_length=500)[0][0].target)
     found, counts = encoded([TALK], it, max_seq_length=whole - 1, truncate="drop")
     assert found == [None] and counts.too_long == 1
-    with pytest.raises(UserError, match=rf"^line 1: {whole} tokens do not fit {whole - 1}; raise config\.data\.seq"):
+    with pytest.raises(
+        UserError, match=rf"^line 1: {whole} tokens do not fit {whole - 1}; raise config\.data\.max_seq"
+    ):
         encoded([TALK], it, max_seq_length=whole - 1, truncate="error")
 
 
@@ -372,3 +374,26 @@ def test_whatever_decides_a_conversation_s_tokens_makes_another_cache(tmp_path):
     for same in ({"packing": False}, {"max_source_length": 7}, {"format": CausalFormat(1, True)}):
         cached(path, cache, **{"tokenizer": it, **same})
     assert len(list(cache.iterdir())) == 7
+
+
+def test_conversations_that_the_chat_template_refuses_are_dropped_and_the_others_keep_their_order(tmp_path):
+    it = checkpoint("qwen2_5")
+    answers = ["a", "b<|im_end|>", "c", "d", "e<|im_end|>", "f"]
+    rows = [{"prompt": f"q{i}", "completion": answer} for i, answer in enumerate(answers)]
+    source = Source(write(tmp_path / "a.jsonl", rows))
+    data = Data(cache_dir=str(tmp_path / "cache"), max_seq_length=100, on_invalid="drop", **LENIENT)
+    (item,) = tokenize(source, "", data, it, FORMAT)
+    assert (item.counts.examples, item.counts.invalid, item.counts.kept) == (6, 2, 4)
+    assert [reason.split(": ")[0] for reason in sorted(item.counts.reasons)] == [
+        f"{source.path}, line {n}" for n in (2, 5)
+    ]
+    texts = [it.text(item.target(i)) for i in range(6)]
+    assert [text.endswith(f"{answer}<|im_end|>\n") for text, answer in zip(texts, answers, strict=True)] == [
+        True, False, True, True, False, True,
+    ]  # fmt: skip
+    (whole,) = tokenize(Source(write(tmp_path / "b.jsonl", [rows[i] for i in (0, 2, 3, 5)])), "", data, it, FORMAT)
+    for name in ("examples", "invalid", "reasons"):
+        setattr(item.counts, name, getattr(whole.counts, name))
+    assert item.counts == whole.counts  # what was counted of the refused ones before is forgotten
+    with pytest.raises(UserError, match=r"line 2: the assistant's turn .*; .*line 5: .* 2 of 6; fix them"):
+        tokenize(source, "", Data(**{**vars(data), "on_invalid": "error"}), it, FORMAT)

@@ -551,7 +551,7 @@ def test_records_of_an_object_have_its_other_fields_and_the_file_s_name(tmp_path
         "task2_b-0",
         "task2_b-1",
     ]
-    assert found[3] == (
+    assert found[3][:2] == (
         {"task": "task2_b", "Definition": ["task2_b"], "id": "task2_b-0", "input": "0", "output": ["x"]},
         f"{tmp_path}/task2_b.json, Instances 1",
     )
