@@ -71,7 +71,7 @@ def build(
     held_out = [mixture.hold_out(templates, data.validation_size, data.seed) for templates in made]
     mixed = mixture.mix(data.train, made, data, held_out)
     sample = mixed.epoch(0)[:SAMPLE]
-    layout = format.layout(sample.source_length, sample.target_length, data, batch_size, row_cost)
+    layout = format.layout(sample["source_length"], sample["target_length"], data, batch_size, row_cost)
     digest = ":".join(templates[0].digest for templates in made)
     return Built(TrainData(mixed, format, layout, data.packing), made, digest)
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from jax_it.data.jinja import ImmutableEnvironment
 from jax_it.data.jinja_text import random_name
-from jax_it.data.sources import InvalidRecord
+from jax_it.data.records import InvalidRecord
 from jax_it.data.templates import Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError

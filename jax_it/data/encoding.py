@@ -11,7 +11,7 @@ import numpy as np
 
 from jax_it.config import Data
 from jax_it.data import chat
-from jax_it.data.sources import InvalidRecord
+from jax_it.data.records import InvalidRecord
 from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError, shorten

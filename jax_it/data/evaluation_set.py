@@ -15,7 +15,7 @@ from jax_it.config import Data, Source
 from jax_it.data import sources, templates
 from jax_it.data.encoding import Counts, Encoding
 from jax_it.data.formats import CausalFormat, Encoded, Format
-from jax_it.data.sources import InvalidRecord
+from jax_it.data.records import InvalidRecord, Record
 from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
@@ -82,7 +82,7 @@ def read(
     return EvalSet(examples, skipped, errors)
 
 
-def _printable(record: sources.Record, name: str) -> Any:
+def _printable(record: Record, name: str) -> Any:
     """Return a field that names the example in files and tables."""
     value = record.fields.get(name)
     try:

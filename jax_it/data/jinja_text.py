@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from jax_it.data.jinja import Environment
-from jax_it.data.sources import Fields, shown
+from jax_it.data.records import Fields, shown
 from jax_it.errors import UserError, first_line
 
 

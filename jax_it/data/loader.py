@@ -4,7 +4,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -89,7 +89,7 @@ class TrainData:
         stop_row = self._row_after(duration.value) if duration.unit == "epochs" else None
         pool = ThreadPoolExecutor(1, "batches")
         try:
-            waiting = deque()
+            waiting: deque[Future[Step]] = deque()
             for step in range(start, self.steps(duration)):
                 waiting.append(pool.submit(self.batch, step, part, stop_row))
                 if len(waiting) > AHEAD:
@@ -129,20 +129,20 @@ class TrainData:
             if any(d.source == i for d in found)
         ]
 
-    def _examples(self, step: int, stop_row: int | None = None) -> list[list[tuple[np.record, int]]]:
+    def _examples(self, step: int, stop_row: int | None = None) -> list[list[tuple[Any, int]]]:
         """Return the examples of each row of a step, drawn from the mixture, and the blocks that they are in."""
         first = step * self.layout.rows
         rows = range(first, first + self.layout.rows)
         return [self._examples_of(row) if stop_row is None or row < stop_row else [] for row in rows]
 
-    def _examples_of(self, row: int) -> list[tuple[np.record, int]]:
+    def _examples_of(self, row: int) -> list[tuple[Any, int]]:
         while self._ends[-1] <= row:
             self._rows_until(len(self._ends))
         epoch = int(np.searchsorted(self._ends, row, side="right")) - 1
         plan, drawn = self._plan(epoch), self.mixture.epoch(epoch)
         return [(drawn[i], block) for i, block in plan.row(row - self._ends[epoch])]
 
-    def _encoded(self, drawn: np.record, block: int) -> Encoded:
+    def _encoded(self, drawn: Any, block: int) -> Encoded:
         """Read the tokens of an example."""
         item = self.mixture.tokenized[drawn.source][drawn.template]
         return item.example(drawn.example)._replace(block=block)
@@ -171,7 +171,7 @@ class TrainData:
         members, blocks, counts = [], [], []
         for start in range(0, total, WINDOW):
             window = drawn[start : start + WINDOW]
-            rows = self.format.pack(window.source_length, window.target_length, self.layout.shape)
+            rows = self.format.pack(window["source_length"], window["target_length"], self.layout.shape)
             # The packer sorts rows by their lengths, an order that training must not see.
             for row in self.mixture.shuffled_rows(len(rows), number, start):
                 span = slice(rows.ends[row], rows.ends[row + 1])

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from jax_it.data.jinja_text import Malformed, MissingField, RenderError, compile_template, short
-from jax_it.data.sources import Fields, InvalidRecord, Record, shown
+from jax_it.data.records import Fields, InvalidRecord, Record, shown
 from jax_it.errors import UserError
 
 

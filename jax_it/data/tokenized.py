@@ -28,7 +28,7 @@ from jax_it.config import Data, Source
 from jax_it.data import sources, templates
 from jax_it.data.encoding import Counts, Encoded
 from jax_it.data.formats import Format
-from jax_it.data.sources import InvalidRecord, Record
+from jax_it.data.records import InvalidRecord, Record
 from jax_it.data.templates import Example
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
@@ -117,22 +117,22 @@ def _key(digest: str, template: str, data: Data, tokenizer: Tokenizer, format: F
 @cache
 def _code() -> str:
     """Return a hash of the code that turns records into tokens, and of the versions of the libraries that it uses."""
-    modules, libraries = _imports(Path(__file__).stem)
+    modules, libraries = _imports("tokenized", "tokenizer_files")
     installed = importlib.metadata.packages_distributions()
     names = sorted({name for library in libraries for name in installed.get(library, ())})
     versions = [platform.python_version(), *(f"{name} {importlib.metadata.version(name)}" for name in names)]
     return hashlib.blake2b(repr((sorted(modules.items()), versions)).encode(), digest_size=8).hexdigest()
 
 
-def _imports(module: str) -> tuple[dict[str, bytes], set[str]]:
-    """Return the source of a module of this package and of all modules of it that it needs, by name.
+def _imports(*roots: str) -> tuple[dict[str, bytes], set[str]]:
+    """Return the source of modules of this package, and of all those of it that they import, by name.
 
     Also return the names of the libraries that these import.
     """
     package = __name__.rpartition(".")[0]
     modules: dict[str, bytes] = {}
     libraries: set[str] = set()
-    waiting = [module]
+    waiting = [*roots]
     while waiting:
         file = Path(__file__).with_name(f"{waiting.pop()}.py")
         if file.stem in modules or not file.is_file():  # a name may be that of a function

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_it.data import chat, tokenizer
+from jax_it.data import chat
+from jax_it.data import tokenizer_files as tokenizer
 from jax_it.data.chat import Conversation
 from jax_it.data.templates import Turn
 from jax_it.data.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ import pytest
 
 from jax_it import config as settings
 from jax_it import data as chain
-from jax_it.data import tokenizer as tokenizers
+from jax_it.data import tokenizer_files as tokenizers
 from jax_it.data.formats import CausalFormat
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError

@@ -18,7 +18,7 @@ import pytest
 
 from jax_it.config import Data, Source
 from jax_it.data import sources, templates, tokenized
-from jax_it.data import tokenizer as tokenizers
+from jax_it.data import tokenizer_files as tokenizers
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.tokenized import Tokenized, tokenize
 from jax_it.errors import UserError
@@ -319,10 +319,9 @@ def test_whatever_decides_the_tokens_makes_another_cache(tmp_path, cache, monkey
 
 
 def test_the_code_that_the_key_covers_is_found_by_its_imports(monkeypatch):
-    modules, libraries = tokenized._imports("tokenized")
-    assert {"sources", "templates", "jinja", "jinja_text", "chat", "encoding", "seq2seq", "causal", "tokenizer"} < {
-        *modules
-    }
+    modules, libraries = tokenized._imports("tokenized", "tokenizer_files")
+    needed = "sources records templates jinja jinja_text chat encoding seq2seq causal tokenizer tokenizer_files".split()
+    assert {*needed} < {*modules}
     assert not {"mixture", "loader", "evaluation_set"} & {*modules}
     assert {"transformers", "tokenizers", "sentencepiece", "jinja2", "numpy", "datasets", "pyarrow"} < libraries
     assert not {"jax_it", "json", "re"} & libraries

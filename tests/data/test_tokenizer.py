@@ -10,7 +10,8 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from jax_it.data import builtin, tokenizer
+from jax_it.data import builtin
+from jax_it.data import tokenizer_files as tokenizer
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from tests.data.chat_tokenizers import Kind, made

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from jax_it.data import tokenizer as tokenizers
+from jax_it.data import tokenizer_files as tokenizers
 from tests.fuzz.seeds import fuzz_cases
 from tests.tiny_run import write_recipe
 
