@@ -52,9 +52,9 @@ def _data_sets(built: data.Built) -> str:
             template = "" if len(templates) == 1 else f", template {item.template!r}"
             lines += [
                 f"  {item.name}{template}: {counts.examples} examples, {counts.kept} kept",
-                f"    invalid    {_share(counts.invalid, counts.examples)}{_reasons(counts)}",
                 f"    dropped    {_share(counts.empty_completion, counts.examples)} with an empty completion, "
                 f"{_share(counts.too_long, counts.examples)} too long",
+                *_invalid(counts),
                 f"    truncated  {_share(counts.truncated_source, counts.examples)} sources, "
                 f"{_share(counts.truncated_target, counts.examples)} targets"
                 + (f", {_share(counts.truncated_turns, counts.examples)} by turns" if counts.truncated_turns else ""),
@@ -68,8 +68,10 @@ def _data_sets(built: data.Built) -> str:
     return "\n".join(lines)
 
 
-def _reasons(counts: Counts) -> str:
-    return f": {counts.shown_reasons(most=5)}" if counts.invalid else ""
+def _invalid(counts: Counts) -> list[str]:
+    if not counts.invalid:
+        return []
+    return [f"    invalid    {_share(counts.invalid, counts.examples)}: {counts.shown_reasons(most=5)}"]
 
 
 def _share(number: int, of: int) -> str:

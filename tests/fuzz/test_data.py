@@ -271,7 +271,8 @@ def _wrong(result: Any, home: Path, training: bool, known: int | None) -> str:
     if training:
         return "" if (home / "run" / "checkpoints" / "1").is_dir() else "there is no checkpoint"
     number, kept = map(int, re.search(r": (\d+) examples, (\d+) kept\n", result.out).groups())
-    dropped = sum(map(int, re.search(r"invalid +(\d+) \(.*\n +dropped +(\d+) \(.*?, (\d+) \(", result.out).groups()))
+    dropped = sum(map(int, re.search(r"dropped +(\d+) \(.*?, (\d+) \(", result.out).groups()))
+    dropped += sum(map(int, re.findall(r"^    invalid    (\d+) \(", result.out, re.M)[:1]))
     if number - dropped != kept:
         return "the counts do not add up"
     return f"{known} records became {number}" if known not in (None, number) else ""
