@@ -423,7 +423,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="a file for all figures")
     options = parser.parse_args()
-    from jax_it.data import tokenizer as tokenizers
+    from jax_it.data import tokenizer_files as tokenizers
 
     records = draw(options.data, options.prompts, options.seed)
     found: dict[str, Any] = {"prompts": options.prompts, "seed": options.seed, "cores": os.cpu_count(), "models": {}}

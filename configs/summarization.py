@@ -3,7 +3,8 @@
     jax-it train --config summarization --workdir runs/summarization
     jax-it eval --workdir runs/summarization
 
-The scores of this task in the literature are rouge1, rouge2 and rougeLsum (highlights are lines).
+The scores of this task in the literature are rouge1, rouge2 and rougeLsum, whose sentences are lines. T5's vocabulary
+has no line break, so each sentence of a prediction is put on a line before it is scored: rougeLsum_sentences.
 """
 
 import ml_collections
@@ -36,6 +37,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.train.optimizer.warmup = "100 steps"
     config.train.checkpoint_every = "1000 steps"
     config.eval.every = "1000 steps"
-    config.eval.best = "rougeLsum"
-    config.eval.metrics = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    config.eval.best = "rougeLsum_sentences"
+    config.eval.metrics = ["rouge1", "rouge2", "rougeL", "rougeLsum_sentences"]
     return config

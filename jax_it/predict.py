@@ -9,6 +9,7 @@ from jax_it import files, generation, hosts, sharding
 from jax_it.config import Source
 from jax_it.data import chat, sources
 from jax_it.data.formats import Format
+from jax_it.data.records import Record
 from jax_it.data.templates import Turn, conversation
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
@@ -163,7 +164,7 @@ def read_prompts(file: str) -> tuple[list[dict[str, Any]], list[Prompt]]:
     return rows, prompts
 
 
-def _prompt(record: sources.Record) -> Prompt:
+def _prompt(record: Record) -> Prompt:
     prompt = record.fields.get("prompt")
     if prompt is None and isinstance(record.fields.get("messages"), list):
         return conversation(record)

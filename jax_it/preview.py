@@ -8,8 +8,8 @@ from jax_it import config as settings
 from jax_it import data, metrics, sharding
 from jax_it.config import Config
 from jax_it.data import chat
-from jax_it.data.batches import CausalBatch, Seq2SeqBatch
-from jax_it.data.formats import CausalFormat
+from jax_it.data.encoding import Counts
+from jax_it.data.formats import CausalBatch, CausalFormat, Seq2SeqBatch
 from jax_it.data.tokenized import shown_characters
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
@@ -54,16 +54,24 @@ def _data_sets(built: data.Built) -> str:
                 f"  {item.name}{template}: {counts.examples} examples, {counts.kept} kept",
                 f"    dropped    {_share(counts.empty_completion, counts.examples)} with an empty completion, "
                 f"{_share(counts.too_long, counts.examples)} too long",
+                *_invalid(counts),
                 f"    truncated  {_share(counts.truncated_source, counts.examples)} sources, "
                 f"{_share(counts.truncated_target, counts.examples)} targets"
                 + (f", {_share(counts.truncated_turns, counts.examples)} by turns" if counts.truncated_turns else ""),
                 f"    tokens     mean source {counts.source_tokens / counts.examples:.1f}, "
                 f"target {counts.target_tokens / counts.examples:.1f} (before truncation)",
                 f"    supervised {_share(counts.target_tokens, tokens)} of the tokens",
-                f"    unknown    {_share(counts.unknown_tokens, tokens)} of the tokens",
+                f"    unknown    {_share(counts.unknown_tokens, tokens)} of the tokens"
+                + (f": {shown_characters(counts.unknown)}" if counts.unknown else ""),
                 f"    lost       {shown_characters(counts.lost) or 'no character'}",
             ]
     return "\n".join(lines)
+
+
+def _invalid(counts: Counts) -> list[str]:
+    if not counts.invalid:
+        return []
+    return [f"    invalid    {_share(counts.invalid, counts.examples)}: {counts.shown_reasons(most=5)}"]
 
 
 def _share(number: int, of: int) -> str:

@@ -20,7 +20,7 @@ from jax_it import data, files, pretrained, sharding
 from jax_it.checkpointing import Checkpoints, Unreadable, abstract
 from jax_it.config import Config
 from jax_it.data import Built, chat
-from jax_it.data import tokenizer as tokenizers
+from jax_it.data import tokenizer_files as tokenizers
 from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
 from jax_it.data.tokenizer import Tokenizer

@@ -27,7 +27,7 @@ from jax_it import config as settings
 from jax_it import files, follower_heartbeat, hosts, metrics, resolved_run
 from jax_it.checkpointing import Checkpoints, disk_error
 from jax_it.config import Config
-from jax_it.data import tokenizer as tokenizers
+from jax_it.data import tokenizer_files as tokenizers
 from jax_it.errors import Interrupted, UserError, first_line, shorten
 from jax_it.files import Appending, is_there, remedy, to_json, write_atomically
 from jax_it.models import Model, build, with_tied_head

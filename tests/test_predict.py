@@ -76,7 +76,10 @@ def test_a_prompt_is_its_text_and_messages_are_the_turns_of_a_conversation_that_
         ({"prompt": None, "messages": []}, "no messages of user and assistant (roles: none)"),
         (messages(("user", "a"), ("assistant", "b")), "the messages end with the assistant; the last one must be of"),
         (messages(("user", "a"), ("user", "b")), "two messages of the user in a row, the second of them turn 2"),
-        (messages(("assistant", "a")), "the messages begin with the assistant; the user must speak first"),
+        (
+            messages(("assistant", "a")),
+            "the messages begin with the assistant, as many ShareGPT threads do; the user must",
+        ),
         ({"messages": "say red"}, "no text in the field 'prompt'"),
         ({}, "no text in the field 'prompt'"),
     ],

@@ -13,7 +13,7 @@ import pytest
 from jax_it import config as settings
 from jax_it import pretrained
 from jax_it.config import Mesh
-from jax_it.data import tokenizer as tokenizers
+from jax_it.data import tokenizer_files as tokenizers
 from jax_it.data.packing import Layout, Shape
 from jax_it.errors import Interrupted, UserError
 from jax_it.files import write_atomically

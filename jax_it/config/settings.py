@@ -150,6 +150,7 @@ class Data:
     mixing_temperature: float = 1.0  # for "proportional": rates are proportional to size ** (1 / temperature)
     seed: int = 0  # of the order, the mixture and the choice of templates
     cache_dir: str = "~/.cache/jax_it"
+    on_invalid: Literal["error", "drop"] = "error"  # of records that cannot be read or rendered; drop: they are counted
     max_dropped: float = 0.1  # shares of a source's examples (of tokens for max_unknown), refused above
     max_truncated: float = 0.5
     max_unknown: float = 0.05

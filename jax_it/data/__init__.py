@@ -1,4 +1,7 @@
-"""From files to batches. `build` shows the whole chain on one screen."""
+"""From files to batches: `build` shows the whole chain.
+
+A record becomes turns by a template, these become token ids and a loss mask, examples share rows, rows make a batch.
+"""
 
 import json
 from collections.abc import Callable, Mapping
@@ -25,9 +28,9 @@ class Built:
 
 
 def pin(config: Config, commits: Mapping[str, str] | None = None) -> tuple[Config, Mapping[str, str]]:
-    """The config with the commits of its hub data sets as their revisions; and these commits, by "NAME@REVISION".
+    """Return the config with the commits of its hub data sets as revisions, and these commits by "NAME@REVISION".
 
-    They are what the revisions stand for now, or `commits`, where a run has them from its start.
+    They are what the revisions refer to now, or `commits`, where a run has them from its start.
     """
     if commits is None:
         commits = json.loads(hosts.from_first(lambda: json.dumps(_commits(config))))
@@ -43,7 +46,7 @@ def pin(config: Config, commits: Mapping[str, str] | None = None) -> tuple[Confi
 
 
 def _commits(config: Config) -> dict[str, str]:
-    """What the revisions of the config's hub data sets stand for now."""
+    """Return what the revisions of the config's hub data sets refer to now."""
     every = [(source, f"config.data.train.{i}") for i, source in enumerate(config.data.train)]
     every += [(source, f"config.data.eval.{i}") for i, source in enumerate(config.data.eval)]
     for i, task in enumerate(config.eval.tasks):
@@ -60,15 +63,15 @@ def _asked(source: Source) -> str:
 def build(
     data: Data, tokenizer: Tokenizer, format: Format, batch_size: int, row_cost: Callable[[Shape], float]
 ) -> Built:
-    """Training data: record -> template -> token ids (cached) -> mixture -> rows -> batches by step.
+    """Return training data: records -> turns -> token ids with a loss mask (cached) -> rows -> batches by step.
 
-    `row_cost` says what a row of some shape costs in the training step; the shape is chosen by it.
+    `row_cost` is the cost of a row of some shape in the training step; the shape is chosen by it.
     """
     made = _tokenize(data, tokenizer, format)
     held_out = [mixture.hold_out(templates, data.validation_size, data.seed) for templates in made]
     mixed = mixture.mix(data.train, made, data, held_out)
-    sample = mixed.epoch(0).part(0, SAMPLE)
-    layout = format.layout(sample.source_length, sample.target_length, data, batch_size, row_cost)
+    sample = mixed.epoch(0)[:SAMPLE]
+    layout = format.layout(sample["source_length"], sample["target_length"], data, batch_size, row_cost)
     digest = ":".join(templates[0].digest for templates in made)
     return Built(TrainData(mixed, format, layout, data.packing), made, digest)
 
@@ -98,12 +101,12 @@ def _tokenize(data: Data, tokenizer: Tokenizer, format: Format) -> list[list[Tok
 
 
 def texts(items: tuple[Source, ...]) -> Any:
-    """Every prompt and completion of some sources, for training a tokenizer."""
+    """Return every prompt and completion of some sources, for training a tokenizer."""
     return tokenized.prompts_and_completions(items, "config.data.train")
 
 
 def describe(built: Built) -> list[dict[str, Any]]:
-    """What became of each data set, as a table of plain values."""
+    """Return what became of each data set, as a table of plain values."""
     return [
         {"name": item.name, "template": item.template, **asdict(item.counts)}
         for templates in built.tokenized

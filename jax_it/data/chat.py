@@ -1,10 +1,9 @@
-"""Conversations as token ids, and which of them the assistant said.
+"""Conversations as token ids with a loss mask, by the checkpoint's chat template.
 
-A checkpoint's chat template is a program that may do what it likes with the texts it is given, and most
-templates have no `{% generation %}` marks. So where the assistant's texts stand is proven for every
-conversation: it is rendered again with each of these texts between two characters that stand nowhere else.
-If what comes out without them is the plain rendering, the characters have shown the places; if not, the
-template changes the text, and the conversation is refused.
+A chat template is a program that may change the texts it is given, and most templates have no `{% generation %}` tags.
+So the spans of the assistant's texts are proven for every conversation: it is rendered again with each of these texts
+between two characters that occur nowhere else. If that rendering without them equals the plain one, the characters
+have shown the spans; if not, the template changes the text, and the conversation is refused.
 """
 
 import datetime
@@ -21,17 +20,19 @@ import jinja2.ext
 import numpy as np
 
 from jax_it.data.jinja import ImmutableEnvironment
-from jax_it.data.templates import Turn, random_name
+from jax_it.data.jinja_text import random_name
+from jax_it.data.records import InvalidRecord
+from jax_it.data.templates import Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from jax_it.files import read_text
 
-_PLACEHOLDER = "Hello"  # an answer, where none is known yet
+_PLACEHOLDER = "Hello"  # an answer, where there is none yet
 _PROBE = (Turn("user", "Hi"), Turn("assistant", _PLACEHOLDER), Turn("user", "Bye"), Turn("assistant", _PLACEHOLDER))
 _DATE = datetime.date(2024, 7, 26)  # what templates take for today: data must not change overnight
 
-# For base models: words that every vocabulary has, and the end mark that they already know. A line of its
-# own for the text keeps the prompt's last token apart from the answer's first.
+# For base models: words that every vocabulary has, and the end token that they already know. A line break before the
+# text separates the prompt's last token from the answer's first.
 DEFAULT = (
     "{% for message in messages %}{{ '' if loop.first else '\\n\\n' }}"
     "{% if message['role'] == 'system' %}{{ message['content'] | trim }}"
@@ -42,14 +43,14 @@ DEFAULT = (
 
 
 class Conversation(NamedTuple):
-    """A conversation as token ids; `learnt` is true of what the assistant says, ends of turns included."""
+    """A conversation as token ids; the loss mask is true for the assistant's text and for the end of its turns."""
 
     tokens: np.ndarray  # int32
-    learnt: np.ndarray  # bool
+    loss_mask: np.ndarray  # bool
 
 
-class _Marks(NamedTuple):
-    """What a chat template does around every answer."""
+class _Markup(NamedTuple):
+    """What a chat template puts around every answer."""
 
     end: str  # the token that ends the assistant's turn
     space: bool  # a space before the answer belongs to the answer's first token
@@ -61,10 +62,10 @@ class _Rendered(NamedTuple):
 
 
 def with_chat_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
-    """The tokenizer with the chat template of `config.model.chat_template`, which `save` writes beside it.
+    """Return the tokenizer with the chat template of `config.model.chat_template`, which `save` writes with it.
 
-    "" leaves its own, "none" takes it away, "default" sets one for base models; else it is a Jinja file's name.
-    Raises UserError for a file that cannot be read, and for a template whose answers cannot be told apart.
+    "" keeps its own, "none" removes it, "default" sets one for base models; anything else is the name of a Jinja file.
+    Raises UserError for a file that cannot be read, and for a template that does not mark the end of answers.
     """
     template: str | None
     if not setting:
@@ -84,7 +85,7 @@ def with_chat_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
     changed = tokenizer.with_chat_template(template, setting)
     if template is not None:
         try:
-            _marks(changed)
+            _markup(changed)
         except UserError as error:
             raise UserError(f"config.model.chat_template: {error}") from None
     return changed
@@ -93,11 +94,11 @@ def with_chat_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
 def encode(
     conversations: Sequence[Sequence[Turn]], places: Sequence[str], tokenizer: Tokenizer, train_on: str
 ) -> list[Conversation]:
-    """Each conversation, which ends with the assistant, as the chat template renders it.
+    """Return each conversation, which ends with the assistant, as the chat template renders it.
 
-    `train_on` is "all" or "last": which of the assistant's turns are learnt. `places` say where each is from.
-    Raises UserError naming the place where the template refuses the conversation, leaves out a turn or
-    changes an answer, and where the tokens of an answer cannot be told from those before it.
+    `train_on` is "all" or "last": which of the assistant's turns are trained on. `places` say where each is from.
+    Raises InvalidRecord naming the place of a conversation that the template refuses, in which it leaves out a turn or
+    changes an answer, or in which a token spans the beginning of an answer.
     """
     if not conversations:
         return []
@@ -106,30 +107,30 @@ def encode(
     made = []
     for i, (item, where) in enumerate(zip(rendered, places, strict=True)):
         masked = _mask(item, *found[i], tokenizer) if found else None
-        tokens, learnt = masked or _piecewise(item, tokenizer, where)
-        made.append(_started_once(tokens, learnt, tokenizer))
+        tokens, mask = masked or _piecewise(item, tokenizer, where)
+        made.append(_started_once(tokens, mask, tokenizer))
     return made
 
 
 def prompts(conversations: Sequence[Sequence[Turn]], places: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids that an answer to each conversation, which ends with the user, is generated from.
+    """Return the ids that an answer to each conversation, which ends with the user, is generated from.
 
-    They are those that stand before the answer's first token in training.
+    They are those that precede the answer's first token in training.
     """
     answered = [(*turns, Turn("assistant", _PLACEHOLDER)) for turns in conversations]
     encoded = encode(answered, places, tokenizer, "last")
-    return [item.tokens[: int(np.argmax(item.learnt))].tolist() for item in encoded]
+    return [item.tokens[: int(np.argmax(item.loss_mask))].tolist() for item in encoded]
 
 
 def ends(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end an answer: the end of text and, with a chat template, its end of turn."""
+    """Return the ids that end an answer: the end of text and, with a chat template, its end of turn."""
     if tokenizer.chat_template is None:
         return (tokenizer.end,)
-    return tuple(sorted({tokenizer.end, *tokenizer.encode([_marks(tokenizer).end])[0]}))
+    return tuple(sorted({tokenizer.end, *tokenizer.encode([_markup(tokenizer).end])[0]}))
 
 
 def generation_prompt(tokenizer: Tokenizer) -> tuple[str, str] | None:
-    """The end of the prompt in training and by the template's own generation prompt, where the two differ."""
+    """Return the prompt in training and by the template's own generation prompt, where the two differ."""
     question = _PROBE[:1]
     (ours,) = prompts([question], ["a probe"], tokenizer)
     (theirs,) = tokenizer.encode([_apply(question, tokenizer, "a probe", generation=True)])
@@ -137,7 +138,7 @@ def generation_prompt(tokenizer: Tokenizer) -> tuple[str, str] | None:
 
 
 def prompt_text(turns: Sequence[Turn], tokenizer: Tokenizer, where: str) -> str:
-    """Turns that end with the user as the chat template renders them, with its generation prompt."""
+    """Render turns that end with the user by the chat template, with its generation prompt."""
     return _apply(turns, tokenizer, where, generation=True)
 
 
@@ -149,9 +150,9 @@ def _apply(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, generation: 
 
 
 def render(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, where: str, generation: bool = False) -> str:
-    """Messages as `apply_chat_template` of Transformers renders them, on a fixed day and with bounds on time and size.
+    """Render messages as Transformers' `apply_chat_template` does, on a fixed day and with bounds on time and size.
 
-    Raises UserError for those that the template does not take.
+    Raises InvalidRecord for messages that the template refuses.
     """
     if not (tokenizer.chat_template or "").strip():
         raise UserError(f"{where}: {_of(tokenizer)} is empty; set config.model.chat_template to 'default' or a file")
@@ -169,7 +170,7 @@ def render(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, where: s
         )
     except Exception as error:  # a template may run any expression on any text
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"{where}: {_of(tokenizer)} does not take this conversation: {reason}") from None
+        raise InvalidRecord(f"{where}: {_of(tokenizer)} does not take this conversation: {reason}") from None
 
 
 def _of(tokenizer: Tokenizer) -> str:
@@ -188,7 +189,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 class _Generation(jinja2.ext.Extension):
-    """The tag around what the assistant says, whose body is rendered as if it were not there."""
+    """The tag around the assistant's text, whose body is rendered as if the tag were not there."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -216,12 +217,12 @@ def _strftime_now(format: str) -> str:
 
 
 def _render(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, train_on: str) -> _Rendered:
-    """The conversation and the proven places of its answers, each with the end of its turn."""
-    marks = _marks(tokenizer)
+    """Render a conversation and prove the spans of its answers, each with the end of its turn."""
+    markup = _markup(tokenizer)
     text = _apply(turns, tokenizer, where)
     for turn in turns:
         if turn.role != "assistant" and turn.text.strip() not in text:
-            raise UserError(
+            raise InvalidRecord(
                 f"{where}: {_of(tokenizer)} leaves out or changes the {turn.role} turn {_short(turn.text)}"
                 + ("; put its text into the first user turn" if turn.role == "system" else "")
             )
@@ -229,30 +230,30 @@ def _render(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, train_on: s
     if train_on == "last":
         answers = answers[-1:]
     for i in answers:
-        if marks.end in turns[i].text:
-            raise UserError(
-                f"{where}: the assistant's turn {_short(turns[i].text)} holds {marks.end!r}, which would end it midway"
+        if markup.end in turns[i].text:
+            raise InvalidRecord(
+                f"{where}: the assistant's turn {_short(turns[i].text)} contains {markup.end!r}, which would end it"
             )
     places = _places(turns, answers, text, tokenizer, where)
     spans = []
     for i, (start, stop) in zip(answers, places, strict=True):
         blank = len(text[stop:]) - len(text[stop:].lstrip())
-        if not text.startswith(marks.end, stop + blank):
-            raise UserError(
+        if not text.startswith(markup.end, stop + blank):
+            raise InvalidRecord(
                 f"{where}: {_of(tokenizer)} does not end the assistant's turn {_short(turns[i].text)} with "
-                f"{marks.end!r}: the model would not learn to stop"
+                f"{markup.end!r}: the model would not learn to stop"
             )
-        space = marks.space and text[:start].endswith(" ")
-        spans.append((start - space, stop + blank + len(marks.end)))
+        space = markup.space and text[:start].endswith(" ")
+        spans.append((start - space, stop + blank + len(markup.end)))
     return _Rendered(text, spans)
 
 
 def _places(
     turns: Sequence[Turn], answers: Sequence[int], text: str, tokenizer: Tokenizer, where: str
 ) -> list[tuple[int, int]]:
-    """Where each answer stands in the rendering `text`, with as much of its blanks as the template keeps.
+    """Return the span of each answer in the rendering `text`, with as much of its white space as the template keeps.
 
-    The marks stand within an answer's own blanks, so that a template that strips them does so here too.
+    The two characters are put inside an answer's own white space, so that a template that strips it does so here too.
     """
     opening, closing = _unused(turns, text)
     marked, bare = list(turns), list(turns)
@@ -266,7 +267,7 @@ def _places(
     if rendered.replace(opening, "").replace(closing, "") == text:
         pattern = re.compile(f"(\\s*){opening}([^{opening}{closing}]*){closing}(\\s*)")
         found = list(pattern.finditer(rendered))
-        # The blanks that stand there when the answers have none are the template's.
+        # White space that is there when the answers have none is the template's.
         of_template = found if marked == bare else list(pattern.finditer(_apply(bare, tokenizer, where)))
         places = []
         for number, (i, match, other) in enumerate(zip(answers, found, of_template, strict=False)):
@@ -282,22 +283,22 @@ def _places(
                 places.append((start - before, stop + after))
         if len(places) == len(found) == len(of_template) == len(answers):
             return places
-    # A template may take the last answer apart and put it together again (a reasoning, say). It is whole if it
-    # stands after what generation starts from, which knows nothing of it.
+    # A template may split the last answer and join it again (to find reasoning, say). The answer is whole if it
+    # follows what generation starts from, which does not depend on it.
     if list(answers) == [len(turns) - 1]:
         before_answer, said = _apply(turns[:-1], tokenizer, where, generation=True), turns[-1].text
         for whole in (said, said.strip(), said.lstrip(), said.rstrip()):
             if text.startswith(before_answer + whole):
                 return [(len(before_answer), len(before_answer + whole))]
-    raise UserError(
-        f"{where}: {_of(tokenizer)} changes the assistant's text, so that what to learn cannot be told; "
+    raise InvalidRecord(
+        f"{where}: {_of(tokenizer)} changes the assistant's text, so it cannot be found for the loss mask; "
         + ("try config.data.train_on='last', or " if len(answers) > 1 else "")
         + "set another config.model.chat_template"
     )
 
 
 def _unused(turns: Sequence[Turn], text: str) -> tuple[str, str]:
-    """Two characters of the private use area that stand in none of the texts."""
+    """Return two characters of the private use area that occur in none of the texts."""
     seen = set(text).union(*(turn.text for turn in turns))
     free = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in seen)
     return next(free), next(free)
@@ -308,11 +309,14 @@ def _short(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _marks(tokenizer: Tokenizer) -> _Marks:
-    """What the template does around the answers of a short conversation. Raises UserError if it marks no end."""
-    text = _apply(_PROBE, tokenizer, "a short conversation")
-    places = _places(_PROBE, (1, 3), text, tokenizer, "a short conversation")
-    found = {_mark(text[stop:].lstrip(), tokenizer) for _, stop in places}
+def _markup(tokenizer: Tokenizer) -> _Markup:
+    """Return what the template puts around answers, from a short conversation. Raises UserError if it marks no end."""
+    try:
+        text = _apply(_PROBE, tokenizer, "a short conversation")
+        places = _places(_PROBE, (1, 3), text, tokenizer, "a short conversation")
+    except InvalidRecord as error:  # any other record would be invalid too
+        raise UserError(str(error)) from None
+    found = {_leading_token(text[stop:].lstrip(), tokenizer) for _, stop in places}
     end = found.pop()
     if found or not end:
         raise UserError(
@@ -323,12 +327,12 @@ def _marks(tokenizer: Tokenizer) -> _Marks:
     joined = False
     if encoded := tokenizer.encode_with_offsets([text]):
         joined = any(begin == start - 1 and start < stop for begin, stop in encoded[0][1].tolist())
-    return _Marks(end, joined and text[start - 1] == " ")
+    return _Markup(end, joined and text[start - 1] == " ")
 
 
-def _mark(text: str, tokenizer: Tokenizer) -> str:
-    """The special or added token that a text begins with, or ""."""
-    return max((token for token in tokenizer.marks if text.startswith(token)), key=len, default="")
+def _leading_token(text: str, tokenizer: Tokenizer) -> str:
+    """Return the special or added token that a text begins with, or ""."""
+    return max((token for token in tokenizer.added_texts if text.startswith(token)), key=len, default="")
 
 
 # Tokens
@@ -337,40 +341,40 @@ def _mark(text: str, tokenizer: Tokenizer) -> str:
 def _mask(
     item: _Rendered, tokens: np.ndarray, offsets: np.ndarray, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """The tokens of the whole rendering and which are learnt; None where one begins before an answer and ends in it."""
-    learnt = np.zeros(len(tokens), bool)
+    """Return the tokens of the whole rendering and their loss mask; None where a token spans an answer's beginning."""
+    mask = np.zeros(len(tokens), bool)
     begins, stops = offsets[:, 0], offsets[:, 1]
     for start, stop in item.spans:
-        learnt |= (begins >= start) & (begins < stop)
+        mask |= (begins >= start) & (begins < stop)
         for i in np.flatnonzero((begins < start) & (stops > start)):
-            # Special tokens of some tokenizers swallow the blanks after them, those of the answer too.
+            # Special tokens of some tokenizers include the white space after them, the answer's as well.
             swallowed = item.text[start : stops[i]].isspace() and int(tokens[i]) in tokenizer.special
             if not swallowed:
                 return None
-    return tokens, learnt
+    return tokens, mask
 
 
 def _piecewise(item: _Rendered, tokenizer: Tokenizer, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of each part of the rendering by itself, if together they are the same text."""
+    """Return the tokens and loss mask of the parts encoded one by one, if together they are the same text."""
     cuts = [0, *(place for span in item.spans for place in span), len(item.text)]
     pieces = tokenizer.encode([item.text[a:b] for a, b in itertools.pairwise(cuts)])
     tokens = [token for piece in pieces for token in piece]
     if tokenizer.text(tokens) != tokenizer.text(tokenizer.encode([item.text])[0]):
-        raise UserError(
-            f"{where}: a token of {tokenizer.name} reaches from before an answer of the assistant into it, so that "
-            "what to learn cannot be told; strip the answers, or set another config.model.chat_template"
+        raise InvalidRecord(
+            f"{where}: a token of {tokenizer.name} spans the beginning of an answer, so the loss mask cannot separate "
+            "the answer from its prompt; strip the answers, or set another config.model.chat_template"
         )
-    learnt = [i % 2 == 1 for i, piece in enumerate(pieces) for _ in piece]
-    return np.array(tokens, np.int32), np.array(learnt, bool)
+    mask = [i % 2 == 1 for i, piece in enumerate(pieces) for _ in piece]
+    return np.array(tokens, np.int32), np.array(mask, bool)
 
 
-def _started_once(tokens: np.ndarray, learnt: np.ndarray, tokenizer: Tokenizer) -> Conversation:
-    """The conversation with one mark of beginning, where the tokenizer sets one or the template has written any."""
+def _started_once(tokens: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> Conversation:
+    """Return the conversation with exactly one beginning token, where the tokenizer adds one."""
     start = tokenizer.start
     if start is not None:
         written = 0
         while written < len(tokens) and tokens[written] == start:
             written += 1
         tokens = np.concatenate([[start], tokens[written:]]).astype(np.int32)
-        learnt = np.concatenate([[False], learnt[written:]])
-    return Conversation(tokens, learnt)
+        mask = np.concatenate([[False], mask[written:]])
+    return Conversation(tokens, mask)

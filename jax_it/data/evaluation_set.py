@@ -13,9 +13,9 @@ import numpy as np
 
 from jax_it.config import Data, Source
 from jax_it.data import sources, templates
-from jax_it.data.batches import Encoded
-from jax_it.data.encoding import Counts
-from jax_it.data.formats import CausalFormat, Format
+from jax_it.data.encoding import Counts, Encoding
+from jax_it.data.formats import CausalFormat, Encoded, Format
+from jax_it.data.records import InvalidRecord, Record
 from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
@@ -41,7 +41,7 @@ class EvalExample(NamedTuple):
 
 class EvalSet(NamedTuple):
     examples: list[EvalExample]
-    skipped: int = 0  # records without a reference
+    skipped: int = 0  # records without a reference, and those that are invalid, where data.on_invalid drops them
     errors: Mapping[str, str] = MappingProxyType({})  # by name: why a source could not be read
 
 
@@ -82,7 +82,7 @@ def read(
     return EvalSet(examples, skipped, errors)
 
 
-def _printable(record: sources.Record, name: str) -> Any:
+def _printable(record: Record, name: str) -> Any:
     """Return a field that names the example in files and tables."""
     value = record.fields.get(name)
     try:
@@ -107,9 +107,15 @@ def _read_one(
     skipped = 0
     name = sources.name_of(source)
     most = min([n for n in (limit, None if wanted is None else len(wanted)) if n], default=0)
-    every = ((i, record) for i, record in enumerate(sources.read(source, where)) if wanted is None or i in wanted)
+    numbered = enumerate(sources.read(source, where, keep_invalid=True))
+    every = ((i, record) for i, record in numbered if wanted is None or i in wanted)
+    invalid = Counts()
     for number, record in itertools.islice(every, most or None):  # the rest is not read
-        example = templates.render(record, source.template[number % len(source.template)])
+        try:
+            example = templates.render(record, source.template[number % len(source.template)])
+        except InvalidRecord as error:
+            invalid.add_invalid(error)
+            continue
         references = tuple(reference for reference in example.references if reference.strip())
         if not references:
             skipped += 1
@@ -126,13 +132,17 @@ def _read_one(
         )
         rendered.append(Example((*example.turns[:-1], Turn("assistant", references[0])), references))
         locations.append(record.where)
+    invalid.examples += len(chosen) + skipped
+    invalid.check_invalid(name, data)
     counts = Counts()
-    encoded = format.encode(rendered, locations, data, tokenizer, counts, evaluation=True)
+    encoded = _encode(rendered, locations, data, tokenizer, format, counts)
     examples: list[EvalExample] = []
     for unencoded, location in zip(chosen, locations, strict=True):
         before = dataclasses.replace(counts)
         item = next(encoded)
-        assert item is not None  # as there is a reference
+        if item is None:  # the chat template refuses it
+            skipped += 1
+            continue
         truncated = counts.cut_prompts > before.cut_prompts
         if truncated and data.truncate == "error":
             number, what = counts.source_tokens - before.source_tokens, "source "
@@ -143,4 +153,23 @@ def _read_one(
                 f"raise config.data.{format.length_field}, or choose another config.data.truncate"
             )
         examples.append(unencoded._replace(prompt_tokens=format.prompt_of(item), truncated=truncated, encoded=item))
-    return EvalSet(examples, skipped)
+    return EvalSet(examples, skipped + invalid.invalid)
+
+
+def _encode(
+    rendered: Sequence[Example],
+    locations: Sequence[str],
+    data: Data,
+    tokenizer: Tokenizer,
+    format: Format,
+    counts: Counts,
+) -> Encoding:
+    """Yield each example's tokens; where invalid records are dropped, None for one that the chat template refuses."""
+    if data.on_invalid == "error":
+        yield from format.encode(rendered, locations, data, tokenizer, counts, evaluation=True)
+        return
+    for example, location in zip(rendered, locations, strict=True):
+        try:
+            yield from format.encode([example], [location], data, tokenizer, counts, evaluation=True)
+        except InvalidRecord:
+            yield None

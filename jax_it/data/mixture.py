@@ -1,8 +1,7 @@
-"""The endless, ordered stream of examples that a run draws from its sources, readable at any place."""
+"""The endless, ordered stream of examples that a run draws from its sources, readable at any position."""
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
@@ -10,22 +9,17 @@ from jax_it.config import Data, Source
 from jax_it.data.tokenized import Tokenized, eligible
 from jax_it.errors import UserError
 
-
-class Drawn(NamedTuple):
-    """Examples of the stream, as arrays of one length."""
-
-    source: np.ndarray  # which source
-    example: np.ndarray  # which of its examples
-    template: np.ndarray  # under which of its templates
-    source_length: np.ndarray  # tokens, end marks included
-    target_length: np.ndarray
-
-    def part(self, start: int, stop: int) -> "Drawn":
-        return Drawn(*(array[start:stop] for array in self))
+COLUMNS = [  # of an example drawn from the stream
+    ("source", np.int64),  # which source
+    ("example", np.int64),  # which of its examples
+    ("template", np.int64),  # under which of its templates
+    ("source_length", np.int64),  # tokens, special tokens included
+    ("target_length", np.int64),
+]
 
 
 class Mixture:
-    """Sources mixed by rate, each shuffled anew in each of its own epochs.
+    """Sources mixed by rate, each shuffled again in each of its own epochs.
 
     An epoch of the mixture takes `counts[i]` examples from source i, in an order of its own, and continues
     where the last epoch left that source. With mixing="all" that is every example once.
@@ -41,41 +35,35 @@ class Mixture:
         self._seed = seed
         self.epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
-    def _draw_epoch(self, number: int) -> Drawn:
-        """All examples of an epoch, in order: a pure function of the config, the seed and the number."""
-        parts = [self._draw_source(i, number) for i in range(len(self._pools))]
-        source, example, template = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        order = np.argsort(_hash(self._seed, np.arange(len(source)), number, 1), kind="stable")
-        source_length, target_length = self._lengths(source, example, template)
-        return Drawn(*(array[order] for array in (source, example, template, source_length, target_length)))
+    def _draw_epoch(self, number: int) -> np.recarray:
+        """Draw all examples of an epoch, in order: a pure function of the config, the seed and the number."""
+        drawn = np.concatenate([self._draw_source(i, number) for i in range(len(self._pools))])
+        order = np.argsort(_hash(self._seed, np.arange(len(drawn)), number, 1), kind="stable")
+        return drawn[order].view(np.recarray)
 
     def shuffled_rows(self, rows: int, epoch: int, start: int) -> np.ndarray:
-        """An order of the rows that were packed from the examples of an epoch from `start` on."""
+        """Return an order of the rows that were packed from the examples of an epoch from `start` on."""
         return np.argsort(_hash(self._seed, np.arange(start, start + rows), epoch, 0), kind="stable")
 
-    def _draw_source(self, i: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A source's share of an epoch: (source, example, template) in the source's own shuffled order."""
+    def _draw_source(self, i: int, number: int) -> np.ndarray:
+        """Draw a source's share of an epoch, in the source's own shuffled order."""
         pool, count = self._pools[i], int(self._counts[i])
-        place = np.arange(number * count, (number + 1) * count)
-        epoch = place // len(pool)
-        example = np.zeros(count, np.int64)
+        position = np.arange(number * count, (number + 1) * count)
+        epoch = position // len(pool)
+        drawn = np.zeros(count, COLUMNS)
+        drawn["source"] = i
         for e in np.unique(epoch):
             here = epoch == e
-            # The source's number keeps two copies of one data set from marching in step.
+            # The source's number gives two copies of one data set different orders.
             shuffled = pool[np.argsort(_hash(self._seed, pool, int(e), 2 + i), kind="stable")]
-            example[here] = shuffled[place[here] % len(pool)]
-        templates = len(self.tokenized[i])
-        template = (_hash(self._seed, example, epoch, -1) % np.uint64(templates)).astype(np.int64)
-        return np.full(count, i), example, template
-
-    def _lengths(self, source: np.ndarray, example: np.ndarray, template: np.ndarray) -> np.ndarray:
-        found = np.zeros((2, len(source)), np.int64)
-        for i, templates in enumerate(self.tokenized):
-            for j, item in enumerate(templates):
-                here = (source == i) & (template == j)
-                found[0, here] = item.source_lengths[example[here]]
-                found[1, here] = item.target_lengths[example[here]]
-        return found
+            drawn["example"][here] = shuffled[position[here] % len(pool)]
+        templates = self.tokenized[i]
+        drawn["template"] = _hash(self._seed, drawn["example"], epoch, -1) % np.uint64(len(templates))
+        for j, item in enumerate(templates):
+            here = drawn["template"] == j
+            drawn["source_length"][here] = item.source_lengths[drawn["example"][here]]
+            drawn["target_length"][here] = item.target_lengths[drawn["example"][here]]
+        return drawn
 
 
 def mix(
@@ -84,7 +72,7 @@ def mix(
     data: Data,
     held_out: Sequence[np.ndarray] | None = None,
 ) -> Mixture:
-    """The mixture of sources that the config asks for, without the examples that are held out."""
+    """Return the mixture of sources that the config asks for, without the examples that are held out."""
     pools = [eligible(templates) for templates in tokenized]
     if held_out is not None:
         pools = [np.setdiff1d(pool, held, assume_unique=True) for pool, held in zip(pools, held_out, strict=True)]
@@ -112,22 +100,22 @@ def mix(
 
 
 def hold_out(tokenized: Sequence[Tokenized], number: int, seed: int) -> np.ndarray:
-    """So many of a source's examples, chosen by hash: which ones does not depend on the rest of the config."""
+    """Choose so many of a source's examples by hash, independently of the rest of the config."""
     indices = eligible(tokenized)
     order = np.argsort(_hash(seed, indices, 0, -2), kind="stable")
     return np.sort(indices[order[:number]])
 
 
 def _apportion(rates: np.ndarray, total: int) -> np.ndarray:
-    """`total` split into whole numbers as near to the rates as can be (largest remainders)."""
-    exact = np.round(rates * total, 9)  # ties go to the first, however the last digits came out
+    """Split `total` into whole numbers as near to the rates as possible (largest remainders)."""
+    exact = np.round(rates * total, 9)  # so that ties go to the first, whatever the last digits
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(np.round(counts - exact, 9), kind="stable")[: total - int(counts.sum())]] += 1
     return counts
 
 
 def _hash(seed: int, values: np.ndarray, epoch: int | np.ndarray, purpose: int) -> np.ndarray:
-    """A well-mixed uint64 for each value, by splitmix64: the same in every version of every library."""
+    """Return a well-mixed uint64 for each value, by splitmix64: the same in every version of every library."""
     mixed = np.full(len(values), seed % 2**64, np.uint64)
     with np.errstate(over="ignore"):
         for part in (purpose, epoch, values):

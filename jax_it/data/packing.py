@@ -216,5 +216,13 @@ def nearly(rows: float) -> int:
     return number
 
 
+def bucket(length: int, limit: int) -> int:
+    """Return the smallest of 16, 24, 32, 48, 64, 96, … that holds `length`, at most `limit`: few compiled shapes."""
+    size = 16
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, limit)
+
+
 def _round_up(value: float, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple

@@ -1,50 +1,42 @@
-"""Data sets of every supported kind, as a stream of records: plain dicts that know where they stand."""
+"""Data sets of every supported kind as a stream of records: dicts, each with its file and line."""
 
-import csv
-import gzip
 import hashlib
-import io
 import itertools
-import json
 import os
 import re
 import stat
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 
 from jax_it import files
 from jax_it.config import Source
 from jax_it.data import builtin
+from jax_it.data.records import InvalidRecord, Record, read_json, read_object, suffix_of
+from jax_it.data.tables import read_csv, read_parquet
 from jax_it.errors import UserError, first_line
 
-Fields = dict[str, Any]
-
 _BUILTIN = "builtin:instructions"
-_LONGEST = 1 << 26  # characters of a line: a small archive can unpack to one line that fills the memory
-_LONGEST_LIST = 1 << 30  # characters of a JSON list or object, which is parsed as a whole
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 
-class Record(NamedTuple):
-    fields: Fields
-    where: str  # "data/train.jsonl, line 7", for messages
-
-
 def name_of(source: Source) -> str:
-    """The name of a data set in reports."""
+    """Return the name of a data set in reports."""
     return source.name or Path(source.path).name.split(".")[0] or source.path
 
 
-def read(source: Source, where: str = "config.data") -> Iterator[Record]:
-    """The records of a data set, in order. Raises UserError that names the file and the line."""
+def read(source: Source, where: str = "config.data", keep_invalid: bool = False) -> Iterator[Record]:
+    """Yield the records of a data set, in order.
+
+    Raises UserError that names the file and the line; with `keep_invalid`, a single record at fault is yielded with
+    its `error` instead.
+    """
     count = 0
     for record in _read_all(source, where):
+        if record.error and not keep_invalid:
+            raise InvalidRecord(record.error)
         count += 1
         yield record
         if count == source.limit:
@@ -54,7 +46,7 @@ def read(source: Source, where: str = "config.data") -> Iterator[Record]:
 
 
 def digest(source: Source, where: str = "config.data") -> str:
-    """A hash of everything that decides what `read` yields."""
+    """Return a hash of everything that decides what `read` yields."""
     kind = _kind(source, where)
     _check_settings(source, kind, where)
     parts = hashlib.blake2b(digest_size=16)
@@ -66,7 +58,7 @@ def digest(source: Source, where: str = "config.data") -> str:
     else:
         for file in _files(source, where):
             # Commas and tabs are told apart by the ending, and tasks by the name.
-            parts.update((file.name if source.records else _suffix(file)).encode())
+            parts.update((file.name if source.records else suffix_of(file)).encode())
             try:
                 with files.open_binary(file) as stream:
                     parts.update(hashlib.file_digest(stream, "blake2b").digest())
@@ -94,7 +86,7 @@ def _read_all(source: Source, where: str) -> Iterator[Record]:
     _check_settings(source, kind, where)
     if kind == "builtin":
         if source.path != _BUILTIN:
-            raise UserError(f"{where}: there is no built-in data set {source.path}; the one there is is {_BUILTIN}")
+            raise UserError(f"{where}: there is no built-in data set {source.path}; the only one is {_BUILTIN}")
         for i, fields in enumerate(builtin.records(source.split)):
             yield Record(fields, f"{source.path}, record {i + 1}")
     elif kind == "datasets":
@@ -102,7 +94,7 @@ def _read_all(source: Source, where: str) -> Iterator[Record]:
             yield Record(fields, f"{source.path} ({source.split}), row {i + 1}")
     else:
         for file in _files(source, where):
-            records = _read_object(file, source.records) if source.records else _READERS[kind](file)
+            records = read_object(file, source.records) if source.records else _READERS[kind](file)
             yield from itertools.islice(records, source.max_per_file or None)
 
 
@@ -113,7 +105,7 @@ def _kind(source: Source, where: str) -> str:
         return "builtin"
     path = files.locate(source.path, f"{where}.path")
     if not path.exists() and not files.matches(path):
-        if _suffix(path) in _SUFFIXES or source.path.startswith(".") or path.is_absolute():
+        if suffix_of(path) in _SUFFIXES or source.path.startswith(".") or path.is_absolute():
             raise UserError(f"{where}: data file {source.path} does not exist")
         if path.suffix:
             raise UserError(
@@ -121,7 +113,7 @@ def _kind(source: Source, where: str) -> str:
                 "format to 'datasets'"
             )
         return "datasets"
-    kinds = {_SUFFIXES.get(_suffix(file), "") for file in _files(source, where)}
+    kinds = {_SUFFIXES.get(suffix_of(file), "") for file in _files(source, where)}
     if len(kinds) != 1 or "" in kinds:
         raise UserError(
             f"{where}: cannot tell the format of {source.path} by its name; use {', '.join(_SUFFIXES)} "
@@ -147,10 +139,6 @@ def _check_settings(source: Source, kind: str, where: str) -> None:
             raise UserError(f"{where}.{name} is for {known}, not for {what.get(kind, f'{kind} files')}; leave it out")
 
 
-def _suffix(file: epath.Path) -> str:
-    return Path(file.stem).suffix if file.suffix in (".gz", ".zst") else file.suffix
-
-
 def _files(source: Source, where: str) -> list[epath.Path]:
     path = files.locate(source.path, f"{where}.path")
     if source.file_list:
@@ -160,7 +148,7 @@ def _files(source: Source, where: str) -> list[epath.Path]:
     elif path.is_dir():
         kinds = set(_SUFFIXES.values()) if source.format == "auto" else {source.format}
         try:
-            found = sorted(file for file in path.iterdir() if _SUFFIXES.get(_suffix(file)) in kinds)
+            found = sorted(file for file in path.iterdir() if _SUFFIXES.get(suffix_of(file)) in kinds)
         except OSError as error:
             raise UserError(f"{where}: the folder {path} cannot be read: {error.strerror}") from error
         if not found:
@@ -171,12 +159,12 @@ def _files(source: Source, where: str) -> list[epath.Path]:
         raise UserError(f"{where}: no data file matches {source.path}")
     for file in found:
         if not files.is_regular(file):
-            raise UserError(f"{where}: {file} is {_what(file)}, not a regular file, which can be read again")
+            raise UserError(f"{where}: {file} is {_what(file)}, not a regular file, which can be read more than once")
     return found
 
 
 def read_text(name: str, where: str) -> str:
-    """A text file's content. Raises UserError that begins with `where`."""
+    """Return a text file's content. Raises UserError that begins with `where`."""
     file = files.locate(name, where)
     try:
         if file.exists() and not files.is_regular(file):
@@ -188,7 +176,7 @@ def read_text(name: str, where: str) -> str:
 
 
 def _what(file: epath.Path) -> str:
-    """What stands in a data file's place."""
+    """Return what a path is that is not a regular file."""
     if file.is_dir():
         return "a folder"
     if not file.exists():
@@ -197,7 +185,7 @@ def _what(file: epath.Path) -> str:
 
 
 def _listed(folder: epath.Path, names: str, where: str) -> list[epath.Path]:
-    """The files of a folder that a text file names, a line each, without their ending."""
+    """Return the files of a folder that a text file names, one a line, without their ending."""
     lines = read_text(names, f"{where}.file_list").split()
     if not lines:
         raise UserError(f"{where}.file_list: {names} names no file; give each a line")
@@ -238,279 +226,9 @@ def _not_loaded(source: Source, where: str, error: Exception) -> UserError:
     )
 
 
-@contextmanager
-def _open(file: epath.Path) -> Iterator[Any]:
-    """Yields a stream of a file's bytes, unpacked on the fly where its name says so."""
-    with files.open_binary(file) as stream:
-        if file.suffix == ".gz":
-            yield gzip.GzipFile(fileobj=stream)
-        elif file.suffix == ".zst":
-            yield io.BufferedReader(_Chunks(_unzstd(stream)), 1 << 17)
-        else:
-            yield stream
-
-
-def _unzstd(stream: io.BufferedIOBase) -> Iterator[bytes]:
-    """Unpacks a .zst file. zstandard's own reader takes a truncated file for a whole one."""
-    import zstandard
-
-    unpacker: Any = None  # of the frame that is being read; a file may hold several
-    packed = b""
-    while packed or (packed := stream.read(1 << 10)):  # which may unpack to 32,000 times as much
-        unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
-        try:
-            yield unpacker.decompress(packed)
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from error
-        packed = unpacker.unused_data
-        if unpacker.eof:
-            unpacker = None
-    if unpacker is not None:
-        raise EOFError("Compressed file ended before the end of its last frame")
-
-
-class _Chunks(io.RawIOBase):
-    """A stream of the bytes that an iterator yields."""
-
-    def __init__(self, chunks: Iterator[bytes]):
-        self._chunks = chunks
-        self._left = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._left:
-            if (chunk := next(self._chunks, None)) is None:
-                return 0
-            self._left = memoryview(chunk)
-        size = min(len(buffer), len(self._left))
-        buffer[:size], self._left = self._left[:size], self._left[size:]
-        return size
-
-
-def _read_text(file: epath.Path, parse: Callable[[io.TextIOBase], Iterator[Record]]) -> Iterator[Record]:
-    try:
-        # With or without the byte order mark that Excel writes.
-        with _open(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-            yield from parse(text)
-    except UnicodeDecodeError:
-        raise UserError(f"{file}, line {_undecodable(file)}: not UTF-8 text; convert the file to UTF-8") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file} cannot be read: {error}; restore or remove the file") from error
-
-
-def _undecodable(file: epath.Path) -> int:
-    """The first line that is not UTF-8."""
-    number = 0
-    try:
-        with _open(file) as stream:
-            while line := stream.readline(_LONGEST):
-                number += 1
-                line.decode()
-    except (UnicodeDecodeError, OSError, EOFError, zlib.error):  # an archive may be damaged as well
-        pass
-    return number
-
-
-def _lines(stream: io.TextIOBase, file: epath.Path) -> Iterator[str]:
-    """The lines of a file. Raises UserError for one so long that it is none."""
-    number = 0
-    while line := stream.readline(_LONGEST):
-        number += 1
-        if len(line) == _LONGEST:
-            raise UserError(f"{file}, line {number}: a line of more than {_LONGEST} characters; split the file's lines")
-        yield line
-
-
-def _whole(stream: io.TextIOBase, file: epath.Path) -> str:
-    text = stream.read(_LONGEST_LIST)
-    if len(text) == _LONGEST_LIST:
-        raise UserError(f"{file}: more than {_LONGEST_LIST} characters in one JSON value; write a record on each line")
-    return text
-
-
-def _read_json(file: epath.Path) -> Iterator[Record]:
-    """JSON lines, or one JSON list of records."""
-
-    def parse(stream: io.TextIOBase) -> Iterator[Record]:
-        first = True
-        for number, line in enumerate(_lines(stream, file), 1):
-            if not line.strip():
-                continue
-            if first and line.lstrip().startswith("["):
-                yield from _read_json_list(file, "\n" * (number - 1) + line + _whole(stream, file))
-                return
-            first = False
-            where = f"{file}, line {number}"
-            yield _record(_parse_json(line, where), where)
-
-    return _read_text(file, parse)
-
-
-def _read_json_list(file: epath.Path, text: str) -> Iterator[Record]:
-    """The records of a JSON list, one after another."""
-    number, at = 0, _blanks(text, text.index("[") + 1)
-    closed = text[at : at + 1] == "]"
-    while not closed:
-        number += 1
-        where = f"{file}, record {number}"
-        try:
-            fields, at = _JSON.raw_decode(text, at)
-            at = _blanks(text, at)
-            if text[at : at + 1] not in (",", "]"):
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-        except (ValueError, RecursionError) as error:
-            raise _malformed(error, where, "record" if isinstance(error, _Repeated) else "file") from None
-        yield _record(fields, where)
-        closed = text[at] == "]"
-        at = _blanks(text, at + 1) if not closed else at
-    if (rest := _blanks(text, at + 1)) < len(text):
-        raise _malformed(json.JSONDecodeError("Extra data", text, rest), str(file), "file")
-
-
-def _blanks(text: str, at: int) -> int:
-    """Where the blanks from `at` on end."""
-    match = _BLANKS.match(text, at)
-    assert match
-    return match.end()
-
-
-def _read_object(file: epath.Path, field: str) -> Iterator[Record]:
-    """The records that one JSON object holds in a list; each gets its other fields, and the file's name as `task`."""
-
-    def parse(stream: io.TextIOBase) -> Iterator[Record]:
-        try:
-            whole = _JSON.decode(_whole(stream, file))
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-                raise UserError(
-                    f"{file}: `records` is for a file that holds one JSON object, and this one continues after it, in "
-                    f"line {error.lineno}; leave it out for JSON lines"
-                ) from None
-            raise _malformed(error, str(file), "file") from None
-        whole = _record(whole, str(file)).fields
-        if not isinstance(whole.get(field), list):
-            raise UserError(f"{file}: no list of records in the field {field!r}; its fields: {shown(whole)}")
-        shared = {"task": _stem(file)} | {name: value for name, value in whole.items() if name != field}
-        for i, fields in enumerate(whole[field], 1):
-            where = f"{file}, {field} {i}"
-            yield Record(shared | _record(fields, where).fields, where)
-
-    return _read_text(file, parse)
-
-
-def _stem(file: epath.Path) -> str:
-    return file.name.removesuffix(file.suffix if file.suffix in (".gz", ".zst") else "").rpartition(".")[0]
-
-
-class _Repeated(ValueError):
-    """Raised for an object that has a key twice."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Fields:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _Repeated(_repeated([key for key, _ in pairs]))
-    return found
-
-
-def _repeated(names: Sequence[str]) -> str:
-    return shown(repr(name) for name, number in Counter(names).items() if number > 1)
-
-
-def shown(names: Iterable[Any], most: int = 20, length: int = 60) -> str:
-    """Names in a message, of which there may be any number of any length."""
-    texts = [str(name) for name in names]
-    texts = [text if len(text) <= length else f"{text[: length - 3]}..." for text in texts]
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_object)
-_BLANKS = re.compile(r"[ \t\n\r]*")
-
-
-def _parse_json(line: str, where: str) -> Any:
-    try:
-        return _JSON.decode(line)
-    except (ValueError, RecursionError) as error:
-        raise _malformed(error, where, "line") from None
-
-
-def _malformed(error: Exception, where: str, what: str) -> UserError:
-    if isinstance(error, _Repeated):
-        return UserError(f"{where}: an object has the key {error} more than once; keep one of them")
-    reason = "nested too deeply" if isinstance(error, RecursionError) else error
-    return UserError(f"{where}: not valid JSON ({reason}); fix or remove the {what}")
-
-
-def _record(fields: Any, where: str) -> Record:
-    if not isinstance(fields, dict):
-        raise UserError(f"{where}: expected an object with fields, got {type(fields).__name__}")
-    return Record(fields, where)
-
-
-def _read_csv(file: epath.Path) -> Iterator[Record]:
-    """CSV, or tab-separated where the name ends in .tsv; the first line names the fields."""
-
-    def parse(stream: io.TextIOBase) -> Iterator[Record]:
-        csv.field_size_limit(_LONGEST)
-        delimiter = "\t" if _suffix(file) == ".tsv" else ","
-        reader = csv.DictReader(_lines(stream, file), delimiter=delimiter, strict=True)
-        try:
-            names = reader.fieldnames or ()
-            if len(set(names)) < len(names):
-                raise UserError(f"{file}, line 1: columns have the same name: {_repeated(names)}; rename or remove one")
-            for fields in reader:
-                where = f"{file}, line {reader.line_num}"
-                if None in fields or None in fields.values():
-                    raise UserError(f"{where}: expected {len(names)} columns; fix the line")
-                yield Record(fields, where)
-        except csv.Error as error:
-            where = f"{file}, line {reader.line_num + 1}"  # line_num is where the last whole record ended
-            raise UserError(f"{where}: not valid CSV ({error}); fix the line") from None
-
-    return _read_text(file, parse)
-
-
-def _read_parquet(file: epath.Path) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    row = 0
-    try:
-        with file.open("rb") as stream:
-            table = pyarrow.parquet.ParquetFile(stream)
-            names = table.schema_arrow.names
-            if len(set(names)) < len(names):
-                raise UserError(f"{file}: columns have the same name: {_repeated(names)}; rename or remove one")
-            for batch in table.iter_batches():
-                try:
-                    records = batch.to_pylist()
-                except (ValueError, OverflowError, LookupError) as error:  # also of zoneinfo, for a time zone
-                    raise UserError(_unreadable(file, row, batch, error)) from None
-                for fields in records:
-                    row += 1
-                    yield Record(fields, f"{file}, row {row}")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} cannot be read after row {row}: {first_line(error)}") from error
-
-
-def _unreadable(file: epath.Path, row: int, batch: Any, error: Exception) -> str:
-    """Which value of a batch has no counterpart in Python, `row` rows after the file's beginning."""
-    for number in range(batch.num_rows):
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            try:
-                column[number].as_py()
-            except Exception as found:  # as to_pylist raises
-                reason = f"{type(found).__name__}: {first_line(found)}"
-                return f"{file}, row {row + number + 1}, column {name!r} cannot be read: {reason}; fix or remove it"
-    return f"{file}, after row {row}: {type(error).__name__}: {first_line(error)}"
-
-
 _READERS: dict[str, Callable[[epath.Path], Iterator[Record]]] = {
-    "json": _read_json,
-    "csv": _read_csv,
-    "parquet": _read_parquet,
+    "json": read_json,
+    "csv": read_csv,
+    "parquet": read_parquet,
 }
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}

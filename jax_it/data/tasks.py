@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jax_it.config import Data, Task
-from jax_it.data import chat, encoding, sources, templates
+from jax_it.data import chat, encoding, records, sources, templates
 from jax_it.data.evaluation_set import EvalExample, Option
 from jax_it.data.formats import CausalFormat, Format
-from jax_it.data.sources import Record
+from jax_it.data.records import Record
 from jax_it.data.templates import Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
@@ -69,7 +69,7 @@ def _question(task: Task, number: int, record: Record, template: str, shots: "_S
     options: tuple[str, ...] = ()
     if task.score == "multiple_choice":
         options = tuple(templates.texts(record, task.options))
-        listed = sources.shown(map(repr, options))
+        listed = records.shown(map(repr, options))
         if len(options) < 2 or not all(options):
             raise UserError(f"{record.where}: two options or more are needed, none of them empty; it has {listed}")
         if references[0] not in options:
@@ -127,7 +127,7 @@ def _value(record: Record, field: str, setting: str) -> str:
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
     if value is None or not str(value).strip():
-        fields = sources.shown(record.fields)
+        fields = records.shown(record.fields)
         raise UserError(f"{record.where}: no field {field!r}, which {setting} names; its fields: {fields}")
     return str(value).strip()
 

@@ -1,17 +1,22 @@
 """A data set as token ids on disk: made once for a key, then memory-mapped.
 
-The key covers the data's bytes, the template, the tokenizer with its chat template, the format, the lengths
-and the code that made it, so that nothing stale is ever read. A folder is written beside its place and
-renamed: whole or absent. Checksums of all its files tell when one is not as it was written.
+The key covers the data's bytes, the template, the tokenizer with its chat template, the format, the lengths, the code
+and the libraries, so that nothing stale is ever read. A folder is written under another name and renamed: it is whole
+or absent. Checksums of all its files tell whether one has changed.
 """
 
+import ast
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
+import platform
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -20,9 +25,10 @@ import numpy as np
 from jax_it import files, hosts
 from jax_it.config import Data, Source
 from jax_it.data import sources, templates
-from jax_it.data.batches import Encoded
-from jax_it.data.encoding import Counts
+from jax_it.data.encoding import Counts, Encoded
 from jax_it.data.formats import Format
+from jax_it.data.records import InvalidRecord, Record
+from jax_it.data.templates import Example
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from jax_it.status import Bar
@@ -32,9 +38,9 @@ _CHUNK = 1000  # records that the tokenizer takes at a time
 
 @dataclass(frozen=True)
 class Tokenized:
-    """One source under one template: example i's tokens with all marks; length 0 if it was dropped.
+    """One source under one template: example i's tokens, special tokens included; none if it was dropped.
 
-    Of a causal model all tokens are target tokens, and one that is learnt is kept as its bitwise complement,
+    For a causal model all tokens are target tokens, and one that is trained on is stored as its bitwise complement,
     which is negative.
     """
 
@@ -50,8 +56,8 @@ class Tokenized:
     def example(self, i: int) -> Encoded:
         source = self.source_tokens[self.source_ends[i] : self.source_ends[i + 1]]
         target = self.target_tokens[self.target_ends[i] : self.target_ends[i + 1]]
-        learnt = target < 0
-        return Encoded(source, np.where(learnt, ~target, target), learnt) if learnt.any() else Encoded(source, target)
+        mask = target < 0
+        return Encoded(source, np.where(mask, ~target, target), 0, mask) if mask.any() else Encoded(source, target)
 
     def source(self, i: int) -> np.ndarray:
         return self.example(i).source
@@ -74,10 +80,10 @@ _INDEX = "index.txt"  # the counts and the arrays' checksums in its second line,
 
 
 def tokenize(source: Source, where: str, data: Data, tokenizer: Tokenizer, format: Format) -> list[Tokenized]:
-    """The source's token ids under each of its templates, from the cache or made now.
+    """Return the source's token ids under each of its templates, from the cache or made now.
 
-    Raises UserError for records that cannot be read or rendered, and where more is dropped, cut or
-    unknown than the config's limits allow.
+    Raises UserError for records that cannot be read or rendered, unless `data.on_invalid` drops them, and where more
+    is dropped, cut or unknown than the config's limits allow.
     """
     made = []
     cache = _cache(data)
@@ -94,7 +100,7 @@ def tokenize(source: Source, where: str, data: Data, tokenizer: Tokenizer, forma
 
 
 def _cache(data: Data) -> Path:
-    """The folder of all caches, which must be local: they are memory-mapped."""
+    """Return the folder of all caches, which must be local: they are memory-mapped."""
     folder = files.locate_local(data.cache_dir, "config.data.cache_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,11 +114,40 @@ def _key(digest: str, template: str, data: Data, tokenizer: Tokenizer, format: F
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
+@cache
 def _code() -> str:
-    """A hash of the code that turns records into tokens."""
-    names = ("sources", "templates", "tokenized", "tokenizer", "builtin", "formats", "encoding", "chat")
-    files = (Path(__file__).with_name(f"{name}.py") for name in names)
-    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
+    """Return a hash of the code that turns records into tokens, and of the versions of the libraries that it uses."""
+    modules, libraries = _imports("tokenized", "tokenizer_files")
+    installed = importlib.metadata.packages_distributions()
+    names = sorted({name for library in libraries for name in installed.get(library, ())})
+    versions = [platform.python_version(), *(f"{name} {importlib.metadata.version(name)}" for name in names)]
+    return hashlib.blake2b(repr((sorted(modules.items()), versions)).encode(), digest_size=8).hexdigest()
+
+
+def _imports(*roots: str) -> tuple[dict[str, bytes], set[str]]:
+    """Return the source of modules of this package, and of all those of it that they import, by name.
+
+    Also return the names of the libraries that these import.
+    """
+    package = __name__.rpartition(".")[0]
+    modules: dict[str, bytes] = {}
+    libraries: set[str] = set()
+    waiting = [*roots]
+    while waiting:
+        file = Path(__file__).with_name(f"{waiting.pop()}.py")
+        if file.stem in modules or not file.is_file():  # a name may be that of a function
+            continue
+        modules[file.stem] = file.read_bytes()
+        for node in ast.walk(ast.parse(modules[file.stem])):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            waiting += [name.split(".")[2] for name in names if name.startswith(f"{package}.")]
+            libraries |= {name.split(".")[0] for name in names}
+    return modules, libraries - {package.split(".")[0], *sys.stdlib_module_names}
 
 
 def _write(
@@ -122,6 +157,7 @@ def _write(
         with files.new_folder(folder.parent, ".part-") as part:
             counts = Counts()
             _write_tokens(part, _encode(source, where, template, data, tokenizer, format, counts))
+            counts.check_invalid(sources.name_of(source), data)
             checksums = {array: _checksum(_map(part, array)) for array in _ARRAYS}
             content = json.dumps({"counts": asdict(counts), "checksums": checksums})
             (part / _INDEX).write_text(f"{zlib.crc32(content.encode())}\n{content}\n", encoding="utf-8")
@@ -141,9 +177,9 @@ def _write_tokens(folder: Path, examples: Iterable[Encoded | None]) -> None:
     ends: tuple[list[int], list[int]] = ([0], [0])
     with (folder / "source_tokens.bin").open("wb") as sources, (folder / "target_tokens.bin").open("wb") as targets:
         for example in examples:
-            source, target, learnt = example or _NOTHING
-            if learnt is not None:
-                target = np.where(learnt, ~target, target)
+            source, target, _, mask = example or _NOTHING
+            if mask is not None:
+                target = np.where(mask, ~target, target)
             for tokens, end, file in zip((source, target), ends, (sources, targets), strict=True):
                 file.write(tokens.astype(np.int32).tobytes())
                 end.append(end[-1] + len(tokens))
@@ -163,7 +199,7 @@ def _open(folder: Path, name: str, template: str, digest: str) -> Tokenized:
     except (OSError, ValueError):
         whole = False
     if not whole:
-        raise UserError(f"the cached data set {folder} is damaged; remove it, and it is made again")
+        raise UserError(f"the cached data set {folder} is damaged; remove it, and it will be made again")
     return Tokenized(name, template, Counts(**index["counts"]), **arrays, digest=digest)
 
 
@@ -182,26 +218,66 @@ def _checksum(array: np.ndarray) -> int:
 def _encode(
     source: Source, where: str, template: str, data: Data, tokenizer: Tokenizer, format: Format, counts: Counts
 ) -> Iterator[Encoded | None]:
-    """The tokens of every example, None for one that is dropped; counts as it goes."""
-    records = iter(sources.read(source, where))
+    """Yield the tokens of every record, None for one that is dropped; counts as it goes."""
+    records = sources.read(source, where, keep_invalid=True)
     with Bar(f"tokenizing {sources.name_of(source)}", unit="examples") as bar:
         while chunk := list(islice(records, _CHUNK)):
-            examples = [templates.render(record, template) for record in chunk]
-            yield from format.encode(examples, [record.where for record in chunk], data, tokenizer, counts)
+            yield from _encode_chunk(chunk, template, data, tokenizer, format, counts)
             bar.update(len(chunk))
+
+
+def _encode_chunk(
+    records: Sequence[Record], template: str, data: Data, tokenizer: Tokenizer, format: Format, counts: Counts
+) -> list[Encoded | None]:
+    """Return the tokens of each record, None for one that is dropped, and add what became of them to the counts."""
+
+    def encode(places: Sequence[int]) -> None:
+        part = Counts()
+        try:
+            encoded = format.encode(
+                [examples[i] for i in places], [records[i].where for i in places], data, tokenizer, part
+            )
+            found.update(zip(places, encoded, strict=True))
+        except InvalidRecord as error:
+            if len(places) == 1:
+                return counts.add_invalid(error)
+            encode(places[: len(places) // 2])
+            encode(places[len(places) // 2 :])
+        else:
+            counts.add(part)
+
+    found: dict[int, Encoded | None] = {}
+    examples: dict[int, Example] = {}
+    for i, record in enumerate(records):
+        try:
+            examples[i] = templates.render(record, template)
+        except InvalidRecord as error:
+            counts.add_invalid(error)
+    if examples:
+        encode(list(examples))
+    return [found.get(i) for i in range(len(records))]
 
 
 def _check_limits(item: Tokenized, data: Data) -> None:
     counts = item.counts
     tokens = max(counts.source_tokens + counts.target_tokens, 1)
+    counts.check_invalid(item.name, data)
     dropped = f"{counts.empty_completion} with an empty completion, {counts.too_long} too long"
+    if counts.invalid:
+        dropped = f"{counts.invalid} invalid, {dropped}"
     if not counts.kept:
-        raise UserError(f"data set {item.name}: no example is left of {counts.examples}: {dropped}")
+        reasons = f": {counts.shown_reasons(most=3)}" if counts.invalid else ""
+        raise UserError(f"data set {item.name}: no example is left of {counts.examples}: {dropped}{reasons}")
     vanished = counts.vanished
     shares = (
         ("max_dropped", counts.dropped, counts.examples, f"examples dropped ({dropped})"),
         ("max_truncated", counts.truncated, counts.examples, "examples truncated"),
-        ("max_unknown", counts.unknown_tokens, tokens, "tokens unknown to the tokenizer"),
+        (
+            "max_unknown",
+            counts.unknown_tokens,
+            tokens,
+            f"tokens unknown to the tokenizer ({shown_characters(counts.unknown) or 'whole words'})",
+        ),
         (
             "max_unknown",
             sum(vanished.values()),
@@ -218,14 +294,14 @@ def _check_limits(item: Tokenized, data: Data) -> None:
 
 
 def shown_characters(counted: Mapping[str, int], most: int = 5) -> str:
-    """Characters and how often each occurs, the most frequent ones first."""
+    """Return characters and how often each occurs, the most frequent first."""
     ranked = sorted(counted.items(), key=lambda item: (-item[1], item[0]))
     shown = [f"{character!a} {number} times" for character, number in ranked[:most]]
     return ", ".join([*shown, *([f"{len(ranked) - most} others"] if len(ranked) > most else [])])
 
 
 def prompts_and_completions(items: Iterable[Source], where: str) -> Iterator[str]:
-    """All texts of some sources, for training a tokenizer."""
+    """Yield all texts of some sources, for training a tokenizer."""
     for i, source in enumerate(items):
         for record in sources.read(source, f"{where}.{i}"):
             for template in source.template:
@@ -233,7 +309,7 @@ def prompts_and_completions(items: Iterable[Source], where: str) -> Iterator[str
 
 
 def eligible(tokenized: Sequence[Tokenized]) -> np.ndarray:
-    """Indices of the examples that every template of a source kept."""
+    """Return the indices of the examples that every template of a source kept."""
     kept = np.ones(tokenized[0].counts.examples, bool)
     for item in tokenized:
         kept &= item.target_lengths > 0

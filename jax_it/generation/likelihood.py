@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_it import sharding
-from jax_it.data.batches import CausalBatch, Seq2SeqBatch
+from jax_it.data.formats import CausalBatch, Seq2SeqBatch
 from jax_it.errors import UserError
 from jax_it.generation import length_buckets
 from jax_it.generation.sampling import likeliest

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jax_it.data.batches import bucket
+from jax_it.data.packing import bucket
 from jax_it.errors import UserError
 from jax_it.generation import length_buckets
 from jax_it.generation.requests import INVALID, DecodeResult, FinishReason, PrefillBatch, Request, RequestOutput

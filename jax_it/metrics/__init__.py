@@ -24,6 +24,7 @@ METRICS: dict[str, Metric] = {
     "rouge2": rouge.rouge("rouge2"),
     "rougeL": rouge.rouge("rougeL"),
     "rougeLsum": rouge.rouge("rougeLsum"),
+    "rougeLsum_sentences": rouge.rouge("rougeLsum_sentences"),
     "rouge1_chars": rouge.rouge("rouge1_chars"),
     "rouge2_chars": rouge.rouge("rouge2_chars"),
     "rougeL_chars": rouge.rouge("rougeL_chars"),

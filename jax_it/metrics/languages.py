@@ -60,6 +60,7 @@ def spaced(text: str) -> str:
 # Of each metric that counts words, those that count text without them.
 _INSTEAD = {
     "rouge1": "rouge1_chars", "rouge2": "rouge2_chars", "rougeL": "rougeL_chars", "rougeLsum": "rougeL_chars",
+    "rougeLsum_sentences": "rougeL_chars",
     "bleu": "bleu_zh, bleu_ja or bleu_char", "ter": "ter_chars", "token_f1": "squad_f1_chars",
     "squad_f1": "squad_f1_chars", "squad_exact_match": "squad_exact_match_chars",
 }  # fmt: skip

@@ -33,6 +33,9 @@ class Letters:
     def lost(self, characters: Set[str]) -> set[str]:
         return {"\n"} & characters
 
+    def unknown_of(self, characters: Set[str]) -> set[str]:
+        return characters - set(KNOWN)
+
     def decode(self, tokens: Iterable[int]) -> str:
         return "".join(KNOWN[token - FIRST] for token in tokens if token >= FIRST)
 

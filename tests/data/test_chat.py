@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jax_it.data import chat, tokenizer
+from jax_it.data import chat
+from jax_it.data import tokenizer_files as tokenizer
 from jax_it.data.chat import Conversation
 from jax_it.data.templates import Turn
 from jax_it.data.tokenizer import Tokenizer
@@ -66,7 +67,7 @@ def encode(turns: list[Turn], tokenizer: Tokenizer, train_on: str = "all") -> Co
 
 def learnt(found: Conversation, tokenizer: Tokenizer) -> list[str]:
     """The text of each stretch of supervised tokens, as the tokenizer decodes it."""
-    edges = np.flatnonzero(np.diff([0, *found.learnt.astype(int), 0])).reshape(-1, 2)
+    edges = np.flatnonzero(np.diff([0, *found.loss_mask.astype(int), 0])).reshape(-1, 2)
     return [tokenizer.text(found.tokens[start:stop]) for start, stop in edges]
 
 
@@ -135,7 +136,7 @@ def test_generation_starts_from_what_stands_before_the_answer_in_training(name):
         turns = talk("I am well.", answer)
         found = encode(turns, it, "last")
         (prompt,) = chat.prompts([turns[:-1]], ["here"], it)
-        assert found.tokens[: int(np.argmax(found.learnt))].tolist() == prompt
+        assert found.tokens[: int(np.argmax(found.loss_mask))].tolist() == prompt
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -144,7 +145,7 @@ def test_an_answer_ends_at_its_end_of_turn_or_the_end_of_text(name):
     ends = chat.ends(it)
     assert {it.text([token]) for token in ends} == {STOCK[name][0].strip(), KINDS[name].end}
     found = encode(talk("a", "b"), it)
-    assert sum(int(token) in ends for token in found.tokens[found.learnt]) == 2
+    assert sum(int(token) in ends for token in found.tokens[found.loss_mask]) == 2
 
 
 def test_marks_of_generation_in_a_template_agree_with_transformers_mask():
@@ -161,7 +162,7 @@ def test_marks_of_generation_in_a_template_agree_with_transformers_mask():
     )  # fmt: skip
     found = encode(turns, it)
     assert found.tokens.tolist() == theirs["input_ids"]
-    assert found.learnt.astype(int).tolist() == theirs["assistant_masks"]
+    assert found.loss_mask.astype(int).tolist() == theirs["assistant_masks"]
 
 
 def test_qwen3_s_empty_thought_is_given_and_a_thought_in_the_data_is_learnt():
@@ -181,7 +182,7 @@ def test_the_texts_of_others_that_repeat_the_answer_are_not_learnt():
     turns = [Turn("user", "Hello"), Turn("assistant", "Hello"), Turn("user", "Hello"), Turn("assistant", "Hello")]
     found = encode(turns, it)
     assert learnt(found, it) == ["Hello<|im_end|>"] * 2
-    before = it.text(found.tokens[: int(np.argmax(found.learnt))])
+    before = it.text(found.tokens[: int(np.argmax(found.loss_mask))])
     assert before.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -199,7 +200,8 @@ def test_a_token_across_the_border_of_an_answer_is_cut_there():
     assert learnt(found, it) == ["\nline<|im_end|>"]
     plain = encode(talk("line"), it)
     assert (
-        found.tokens[: int(np.argmax(found.learnt))].tolist() == plain.tokens[: int(np.argmax(plain.learnt))].tolist()
+        found.tokens[: int(np.argmax(found.loss_mask))].tolist()
+        == plain.tokens[: int(np.argmax(plain.loss_mask))].tolist()
     )
 
 
@@ -313,7 +315,7 @@ def test_a_template_that_changes_some_answers_alone_is_refused_where_it_does():
 
 def test_an_answer_that_holds_the_end_of_turn_is_refused():
     message = refusal(talk("a<|im_end|>b"), checkpoint("qwen2_5"))
-    assert message.startswith("data.json, line 3: the assistant's turn 'a<|im_end|>b' holds '<|im_end|>', ")
+    assert message.startswith("data.json, line 3: the assistant's turn 'a<|im_end|>b' contains '<|im_end|>', ")
 
 
 def test_a_template_that_marks_no_end_of_turn_is_refused_by_name():
@@ -338,7 +340,7 @@ def test_a_border_that_cannot_be_found_is_refused():
     kind = Kind("llama2", "</s>", ("<|im_start|>", "<|im_end|>"), "<s>", True)
     glued = template("chatml").replace("'\\n' + message['content']", "': Hi th' + message['content']")
     it = made(kind, glued, "glued")
-    assert "a token of glued reaches from before an answer" in refusal(
+    assert "a token of glued spans the beginning of an answer" in refusal(
         [Turn("user", "q"), Turn("assistant", "ere")], it
     )
 
@@ -362,8 +364,8 @@ def test_the_default_template_serves_base_models_without_new_tokens(kind):
         found = encode(talk("I am well.", answer, system="Be kind."), it)
         assert learnt(found, it) == [f"I am well.{kind.end}", answer.strip() + kind.end]
         (prompt,) = chat.prompts([talk("I am well.", answer, system="Be kind.")[:-1]], ["here"], it)
-        last = found.tokens[found.learnt].tolist().index(it.end) + 1  # of the first answer's tokens
-        start = np.flatnonzero(found.learnt)[last]
+        last = found.tokens[found.loss_mask].tolist().index(it.end) + 1  # of the first answer's tokens
+        start = np.flatnonzero(found.loss_mask)[last]
         assert found.tokens[:start].tolist() == prompt
     assert chat.generation_prompt(it) is None and chat.ends(it) == (it.end,)
     text = it.text(encode(talk("a", "b", system="Be kind."), it).tokens)

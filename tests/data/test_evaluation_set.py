@@ -74,7 +74,7 @@ def test_drop_cuts_here_and_refuse_names_the_line(tmp_path):
     path = write(tmp_path / "a.jsonl", pairs("abc>x", "abcdefgh>x"))
     assert len(read(Source(path), truncate="drop").examples) == 2
     with pytest.raises(
-        UserError, match=rf"^{path}, line 2: 9 source tokens do not fit 8; raise config\.data\.source_len"
+        UserError, match=rf"^{path}, line 2: 9 source tokens do not fit 8; raise config\.data\.max_source_len"
     ):
         read(Source(path), truncate="error")
 
@@ -128,7 +128,7 @@ def test_a_causal_example_has_its_prompt_and_the_first_reference_after_it(path):
     assert [example.prompt_tokens for example in found.examples] == [ids(text) for text in ("one", "two", "three")]
     for example, text in zip(found.examples, ("one1", "two2", "three3"), strict=True):
         assert example.encoded.target.tolist() == [*ids(text), END]
-        assert example.encoded.learnt.tolist() == [False] * (len(text) - 1) + [True] * 2
+        assert example.encoded.loss_mask.tolist() == [False] * (len(text) - 1) + [True] * 2
     assert found.examples[1].references == ("2", "ii") and truncated(found) == 0
 
 
@@ -153,11 +153,11 @@ def test_a_conversation_s_last_answer_is_the_reference_and_what_stands_before_it
         "Hello<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert it.text(example.encoded.target[example.encoded.learnt]) == "Hello<|eot_id|>See you<|eot_id|>"
+    assert it.text(example.encoded.target[example.encoded.loss_mask]) == "Hello<|eot_id|>See you<|eot_id|>"
     room = len(example.encoded.target) - 1
     found = read(source, format=format, tokenizer=it, max_seq_length=room, truncate="end")
     assert truncated(found) == 1
-    assert it.text(found.examples[0].encoded.target[found.examples[0].encoded.learnt]) == "See you<|eot_id|>"
+    assert it.text(found.examples[0].encoded.target[found.examples[0].encoded.loss_mask]) == "See you<|eot_id|>"
     assert "Hello" not in it.text(found.examples[0].prompt_tokens)
 
 
@@ -175,3 +175,20 @@ def test_a_name_that_cannot_be_written_is_refused(tmp_path, name):
     path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b", name: "\ud800"}])
     with pytest.raises(UserError, match=f"line 1: the field '{name}' cannot be written as text"):
         read(Source(path))
+
+
+def test_invalid_records_are_refused_together_or_skipped(tmp_path):
+    path = write(tmp_path / "a.jsonl", [*pairs("one>1"), {"prompt": "two"}, *pairs("three>3"), {"x": 1}])
+    with pytest.raises(UserError, match=r"line 2: .*; .*line 4: .*\(invalid records in data set a: 2 of 4; fix them"):
+        read(Source(path))
+    found = read(Source(path), on_invalid="drop")
+    assert [example.id for example in found.examples] == ["a/0", "a/2"] and found.skipped == 2
+    it = checkpoint("llama3")
+    path = write(
+        tmp_path / "b.jsonl", [*pairs("one>1"), {"prompt": "two", "completion": "<|eot_id|>"}, *pairs("three>3")]
+    )
+    given = {"format": CausalFormat(0), "tokenizer": it, "max_seq_length": 100}
+    found = read(Source(path), on_invalid="drop", **given)
+    assert [example.id for example in found.examples] == ["b/0", "b/2"] and found.skipped == 1
+    with pytest.raises(UserError, match="line 2: the assistant's turn"):
+        read(Source(path), **given)

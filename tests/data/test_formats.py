@@ -9,9 +9,8 @@ import pytest
 from jax_it import data as chain
 from jax_it.config import Data, Duration, Source
 from jax_it.data import chat, tokenized
-from jax_it.data.batches import CausalBatch, Encoded, Placed
 from jax_it.data.encoding import Counts
-from jax_it.data.formats import CausalFormat, Seq2SeqFormat, pack_rows
+from jax_it.data.formats import CausalBatch, CausalFormat, Encoded, Seq2SeqFormat, pack_rows
 from jax_it.data.loader import WHOLE, Part
 from jax_it.data.packing import Layout, Shape
 from jax_it.data.templates import Example, Turn
@@ -47,13 +46,13 @@ def encoded(examples: list[Example], tokenizer: Any, **given: Any) -> tuple[list
 
 def shown(item: Encoded | None, tokenizer: Any) -> tuple[str, str] | None:
     """Text and what is learnt of it."""
-    assert item is None or (not len(item.source) and item.learnt is not None)
-    return None if item is None else (tokenizer.text(item.target), tokenizer.text(item.target[item.learnt]))
+    assert item is None or (not len(item.source) and item.loss_mask is not None)
+    return None if item is None else (tokenizer.text(item.target), tokenizer.text(item.target[item.loss_mask]))
 
 
 def sequence(tokens: str, learnt: str) -> Encoded:
     """An example of letters; a 1 marks a token that is learnt."""
-    return Encoded(NOTHING, np.array(ids(tokens), np.int32), np.array([mark == "1" for mark in learnt]))
+    return Encoded(NOTHING, np.array(ids(tokens), np.int32), loss_mask=np.array([mark == "1" for mark in learnt]))
 
 
 # Plain text
@@ -63,7 +62,7 @@ def sequence(tokens: str, learnt: str) -> Encoded:
 def test_completion_and_end_mark_are_learnt_after_the_prompt(tokenizer, first):
     (found,), counts = encoded([example("abc", "xy")], tokenizer)
     assert found.target.tolist() == [*first, *ids("abcxy"), END]
-    assert found.learnt.tolist() == [False] * (3 + len(first)) + [True] * 3
+    assert found.loss_mask.tolist() == [False] * (3 + len(first)) + [True] * 3
     assert FORMAT.prompt_of(found) == [*first, *ids("abc")] == FORMAT.text_prompts(["abc"], tokenizer)[0]
     assert FORMAT.prompts([[Turn("user", "abc")]], tokenizer, ["here"]) == [[*first, *ids("abc")]]
     assert (counts.source_tokens, counts.target_tokens, counts.kept) == (3 + len(first), 3, 1)
@@ -96,7 +95,7 @@ def test_the_prompt_is_cut_first_and_a_completion_that_is_cut_has_no_end_mark(tr
             continue
         marks = [END] if wanted[1].endswith("|") else []
         assert item.target.tolist() == [*ids(wanted[0]), *ids(wanted[1].rstrip("|")), *marks]
-        assert item.learnt.tolist() == [False] * len(wanted[0]) + [True] * len(wanted[1])
+        assert item.loss_mask.tolist() == [False] * len(wanted[0]) + [True] * len(wanted[1])
     if truncate == "drop":
         assert (counts.too_long, counts.truncated) == (3, 0)
     else:
@@ -118,7 +117,7 @@ def test_an_example_without_a_target_token_is_dropped_and_counted():
     found, counts = encoded([example("a", ""), example("b", " \n"), example("", "x"), example("c", "d")], Letters())
     assert found[:2] == [None, None] and counts.empty_completion == 2 and counts.kept == 2
     # Nothing comes before the first token, so that it cannot be learnt.
-    assert found[2].target.tolist() == [*ids("x"), END] and found[2].learnt.tolist() == [False, True]
+    assert found[2].target.tolist() == [*ids("x"), END] and found[2].loss_mask.tolist() == [False, True]
 
 
 def test_several_turns_need_a_chat_template():
@@ -133,8 +132,8 @@ def test_with_real_tokenizers_the_prompt_is_what_is_generated_from(kind):
     found, _ = encoded([example(*pair) for pair in texts], it, max_seq_length=100)
     for item, (prompt, completion) in zip(found, texts, strict=True):
         assert FORMAT.prompt_of(item) == it.backend(prompt)["input_ids"]  # with <s> where the tokenizer sets it
-        assert it.decode(item.target[item.learnt]) == completion
-        assert item.target[-1] == it.end and item.learnt[-1]
+        assert it.decode(item.target[item.loss_mask]) == completion
+        assert item.target[-1] == it.end and item.loss_mask[-1]
 
 
 # Conversations
@@ -198,7 +197,9 @@ def test_a_conversation_of_which_no_exchange_fits_is_dropped_and_counted():
     whole = len(encoded([TALK], it, max_seq_length=500)[0][0].target)
     found, counts = encoded([TALK], it, max_seq_length=whole - 1, truncate="drop")
     assert found == [None] and counts.too_long == 1
-    with pytest.raises(UserError, match=rf"^line 1: {whole} tokens do not fit {whole - 1}; raise config\.data\.seq"):
+    with pytest.raises(
+        UserError, match=rf"^line 1: {whole} tokens do not fit {whole - 1}; raise config\.data\.max_seq"
+    ):
         encoded([TALK], it, max_seq_length=whole - 1, truncate="error")
 
 
@@ -215,7 +216,7 @@ def test_for_evaluation_the_last_answer_stays_and_nothing_is_dropped():
         long = example("q " * 100, "c")
         (found,), counts = encoded([long], it, max_seq_length=50, truncate=truncate, evaluation=True)
         assert FORMAT.prompt_of(found) == FORMAT.prompts([long.turns[:-1]], it, ["here"])[0][-50:]
-        assert (counts.cut_prompts, counts.truncated_target) == (1, 0) and not found.learnt.any()
+        assert (counts.cut_prompts, counts.truncated_target) == (1, 0) and not found.loss_mask.any()
         assert pack_rows(FORMAT, [found], Layout(Shape(0, 0, 50), 4, 1.0, 0.0, 0.0), 4) == []
 
 
@@ -237,7 +238,7 @@ def test_the_source_of_an_encoder_decoder_is_rendered_by_its_chat_template_if_it
 
 def test_a_batch_is_laid_out_as_its_examples_say():
     one, two = sequence("abcde", "00110"), sequence("xyz", "011")
-    rows = [[Placed(*one[:2], 0, one.learnt), Placed(*two[:2], 0, two.learnt)], []]
+    rows = [[Encoded(*one[:2], 0, one.loss_mask), Encoded(*two[:2], 0, two.loss_mask)], []]
     for prefix_lm in (False, True):
         batch = CausalFormat(pad=9, prefix_lm=prefix_lm).batch(rows, Shape(0, 0, 10))
         a, b, c, d, e, x, y, z = *ids("abcde"), *ids("xyz")
@@ -354,7 +355,7 @@ def test_the_cache_gives_back_tokens_and_masks(tmp_path):
         for number in (0, 2):
             found = item.example(number)
             assert found.target.tolist() == wanted[number].target.tolist() and found.target.dtype == np.int32
-            assert found.learnt.tolist() == wanted[number].learnt.tolist() and not len(found.source)
+            assert found.loss_mask.tolist() == wanted[number].loss_mask.tolist() and not len(found.source)
         assert tokenized.eligible([item]).tolist() == [0, 2]
 
 
@@ -373,3 +374,26 @@ def test_whatever_decides_a_conversation_s_tokens_makes_another_cache(tmp_path):
     for same in ({"packing": False}, {"max_source_length": 7}, {"format": CausalFormat(1, True)}):
         cached(path, cache, **{"tokenizer": it, **same})
     assert len(list(cache.iterdir())) == 7
+
+
+def test_conversations_that_the_chat_template_refuses_are_dropped_and_the_others_keep_their_order(tmp_path):
+    it = checkpoint("qwen2_5")
+    answers = ["a", "b<|im_end|>", "c", "d", "e<|im_end|>", "f"]
+    rows = [{"prompt": f"q{i}", "completion": answer} for i, answer in enumerate(answers)]
+    source = Source(write(tmp_path / "a.jsonl", rows))
+    data = Data(cache_dir=str(tmp_path / "cache"), max_seq_length=100, on_invalid="drop", **LENIENT)
+    (item,) = tokenize(source, "", data, it, FORMAT)
+    assert (item.counts.examples, item.counts.invalid, item.counts.kept) == (6, 2, 4)
+    assert [reason.split(": ")[0] for reason in sorted(item.counts.reasons)] == [
+        f"{source.path}, line {n}" for n in (2, 5)
+    ]
+    texts = [it.text(item.target(i)) for i in range(6)]
+    assert [text.endswith(f"{answer}<|im_end|>\n") for text, answer in zip(texts, answers, strict=True)] == [
+        True, False, True, True, False, True,
+    ]  # fmt: skip
+    (whole,) = tokenize(Source(write(tmp_path / "b.jsonl", [rows[i] for i in (0, 2, 3, 5)])), "", data, it, FORMAT)
+    for name in ("examples", "invalid", "reasons"):
+        setattr(item.counts, name, getattr(whole.counts, name))
+    assert item.counts == whole.counts  # what was counted of the refused ones before is forgotten
+    with pytest.raises(UserError, match=r"line 2: the assistant's turn .*; .*line 5: .* 2 of 6; fix them"):
+        tokenize(source, "", Data(**{**vars(data), "on_invalid": "error"}), it, FORMAT)

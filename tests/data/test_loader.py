@@ -1,5 +1,7 @@
 import itertools
 import math
+import threading
+import time
 from collections import Counter
 
 import numpy as np
@@ -7,11 +9,10 @@ import pytest
 
 from jax_it.config import Data, Duration, Source
 from jax_it.data import loader
-from jax_it.data.batches import Placed, Seq2SeqBatch, bucket
-from jax_it.data.formats import Seq2SeqFormat
+from jax_it.data.formats import Encoded, Seq2SeqBatch, Seq2SeqFormat
 from jax_it.data.loader import Part, Step, TrainData
 from jax_it.data.mixture import mix
-from jax_it.data.packing import Layout, Shape, pack
+from jax_it.data.packing import Layout, Shape, bucket, pack
 from tests.data.letters import FIRST, of_lengths
 
 START, PAD = 7, 0  # unlike each other, as in some models
@@ -135,7 +136,7 @@ def test_a_batch_is_what_its_rows_are_position_by_position(packed):
 
 def test_the_format_puts_examples_where_they_are_placed():
     source, target = np.array([5, 1]), np.array([6, 8, 1])
-    rows = [[Placed(source, target, 1), Placed(source + 3, target[:2], 1)], [], [Placed(source, target, 0)]]
+    rows = [[Encoded(source, target, 1), Encoded(source + 3, target[:2], 1)], [], [Encoded(source, target, 0)]]
     batch = Seq2SeqFormat(start=START, pad=9).batch(rows, Shape(2, 5, 6))
     assert batch.source_BGS.tolist() == [[[9] * 5, [5, 1, 8, 4, 9]], [[9] * 5] * 2, [[5, 1, 9, 9, 9], [9] * 5]]
     assert batch.source_segments_BGS[0].tolist() == [[0] * 5, [1, 1, 2, 2, 0]]
@@ -306,3 +307,31 @@ def test_buckets_are_few_and_hold_their_length():
     for length, limit in itertools.product(range(1, 1025), (1024, 1000)):
         if length <= limit:
             assert bucket(length, limit) == min(min(size for size in sizes if size >= length), limit)
+
+
+# Reading ahead
+
+
+def batch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_reading_ahead_is_bounded_and_ends_with_the_reader(monkeypatch):
+    data, asked = made(), []
+    batch = data.batch
+    monkeypatch.setattr(data, "batch", lambda step, *rest: asked.append(step) or batch(step, *rest))
+    steps = data.read(3, Duration(1000, "steps"), Part())
+    assert [next(steps).step for _ in range(2)] == [3, 4]
+    time.sleep(0.2)
+    assert len(asked) <= 2 + loader.AHEAD + 1 and batch_threads()
+    steps.close()
+    for thread in batch_threads():
+        thread.join(10)
+    assert not batch_threads()
+
+
+def test_an_error_of_the_thread_reaches_the_reader(monkeypatch):
+    data = made()
+    monkeypatch.setattr(data, "batch", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        next(data.read(0, Duration(5, "steps"), Part()))

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jax_it.config import Data, Source
-from jax_it.data.mixture import Drawn, Mixture, _hash, hold_out, mix
+from jax_it.data.mixture import Mixture, _hash, hold_out, mix
 from jax_it.data.tokenized import Tokenized
 from jax_it.errors import UserError
 from tests.data.letters import of_lengths
@@ -32,12 +32,12 @@ def mixture(*made: list[Tokenized], held_out: Any = None, weights: Any = None, *
     return mix(named, made, Data(**given_), held_out)
 
 
-def drawn(epoch: Drawn) -> list[tuple[int, int]]:
+def drawn(epoch: np.recarray) -> list[tuple[int, int]]:
     return list(zip(epoch.source.tolist(), epoch.example.tolist(), strict=True))
 
 
-def rows(epoch: Drawn) -> list[list[int]]:
-    return [array.tolist() for array in epoch]
+def rows(epoch: np.recarray) -> list[list[int]]:
+    return [epoch[name].tolist() for name in epoch.dtype.names]
 
 
 # All

@@ -6,7 +6,7 @@ import pytest
 
 from jax_it import config as settings
 from jax_it import data as chain
-from jax_it.data import tokenizer as tokenizers
+from jax_it.data import tokenizer_files as tokenizers
 from jax_it.data.formats import CausalFormat
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
@@ -194,6 +194,15 @@ def shown_causal(folder: Path, it: Tokenizer, records: list[dict[str, Any]], **g
 
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "I am"}] * 2
+
+
+def test_invalid_records_are_shown_with_their_reasons(tmp_path):
+    rows = [*pairs("q>x"), {"messages": TALK[1:]}, *pairs("q>y")]
+    text = shown_causal(tmp_path, checkpoint("chatml"), rows, on_invalid="drop", max_dropped=1.0)
+    assert "  talks: 3 examples, 2 kept\n    dropped    0 (0.00%) with an empty completion" in text
+    assert re.search(
+        r"\n    invalid    1 \(33.33%\): .*talks.jsonl, line 2: the messages begin with the assistant", text
+    )
 
 
 def test_of_a_causal_model_it_shows_the_texts_the_pieces_and_the_packing(tmp_path):

@@ -1,3 +1,4 @@
+import math
 import os
 import random
 import subprocess
@@ -167,40 +168,43 @@ def test_a_system_message_stands_before_the_prompt():
         ("prompt_completion", {"prompt": "a"}, "field 'completion' is missing or null, which template "
          "'prompt_completion' needs; its fields: prompt"),
         ("prompt_completion", {"prompt": None, "completion": "a"}, "field 'prompt' is missing or null"),
-        ("prompt_completion", {"prompt": "a", "completion": 5}, "field 'completion' is int, not the text"),
-        ("prompt_completion", {"prompt": ["a"], "completion": "b"}, "field 'prompt' is list, not the text"),
+        ("prompt_completion", {"prompt": "a", "completion": math.nan}, "field 'completion' is nan, not text"),
+        ("prompt_completion", {"prompt": ["a"], "completion": "b"}, "field 'prompt' is list, not text"),
         ("prompt_completion", {"prompt": "a", "completion": ["b", None]}, "field 'completion' is NoneType, not"),
         ("super_ni", {"Definition": ["a"], "output": ["b"]}, "field 'input' is missing or null"),
-        ("super_ni", SUPER_NI | {"Definition": 5}, "field 'Definition' is int, not the text"),
-        ("super_ni", SUPER_NI | {"Positive Examples": ["a"]}, "the field 'Positive Examples' is no list of examples"),
+        ("super_ni", SUPER_NI | {"Definition": {}}, "field 'Definition' is dict, not text"),
+        ("super_ni", SUPER_NI | {"Positive Examples": ["a"]}, "the field 'Positive Examples' is not a list"),
         ("super_ni", SUPER_NI | {"Positive Examples": [{"input": "a"}]}, "field 'output' is missing or null"),
         ("alpaca", {"instruction": "a"}, "field 'output' is missing or null"),
-        ("alpaca", {"instruction": "a", "input": 5, "output": "b"}, "field 'input' is int, not the text"),
+        ("alpaca", {"instruction": "a", "input": ["c"], "output": "b"}, "field 'input' is list, not text"),
         ("messages", {"text": "a"}, "field 'messages' or 'conversations' is missing or null"),
-        ("messages", {"messages": "Hi"}, "no list of messages with role and content"),
-        ("messages", {"messages": ["Hi"]}, "no list of messages with role and content"),
-        ("messages", {"messages": 5}, "no list of messages with role and content"),
+        ("messages", {"messages": "Hi"}, "the messages are not a list of objects with role and content"),
+        ("messages", {"messages": ["Hi"]}, "the messages are not a list of objects with role and content"),
+        ("messages", {"messages": 5}, "the messages are not a list of objects with role and content"),
         ("messages", {"messages": [{"role": "user"}]}, "field 'content' or 'value' is missing or null"),
         ("messages", {"messages": [{"content": "Hi"}]}, "field 'role' or 'from' is missing or null"),
-        ("messages", {"messages": [{"role": ["user"], "content": "Hi"}]}, "field 'role' is list, not the text"),
+        ("messages", {"messages": [{"role": ["user"], "content": "Hi"}]}, "field 'role' is list, not text"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "field 'content' is list, not"),
-        ("messages", {"messages": []}, "no messages of user and assistant (roles: none)"),
-        ("messages", {"messages": [SYSTEM]}, "no messages of user and assistant (roles: system)"),
-        ("messages", {"messages": [ASSISTANT, USER]}, "the messages begin with the assistant; the user must speak"),
-        ("messages", {"messages": [SYSTEM, ASSISTANT]}, "the messages begin with the assistant; the user must speak"),
-        ("messages", {"messages": [USER, USER, ASSISTANT]}, "two messages of the user in a row, the second of them tu"),
-        ("messages", {"messages": [USER, ASSISTANT, ASSISTANT]}, "two messages of the assistant in a row, the second"),
-        ("messages", {"messages": [USER, ASSISTANT, USER]}, "the messages end with the user; the last one must be of"),
-        ("messages", {"messages": [USER, SYSTEM, ASSISTANT]}, "message 2 is of the system, which speaks first or not"),
-        ("messages", {"messages": [SYSTEM, SYSTEM, USER, ASSISTANT]}, "message 2 is of the system, which speaks first"),
+        ("messages", {"messages": []}, "there is no message of the user or the assistant (roles: none)"),
+        ("messages", {"messages": [SYSTEM]}, "there is no message of the user or the assistant (roles: system)"),
+        ("messages", {"messages": [ASSISTANT, USER]}, "the messages begin with the assistant, as many ShareGPT"),
+        ("messages", {"messages": [SYSTEM, ASSISTANT]}, "the messages begin with the assistant, as many ShareGPT"),
+        ("messages", {"messages": [USER, USER, ASSISTANT]}, "two user messages in a row, the second of which"),
+        ("messages", {"messages": [USER, ASSISTANT, ASSISTANT]}, "two assistant messages in a row, the second"),
+        ("messages", {"messages": [USER, ASSISTANT, USER]}, "the messages end with the user; the last one must be the"),
+        ("messages", {"messages": [USER, SYSTEM, ASSISTANT]}, "message 2 is a system message, which may only come"),
+        ("messages", {"messages": [SYSTEM, SYSTEM, USER, ASSISTANT]}, "message 2 is a system message, which may only"),
         ("messages", {"messages": [USER, {"role": "tool", "content": "4"}]}, "message 2 has the role 'tool', not"),
         ("messages", {"conversations": [{"from": "bot", "value": "Hi"}]}, "message 1 has the role 'bot', not"),
-        ("messages", {"messages": [{"role": "user", "content": " "}, ASSISTANT]}, "turn 1, of the user, is empty"),
-        ("messages", {"messages": [USER, {**ASSISTANT, "content": ""}, USER, ASSISTANT]}, "turn 2, of the assistant"),
+        ("messages", {"messages": [{"role": "user", "content": " "}, ASSISTANT]}, "turn 1, the user's, is empty"),
+        ("messages", {"messages": [USER, {**ASSISTANT, "content": ""}, USER, ASSISTANT]}, "turn 2, the assistant's"),
         ("messages", {"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "message 2 calls a tool, which"),
         ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}, "field 'content' or 'value' is"),
         ("auto", {"question": "a", "answer": "b"}, "none of the fields 'messages', 'conversations', "
-         "'prompt', 'instruction', 'Definition', which template 'auto' needs; its fields: question, answer"),
+         "'prompt', 'instruction', 'Definition', which template 'auto' needs; its fields: question, answer; "
+         "try a template such as '{{question}} ||| {{answer}}'"),
+        ("auto", {"messages": [USER, ASSISTANT], "prompt": "Bye", "completion": "b"}, "it has both 'messages' and "
+         "'prompt', and they differ; set the template to 'messages' or 'prompt_completion'"),
         ("auto", {}, "none of the fields 'messages', 'conversations', 'prompt', 'instruction', 'Definition', which "
          "template 'auto' needs; its fields: none"),
     ],
@@ -209,13 +213,30 @@ def test_a_record_of_another_shape_is_refused_with_its_place_the_field_and_those
     assert refusal(template, **fields).startswith(f"{WHERE}: {message}")
 
 
+@pytest.mark.parametrize(
+    "value, text", [(1, "1"), (0, "0"), (-3, "-3"), (0.5, "0.5"), (True, "True"), (False, "False")]
+)
+def test_a_number_is_the_text_that_python_prints(value, text):
+    assert example("auto", prompt="a", completion=value).references == (text,)
+    assert example("{{prompt}} ||| {{completion}}", prompt="a", completion=value) == pair("a", text)
+    assert example("auto", prompt="a", completion=[value, "b"]).references == (text, "b")
+    assert example("auto", instruction=value, input=value, output="b").prompt == f"{text}\n\n{text}" if value else text
+
+
+def test_messages_may_repeat_the_first_question_as_the_prompt():
+    for first in ([], [SYSTEM]):  # as in UltraChat 200k and No Robots
+        found = example("auto", messages=[*first, USER, ASSISTANT], prompt="Hi", prompt_id="f0")
+        assert found.turns[-1] == Turn("assistant", "Hello")
+    assert example("auto", messages=None, prompt="a", completion="b") == pair("a", "b")
+
+
 def test_a_conversation_to_answer_ends_with_the_user():
     assert conversation(Record({"messages": [USER, ASSISTANT, USER]}, WHERE)) == (
         Turn("user", "Hi"), Turn("assistant", "Hello"), Turn("user", "Hi"),
     )  # fmt: skip
     for messages, message in (
-        ([USER, ASSISTANT], "the messages end with the assistant; the last one must be of the user"),
-        ([{"role": "user", "content": "\n"}], "turn 1, of the user, is empty"),
+        ([USER, ASSISTANT], "the messages end with the assistant; the last one must be the user's"),
+        ([{"role": "user", "content": "\n"}], "turn 1, the user's, is empty"),
         ([{"role": "user", "content": "\ud83d"}], "is half of a surrogate pair"),
     ):
         with pytest.raises(UserError, match=f"^{WHERE}: .*{message}"):
@@ -280,9 +301,9 @@ def test_an_absent_field_is_refused_with_its_place_and_the_fields_there_are(temp
         ("{{q}} ||| {{1 / 0}}", "ZeroDivisionError (division by zero)"),
         ("{{q + 1}} ||| {{a}}", 'TypeError (can only concatenate str (not "int") to str)'),
         ("{% for i in range(q) %}{% endfor %} ||| b", "TypeError ('str' object cannot be interpreted as an integer)"),
-        ("{{q}} ||| {{q | map('upper')}}", "it prints an object, not what that holds; add '| list' or '| join'"),
-        ("{{q | unique ~ '!'}} ||| {{a}}", "it prints an object, not what that holds; add '| list' or '| join'"),
-        ("{{q}} ||| {{[joiner()]}}", "it prints an object, not what that holds; add '| list' or '| join'"),
+        ("{{q}} ||| {{q | map('upper')}}", "it prints an object, not the items in it; add '| list' or '| join'"),
+        ("{{q | unique ~ '!'}} ||| {{a}}", "it prints an object, not the items in it; add '| list' or '| join'"),
+        ("{{q}} ||| {{[joiner()]}}", "it prints an object, not the items in it; add '| list' or '| join'"),
         ("{{q}} ||| {{[q] | map('ran' ~ 'dom') | list}}", "TemplateRuntimeError (No filter named 'random'.)"),
     ],
 )
@@ -318,14 +339,6 @@ def test_jinja_that_python_cannot_compile_is_refused_in_one_line(text):
     assert found.startswith("template '{") and " is not valid Jinja: " in found and len(found) < 400
 
 
-@pytest.mark.parametrize("value, kind", [(7, "int"), (0.5, "float"), (True, "bool")])
-def test_a_number_for_a_text_is_refused_and_told_where_quotes_are_missing(value, kind):
-    assert refusal("auto", prompt="a", completion=value).startswith(
-        f"{WHERE}: field 'completion' is {kind}, not the text in quotes, which template 'auto' needs; its fields: "
-    )
-    assert example("{{prompt}} ||| {{completion}}", prompt="a", completion=value) == pair("a", str(value))
-
-
 def test_a_long_template_is_shortened_in_messages():
     assert "which template '" + "x" * 57 + "...' needs" in refusal("x" * 100 + "{{q}} ||| {{a}}")
 
@@ -336,10 +349,10 @@ def test_a_long_template_is_shortened_in_messages():
         ("{{q} ||| {{a}}", "is not valid Jinja: unexpected '}'"),
         ("{% if q %} ||| {{a}}", "is not valid Jinja: Unexpected end of template"),
         ("{{q | shout}} ||| {{a}}", "is not valid Jinja: No filter named 'shout'"),
-        ("alpacca", f"is not one of {', '.join(TEMPLATES)}, and no Jinja text with '|||' in it"),
+        ("alpacca", f"is not one of {', '.join(TEMPLATES)}, nor Jinja text with '|||' in it"),
         (
             "{{q}} || {{a}}",
-            f"is not one of {', '.join(TEMPLATES)}, and no Jinja text with '|||' in it",
+            f"is not one of {', '.join(TEMPLATES)}, nor Jinja text with '|||' in it",
         ),
     ],
 )

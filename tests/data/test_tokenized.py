@@ -1,3 +1,5 @@
+import importlib.metadata
+import json
 import os
 import shutil
 import signal
@@ -10,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from jax_it.config import Data, Source
 from jax_it.data import sources, templates, tokenized
-from jax_it.data import tokenizer as tokenizers
+from jax_it.data import tokenizer_files as tokenizers
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.tokenized import Tokenized, tokenize
 from jax_it.errors import UserError
@@ -105,6 +109,8 @@ def test_everything_is_counted(tmp_path, cache):
     counts = item.counts
     assert asdict(counts) == {
         "examples": 7,
+        "invalid": 0,
+        "reasons": [],
         "empty_completion": 3,
         "too_long": 0,
         "truncated": 3,
@@ -114,6 +120,7 @@ def test_everything_is_counted(tmp_path, cache):
         "source_tokens": 3 + 2 + 2 + 8 + 8 + 2 + 1 + 7,
         "target_tokens": 2 + 0 + 0 + 4 + 1 + 4 + 0 + 7,
         "unknown_tokens": 3,
+        "unknown": {"A": 2, "X": 1},
         "characters": 39,
         "lost": {},
     }
@@ -157,6 +164,69 @@ def test_texts_for_training_a_tokenizer_are_those_of_all_sources_and_templates(t
     assert list(tokenized.prompts_and_completions(items, "")) == ["ab", "c", "Q", "ab", "x", "y"]
 
 
+# Invalid records
+
+
+def invalid(tmp_path: Path) -> str:
+    """A file of six records, of which the second, fourth and fifth are invalid."""
+    thread = [{"from": who, "value": "abc"} for who in ("gpt", "human", "gpt")]
+    path = write(tmp_path / "a.jsonl", [*pairs("abc>xy", "b>y", "c>xz"), {"conversations": thread}, {"prompt": "a"}])
+    lines = Path(path).read_text().splitlines()
+    lines[1] = "{broken"
+    Path(path).write_text("\n".join([*lines, *map(json.dumps, pairs("ab>z"))]))
+    return path
+
+
+def test_all_invalid_records_of_a_file_are_found_in_one_pass(tmp_path, cache):
+    path = invalid(tmp_path)
+    message = refusal(path, cache)
+    assert message.startswith(f"{path}, line 2: not valid JSON (")
+    assert message.endswith(
+        " (invalid records in data set a: 3 of 6; fix them, or leave them out with config.data.on_invalid=drop)"
+    )
+    assert f"; {path}, line 4: the messages begin with the assistant, as many ShareGPT threads do; " in message
+    assert f"; {path}, line 5: field 'completion' is missing or null, which template 'auto' needs; " in message
+    assert folders(cache) == set()
+
+
+def test_invalid_records_are_dropped_counted_and_listed_where_the_config_says_so(tmp_path, cache):
+    path = invalid(tmp_path)
+    item = run(path, cache, on_invalid="drop")
+    assert (item.counts.examples, item.counts.invalid, item.counts.dropped, item.counts.kept) == (6, 3, 3, 3)
+    assert [reason.split(": ")[0] for reason in item.counts.reasons] == [f"{path}, line {n}" for n in (2, 4, 5)]
+    nothing = ([], [])  # an invalid record keeps its number
+    assert read(item) == [marked("abc", "xy"), nothing, marked("c", "xz"), nothing, nothing, marked("ab", "z")]
+    assert tokenized.eligible([item]).tolist() == [0, 2, 5]
+    message = "data set a: 3 of 6 examples dropped (3 invalid, 0 with an empty completion, 0 too long), 50.0%"
+    assert refusal(path, cache, on_invalid="drop", max_dropped=0.4).startswith(message)
+    assert "invalid records in data set a: 3 of 6" in refusal(path, cache), (
+        "though they were dropped when the cache was made"
+    )
+
+
+def test_a_data_set_without_a_valid_record_says_why(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}] * 30)
+    assert "; 27 more (invalid records in data set a: 30 of 30; fix them" in refusal(path, cache)
+    message = refusal(path, cache, on_invalid="drop", max_dropped=1.0)
+    assert message.startswith(
+        "data set a: no example is left of 30: 30 invalid, 0 with an empty completion, 0 too long"
+    )
+    assert "its fields: question, answer; try a template such as '{{question}} ||| {{answer}}'" in message
+
+
+def test_rows_of_tables_are_dropped_one_by_one(tmp_path, cache):
+    (tmp_path / "a.csv").write_text("prompt,completion\nab,x\ncd\nef,y\n")
+    item = run(str(tmp_path / "a.csv"), cache, on_invalid="drop")
+    assert read(item) == [marked("ab", "x"), ([], []), marked("ef", "y")]
+    assert item.counts.reasons == [f"{tmp_path}/a.csv, line 3: expected 2 columns; fix the line"]
+    dates = pyarrow.array([0, 2**31 - 1], pyarrow.date32())
+    table = pyarrow.table({"prompt": ["ab", "cd"], "completion": ["x", "y"], "when": dates})
+    pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    item = run(str(tmp_path / "b.parquet"), cache, on_invalid="drop")
+    assert read(item) == [marked("ab", "x"), ([], [])]
+    assert item.counts.reasons[0].startswith(f"{tmp_path}/b.parquet, row 2, column 'when' cannot be read: ")
+
+
 # Limits
 
 
@@ -167,8 +237,8 @@ def test_texts_for_training_a_tokenizer_are_those_of_all_sources_and_templates(t
          "data, or allow it with config.data.max_dropped=0.334 or more"),
         ({"truncate": "drop", "max_dropped": 0.5}, "2 of 3 examples dropped (1 with an empty completion, 1 too long)"),
         ({"max_truncated": 0.3}, "1 of 3 examples truncated, 33.3%; fix the data, or allow it with config.data"),
-        ({"max_unknown": 0.05}, "1 of 19 tokens unknown to the tokenizer, 5.3%; fix the data, or allow it with "
-         "config.data.max_unknown=0.053 or more"),
+        ({"max_unknown": 0.05}, "1 of 19 tokens unknown to the tokenizer ('A' 1 times), 5.3%; fix the data, or "
+         "allow it with config.data.max_unknown=0.053 or more"),
     ],
 )  # fmt: skip
 def test_a_share_above_its_limit_is_refused_with_the_setting_that_allows_it(tmp_path, cache, settings, message):
@@ -246,6 +316,20 @@ def test_whatever_decides_the_tokens_makes_another_cache(tmp_path, cache, monkey
     assert renewed()
     Path(path).write_text(Path(path).read_text().replace('"xy"', '"xz"', 1))
     assert read(run(path, cache)) == [marked("abc", "xz")] and renewed()
+
+
+def test_the_code_that_the_key_covers_is_found_by_its_imports(monkeypatch):
+    modules, libraries = tokenized._imports("tokenized", "tokenizer_files")
+    needed = "sources records templates jinja jinja_text chat encoding seq2seq causal tokenizer tokenizer_files".split()
+    assert {*needed} < {*modules}
+    assert not {"mixture", "loader", "evaluation_set"} & {*modules}
+    assert {"transformers", "tokenizers", "sentencepiece", "jinja2", "numpy", "datasets", "pyarrow"} < libraries
+    assert not {"jax_it", "json", "re"} & libraries
+    code = tokenized._code.__wrapped__
+    assert code() == code()
+    before, version = code(), importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version(name) + (name == "tokenizers") * ".post1")
+    assert code() != before
 
 
 def test_a_failure_halfway_leaves_nothing_behind(tmp_path, cache):
@@ -331,7 +415,7 @@ def cached(tmp_path: Path, cache: Path) -> tuple[str, Path]:
 
 
 def damaged(path: str, folder: Path) -> bool:
-    said = f"the cached data set {folder} is damaged; remove it, and it is made again"
+    said = f"the cached data set {folder} is damaged; remove it, and it will be made again"
     return refusal(path, folder.parent) == said
 
 

@@ -10,7 +10,8 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from jax_it.data import builtin, tokenizer
+from jax_it.data import builtin
+from jax_it.data import tokenizer_files as tokenizer
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from tests.data.chat_tokenizers import Kind, made
@@ -160,9 +161,9 @@ def test_a_truncated_sentencepiece_model_is_refused(model_file, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"model_type": "bpe", **MARKS}, "is no plain unigram model as T5's"),
-        ({"byte_fallback": True, **MARKS}, "is no plain unigram model as T5's"),
-        ({}, "does not begin with <pad>, </s>, <unk> as T5's"),
+        ({"model_type": "bpe", **MARKS}, "is not a plain unigram model like T5's"),
+        ({"byte_fallback": True, **MARKS}, "is not a plain unigram model like T5's"),
+        ({}, "does not begin with <pad>, </s>, <unk> as T5's does"),
     ],
 )  # fmt: skip
 def test_a_sentencepiece_model_of_another_kind_is_refused_rather_than_read_wrongly(tmp_path, options, message):
@@ -293,3 +294,9 @@ def test_any_value_of_any_field_of_a_tokenizer_is_used_or_refused_in_one_line(se
         assert all(0 <= id < found.size for id in [*itertools.chain(*ids), found.end, found.pad]), odd
         found.save(folder / "again")
         assert tokenizer.load(str(folder / "again")).encode(["Hello world", "a\nb", "", "漢"]) == ids, odd
+
+
+def test_characters_that_become_unknown_are_told_from_those_that_are_lost():
+    made = tokenizer.train(["abc cab bca"] * 20, 20)
+    assert made.unknown_of(set("abé漢\n ")) == {"é", "漢"} and made.lost(set("abé漢\n")) == {"\n"}
+    assert tokenizer.load("bytes").unknown_of(set("é漢")) == set()

@@ -13,7 +13,7 @@ import pytest
 import jax_it
 from docs import generated
 from jax_it import cli, config, models
-from jax_it.data import tokenizer as tokenizers
+from jax_it.data import tokenizer_files as tokenizers
 from tests import xla
 from tests.data.chat_tokenizers import TEXTS, checkpoint
 from tests.docs.pages import PAGES, PLACEHOLDER, ROOT, blocks, commands

@@ -8,7 +8,7 @@ import pytest
 import jax_it
 from jax_it import config, sharding
 from jax_it.data import tasks
-from jax_it.data import tokenizer as tokenizers
+from jax_it.data import tokenizer_files as tokenizers
 from jax_it.data.formats import CausalFormat
 from jax_it.evaluation import code_execution
 from tests.evaluation.suites import make_suite

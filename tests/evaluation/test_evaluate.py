@@ -9,8 +9,7 @@ import pytest
 
 from jax_it import config as settings
 from jax_it import data, evaluate, metrics, sharding
-from jax_it.data.batches import Placed
-from jax_it.data.formats import Seq2SeqFormat
+from jax_it.data.formats import Encoded, Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
 from jax_it.errors import UserError
 from jax_it.evaluation import table
@@ -92,7 +91,7 @@ def test_predictions_are_those_of_greedy_decoding_one_token_after_another(evalua
         tokens = []
         while len(tokens) < length and (not tokens or tokens[-1] != tokenizer.end):
             target = np.array([*tokens, *[0] * (length - len(tokens))])
-            batch = format.batch([[Placed(np.array(example.prompt_tokens), target, 0)]], Shape(1, 32, length))
+            batch = format.batch([[Encoded(np.array(example.prompt_tokens), target, 0)]], Shape(1, 32, length))
             tokens.append(int(next_token(batch, len(tokens))))
         assert row["prediction"] == tokenizer.decode(tokens)
 
@@ -107,7 +106,7 @@ def test_the_loss_is_that_of_every_example_alone(evaluated, parts):
 
     total, count = 0.0, 0
     for example in examples.examples:
-        placed = Placed(example.encoded.source, example.encoded.target, 0)
+        placed = Encoded(example.encoded.source, example.encoded.target, 0)
         found = np.asarray(log_probabilities(format.batch([[placed]], Shape(1, 32, 16))))
         total -= sum(float(found[t, token]) for t, token in enumerate(example.encoded.target))
         count += len(example.encoded.target)

@@ -18,7 +18,7 @@ import pytest
 from jax_it import config as settings
 from jax_it import data
 from jax_it.config.checks import RANGES
-from jax_it.data import tokenizer as tokenizers
+from jax_it.data import tokenizer_files as tokenizers
 from tests.fuzz.commands import Kind, Result
 from tests.fuzz.seeds import fuzz_cases
 from tests.tiny_run import CONFIG, write_recipe

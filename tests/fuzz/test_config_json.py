@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 
 from jax_it import config, pretrained, sharding
-from jax_it.data.batches import Placed
-from jax_it.data.formats import CausalFormat, Seq2SeqFormat
+from jax_it.data.formats import CausalFormat, Encoded, Seq2SeqFormat
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError
 from jax_it.models import build
@@ -271,10 +270,10 @@ def our_logits(model: Any, params: Any, vocabulary: int) -> np.ndarray:
     """The same of all texts in one row."""
     sources, targets = texts(vocabulary), texts(vocabulary, (9, 4))
     if model.kind == "seq2seq":
-        placed = [Placed(source, target, 0) for source, target in zip(sources, targets, strict=True)]
+        placed = [Encoded(source, target, 0) for source, target in zip(sources, targets, strict=True)]
         batch: Any = Seq2SeqFormat(start=model.config.start_token, pad=0).batch([placed], Shape(1, 32, 16))
     else:
-        placed = [Placed(np.zeros(0, np.int32), text, 0, np.ones(len(text), bool)) for text in sources]
+        placed = [Encoded(np.zeros(0, np.int32), text, 0, np.ones(len(text), bool)) for text in sources]
         batch = CausalFormat(0).batch([placed], Shape(0, 0, 32))
     with jax.disable_jit():  # operation by operation: these are compiled once for all mutants
         logits = model.logits(model.head(params), model.apply(params, batch))

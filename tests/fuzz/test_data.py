@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from jax_it.data import tokenizer as tokenizers
+from jax_it.data import tokenizer_files as tokenizers
 from tests.fuzz.seeds import fuzz_cases
 from tests.tiny_run import write_recipe
 
@@ -245,7 +245,8 @@ def run_case(seed: int, commands: Any, recipe: dict[str, Any], folder: Path) -> 
     training = rng.random() < 0.03
     if training and rng.random() < 0.5:  # of evaluation
         where = {"train": [{"path": "builtin:instructions", "limit": 20}], "eval": [source]}
-    tree = {**recipe, "data": {**recipe["data"], **where, "cache_dir": str(home / "cache")}}
+    given = {"cache_dir": str(home / "cache"), "on_invalid": rng.choice(["error", "error", "drop"])}
+    tree = {**recipe, "data": {**recipe["data"], **where, **given}}
     (home / "config.pickle").write_bytes(pickle.dumps(tree))
     (home / "config.py").write_text(CONFIG)
     words: list[Any] = ["preview", "--config", home / "config.py"]
@@ -271,6 +272,7 @@ def _wrong(result: Any, home: Path, training: bool, known: int | None) -> str:
         return "" if (home / "run" / "checkpoints" / "1").is_dir() else "there is no checkpoint"
     number, kept = map(int, re.search(r": (\d+) examples, (\d+) kept\n", result.out).groups())
     dropped = sum(map(int, re.search(r"dropped +(\d+) \(.*?, (\d+) \(", result.out).groups()))
+    dropped += sum(map(int, re.findall(r"^    invalid    (\d+) \(", result.out, re.M)[:1]))
     if number - dropped != kept:
         return "the counts do not add up"
     return f"{known} records became {number}" if known not in (None, number) else ""

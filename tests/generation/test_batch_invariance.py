@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jax_it import config, models, sharding
-from jax_it.data.batches import CausalBatch, Seq2SeqBatch
+from jax_it.data.formats import CausalBatch, Seq2SeqBatch
 from jax_it.generation import GREEDY, Engine, RequestOutput, Sampling, generate
 from tests.parity import cases
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_it.data.batches import CausalBatch, Seq2SeqBatch
+from jax_it.data.formats import CausalBatch, Seq2SeqBatch
 from jax_it.generation import Engine, Sampling, generate
 from jax_it.generation.beam_search import BeamSearch
 from tests.generation.conftest import by_prompt

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jax_it.data.batches import CausalBatch, Seq2SeqBatch
+from jax_it.data.formats import CausalBatch, Seq2SeqBatch
 from jax_it.generation import Engine, Sampling, generate
 
 ALARM = 1e-7  # for each of the fewer than ten tests: one false alarm in a million seeds

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_it import config, sharding
-from jax_it.data.batches import CausalBatch, Seq2SeqBatch
+from jax_it.data.formats import CausalBatch, Seq2SeqBatch
 from jax_it.errors import UserError
 from jax_it.generation import Engine, Sampling, generate, length_buckets, scheduler
 from tests.generation.conftest import by_prompt

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jax_it import config, sharding
-from jax_it.data.batches import CausalBatch, Seq2SeqBatch
+from jax_it.data.formats import CausalBatch, Seq2SeqBatch
 from jax_it.errors import UserError
 from jax_it.generation import likelihood
 from jax_it.generation.likelihood import LikelihoodRequest, Likelihoods

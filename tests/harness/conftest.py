@@ -8,7 +8,7 @@ import pytest
 
 import jax_it
 from jax_it import config, models
-from jax_it.data import tokenizer as tokenizers
+from jax_it.data import tokenizer_files as tokenizers
 from tests.data.chat_tokenizers import TEXTS, checkpoint
 
 CAUSAL = {

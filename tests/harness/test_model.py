@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jax_it.data.batches import CausalBatch
+from jax_it.data.formats import CausalBatch
 from jax_it.errors import UserError
 from jax_it.generation import GREEDY
 from jax_it.harness import __main__ as command

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rouge_score import rouge_scorer
 
 from jax_it import metrics
+from jax_it.metrics import rouge
 from jax_it.metrics.rouge import CHARACTERS, WORDS
 from tests.metrics.texts import PREDICTIONS, RAGGED, REFERENCES
 
@@ -138,3 +139,24 @@ def test_rouge_of_characters_is_that_by_brute_force(examples):
         best = [max(brute(name, tokens(p), tokens(parts)) for parts in several) for p, several in examples]
         assert scores[name] == pytest.approx(100 * fmean(best))
         assert metrics.METRICS[name](predictions, references) == scores[name]
+
+
+def test_sentences_of_one_line_score_as_the_lines_of_published_summaries():
+    lines = "Mr. Smith sat on a mat .\nIt rained ."
+    said = "It rained on a mat. Mr. Smith sat."  # by a model without a line break
+    scores = metrics.score(["rougeLsum", "rougeLsum_sentences"], [said], [[lines]])
+    (wanted,) = metrics.score(["rougeLsum"], ["It rained on a mat.\nMr. Smith sat."], [[lines]]).values()
+    assert scores["rougeLsum_sentences"] == pytest.approx(wanted) and scores["rougeLsum"] < wanted - 10
+
+
+@pytest.mark.parametrize(
+    "text, sentences",
+    [
+        ("One. Two! Three? 4 men left.", ["One.", "Two!", "Three?", "4 men left."]),
+        ('He said "no." "Why?" (She left.) Then nothing.', ['He said "no."', '"Why?"', "(She left.)", "Then nothing."]),
+        ("Dr. J. K. Rowling met Mrs. May at 5.30 a.m. in St. Ives.", None),
+        ("e.g. this, version 2. of it, and so on", None),
+    ],
+)
+def test_a_sentence_ends_before_a_capital_but_not_after_a_title_or_an_initial(text, sentences):
+    assert rouge._lines(text).split("\n") == (sentences or [text])

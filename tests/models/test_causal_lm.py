@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from jax_it import config, sharding
-from jax_it.data.batches import Placed
-from jax_it.data.formats import CausalFormat
+from jax_it.data.formats import CausalFormat, Encoded
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError
 from jax_it.generation import Engine, Sampling, generate
@@ -30,12 +29,12 @@ def make(values: dict, prefix_lm: bool = False) -> tuple[Model, Params]:
     return model, jax.jit(model.init)(jax.random.key(0))
 
 
-def example(seed: int, prompt: int, answer: int) -> Placed:
+def example(seed: int, prompt: int, answer: int) -> Encoded:
     tokens = np.random.RandomState(seed).randint(2, 64, prompt + answer).astype(np.int32)
-    return Placed(np.zeros(0, np.int32), tokens, 0, np.arange(prompt + answer) >= prompt)
+    return Encoded(np.zeros(0, np.int32), tokens, 0, np.arange(prompt + answer) >= prompt)
 
 
-def states(model: Model, params: Params, examples: list[Placed], length: int) -> np.ndarray:
+def states(model: Model, params: Params, examples: list[Encoded], length: int) -> np.ndarray:
     batch = CausalFormat(0, model.options.prefix_lm).batch([examples], Shape(0, 0, length))
     return np.asarray(jax.jit(model.apply)(params, batch))[0]
 
@@ -88,7 +87,7 @@ def test_generated_tokens_are_the_likeliest_of_the_full_forward_pass(values, pre
     assert len({tuple(tokens) for tokens in made.values()}) > 1
     for i, prompt in enumerate(prompts):
         text = [*prompt, *made[i]]
-        whole = Placed(np.zeros(0, np.int32), np.array(text, np.int32), 0, np.arange(len(text)) >= len(prompt))
+        whole = Encoded(np.zeros(0, np.int32), np.array(text, np.int32), 0, np.arange(len(text)) >= len(prompt))
         hidden = jnp.asarray(states(model, params, [whole], len(text)))
         likeliest = np.asarray(model.logits(model.head(params), hidden)).argmax(-1)[len(prompt) - 1 :].tolist()
         assert likeliest[: len(made[i])] == made[i]
@@ -148,7 +147,7 @@ def test_longrope_generates_by_the_length_that_the_text_has_then():
     compute = jax.jit(lambda params, batch: model.logits(model.head(params), model.apply(params, batch)))
 
     def likeliest(tokens: list[int]) -> int:
-        text = Placed(np.zeros(0, np.int32), np.array(tokens, np.int32), 0, np.ones(len(tokens), bool))
+        text = Encoded(np.zeros(0, np.int32), np.array(tokens, np.int32), 0, np.ones(len(tokens), bool))
         return int(compute(params, CausalFormat(0).batch([[text]], Shape(0, 0, 32)))[0, len(tokens) - 1].argmax())
 
     short = by_prompt(generate(Engine(model, mesh, 3, 6, eos_ids=(0,)), params, prompts))

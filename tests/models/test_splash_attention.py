@@ -9,7 +9,7 @@ import pytest
 
 from jax_it import config, losses, sharding
 from jax_it.config import Mesh
-from jax_it.data.batches import CausalBatch
+from jax_it.data.formats import CausalBatch
 from jax_it.models import build, splash_attention
 from jax_it.models.attention import Scores, attend, causal_mask
 

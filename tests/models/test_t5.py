@@ -9,8 +9,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jax_it import config
-from jax_it.data.batches import Placed
-from jax_it.data.formats import Seq2SeqFormat
+from jax_it.data.formats import Encoded, Seq2SeqFormat
 from jax_it.data.packing import Shape
 from jax_it.models import attention, build
 from tests.parity import cases
@@ -27,7 +26,7 @@ def tokens(seed, length):
 def packed(seeds):
     """Three examples in a row of two blocks, and a row of padding alone; each example's tokens follow from its seed."""
     examples = [
-        Placed(tokens(seed, source), tokens(seed + 1000, target), block)
+        Encoded(tokens(seed, source), tokens(seed + 1000, target), block)
         for seed, (source, target), block in zip(seeds, LENGTHS, (0, 0, 1), strict=True)
     ]
     return FORMAT.batch([examples, []], Shape(2, 14, 15))
@@ -36,7 +35,7 @@ def packed(seeds):
 def padded(seeds):
     """The same examples, a row each."""
     examples = [
-        [Placed(tokens(seed, source), tokens(seed + 1000, target), 0)]
+        [Encoded(tokens(seed, source), tokens(seed + 1000, target), 0)]
         for seed, (source, target) in zip(seeds, LENGTHS, strict=True)
     ]
     return FORMAT.batch(examples, Shape(1, 14, 15))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_it import losses
-from jax_it.data.batches import CausalBatch, Seq2SeqBatch
+from jax_it.data.formats import CausalBatch, Seq2SeqBatch
 from jax_it.models import Model, Params
 from jax_it.pretrained import hf
 from tests.parity import case as _case

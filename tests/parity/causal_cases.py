@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_it.data.batches import CausalBatch
+from jax_it.data.formats import CausalBatch
 from tests.parity.case import Case, Shapes, centred
 
 LENGTHS = (24, 13, 5)

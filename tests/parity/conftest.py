@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from jax_it.data.batches import CausalBatch, Seq2SeqBatch
+from jax_it.data.formats import CausalBatch, Seq2SeqBatch
 from jax_it.models import Model, Params
 from tests.parity import cases, pytorch
 from tests.parity.cases import Case, Inputs, Results

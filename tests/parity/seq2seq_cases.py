@@ -4,8 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_it.data.batches import Placed, Seq2SeqBatch
-from jax_it.data.formats import Seq2SeqFormat
+from jax_it.data.formats import Encoded, Seq2SeqBatch, Seq2SeqFormat
 from jax_it.data.packing import Shape
 from tests.parity.case import Case, Shapes, centred
 
@@ -49,7 +48,7 @@ def start(case: Case) -> int:
 def batch(given: Seq2SeqInputs, start: int) -> Seq2SeqBatch:
     """The batch that jax_it's own data pipeline makes of them."""
     rows = [
-        [Placed(source[:s], target[:t], block=0)]
+        [Encoded(source[:s], target[:t], block=0)]
         for source, s, target, t in zip(given.source_BS, SOURCE_LENGTHS, given.target_BT, TARGET_LENGTHS, strict=True)
     ]
     return Seq2SeqFormat(start=start, pad=0).batch(rows, Shape(1, max(SOURCE_LENGTHS), max(TARGET_LENGTHS)))
@@ -58,7 +57,7 @@ def batch(given: Seq2SeqInputs, start: int) -> Seq2SeqBatch:
 def packed(given: Seq2SeqInputs, start: int) -> Seq2SeqBatch:
     """All of them in one row, whose sources share two blocks."""
     placed = [
-        Placed(source[:s], target[:t], block)
+        Encoded(source[:s], target[:t], block)
         for source, s, target, t, block in zip(
             given.source_BS, SOURCE_LENGTHS, given.target_BT, TARGET_LENGTHS, (0, 1, 1), strict=True
         )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jax_it import config, models, pretrained, sharding
-from jax_it.data import tokenizer
+from jax_it.data import tokenizer_files as tokenizer
 from jax_it.generation import Engine, Sampling, generate
 from tests.parity import pytorch, texts
 

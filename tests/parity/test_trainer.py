@@ -10,8 +10,7 @@ import pytest
 
 from jax_it import config, pretrained, sharding
 from jax_it.config import Duration, Optimizer, Train
-from jax_it.data.batches import CausalBatch, Placed
-from jax_it.data.formats import Seq2SeqFormat
+from jax_it.data.formats import CausalBatch, Encoded, Seq2SeqFormat
 from jax_it.data.packing import Shape
 from jax_it.training.optimizer import make_optimizer, make_schedule
 from jax_it.training.state import start, state_shardings
@@ -53,7 +52,7 @@ class Format(NamedTuple):
 
 
 def seq2seq_batch(rows: list[Example]) -> Any:
-    return Seq2SeqFormat(start=0, pad=0).batch([[Placed(*row, block=0)] for row in rows], Shape(1, SOURCE, TARGET))
+    return Seq2SeqFormat(start=0, pad=0).batch([[Encoded(*row, block=0)] for row in rows], Shape(1, SOURCE, TARGET))
 
 
 def seq2seq_arrays(rows: list[Example]) -> dict[str, np.ndarray]:

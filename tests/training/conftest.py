@@ -9,8 +9,7 @@ import pytest
 
 from jax_it import config as settings
 from jax_it import pretrained
-from jax_it.data.batches import CausalBatch, Encoded, Placed, Seq2SeqBatch
-from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat, pack_rows
+from jax_it.data.formats import CausalBatch, CausalFormat, Encoded, Format, Seq2SeqBatch, Seq2SeqFormat, pack_rows
 from jax_it.data.packing import Layout, Shape
 from jax_it.models import Model, Params, build
 from tests.parity import causal_cases
@@ -55,7 +54,7 @@ class Tiny(NamedTuple):
 def make(values: Any, format: Format, examples: Sequence[Encoded], alone: Shape, together: Shape) -> Tiny:
     """The model with random weights; a batch with a row of shape `alone` for each example, and one of packed rows."""
     model = build(values, "the test", settings.Model(pretrained=False))
-    padded = format.batch([[Placed(e.source, e.target, 0, e.learnt)] for e in examples], alone)
+    padded = format.batch([[Encoded(e.source, e.target, 0, e.loss_mask)] for e in examples], alone)
     (packed,) = pack_rows(format, examples, Layout(together, EXAMPLES, 1.0, 1.0, 1.0), EXAMPLES)
     used = int((packed.segments_BT > 0).any(1).sum())
     assert used < 20 and packed.segments_BT.max() > 1, "the examples must really share rows"
@@ -84,7 +83,9 @@ def causal(values: Any) -> Tiny:
     for number in range(EXAMPLES):
         turns = [random.integers(1, 10, 2) for _ in range(1 + number % 2)]
         learnt = np.concatenate([np.repeat([False, True], lengths) for lengths in turns])
-        examples.append(Encoded(np.zeros(0, int), random.integers(5, values["vocab_size"], len(learnt)), learnt))
+        examples.append(
+            Encoded(np.zeros(0, int), random.integers(5, values["vocab_size"], len(learnt)), loss_mask=learnt)
+        )
     made = make(values, CausalFormat(pad=0), examples, Shape(0, 0, 36), Shape(0, 0, 40))
     assert isinstance(made.packed, CausalBatch)
     return made

@@ -11,7 +11,7 @@ import pytest
 from jax_it import config as settings
 from jax_it import sharding
 from jax_it.config import Mesh, Optimizer, Train
-from jax_it.data.batches import CausalBatch, Seq2SeqBatch
+from jax_it.data.formats import CausalBatch, Seq2SeqBatch
 from jax_it.models import build
 from jax_it.training.optimizer import make_optimizer, make_schedule
 from jax_it.training.state import start, state_shardings

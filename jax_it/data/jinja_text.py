@@ -1,0 +1,112 @@
+"""Jinja templates over a record's fields, in which `|||` separates the prompt from its completions, as in P3."""
+
+import copy
+import itertools
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import jinja2
+
+from jax_it.data.jinja import Environment
+from jax_it.data.records import Fields, shown
+from jax_it.errors import UserError, first_line
+
+
+class Malformed(Exception):
+    """Raised by a template for a record that it cannot render; `templates.render` adds where the record is."""
+
+
+class MissingField(Malformed):
+    """Raised for a record that lacks a field, or has one of another type."""
+
+
+class RenderError(Malformed):
+    """Raised for Jinja text that cannot be computed from a record's fields."""
+
+
+def short(template: str) -> str:
+    """Return a template, quoted and shortened, for messages."""
+    return repr(template if len(template) <= 60 else template[:57] + "...")
+
+
+# What "|||" in a template is rendered as, so that bars in a record's own text separate nothing.
+_DIVIDES = "|||62841973505826149370"
+
+
+_ADDRESS = re.compile(" at 0x[0-9a-f]+>")  # of an object that Python prints, which differs from run to run
+
+
+@cache
+def random_name(text: str) -> str:
+    """Return the name by which Jinja text asks for something random, or ""."""
+    try:
+        words = [word for _, kind, word in jinja2.Environment().lex(text) if kind != "whitespace"]
+    except jinja2.TemplateSyntaxError:  # whoever compiles it will say so
+        return ""
+    for before, word in itertools.pairwise(words):
+        if word == "lipsum" or (before, word) == ("|", "random") or (before, word.strip("'\"")) == ("(", "random"):
+            return word.strip("'\"")
+    return ""
+
+
+def _refuse_null(value: Any) -> Any:
+    """Refuse None, which Jinja would print as text."""
+    if value is None:
+        raise jinja2.UndefinedError("a value that it prints is null")
+    return value
+
+
+@cache
+def compile_template(text: str) -> Callable[[Fields], list[str]]:
+    """Return a function from a record's fields to the texts between the bars of Jinja text, stripped.
+
+    It raises MissingField for a field that is missing or null, and RenderError for text that cannot be computed.
+    Raises UserError for text that is not valid Jinja, or whose result is random.
+    """
+    environment = Environment(undefined=jinja2.StrictUndefined, finalize=_refuse_null)
+    if name := random_name(text):
+        raise UserError(
+            f"template {short(text)} uses {name!r}, which gives other data each time; take 'choice', "
+            "which draws by the options themselves"
+        )
+    del environment.filters["random"]
+    environment.globals["choice"] = _choice
+    environment.add_filter("choice", _choice)
+    environment.add_filter("most_frequent", _most_frequent)
+    try:
+        template = environment.from_string(text.replace("|||", _DIVIDES))
+    except Exception as error:  # of Jinja, and of Python, whose code Jinja makes of it
+        deep = isinstance(error, (RecursionError, MemoryError))
+        reason = "nested too deeply" if deep else shown([first_line(error)], length=200)
+        raise UserError(f"template {short(text)} is not valid Jinja: {reason}") from None
+
+    def make(fields: Fields) -> list[str]:
+        try:
+            rendered = template.render(copy.deepcopy(fields))  # which a template may change
+        except jinja2.UndefinedError as error:
+            raise MissingField(str(error).replace("' is undefined", "' is missing")) from None
+        except Exception as error:  # a template may run any expression on any data
+            raise RenderError(f"{type(error).__name__} ({shown([first_line(error)], length=200)})") from None
+        if " at 0x" in rendered:
+            for address in set(_ADDRESS.findall(rendered)):
+                if address not in text and address not in str(fields):
+                    raise RenderError("it prints an object, not the items in it; add '| list' or '| join'")
+        return [part.strip() for part in rendered.split(_DIVIDES)]
+
+    return make
+
+
+def _choice(options: Sequence[Any]) -> Any:
+    """Choose one option as promptsource's `choice` does, but seeded by the options: a template is a pure function."""
+    options = list(options)
+    return random.Random(repr(options)).choice(options)
+
+
+def _most_frequent(items: Sequence[Any]) -> list[Any]:
+    """Return the items that occur most often, in order of first occurrence, as promptsource's filter does."""
+    counts = Counter(items)
+    return [item for item, count in counts.items() if count == max(counts.values())]
