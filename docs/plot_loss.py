@@ -33,14 +33,14 @@ def main(run: str, output: str) -> None:
         "svg.fonttype": "none",  # text stays text
         "svg.hashsalt": "jax_it",  # the same run gives the same file
         "font.family": "sans-serif",
-        "font.size": 11,
+        "font.size": 12,
         "text.color": TEXT,
         "axes.labelcolor": TEXT,
         "axes.edgecolor": TEXT,
         "xtick.color": TEXT,
         "ytick.color": TEXT,
     }
-    figure, left = plt.subplots(figsize=(7, 2.8))
+    figure, left = plt.subplots(figsize=(6.2, 2.9))
     left.plot(*zip(*losses, strict=True), color=LOSS, linewidth=2)
     left.set_xlabel("step")
     left.set_ylabel("training loss (nats per token)", color=LOSS)

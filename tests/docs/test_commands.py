@@ -53,9 +53,9 @@ if words[0] in ("train", "preview") or words[0] == "eval" and "--config" in word
 main(words)
 """
 GIT = """#!/bin/sh
-mkdir jax_it && cp -r {venv} jax_it/.venv && cd jax_it && for file in {root}/*; do ln -s "$file"; done
-rm docs && mkdir docs  # so that nothing is written into this checkout
-touch .venv/stamp
+mkdir -p jax_it && cd jax_it && cp -r {venv} .venv
+for file in configs constraints jax_it Makefile pyproject.toml; do ln -s {root}/$file; done
+touch .venv/stamp  # as after `make setup`
 """
 
 

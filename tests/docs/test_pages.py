@@ -18,6 +18,16 @@ def test_links_between_files_lead_somewhere(page):
             assert ((ROOT / page).parent / link).resolve().exists(), link
 
 
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_files_that_a_page_names_exist(page):
+    """Written from the checkout's root, or from jax_it/, or after another file of the same folder."""
+    text = FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    files = {path.name for path in ROOT.glob("jax_it/**/*.py")} | {path.name for path in ROOT.glob("tests/**/*.py")}
+    for name in re.findall(r"`([a-z_]\w*(?:/\w+)*\.py)`", text):
+        exists = (ROOT / name).exists() or (ROOT / "jax_it" / name).exists()
+        assert exists or ("/" not in name and name in files), name
+
+
 def test_the_reference_has_every_setting_with_its_default():
     sections = {cls: where for cls, (where, _) in generated.SECTIONS.items()}
     for name, where in sections.items():
