@@ -264,16 +264,29 @@ def _flops(op: Op) -> float:
         return 2.0 * math.prod(op.arrays[0].dims) * math.prod(contracted)
     if op.kind == "convolution":
         return _convolution_flops(op)
-    kernel = op.find(r"splash_mha_(fwd|dq|dkv)")  # JAX's splash attention
-    if op.kind == "custom-call" and kernel and "tpu_custom_call" in op.attributes:
-        # A causal kernel multiplies each query by the keys before it, half of all keys on average: 2 * N T T H / 2.
-        arrays = [array for operand in op.operands for array in operand.arrays]
-        queries = (array for array in arrays if array.dtype in ("bf16", "f32") and len(array.dims) >= 3)
-        dims = max((array.dims for array in queries), key=math.prod)
-        return {"fwd": 2, "dq": 3, "dkv": 4}[kernel] * float(math.prod(dims) * dims[-2])
+    if "tpu_custom_call" in op.attributes and (kernel := op.find(r"splash_mha_(fwd|dq|dkv)")):
+        return _SPLASH_PRODUCTS[kernel] * _splash_flops(op)
     if op.kind in ("fusion", "async-start", "custom-call"):
         return sum(sum(map(_flops, computation.ops)) for computation in op.called)
     return 0.0
+
+
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products that each of its kernels makes of a block
+
+
+def _splash_flops(op: Op) -> float:
+    """Returns the FLOPs of one matrix product of queries and keys in JAX's splash attention.
+
+    The kernel visits only the blocks of its mask that are not empty. Its first argument holds a row for each block of
+    queries, as long as the most blocks of keys that any of them sees ("dkv" has both the other way round). Those that a
+    causal mask, with or without a window, leaves to a block are the last ones up to the diagonal.
+    """
+    grid, *arrays = (array for operand in op.operands for array in operand.arrays)
+    blocks, most = max(grid.dims[1:]), min(grid.dims[1:])
+    visited = sum(min(i + 1, most) for i in range(blocks))
+    queries = (array.dims for array in arrays if array.dtype in ("bf16", "f32") and len(array.dims) >= 3)
+    *heads, length, head_dim = max(queries, key=math.prod)
+    return 2.0 * math.prod(heads) * head_dim * visited * (length // blocks) ** 2
 
 
 def _convolution_flops(op: Op) -> float:
