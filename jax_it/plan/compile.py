@@ -13,7 +13,6 @@ import numpy as np
 
 from jax_it import sharding
 from jax_it.config import Config
-from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError, first_line
 from jax_it.models import Model
@@ -21,6 +20,7 @@ from jax_it.plan.published import PUBLISHED
 from jax_it.plan.topology import Topology
 from jax_it.pretrained import load_model
 from jax_it.pretrained.storage import cast_or_quantize, storage_dtypes
+from jax_it.run import format_of
 from jax_it.training.step import PreparedStep, prepare
 
 
@@ -65,9 +65,9 @@ def build_step(config: Config, topology: Topology, rows: int = 0) -> Step:
             frozen = jax.eval_shape(lambda key: cast_or_quantize(model.init(key), dtypes), jax.random.key(0))
         # The length of the learning rate's schedule does not change the program.
         prepared = prepare(model, config, mesh, frozen, 1000, 10, 10)
-        data, form = config.data, _format(model)
+        data, form = config.data, format_of(model, pad=0)  # full rows have no padding
         shape = form.smallest(data)
-        if isinstance(form, Seq2SeqFormat) and data.packing and data.packed_source_length:
+        if model.kind == "seq2seq" and data.packing and data.packed_source_length:
             blocks = data.packed_source_length // data.max_source_length
             shape = Shape(blocks, data.max_source_length, data.packed_target_length)
         multiple = sharding.batch_parts(mesh) * config.train.gradient_accumulation_steps
@@ -104,12 +104,6 @@ def find_model(config: Config) -> Model:
             folder = ""
         model = dataclasses.replace(model, path=folder)
     return load_model(model)
-
-
-def _format(model: Model) -> Format:
-    if model.kind == "causal":
-        return CausalFormat(0, model.options.prefix_lm)
-    return Seq2SeqFormat(*model.start_and_pad)
 
 
 def bytes_of(shapes: Any, shardings: Any) -> int:

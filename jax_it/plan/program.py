@@ -262,21 +262,18 @@ def _flops(op: Op) -> float:
     if op.kind == "convolution":
         return _convolution_flops(op)
     if "tpu_custom_call" in op.attributes and (kernel := op.find(r"splash_mha_(fwd|dq|dkv)")):
-        return _SPLASH_PRODUCTS[kernel] * _splash_flops(op)
+        return {"fwd": 2, "dq": 3, "dkv": 4}[kernel] * _splash_flops(op)  # so many products for each block
     if op.kind in ("fusion", "async-start", "custom-call"):
         return sum(sum(map(_flops, computation.ops)) for computation in op.called)
     return 0.0
 
 
-_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # matrix products that each of its kernels makes of a block
-
-
 def _splash_flops(op: Op) -> float:
-    """Return the FLOPs of one matrix product of queries and keys in JAX's splash attention.
+    """Return the FLOPs of one matrix product of queries and keys in a kernel of JAX's splash attention.
 
-    The kernel visits only the blocks of its mask that are not empty. Its first argument holds a row for each block of
-    queries, as long as the most blocks of keys that any of them sees ("dkv" has both the other way round). Those that a
-    causal mask, with or without a window, leaves to a block are the last ones up to the diagonal.
+    The kernel skips the empty blocks of its mask. Its first argument has a row for each block of queries, as wide as
+    the most blocks of keys that any of them attends to (for "dkv", queries and keys are swapped). The mask is causal,
+    perhaps with a window: a block of queries attends to the blocks just before it and to its own.
     """
     grid, *arrays = (array for operand in op.operands for array in operand.arrays)
     blocks, most = max(grid.dims[1:]), min(grid.dims[1:])
