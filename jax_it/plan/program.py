@@ -325,7 +325,8 @@ def _memory_bytes(op: Op) -> int:
         return 2 * op.operands[1 if op.kind == "dynamic-update-slice" else -1].bytes
     read = sum(hbm_bytes(operand.arrays) for operand in set(op.operands))
     if op.kind in ("copy-start", "slice-start"):
-        return min(read, op.arrays[0].bytes) + hbm_bytes(op.arrays[:1])
+        made = op.arrays[0 if op.kind == "copy-start" else 1]  # of (result, operand, …) and ((operand), result, …)
+        return min(read, made.bytes) + hbm_bytes([made])
     # What starts a collective returns (operand, result).
     return read + hbm_bytes(op.arrays[1:2] if op.kind.endswith("-start") and len(op.arrays) > 1 else op.arrays)
 

@@ -319,6 +319,26 @@ def test_memory_on_the_chip_is_no_traffic_of_main_memory():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("operation, moved", [
+    ("(f32[64,8]{1,0:S(1)}, f32[64,8]{1,0}, u32[]{:S(2)}) copy-start(%x)", 64 * 8 * 4),
+    ("(f32[64,8]{1,0}, f32[64,8]{1,0}, u32[]{:S(2)}) copy-start(%x)", 2 * 64 * 8 * 4),
+    ("((f32[64,8]{1,0}), f32[16,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:16], [0:8]}", 16 * 8 * 4),
+    ("((f32[64,8]{1,0}), f32[16,8]{1,0}, s32[]{:S(2)}) slice-start(%x), slice={[0:16], [0:8]}", 2 * 16 * 8 * 4),
+    ("((f32[64,8]{1,0:S(1)}), f32[16,8]{1,0}, s32[]{:S(2)}) slice-start(%near), slice={[0:16], [0:8]}", 16 * 8 * 4),
+])  # fmt: skip
+def test_an_asynchronous_copy_moves_what_it_copies(operation, moved):
+    text = f"""HloModule m
+ENTRY %main (x: f32[64,8], near: f32[64,8]) -> f32[64,8] {{
+  %x = f32[64,8]{{1,0}} parameter(0)
+  %near = f32[64,8]{{1,0:S(1)}} parameter(1)
+  %c = {operation}
+  ROOT %same = f32[64,8]{{1,0}} bitcast(%x)
+}}
+"""
+    (region,) = read(text, 1).regions
+    assert region.memory_bytes == moved
+
+
 @pytest.mark.parametrize(
     "between, overlapped",
     [("%m = f32[64,8]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}", True), ("", False)],
