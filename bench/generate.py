@@ -95,7 +95,7 @@ class Ours:
             self._compiling.append(seconds)
 
     def warm(self, setting: str, request: Request) -> tuple[int, float]:
-        """Compiles what the request needs: how many programs that were, and in how many seconds."""
+        """Compile what the request needs: how many programs that were, and in how many seconds."""
         self._compiling.clear()
         self._generators[setting] = generator(self._model, self._mesh, request)
         self.generate(setting, request)

@@ -63,7 +63,7 @@ class Side:
         return time.perf_counter() - begin
 
     def report(self) -> float:
-        """Prints what was seen; returns useful tokens per second."""
+        """Print the rates and fills; return useful tokens per second."""
         total = {name: sum(getattr(size, name) for size in self.sizes) for name in self.sizes[0]._fields}
         useful = total["source_tokens"] + total["target_tokens"]
         fills = [

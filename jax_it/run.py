@@ -218,8 +218,13 @@ def load_tokenizer(config: Config) -> Tokenizer:
 def make_format(model: Model, tokenizer: Tokenizer) -> Format:
     """Return how this model sees examples. Raises UserError for a tokenizer that is not the model's."""
     check_vocabulary(model, tokenizer)
+    return format_of(model, tokenizer.pad)
+
+
+def format_of(model: Model, pad: int) -> Format:
+    """Return how this model sees examples; rows of a causal model are padded with `pad`."""
     if model.kind == "causal":
-        return CausalFormat(tokenizer.pad, model.options.prefix_lm)
+        return CausalFormat(pad, model.options.prefix_lm)
     return Seq2SeqFormat(*model.start_and_pad)
 
 

@@ -51,13 +51,13 @@ COMPILED += [tuple(dataclasses.replace(row, name=f"{row.name}_cpu", topology="cp
 
 
 def load(rows: Iterable[Row], folder: Path) -> list[tuple[Row, dict[str, Any]]]:
-    """Returns those of the rows whose plans are in the folder, with their plans."""
+    """Return those of the rows whose plans are in the folder, with their plans."""
     files = [(row, folder / f"{row.name}.json") for row in rows]
     return [(row, json.loads(file.read_text())) for row, file in files if file.is_file()]
 
 
 def lines(folder: Path) -> Iterator[str]:
-    """Yields the tables of the plans in the folder, line by line."""
+    """Yield the tables of the plans in the folder, line by line."""
     plans = load(MODELS, folder)
     yield from _head(
         "model chips mesh rows_a_step GiB_a_chip seconds_at_least arithmetic memory collectives_beside_it that_wait "

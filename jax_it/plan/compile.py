@@ -1,7 +1,6 @@
 """The train step of a config, compiled for a topology from shapes alone."""
 
 import dataclasses
-import json
 import math
 import re
 import time
@@ -14,15 +13,14 @@ import numpy as np
 
 from jax_it import sharding
 from jax_it.config import Config
-from jax_it.data.formats import CausalFormat, Format, Seq2SeqFormat
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError, first_line
-from jax_it.models import Model, build
+from jax_it.models import Model
 from jax_it.plan.published import PUBLISHED
 from jax_it.plan.topology import Topology
-from jax_it.pretrained import add_adapter
-from jax_it.pretrained.hf import read_config_json
+from jax_it.pretrained import load_model
 from jax_it.pretrained.storage import cast_or_quantize, storage_dtypes
+from jax_it.run import format_of
 from jax_it.training.step import PreparedStep, prepare
 
 
@@ -48,7 +46,7 @@ class Step:
 
 
 def build_step(config: Config, topology: Topology, rows: int = 0) -> Step:
-    """Returns the step that training would run on the topology.
+    """Return the step that training would run on the topology.
 
     Its rows are as long as the config allows. Their number, by default `batch_size`, is padded as in training to what
     divides over the mesh and the micro-batches.
@@ -67,9 +65,9 @@ def build_step(config: Config, topology: Topology, rows: int = 0) -> Step:
             frozen = jax.eval_shape(lambda key: cast_or_quantize(model.init(key), dtypes), jax.random.key(0))
         # The length of the learning rate's schedule does not change the program.
         prepared = prepare(model, config, mesh, frozen, 1000, 10, 10)
-        data, form = config.data, _format(model)
+        data, form = config.data, format_of(model, pad=0)  # full rows have no padding
         shape = form.smallest(data)
-        if isinstance(form, Seq2SeqFormat) and data.packing and data.packed_source_length:
+        if model.kind == "seq2seq" and data.packing and data.packed_source_length:
             blocks = data.packed_source_length // data.max_source_length
             shape = Shape(blocks, data.max_source_length, data.packed_target_length)
         multiple = sharding.batch_parts(mesh) * config.train.gradient_accumulation_steps
@@ -86,42 +84,30 @@ def build_step(config: Config, topology: Topology, rows: int = 0) -> Step:
 
 
 def find_model(config: Config) -> Model:
-    """Returns the model of a config's architecture, with new adapters if the config asks for them."""
-    if config.model.lora.path:
+    """Return the model that training would load, without its weights: of a model on the hub, config.json is enough."""
+    model, path = config.model, config.model.path
+    if model.lora.path:
         raise UserError("config.model.lora.path: a plan needs the adapters' settings; give lora.rank instead")
-    values, where = _values(config)
-    return add_adapter(build(values, where, config.model), config.model)
-
-
-def _values(config: Config) -> tuple[dict[str, Any], str]:
-    """Returns a model's config.json and where it is from: a folder, the published ones or the hub. Needs no weights."""
-    path, architecture = config.model.path, config.model.architecture
-    if not path or Path(path).is_dir():
-        return read_config_json(config.model)
     if path in PUBLISHED:
-        return {**PUBLISHED[path], **architecture}, path
-    import huggingface_hub  # slow to import, and rarely needed
+        model = dataclasses.replace(model, path="", architecture={**PUBLISHED[path], **model.architecture})
+    elif path and not Path(path).is_dir():
+        import huggingface_hub  # slow to import, and rarely needed
 
-    try:
-        file = huggingface_hub.hf_hub_download(path, "config.json")
-        return {**json.loads(Path(file).read_text()), **architecture}, f"{path}/config.json"
-    except Exception as error:
-        if architecture.get("model_type"):
-            return dict(architecture), "config.model.architecture"
-        raise UserError(
-            f"config.model.path: {path} is not a folder, and its config.json could not be fetched "
-            f"({first_line(error)}); give the values as config.model.architecture"
-        ) from None
-
-
-def _format(model: Model) -> Format:
-    if model.kind == "causal":
-        return CausalFormat(0, model.options.prefix_lm)
-    return Seq2SeqFormat(*model.start_and_pad)
+        try:
+            folder = str(Path(huggingface_hub.hf_hub_download(path, "config.json")).parent)
+        except Exception as error:
+            if "model_type" not in model.architecture:
+                raise UserError(
+                    f"config.model.path: {path} is not a folder, and its config.json could not be fetched "
+                    f"({first_line(error)}); give the values as config.model.architecture"
+                ) from None
+            folder = ""
+        model = dataclasses.replace(model, path=folder)
+    return load_model(model)
 
 
 def bytes_of(shapes: Any, shardings: Any) -> int:
-    """Returns the bytes on one device of arrays with these shapes and shardings, without padding."""
+    """Return the bytes on one device of arrays with these shapes and shardings, without padding."""
     leaves = jax.tree.leaves(shardings, is_leaf=lambda x: isinstance(x, jax.sharding.Sharding))
     pairs = zip(jax.tree.leaves(shapes), leaves, strict=True)
     return sum(math.prod(each.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf, each in pairs)
@@ -138,7 +124,7 @@ class Compiled:
 
 
 def compile_step(step: Step) -> Compiled:
-    """Raises TooLarge if the compiler says that the step does not fit."""
+    """Compile a step. Raises TooLarge if the compiler says that it does not fit."""
     began, worked = time.perf_counter(), time.process_time()
     with jax.sharding.use_abstract_mesh(step.mesh.abstract_mesh):
         lowered = step.prepared.step.lower(step.prepared.shapes, step.batch)  # type: ignore[attr-defined]

@@ -58,7 +58,7 @@ class RegionTime:
 
 
 def of_program(program: Program, topology: Topology, devices: list[Any]) -> tuple[list[Traffic], list[RegionTime]]:
-    """Returns the traffic of a step and the time of each region; no times if the chip's rates are not known.
+    """Return the traffic of a step and the time of each region; no times if the chip's rates are not known.
 
     `devices` are in the order in which the program numbers them.
     """
@@ -76,14 +76,14 @@ def of_program(program: Program, topology: Topology, devices: list[Any]) -> tupl
 
 
 def of_collective(c: Collective, topology: Topology, devices: list[Any]) -> Iterator[Traffic]:
-    """Yields a collective's traffic on each network that it uses."""
+    """Yield a collective's traffic on each network that it uses."""
     chip, s, size = topology.chip, topology.slices, c.result_bytes
     if not c.groups:
         factor = {"all-reduce": 2 * (s - 1) / s, "all-gather": s - 1, "collective-permute": 1}.get(c.kind, (s - 1) / s)
         parts = [("DCN", s, size * factor, chip.network_rate)]
     elif c.kind == "collective-permute":
-        between = {slice_of(devices[a]) != slice_of(devices[b]) for a, b in c.groups if a != b}
-        parts = [("DCN", 2, size, chip.network_rate) if far else ("ICI", 2, size, chip.link_rate) for far in between]
+        slices = {slice_of(devices[a]) == slice_of(devices[b]) for a, b in c.groups if a != b}
+        parts = [("ICI", 2, size, chip.link_rate) if same else ("DCN", 2, size, chip.network_rate) for same in slices]
     else:
         parts = list(_of_group(c, topology, [devices[i] for i in max(c.groups, key=len)]))
     for network, members, sent, rate in parts:
@@ -95,10 +95,10 @@ def of_collective(c: Collective, topology: Topology, devices: list[Any]) -> Iter
 
 
 def _of_group(c: Collective, topology: Topology, members: list[Any]) -> Iterator[tuple[str, int, float, float]]:
-    """Yields (network, devices, bytes that a chip sends, bytes per second)."""
+    """Yield (network, devices, bytes that a chip sends, bytes per second)."""
     number, slices, chip = len(members), len(set(map(slice_of, members))), topology.chip
     here = [device for device in members if slice_of(device) == slice_of(members[0])]
-    near = len(here)
+    local = len(here)
     # Of each dimension in which these differ: how many there are, and over how many links each sends.
     sizes = [len(set(values)) for values in zip(*map(coordinates, here), strict=True)]
     rings = [size == topology.shape[d] and topology.is_ring(d) for d, size in enumerate(sizes)]
@@ -106,9 +106,9 @@ def _of_group(c: Collective, topology: Topology, members: list[Any]) -> Iterator
     whole = c.result_bytes * (number if c.kind == "reduce-scatter" else 1)
     if c.kind == "all-to-all":
         hops = max((size / (4 * links) for size, links in spans), default=1.0)
-        yield "ICI", number, whole * (near - 1) / number, chip.link_rate * (near - 1) / near / hops
-        yield "DCN", number, whole * (number - near) / number, chip.network_rate
+        yield "ICI", number, whole * (local - 1) / number, chip.link_rate * (local - 1) / local / hops
+        yield "DCN", number, whole * (number - local) / number, chip.network_rate
     else:
         times = 2 if c.kind == "all-reduce" else 1
-        yield "ICI", number, times * whole * (near - 1) / near, chip.link_rate * sum(links for _, links in spans)
-        yield "DCN", number, times * whole / near * (slices - 1) / slices, chip.network_rate
+        yield "ICI", number, times * whole * (local - 1) / local, chip.link_rate * sum(links for _, links in spans)
+        yield "DCN", number, times * whole / local * (slices - 1) / slices, chip.network_rate

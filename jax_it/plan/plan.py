@@ -84,7 +84,7 @@ class Plan:
 
 
 def plan(config: Config, topology: Topology, rows: int = 0, hlo_file: Path | epath.Path | None = None) -> Plan:
-    """Compiles the step. If it does not fit, compiles it with other settings until it does.
+    """Compile the step. If it does not fit, compile it with other settings until it does.
 
     `rows` is the number of rows of a step (default: `train.batch_size`), all of them full. The text of the compiled
     program is written to `hlo_file` (see `files.locate_output`).
@@ -115,7 +115,7 @@ def plan(config: Config, topology: Topology, rows: int = 0, hlo_file: Path | epa
 def _compile(
     step: Step, topology: Topology, hlo_file: Path | epath.Path | None = None
 ) -> tuple[Memory, Program, Compiled | None]:
-    """Returns (the memory that the step needs, its program, the compiler's result), the last two empty if refused."""
+    """Return (the memory that the step needs, its program, the compiler's result), the last two empty if refused."""
     memory = _state(step, topology)
     try:
         compiled = compile_step(step)
@@ -138,7 +138,7 @@ def _compile(
 
 
 def _state(step: Step, topology: Topology) -> Memory:
-    """Returns what the step's arguments take, by their shapes and shardings."""
+    """Return what the step's arguments take, by their shapes and shardings."""
     shapes, shardings = step.prepared.shapes, step.prepared.shardings
     rows = step.rows // sharding.batch_parts(step.mesh)
     batch = sum(leaf.dtype.itemsize * leaf.size // leaf.shape[0] * rows for leaf in jax.tree.leaves(step.batch))
@@ -154,7 +154,7 @@ def _state(step: Step, topology: Topology) -> Memory:
 
 
 def _search(step: Step, topology: Topology, rows: int, mesh: dict[str, int]) -> Iterator[Try]:
-    """Tries settings that take less memory, each added to those before it, until a step fits."""
+    """Try settings that take less memory, each added to those before it, until a step fits."""
     config, compiled = step.config, 0
     settings: dict[str, Any] = {}
     for change in _changes(step, topology, mesh):
@@ -171,7 +171,7 @@ def _search(step: Step, topology: Topology, rows: int, mesh: dict[str, int]) -> 
 
 
 def _changes(step: Step, topology: Topology, mesh: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Yields changes of settings, from those that leave the results as they are to those that do not."""
+    """Yield changes of settings, from those that leave the results as they are to those that do not."""
     model, train = step.config.model, step.config.train
     if model.remat == "none":
         yield {"model.remat": "layer"}
@@ -191,6 +191,6 @@ def _changes(step: Step, topology: Topology, mesh: dict[str, int]) -> Iterator[d
 
 
 def _replace(settings: Any, path: list[str], value: Any) -> Any:
-    """Returns a config with the setting at a path such as ["train", "batch_size"] changed."""
+    """Return a config with the setting at a path such as ["train", "batch_size"] changed."""
     inner = value if len(path) == 1 else _replace(getattr(settings, path[0]), path[1:], value)
     return dataclasses.replace(settings, **{path[0]: inner})

@@ -9,21 +9,21 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal, get_args
 
 import numpy as np
 
-Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"]
 Groups = tuple[tuple[int, ...], ...]
-_COLLECTIVES: dict[str, Kind] = {kind: kind for kind in get_args(Kind)}
-_COLLECTIVES |= {"ragged-all-to-all": "all-to-all", "collective-broadcast": "all-gather"}
+_COLLECTIVES = {
+    **{kind: kind for kind in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")},
+    "ragged-all-to-all": "all-to-all", "collective-broadcast": "all-gather",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Collective:
     """A collective operation of one device."""
 
-    kind: Kind
+    kind: str  # one of the values of _COLLECTIVES
     dtype: str
     result_bytes: int  # on each device; for a reduce-scatter, its own part
     groups: Groups  # of devices, by position in the mesh; pairs for a permutation; () between slices, through hosts
@@ -56,7 +56,7 @@ class Program:
 
 
 def read(text: str, devices: int) -> Program:
-    """Reads the text of a program that was compiled for this number of devices."""
+    """Read the text of a program that was compiled for this number of devices."""
     computations = parse(text).values()
     loops = [op for computation in computations for op in computation.ops if op.kind == "while"]
     return Program(
@@ -82,7 +82,7 @@ class Array:
 
 
 def arrays_of(shape: str) -> list[Array]:
-    """Reads a type such as "f32[2,3]{1,0}" or a tuple of these."""
+    """Read a type such as "f32[2,3]{1,0}" or a tuple of these."""
     found = re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?", re.sub(r"/\*.*?\*/", "", shape))
     return [Array(dtype, tuple(_ints(dims)), bool(re.search(r"S\([1-9]", layout))) for dtype, dims, layout in found]
 
@@ -118,7 +118,7 @@ class Op:
         return sum(array.bytes for array in self.arrays)
 
     def find(self, pattern: str) -> str:
-        """Returns what the group of a pattern matches in the attributes, or ""."""
+        """Return what the group of a pattern matches in the attributes, or ""."""
         match = re.search(pattern, self.attributes)
         return match[1] if match else ""
 
@@ -129,7 +129,7 @@ class Op:
 
     @property
     def is_collective(self) -> bool:
-        """Tells whether this performs or starts a collective."""
+        """Tell whether this performs or starts a collective."""
         return self.kind.removesuffix("-start") in _COLLECTIVES
 
 
@@ -151,7 +151,7 @@ _CALLED = re.compile(
 
 
 def parse(text: str) -> dict[str, Computation]:
-    """Returns the computations of a program, by name."""
+    """Return the computations of a program, by name."""
     found: dict[str, Computation] = {}
     current: Computation | None = None
     for line in text.splitlines():
@@ -178,27 +178,24 @@ def parse(text: str) -> dict[str, Computation]:
 
 
 def trip_count(loop: Op) -> int | None:
-    """Returns how often a loop's body runs; None if the text does not tell."""
+    """Return how often a loop's body runs; None if the text does not tell."""
     if known := loop.find(r'"known_trip_count":\{"n":"(\d+)"\}'):
         return int(known)
     condition, body = (computation.root for computation in loop.called)
-    unknown: dict[int, int] = {}  # the program's own arguments: raises KeyError
 
     def at_start(i: int) -> int:
-        return _evaluate(loop.operands[0].operands[i], unknown.__getitem__)
-
-    def after_one_turn(i: int) -> int:
-        return _evaluate(body.operands[i], at_start)
+        return _evaluate(loop.operands[0].operands[i], dict[int, int]().__getitem__)  # raises for the step's arguments
 
     try:
-        first, second = _evaluate(condition, at_start), _evaluate(condition, after_one_turn)
-        return max(-(first // (second - first)), 0)
+        left = _evaluate(condition, at_start)
+        step = _evaluate(condition, lambda i: _evaluate(body.operands[i], at_start)) - left
+        return max(-(left // step), 0)
     except (ValueError, KeyError, IndexError, ZeroDivisionError):
         return None
 
 
 def _evaluate(op: Op, argument: Callable[[int], int]) -> int:
-    """Returns the value of an integer, given the arguments of its computation.
+    """Return the value of an integer, given the arguments of its computation.
 
     The value of a comparison is how far its sides are from where it becomes false.
     Raises ValueError, KeyError or IndexError for what is not computed from constants and arguments.
@@ -224,7 +221,7 @@ def _evaluate(op: Op, argument: Callable[[int], int]) -> int:
 
 
 def _stacked_bytes(loop: Op) -> int:
-    """Returns the bytes of the arrays that a loop fills by one slice each turn."""
+    """Return the bytes of the arrays that a loop fills by one slice in each iteration."""
     result, trips = loop.called[1].root, trip_count(loop)
     if result.kind != "tuple":
         return 0
@@ -237,7 +234,7 @@ def _stacked_bytes(loop: Op) -> int:
 
 
 def _regions(body: Computation, runs: int, devices: int, started: frozenset[str]) -> Iterator[Region]:
-    """Yields a computation's region and those of its loops.
+    """Yield a computation's region and those of its loops.
 
     `started` are the channels of collectives that started outside of this loop and continue beside its work.
     """
@@ -257,27 +254,37 @@ def _regions(body: Computation, runs: int, devices: int, started: frozenset[str]
 
 
 def _flops(op: Op) -> float:
-    """Returns the FLOPs of matrix products and convolutions; all else is small beside them, or bound by memory."""
+    """Return the FLOPs of matrix products and convolutions; all else is small beside them, or bound by memory."""
     if op.kind == "dot":
         left = op.operands[0].arrays[0].dims
         contracted = [left[d] for d in _ints(op.find(r"lhs_contracting_dims=\{([\d,]*)\}"))]
         return 2.0 * math.prod(op.arrays[0].dims) * math.prod(contracted)
     if op.kind == "convolution":
         return _convolution_flops(op)
-    kernel = op.find(r"splash_mha_(fwd|dq|dkv)")  # JAX's splash attention
-    if op.kind == "custom-call" and kernel and "tpu_custom_call" in op.attributes:
-        # A causal kernel multiplies each query by the keys before it, half of all keys on average: 2 * N T T H / 2.
-        arrays = [array for operand in op.operands for array in operand.arrays]
-        queries = (array for array in arrays if array.dtype in ("bf16", "f32") and len(array.dims) >= 3)
-        dims = max((array.dims for array in queries), key=math.prod)
-        return {"fwd": 2, "dq": 3, "dkv": 4}[kernel] * float(math.prod(dims) * dims[-2])
+    if "tpu_custom_call" in op.attributes and (kernel := op.find(r"splash_mha_(fwd|dq|dkv)")):
+        return {"fwd": 2, "dq": 3, "dkv": 4}[kernel] * _splash_flops(op)  # so many products for each block
     if op.kind in ("fusion", "async-start", "custom-call"):
         return sum(sum(map(_flops, computation.ops)) for computation in op.called)
     return 0.0
 
 
+def _splash_flops(op: Op) -> float:
+    """Return the FLOPs of one matrix product of queries and keys in a kernel of JAX's splash attention.
+
+    The kernel skips the empty blocks of its mask. Its first argument has a row for each block of queries, as wide as
+    the most blocks of keys that any of them attends to (for "dkv", queries and keys are swapped). The mask is causal,
+    perhaps with a window: a block of queries attends to the blocks just before it and to its own.
+    """
+    grid, *arrays = (array for operand in op.operands for array in operand.arrays)
+    blocks, most = max(grid.dims[1:]), min(grid.dims[1:])
+    visited = sum(min(i + 1, most) for i in range(blocks))
+    queries = (array.dims for array in arrays if array.dtype in ("bf16", "f32") and len(array.dims) >= 3)
+    *heads, length, head_dim = max(queries, key=math.prod)
+    return 2.0 * math.prod(heads) * head_dim * visited * (length // blocks) ** 2
+
+
 def _convolution_flops(op: Op) -> float:
-    """Returns 2 * multiplications, without those by padding or by the holes of a dilation, as XLA counts."""
+    """Return 2 * multiplications, without those by padding or by the holes of a dilation, as XLA counts."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
     if not labels:
         return 0.0
@@ -307,7 +314,7 @@ _MOVES_NOTHING = {
 
 
 def _memory_bytes(op: Op) -> int:
-    """Returns the bytes to and from main memory: of what is only sliced or updated in place, those of that part."""
+    """Return the bytes to and from main memory: of what is only sliced or updated in place, those of that part."""
     if op.kind in _MOVES_NOTHING:
         return 0
     if op.kind in ("fusion", "async-start"):
@@ -318,7 +325,8 @@ def _memory_bytes(op: Op) -> int:
         return 2 * op.operands[1 if op.kind == "dynamic-update-slice" else -1].bytes
     read = sum(hbm_bytes(operand.arrays) for operand in set(op.operands))
     if op.kind in ("copy-start", "slice-start"):
-        return min(read, op.arrays[0].bytes) + hbm_bytes(op.arrays[:1])
+        made = op.arrays[0 if op.kind == "copy-start" else 1]  # of (result, operand, …) and ((operand), result, …)
+        return min(read, made.bytes) + hbm_bytes([made])
     # What starts a collective returns (operand, result).
     return read + hbm_bytes(op.arrays[1:2] if op.kind.endswith("-start") and len(op.arrays) > 1 else op.arrays)
 
@@ -335,12 +343,12 @@ def _fusion_bytes(fusion: Op) -> int:
 
 
 def _parameters(fusion: Op) -> list[tuple[Op, Op]]:
-    """Returns the parameters of a fusion's computation with the operands that they stand for."""
+    """Return the parameters of a fusion's computation with the operands that they stand for."""
     return [(op, fusion.operands[int(op.inside)]) for op in fusion.called[0].ops if op.kind == "parameter"]
 
 
 def _bytes_read(op: Op) -> int:
-    """Returns the bytes that a fusion reads of an array: those of its slices, if it only slices it."""
+    """Return the bytes that a fusion reads of an array: those of its slices, if it only slices it."""
     total = 0
     for user in op.users:
         if user.kind in ("bitcast", "reshape"):
@@ -356,7 +364,7 @@ _COMPUTES = ("fusion", "convolution", "dot", "custom-call", "while")
 
 
 def _collectives(body: Computation, runs: int, devices: int) -> Iterator[Collective]:
-    """Yields the collectives of a computation and its fusions, each once even if it is done in several steps."""
+    """Yield the collectives of a computation and its fusions, each once even if it is done in several steps."""
     fused: dict[str, Collective] = {}
     for i, op in enumerate(body.ops):
         if op.kind == "send":
@@ -399,7 +407,7 @@ def _collective(op: Op, runs: int, devices: int, asynchronous: bool, overlapped:
 
 
 def _between_slices(ops: list[Op], start: int, runs: int) -> Collective:
-    """Reads a collective between slices, which hosts perform: the chip sends its part and later receives the result."""
+    """Read a collective between slices, which hosts perform: the chip sends its part and later receives the result."""
     send = ops[start]
     kind = send.find(r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
     rendezvous = send.find(r'(_xla_host_transfer_rendezvous="[^"]+")')
@@ -410,7 +418,7 @@ def _between_slices(ops: list[Op], start: int, runs: int) -> Collective:
 
 
 def _computes_until_done(ops: list[Op], start: int) -> bool:
-    """Tells whether anything is computed between an operation's start and its end, in the order of the schedule."""
+    """Tell whether anything is computed between an operation's start and its end, in the order of the schedule."""
     waiting = {ops[start]}
     for op in ops[start + 1 :]:
         if waiting & set(op.operands):
@@ -423,7 +431,7 @@ def _computes_until_done(ops: list[Op], start: int) -> bool:
 
 
 def _is_sliced(op: Op) -> bool:
-    """Tells whether only parts of an all-reduce's results are used, apart from small results."""
+    """Tell whether only parts of an all-reduce's results are used, apart from small results."""
     if op.kind != "all-reduce" or op.root:
         return False
     results = [op] if len(op.arrays) == 1 else [user for user in op.users if 16 * user.bytes > op.bytes]
@@ -437,7 +445,7 @@ def _uses_a_part(user: Op, result: Op) -> bool:
 
 
 def groups_of(text: str, devices: int) -> Groups:
-    """Reads a collective's groups of devices, or pairs for a permutation, in any of the forms that XLA writes."""
+    """Read a collective's groups of devices, or pairs for a permutation, in any of the forms that XLA writes."""
     everyone = (tuple(range(devices)),)
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", text):
         return tuple(tuple(_ints(group)) for group in re.findall(r"\{([\d,]+)\}", match[1])) or everyone
@@ -446,10 +454,8 @@ def groups_of(text: str, devices: int) -> Groups:
         parts = [(False, int(match[1])), (True, int(match[2]))]
     elif match := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]* \{([^}]*)\}", text):
         for axis, size in re.findall(r"'(\w+)'=(\d+)", match[1]):
-            before = 1
-            chosen = re.findall(
-                rf"'{axis}'(?::\((\d+)\)(\d+))?", match[2]
-            )  # the sizes before and of a part of the axis
+            # For a part of an axis XLA gives the product of the axis's sizes before it, and its own.
+            chosen, before = re.findall(rf"'{axis}'(?::\((\d+)\)(\d+))?", match[2]), 1
             for start, number in sorted((int(first or 1), int(second or size)) for first, second in chosen):
                 parts += [(False, start // before), (True, number)]
                 before = start * number

@@ -12,12 +12,12 @@ GOAL = 0.6  # of the peak: below this utilisation a plan says what stands in the
 
 
 def text(plan: Plan) -> str:
-    """Returns the whole report."""
+    """Return the whole report."""
     return "\n".join(_lines(plan))
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """Returns the plan's fields and what follows from them; sizes in bytes, times in seconds."""
+    """Return the plan's fields and what follows from them; sizes in bytes, times in seconds."""
     return dataclasses.asdict(dataclasses.replace(plan, traffic=by_kind(plan.traffic))) | {
         "fits": plan.fits,
         "time": times(plan),
@@ -26,7 +26,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def by_kind(traffic: list[Traffic]) -> list[Traffic]:
-    """Sums up collectives of one kind, network, element type, group size and way of running."""
+    """Sum up collectives of one kind, network, element type, group size and way of running."""
     sums: dict[Traffic, Traffic] = {}
     for each in traffic:
         key = dataclasses.replace(each, runs=0, bytes=0, seconds=0.0, ops=0)
@@ -37,7 +37,7 @@ def by_kind(traffic: list[Traffic]) -> list[Traffic]:
 
 
 def times(plan: Plan) -> dict[str, float]:
-    """Returns seconds of a step by what they go to, as if nothing ran beside anything else."""
+    """Return seconds of a step by what they go to, as if nothing ran beside anything else."""
     return {
         "arithmetic": sum(region.compute for region in plan.regions),
         "memory": sum(region.memory for region in plan.regions),
@@ -47,7 +47,7 @@ def times(plan: Plan) -> dict[str, float]:
 
 
 def obstacles(plan: Plan) -> Iterator[str]:
-    """Yields what keeps the utilisation below the peak and its share of a step's time, the largest first."""
+    """Yield what keeps the utilisation below the peak and its share of a step's time, the largest first."""
     seconds: defaultdict[str, float] = defaultdict(float)
     if plan.hardware_flops:
         seconds["arithmetic that the model's FLOPs do not count, such as layers that are computed again (remat)"] = (

@@ -49,7 +49,7 @@ class Topology:
         return tuple(max(at) + 1 for at in zip(*map(coordinates, self.devices), strict=True))
 
     def is_ring(self, dimension: int) -> bool:
-        """Tells whether a link joins the last and the first chip along a dimension."""
+        """Tell whether a link joins the last and the first chip along a dimension."""
         return bool(self.chip.rings_of) and self.shape[dimension] % self.chip.rings_of == 0
 
 
@@ -58,12 +58,12 @@ def slice_of(device: Any) -> int:
 
 
 def coordinates(device: Any) -> tuple[int, ...]:
-    """Returns a chip's position in its slice."""
+    """Return a chip's position in its slice."""
     return tuple(getattr(device, "coords", (device.id,)))
 
 
 def find(name: str, slices: int = 1) -> Topology:
-    """Returns the devices of, for example, "v5e:8x8" (as many slices of it) or "cpu:8".
+    """Return the devices of, for example, "v5e:8x8" (as many slices of it) or "cpu:8".
 
     Raises UserError if there is no such topology, or no libtpu to describe it.
     """

@@ -17,12 +17,13 @@ from jax_it import pretrained
 from jax_it.chips import Chip
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError
+from jax_it.models import splash_attention
 from jax_it.plan import compile as compiling
 from jax_it.plan import cost, find, plan, text, to_json
 from jax_it.plan import topology as topologies
 from jax_it.plan.compile import TooLarge, build_step, bytes_of, compile_step
 from jax_it.plan.cost import Traffic
-from jax_it.plan.program import Collective, parse
+from jax_it.plan.program import Collective, parse, read
 from jax_it.plan.published import PUBLISHED
 from jax_it.training import loop, step, train
 from tests.tiny_run import fails
@@ -330,6 +331,22 @@ def test_a_step_compiles_for_a_slice_that_is_not_there():
     weights = 2 * found.parameters * 3 // 4
     assert sum(t.bytes for t in found.traffic) > 2 * weights
     assert "a step takes at least" in text(found) and to_json(found)["fits"]
+
+
+@needs_libtpu
+@pytest.mark.parametrize("window, visited", [(0, 10), (300, 7), (1024, 9)])
+def test_fused_attention_as_a_tpu_runs_it_counts_the_blocks_that_it_visits(window, visited):
+    on_one = jax.sharding.SingleDeviceSharding(find("v5e:2x2").devices[0])
+    shapes = [((2, 2048, heads, 128), jnp.bfloat16) for heads in (4, 2, 2)] + [((2, 2048), jnp.int32)]
+
+    def loss(query, key, value, segments):
+        return splash_attention.attend(query, key, value, segments, window=window).astype(jnp.float32).sum()
+
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*(jax.ShapeDtypeStruct(*s, sharding=on_one) for s in shapes))
+    regions = read(lowered.compile().as_text(), 1).regions
+    products = 2 + 3 + 4  # forward, gradient of queries, gradients of keys and values
+    one = 2 * (2 * 4) * 512 * 512 * 128
+    assert sum(region.flops * region.runs for region in regions) == products * visited * one
 
 
 @needs_libtpu

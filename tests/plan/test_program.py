@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_it.models import splash_attention
 from jax_it.plan.program import arrays_of, groups_of, parse, read
 
 
@@ -242,28 +243,40 @@ def test_a_trip_count_is_that_of_running_the_loop(start, limit, step, direction,
     assert run == trip_count and read(text, 8).regions[1].runs == trip_count
 
 
-def test_an_attribute_of_several_lines_and_the_products_of_fused_attention_are_read():
-    text = """HloModule m
-ENTRY %main (q: bf16[3,4,1024,128], k: bf16[3,2,1024,128]) -> bf16[3,4,1024,128] {
-  %q = bf16[3,4,1024,128]{3,2,1,0} parameter(0)
-  %k = bf16[3,2,1024,128]{3,2,1,0} parameter(1)
-  %a = bf16[3,4,1024,128]{3,2,1,0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+SPLASH = """HloModule m
+
+%other (p: f32[2]) -> f32[2] {
+  ROOT %p = f32[2]{0} parameter(0)
+}, execution_thread="sparsecore"
+
+ENTRY %main (n: s8[1,GRID], q: bf16[3,4,LENGTH,128], k: bf16[3,2,LENGTH,128]) -> bf16[3,4,LENGTH,128] {
+  %n = s8[1,GRID]{2,1,0:T(4,128)(4,1)S(1)} parameter(0)
+  %q = bf16[3,4,LENGTH,128]{3,2,1,0} parameter(1)
+  %k = bf16[3,2,LENGTH,128]{3,2,1,0} parameter(2)
+  %a = bf16[3,4,LENGTH,128]{3,2,1,0} custom-call(%n, %n, %q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "x":"{\\"block_q\\": 512}"
 }}, metadata={op_name="jit(f)/splash_mha_KIND_segmented/pallas_call"}
-  ROOT %r = bf16[3,4,1024,128]{3,2,1,0} negate(%a)
+  ROOT %r = bf16[3,4,LENGTH,128]{3,2,1,0} negate(%a)
 }
 """
-    once = 3 * 4 * 1024 * 1024 * 128  # 2 * rows * heads * pairs of positions / 2 * head size
-    elsewhere = (
-        '%other (p: f32[2]) -> f32[2] {\n  ROOT %p = f32[2]{0} parameter(0)\n}, execution_thread="sparsecore"\n\nENTRY'
-    )
-    text = text.replace("ENTRY", elsewhere)
-    for kind, products in (("fwd", 2), ("dq", 3), ("dkv", 4)):
-        (region,) = read(text.replace("KIND", kind), 8).regions
-        assert region.flops == products * once
-        assert region.memory_bytes == 2 * (4 * 3 * 1024 * 128 * 2) + 2 * 3 * 1024 * 128 * 2 + 2 * (
-            4 * 3 * 1024 * 128 * 2
-        )
+
+
+@pytest.mark.parametrize("length, window", [(4096, 0), (4096, 512), (4096, 513), (4096, 1024), (4096, 1500),
+    (4096, 4096), (1024, 100), (768, 300), (512, 0), (384, 128)])  # fmt: skip
+def test_splash_attention_multiplies_the_blocks_that_its_mask_visits(length, window):
+    kernel = splash_attention._kernel(length, 4, window, 0.0, False)
+    block = kernel.kwargs["block_sizes"].block_q
+    distance = np.arange(length)[:, None] - np.arange(length)
+    seen = (distance >= 0) & (distance < (window or length))
+    visited = seen.reshape(length // block, block, length // block, block).any((1, 3)).sum()
+    infos = {"fwd": (2, kernel.fwd_mask_info), "dq": (3, kernel.dq_mask_info), "dkv": (4, kernel.dkv_mask_info)}
+    for kind, (products, info) in infos.items():
+        grid = ",".join(map(str, info.data_next.shape[1:]))
+        text = SPLASH.replace("KIND", kind).replace("GRID", grid).replace("LENGTH", str(length))
+        (region,) = read(text, 8).regions
+        assert region.flops == products * 2 * 3 * 4 * 128 * visited * block**2
+        # The products' operands, and its result, which is read again and written negated.
+        assert region.memory_bytes == 2 * 128 * length * (4 * (3 * 4) + 3 * 2)
 
 
 def test_a_collective_that_goes_on_within_a_loop_counts_where_it_began():
@@ -304,6 +317,26 @@ def test_memory_on_the_chip_is_no_traffic_of_main_memory():
     assert [(a.dtype, a.dims, a.on_chip, a.bytes) for a in far] == [
         ("bf16", (4, 8), False, 64), ("f32", (2,), True, 8), ("s32", (), False, 4)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("operation, moved", [
+    ("(f32[64,8]{1,0:S(1)}, f32[64,8]{1,0}, u32[]{:S(2)}) copy-start(%x)", 64 * 8 * 4),
+    ("(f32[64,8]{1,0}, f32[64,8]{1,0}, u32[]{:S(2)}) copy-start(%x)", 2 * 64 * 8 * 4),
+    ("((f32[64,8]{1,0}), f32[16,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:16], [0:8]}", 16 * 8 * 4),
+    ("((f32[64,8]{1,0}), f32[16,8]{1,0}, s32[]{:S(2)}) slice-start(%x), slice={[0:16], [0:8]}", 2 * 16 * 8 * 4),
+    ("((f32[64,8]{1,0:S(1)}), f32[16,8]{1,0}, s32[]{:S(2)}) slice-start(%near), slice={[0:16], [0:8]}", 16 * 8 * 4),
+])  # fmt: skip
+def test_an_asynchronous_copy_moves_what_it_copies(operation, moved):
+    text = f"""HloModule m
+ENTRY %main (x: f32[64,8], near: f32[64,8]) -> f32[64,8] {{
+  %x = f32[64,8]{{1,0}} parameter(0)
+  %near = f32[64,8]{{1,0:S(1)}} parameter(1)
+  %c = {operation}
+  ROOT %same = f32[64,8]{{1,0}} bitcast(%x)
+}}
+"""
+    (region,) = read(text, 1).regions
+    assert region.memory_bytes == moved
 
 
 @pytest.mark.parametrize(
