@@ -124,18 +124,18 @@ def _pair(batch: Seq2SeqBatch, row: int, segment: int, tokenizer: Tokenizer) -> 
 def _sequence(batch: CausalBatch, row: int, segment: int, tokenizer: Tokenizer) -> list[str]:
     here = batch.segments_BT[row] == segment
     tokens, weights = batch.tokens_BT[row][here], batch.weights_BT[row][here]
-    learnt = np.concatenate([[False], weights[:-1] > 0])  # a weight is that of the next token
+    mask = np.concatenate([[False], weights[:-1] > 0])  # a weight is that of the next token
     return [
-        f"  row {row}, segment {segment}: {len(tokens)} tokens, {int(learnt.sum())} of them supervised",
-        f"    text   {_short(repr(tokenizer.text(tokens)))}",
-        f"    learnt {_short(repr(tokenizer.text(tokens[learnt])))}",
-        f"    tokens {_short(_bracketed(tokens, learnt, tokenizer))}",
+        f"  row {row}, segment {segment}: {len(tokens)} tokens, {int(mask.sum())} of them supervised",
+        f"    text    {_short(repr(tokenizer.text(tokens)))}",
+        f"    loss on {_short(repr(tokenizer.text(tokens[mask])))}",
+        f"    tokens  {_short(_bracketed(tokens, mask, tokenizer))}",
     ]
 
 
-def _bracketed(tokens: np.ndarray, learnt: np.ndarray, tokenizer: Tokenizer) -> str:
-    pieces = zip(tokenizer.show(tokens), learnt, strict=True)
-    return " ".join(f"[{piece}]" if is_learnt else piece for piece, is_learnt in pieces)
+def _bracketed(tokens: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> str:
+    pieces = zip(tokenizer.show(tokens), mask, strict=True)
+    return " ".join(f"[{piece}]" if is_target else piece for piece, is_target in pieces)
 
 
 def _generation(tokenizer: Tokenizer) -> str:

@@ -73,9 +73,9 @@ def test_a_prompt_is_its_text_and_messages_are_the_turns_of_a_conversation_that_
         ({"text": "x"}, "no text in the field 'prompt', and no 'messages'; its fields: text"),
         ({"prompt": 3}, "no text in the field 'prompt'"),
         ({"prompt": None}, "no text in the field 'prompt'"),
-        ({"prompt": None, "messages": []}, "no messages of user and assistant (roles: none)"),
-        (messages(("user", "a"), ("assistant", "b")), "the messages end with the assistant; the last one must be of"),
-        (messages(("user", "a"), ("user", "b")), "two messages of the user in a row, the second of them turn 2"),
+        ({"prompt": None, "messages": []}, "there is no message of the user or the assistant (roles: none)"),
+        (messages(("user", "a"), ("assistant", "b")), "the messages end with the assistant; the last one must be the"),
+        (messages(("user", "a"), ("user", "b")), "two user messages in a row, the second of which is turn 2"),
         (
             messages(("assistant", "a")),
             "the messages begin with the assistant, as many ShareGPT threads do; the user must",

@@ -115,11 +115,11 @@ def recipe(name: str) -> str:
     """The file of a recipe that comes with jax_it. Raises UserError that lists them for a name that is not one."""
     package = Path(__file__).parents[1]  # the recipes are inside it where a wheel is installed, else beside it
     folder = next(found for found in (package / "configs", package.parent / "configs") if found.is_dir())
-    found = {file.stem: str(file) for file in sorted(folder.rglob("*.py"))}
+    found = {file.stem: str(file) for file in [*sorted(folder.glob("*.py")), *sorted(folder.glob("*/*.py"))]}
     if name not in found:
         raise UserError(
-            f"config {typed.shown(name)} is not the name of a recipe ({', '.join(found)}); "
-            "write a file of your own with its ending, .py"
+            f"there is no recipe {typed.shown(name)}, only {', '.join(found)}; to name a config file, write its "
+            "ending, .py"
         )
     return found[name]
 

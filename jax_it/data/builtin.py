@@ -217,7 +217,7 @@ class Example(NamedTuple):
 
 
 def records(split: str, seed: int = 0) -> list[dict[str, str | list[str]]]:
-    """The records of a split, a pure function of the two arguments; the families take turns."""
+    """Return the records of a split, a pure function of the two arguments; the families alternate."""
     if split not in SIZES:
         raise UserError(f"builtin:instructions has no split {split!r}; its splits are {' and '.join(SIZES)}")
     columns = [_family_records(family, split, seed) for family in FAMILIES]
@@ -239,7 +239,7 @@ def _family_records(family: str, split: str, seed: int) -> tuple[dict[str, str |
 
 
 def examples(family: str, split: str, seed: int = 0) -> list[Example]:
-    """A family's examples of a split, each content once."""
+    """Return a family's examples of a split, each content once."""
     rng = random.Random(f"content {family} {split} {seed}")
     found: dict[str, Example] = {}
     while len(found) < SIZES[split]:

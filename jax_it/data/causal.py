@@ -58,13 +58,13 @@ class CausalFormat:
     def encode(
         self,
         examples: Sequence[Example],
-        places: Sequence[str],
+        locations: Sequence[str],
         data: Data,
         tokenizer: Tokenizer,
         counts: Counts,
         evaluation: bool = False,
     ) -> Encoding:
-        """Yield each example's tokens, None for one that is dropped; `places` say where each is from.
+        """Yield each example's tokens, None for one that is dropped; `locations` say where each is from.
 
         For evaluation none is dropped or refused for its length. Raises InvalidRecord for an example that the chat
         template refuses.
@@ -72,18 +72,18 @@ class CausalFormat:
         if tokenizer.chat_template is not None:
             if evaluation:  # the last answer stays
                 data = for_evaluation(data, "start")
-            return _encode_conversations(examples, places, data, tokenizer, counts, evaluation)
+            return _encode_conversations(examples, locations, data, tokenizer, counts, evaluation)
         if evaluation:
             data = for_evaluation(data, data.truncate)
-        return _encode_texts(examples, places, data, tokenizer, counts)
+        return _encode_texts(examples, locations, data, tokenizer, counts)
 
     def prompts(
-        self, conversations: Sequence[Sequence[Turn]], tokenizer: Tokenizer, places: Sequence[str]
+        self, conversations: Sequence[Sequence[Turn]], tokenizer: Tokenizer, locations: Sequence[str]
     ) -> list[list[int]]:
         """Return the ids that an answer to each conversation, which ends with the user, is generated from."""
         if tokenizer.chat_template is not None:
-            return chat.prompts(conversations, places, tokenizer)
-        texts = [source_text(turns, tokenizer, where) for turns, where in zip(conversations, places, strict=True)]
+            return chat.prompts(conversations, locations, tokenizer)
+        texts = [source_text(turns, tokenizer, where) for turns, where in zip(conversations, locations, strict=True)]
         return self.text_prompts(texts, tokenizer)
 
     def text_prompts(self, texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
@@ -146,14 +146,14 @@ class CausalFormat:
 
 
 def _encode_texts(
-    examples: Sequence[Example], places: Sequence[str], data: Data, tokenizer: Tokenizer, counts: Counts
+    examples: Sequence[Example], locations: Sequence[str], data: Data, tokenizer: Tokenizer, counts: Counts
 ) -> Encoding:
     """Yield prompt, completion and end token in one sequence; the last two are trained on.
 
     Each is tokenized by itself, so that the prompt is what generation starts from. Where they are too long
     the prompt is cut first, to no less than a quarter of the length, and then the completion, without an end token.
     """
-    for item, where in zip(examples, places, strict=True):
+    for item, where in zip(examples, locations, strict=True):
         if sum(turn.role == "assistant" for turn in item.turns) > 1:
             raise UserError(
                 f"{where}: a conversation of several turns needs a chat template, which {tokenizer.name} lacks; "
@@ -164,7 +164,7 @@ def _encode_texts(
     completions = encode_completions(examples, tokenizer)
     counts.add_characters(tokenizer, [text for item in examples for text in (item.prompt, item.completion)])
     length = data.max_seq_length
-    for prompt, completion, where in zip(prompts, completions, places, strict=True):
+    for prompt, completion, where in zip(prompts, completions, locations, strict=True):
         counts.add_tokens(tokenizer, prompt, completion, added=0)
         if not completion:
             counts.empty_completion += 1
@@ -188,7 +188,7 @@ def _encode_texts(
 
 def _encode_conversations(
     examples: Sequence[Example],
-    places: Sequence[str],
+    locations: Sequence[str],
     data: Data,
     tokenizer: Tokenizer,
     counts: Counts,
@@ -200,7 +200,7 @@ def _encode_conversations(
     even one exchange fits it is dropped or, with `keep`, cut within the last.
     """
     full = [i for i, item in enumerate(examples) if item.completion.strip()]
-    turns, where = [examples[i].turns for i in full], [places[i] for i in full]
+    turns, where = [examples[i].turns for i in full], [locations[i] for i in full]
     encoded = dict(zip(full, chat.encode(turns, where, tokenizer, data.train_on), strict=True))
     counts.add_characters(tokenizer, [turn.text for item in examples for turn in item.turns])
     for i, item in enumerate(examples):
@@ -218,15 +218,15 @@ def _encode_conversations(
             yield _sequence(tokens, mask)
             continue
         if data.truncate == "error":
-            raise _too_long(places[i], len(tokens), data)
+            raise _too_long(locations[i], len(tokens), data)
         shorter = None
         if data.truncate != "drop":
-            shorter = _shortened(item.turns, places[i], data, tokenizer)
+            shorter = _shortened(item.turns, locations[i], data, tokenizer)
         if shorter is not None:
             counts.truncated += 1
             counts.truncated_turns += 1
         elif keep:
-            shorter, turns_lost, prompt_cut = _clipped(item.turns, places[i], data, tokenizer)
+            shorter, turns_lost, prompt_cut = _clipped(item.turns, locations[i], data, tokenizer)
             counts.truncated_turns += turns_lost
             counts.add_cut(prompt_cut, not prompt_cut)
         else:

@@ -77,7 +77,7 @@ def with_chat_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
     else:
         try:
             template = read_text(Path(setting).expanduser())
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of nobody
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~ of an unknown user
             reason = getattr(error, "strerror", None) or error
             raise UserError(
                 f"config.model.chat_template: {setting!r} is neither 'default', 'none' nor a file to read: {reason}"
@@ -92,33 +92,35 @@ def with_chat_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
 
 
 def encode(
-    conversations: Sequence[Sequence[Turn]], places: Sequence[str], tokenizer: Tokenizer, train_on: str
+    conversations: Sequence[Sequence[Turn]], locations: Sequence[str], tokenizer: Tokenizer, train_on: str
 ) -> list[Conversation]:
     """Return each conversation, which ends with the assistant, as the chat template renders it.
 
-    `train_on` is "all" or "last": which of the assistant's turns are trained on. `places` say where each is from.
-    Raises InvalidRecord naming the place of a conversation that the template refuses, in which it leaves out a turn or
-    changes an answer, or in which a token spans the beginning of an answer.
+    `train_on` is "all" or "last": which of the assistant's turns are trained on. `locations` say where each is from.
+    Raises InvalidRecord, with its file and line, for a conversation that the template refuses, in which it leaves out a
+    turn or changes an answer, or in which a token spans the beginning of an answer.
     """
     if not conversations:
         return []
-    rendered = [_render(turns, tokenizer, where, train_on) for turns, where in zip(conversations, places, strict=True)]
+    rendered = [
+        _render(turns, tokenizer, where, train_on) for turns, where in zip(conversations, locations, strict=True)
+    ]
     found = tokenizer.encode_with_offsets([item.text for item in rendered])
     made = []
-    for i, (item, where) in enumerate(zip(rendered, places, strict=True)):
+    for i, (item, where) in enumerate(zip(rendered, locations, strict=True)):
         masked = _mask(item, *found[i], tokenizer) if found else None
         tokens, mask = masked or _piecewise(item, tokenizer, where)
         made.append(_started_once(tokens, mask, tokenizer))
     return made
 
 
-def prompts(conversations: Sequence[Sequence[Turn]], places: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+def prompts(conversations: Sequence[Sequence[Turn]], locations: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Return the ids that an answer to each conversation, which ends with the user, is generated from.
 
     They are those that precede the answer's first token in training.
     """
     answered = [(*turns, Turn("assistant", _PLACEHOLDER)) for turns in conversations]
-    encoded = encode(answered, places, tokenizer, "last")
+    encoded = encode(answered, locations, tokenizer, "last")
     return [item.tokens[: int(np.argmax(item.loss_mask))].tolist() for item in encoded]
 
 
@@ -179,7 +181,7 @@ def _of(tokenizer: Tokenizer) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> jinja2.Template:
-    """The template in an environment as Transformers makes it for chat templates."""
+    """Compile a template in an environment like that of Transformers for chat templates."""
     environment = ImmutableEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -234,9 +236,9 @@ def _render(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, train_on: s
             raise InvalidRecord(
                 f"{where}: the assistant's turn {_short(turns[i].text)} contains {markup.end!r}, which would end it"
             )
-    places = _places(turns, answers, text, tokenizer, where)
+    found_spans = _answer_spans(turns, answers, text, tokenizer, where)
     spans = []
-    for i, (start, stop) in zip(answers, places, strict=True):
+    for i, (start, stop) in zip(answers, found_spans, strict=True):
         blank = len(text[stop:]) - len(text[stop:].lstrip())
         if not text.startswith(markup.end, stop + blank):
             raise InvalidRecord(
@@ -248,7 +250,7 @@ def _render(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, train_on: s
     return _Rendered(text, spans)
 
 
-def _places(
+def _answer_spans(
     turns: Sequence[Turn], answers: Sequence[int], text: str, tokenizer: Tokenizer, where: str
 ) -> list[tuple[int, int]]:
     """Return the span of each answer in the rendering `text`, with as much of its white space as the template keeps.
@@ -269,7 +271,7 @@ def _places(
         found = list(pattern.finditer(rendered))
         # White space that is there when the answers have none is the template's.
         of_template = found if marked == bare else list(pattern.finditer(_apply(bare, tokenizer, where)))
-        places = []
+        found_spans = []
         for number, (i, match, other) in enumerate(zip(answers, found, of_template, strict=False)):
             start = match.start(2) - 1 - 2 * number
             stop = start + len(match[2])
@@ -280,9 +282,9 @@ def _places(
                 and (before >= 0 and blanks[i][0].endswith(kept[0]))
                 and (after >= 0 and blanks[i][1].startswith(kept[1]))
             ):
-                places.append((start - before, stop + after))
-        if len(places) == len(found) == len(of_template) == len(answers):
-            return places
+                found_spans.append((start - before, stop + after))
+        if len(found_spans) == len(found) == len(of_template) == len(answers):
+            return found_spans
     # A template may split the last answer and join it again (to find reasoning, say). The answer is whole if it
     # follows what generation starts from, which does not depend on it.
     if list(answers) == [len(turns) - 1]:
@@ -313,17 +315,17 @@ def _markup(tokenizer: Tokenizer) -> _Markup:
     """Return what the template puts around answers, from a short conversation. Raises UserError if it marks no end."""
     try:
         text = _apply(_PROBE, tokenizer, "a short conversation")
-        places = _places(_PROBE, (1, 3), text, tokenizer, "a short conversation")
+        found_spans = _answer_spans(_PROBE, (1, 3), text, tokenizer, "a short conversation")
     except InvalidRecord as error:  # any other record would be invalid too
         raise UserError(str(error)) from None
-    found = {_leading_token(text[stop:].lstrip(), tokenizer) for _, stop in places}
+    found = {_leading_token(text[stop:].lstrip(), tokenizer) for _, stop in found_spans}
     end = found.pop()
     if found or not end:
         raise UserError(
             f"{_of(tokenizer)} does not end each of the assistant's turns with one and the same special token: the "
             "model would never learn to stop; set another config.model.chat_template"
         )
-    start = places[-1][0]
+    start = found_spans[-1][0]
     joined = False
     if encoded := tokenizer.encode_with_offsets([text]):
         joined = any(begin == start - 1 and start < stop for begin, stop in encoded[0][1].tolist())
@@ -356,7 +358,7 @@ def _mask(
 
 def _piecewise(item: _Rendered, tokenizer: Tokenizer, where: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the tokens and loss mask of the parts encoded one by one, if together they are the same text."""
-    cuts = [0, *(place for span in item.spans for place in span), len(item.text)]
+    cuts = [0, *(edge for span in item.spans for edge in span), len(item.text)]
     pieces = tokenizer.encode([item.text[a:b] for a, b in itertools.pairwise(cuts)])
     tokens = [token for piece in pieces for token in piece]
     if tokenizer.text(tokens) != tokenizer.text(tokenizer.encode([item.text])[0]):

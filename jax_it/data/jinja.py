@@ -1,4 +1,4 @@
-"""Jinja environments for templates that nobody has vouched for: a rendering ends, and stays small.
+"""Jinja environments for untrusted templates: a rendering ends, and stays small.
 
 Jinja's sandbox keeps a template from files and attributes, but not from loops within loops, nor from texts that double
 at every turn. Here each turn of a loop, each call, filter and operator is counted, and what goes in and comes out is
@@ -59,7 +59,7 @@ def _check(size: int) -> None:
 
 
 def _made(value: Any) -> Any:
-    """The value, measured and charged."""
+    """Measure a value, charge it to the budget and return it."""
     if not isinstance(value, str | bytes):
         _measure(value)
         return value
@@ -73,7 +73,7 @@ def _made(value: Any) -> Any:
 
 
 def _measure(*values: Any) -> int:
-    """The characters and items of values and all that they hold, as often as they hold it. Raises TooMuch."""
+    """Count the characters of values and all that they contain, as often as they contain it. Raises TooMuch."""
     size, items = 0, 0
     waiting = list(values)
     while waiting:
@@ -114,12 +114,12 @@ def _measure(*values: Any) -> int:
 
 
 def _numbers(values: Iterable[Any]) -> int:
-    """The largest whole number among the values, or 0."""
+    """Return the largest whole number among the values, or 0."""
     return max((abs(value) for value in values if isinstance(value, int)), default=0)
 
 
 def _estimate_format(template: Any, values: Iterable[Any]) -> None:
-    """Checks what `%` and `format` would make: fields whose width digits in the template, or a value, may say."""
+    """Check what `%` and `format` would make: fields whose width digits in the template, or a value, may say."""
     text, given = str(template), list(values)
     digits, width = 0, 0
     for character in text:
@@ -139,7 +139,7 @@ _METHODS = types.BuiltinMethodType | types.FunctionType  # of texts, numbers and
 
 
 def _estimate_call(function: Any, args: tuple[Any, ...], values: list[Any]) -> None:
-    """Checks what a method of a text or number would make."""
+    """Check what a method of a text or number would make."""
     owner, name = (
         getattr(getattr(function, "__wrapped__", function), "__self__", None),
         getattr(function, "__name__", ""),
@@ -171,7 +171,7 @@ _ESTIMATED = frozenset(
 
 
 def _bounded_filter(name: str, function: Callable) -> Callable:
-    """A filter that is counted, and whose result is estimated and measured."""
+    """Return a filter that is counted, and whose result is estimated and measured."""
     estimated = name in _ESTIMATED
     skipped = 1 if hasattr(function, "jinja_pass_arg") else 0  # the context or environment, which comes first
 
@@ -204,7 +204,7 @@ def _bounded_filter(name: str, function: Callable) -> Callable:
 
 
 class _Counted(NodeTransformer):
-    """Has each turn of a loop counted, and each list, mapping and text that is put together measured."""
+    """Counts each turn of a loop, and measures each list, mapping and text that is put together."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -232,7 +232,7 @@ class _Counted(NodeTransformer):
         return nodes.Filter(node, "_literal", [], [], None, None).set_lineno(node.lineno)
 
 
-@jinja2.pass_context  # so that it is no constant
+@jinja2.pass_context  # so that it is not a constant
 def _turn(context: Any, value: Any) -> Any:
     _step()
     return value
@@ -290,7 +290,7 @@ class Environment(SandboxedEnvironment):
         return _Counted().visit(super()._parse(source, name, filename))
 
     def concat(self, parts: Iterable[str]) -> str:
-        """The text of parts: of a template, a macro or a block."""
+        """Join the parts of a template, a macro or a block."""
         found = list(parts)
         _check(sum(map(len, found)))
         return _made("".join(found))
@@ -320,4 +320,4 @@ class Environment(SandboxedEnvironment):
 
 
 class ImmutableEnvironment(Environment, ImmutableSandboxedEnvironment):
-    """The same, for templates that may change nothing."""
+    """The same, for templates that may not change anything."""

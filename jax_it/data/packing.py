@@ -50,7 +50,7 @@ class Rows:
 
 
 def pack(source_lengths: np.ndarray, target_lengths: np.ndarray, shape: Shape) -> Rows:
-    """Packs examples into as few rows as can quickly be found. Every example is in exactly one row.
+    """Pack examples into as few rows as can quickly be found. Every example is in exactly one row.
 
     Two steps: best-fit decreasing of sources into blocks, then blocks into rows, those with most
     target tokens first, each into the row that has the fewest so far.
@@ -58,12 +58,12 @@ def pack(source_lengths: np.ndarray, target_lengths: np.ndarray, shape: Shape) -
     if not len(source_lengths):
         return Rows(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(1, np.int64))
     block_of, targets = _fill_blocks(source_lengths, target_lengths, shape)
-    row_of_block, place = _group_blocks(targets, shape)
-    return _rows(row_of_block[block_of], place[block_of])
+    row_of_block, position = _group_blocks(targets, shape)
+    return _rows(row_of_block[block_of], position[block_of])
 
 
-def pack_sequences(lengths: np.ndarray, room: int) -> Rows:
-    """Packs sequences of these lengths into rows of `room` positions: best-fit decreasing, in one dimension."""
+def pack_sequences(lengths: np.ndarray, capacity: int) -> Rows:
+    """Pack sequences of these lengths into rows of `capacity` positions: best-fit decreasing, in one dimension."""
     row_of = np.zeros(len(lengths), np.int64)
     opened: list[tuple[int, int]] = []  # sorted (free positions, row)
     rows = 0
@@ -73,7 +73,7 @@ def pack_sequences(lengths: np.ndarray, room: int) -> Rows:
         if at < len(opened):
             free, row = opened.pop(at)
         else:
-            free, row = room, rows
+            free, row = capacity, rows
             rows += 1
         row_of[i] = row
         if free > length:
@@ -82,22 +82,22 @@ def pack_sequences(lengths: np.ndarray, room: int) -> Rows:
 
 
 def _rows(row_of: np.ndarray, block_of: np.ndarray) -> Rows:
-    """Rows in which examples stand by block, and within one in their order."""
+    """Return rows in which examples are sorted by block, and within one by their number."""
     members = np.lexsort((np.arange(len(row_of)), block_of, row_of))
     return Rows(members, block_of[members], np.concatenate([[0], np.cumsum(np.bincount(row_of))]))
 
 
 def _fill_blocks(sources: np.ndarray, targets: np.ndarray, shape: Shape) -> tuple[np.ndarray, list[int]]:
-    """The block of each example, and each block's target tokens."""
+    """Return the block of each example, and each block's target tokens."""
     # What a block may take of the row's target: its share, or one long target and a few short ones.
-    room = min(
+    capacity = min(
         max(2 * shape.target // shape.blocks, int(targets.max()) + shape.target // (2 * shape.blocks)), shape.target
     )
     block_of = np.zeros(len(sources), np.int64)
     taken: list[int] = []
     # Open blocks as sorted (free source positions, block), one list for each power of 2 of free target positions:
-    # the best fit is looked for where the target fits too, and blocks full of targets are in nobody's way.
-    opened: list[list[tuple[int, int]]] = [[] for _ in range(room.bit_length() + 1)]
+    # the best fit is looked for where the target fits too, and blocks full of targets are not looked at.
+    opened: list[list[tuple[int, int]]] = [[] for _ in range(capacity.bit_length() + 1)]
     for i in np.lexsort((-targets, -sources)).tolist():
         source, target = int(sources[i]), int(targets[i])
         best: tuple[int, int, int] | None = None
@@ -114,29 +114,29 @@ def _fill_blocks(sources: np.ndarray, targets: np.ndarray, shape: Shape) -> tupl
             del opened[level][bisect_left(opened[level], (free, block))]
         taken[block] += target
         block_of[i] = block
-        if free > source and taken[block] < room:
-            insort(opened[(room - taken[block]).bit_length() - 1], (free - source, block))
+        if free > source and taken[block] < capacity:
+            insort(opened[(capacity - taken[block]).bit_length() - 1], (free - source, block))
     return block_of, taken
 
 
 def _group_blocks(targets: list[int], shape: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """Each block's row and its place in it."""
+    """Return each block's row and its position in it."""
     order = np.argsort(-np.asarray(targets), kind="stable").tolist()
     rows = max(math.ceil(len(targets) / shape.blocks), math.ceil(sum(targets) / shape.target))
     heap = [(0, row) for row in range(rows)]  # (target tokens, row), of rows with a free block
     used = [0] * rows
-    row_of, place = np.zeros(len(targets), np.int64), np.zeros(len(targets), np.int64)
+    row_of, position = np.zeros(len(targets), np.int64), np.zeros(len(targets), np.int64)
     for block in order:
         if heap and heap[0][0] + targets[block] <= shape.target:
             total, row = heapq.heappop(heap)
         else:
             total, row = 0, len(used)
             used.append(0)
-        row_of[block], place[block] = row, used[row]
+        row_of[block], position[block] = row, used[row]
         used[row] += 1
         if used[row] < shape.blocks:
             heapq.heappush(heap, (total + targets[block], row))
-    return np.unique(row_of, return_inverse=True)[1], place
+    return np.unique(row_of, return_inverse=True)[1], position
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Layout:
 def choose_layout(
     sources: np.ndarray, targets: np.ndarray, batch_size: int, cost: RowCost, shape: Shape | None, smallest: Shape
 ) -> Layout:
-    """The row lengths that train an example at the least cost, measured by packing a sample.
+    """Choose the row lengths that train an example at the least cost, measured by packing a sample.
 
     `smallest` is the shape of one example's row; `shape` is the user's own choice, if there is one.
     Fill is not the aim: longer rows fill better, but each target token attends to its whole row. Among
@@ -182,7 +182,7 @@ def choose_layout(
 
 
 def layout_of(rows: Rows, sources: np.ndarray, targets: np.ndarray, batch_size: int, shape: Shape) -> Layout:
-    """The layout of `batch_size` examples in rows that are packed as this sample is."""
+    """Return the layout of `batch_size` examples in rows that are packed as this sample is."""
     per_row = len(sources) / len(rows)
     return Layout(
         shape=shape,
@@ -194,9 +194,9 @@ def layout_of(rows: Rows, sources: np.ndarray, targets: np.ndarray, batch_size: 
 
 
 def _even(rows: float) -> int:
-    """`rows` rounded to a multiple of 8 (of 1, 2 or 4 where there are few; of more where there are many).
+    """Round `rows` to a multiple of 8 (of 1, 2 or 4 where there are few; of more where there are many).
 
-    So devices and micro-batches can share them evenly, whose numbers must not decide what a batch is.
+    So devices and micro-batches, on whose numbers a batch must not depend, can share them evenly.
     """
     digits = int(math.log2(max(rows, 1)))
     unit = 2 ** max(min(digits, 3), digits - 2)
@@ -204,7 +204,7 @@ def _even(rows: float) -> int:
 
 
 def nearly(rows: float) -> int:
-    """`rows` rounded to a multiple of the greatest power of 2 that stays within a tenth of it, and at least 1.
+    """Round `rows` to a multiple of the greatest power of 2 that stays within a tenth of it, and at least 1.
 
     For rows of a given length, whose shape cannot make up for a number that is rounded more.
     """

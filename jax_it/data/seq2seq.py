@@ -8,15 +8,7 @@ import numpy as np
 
 from jax_it.config import Data
 from jax_it.data import packing
-from jax_it.data.encoding import (
-    Counts,
-    Encoded,
-    Encoding,
-    cut,
-    encode_completions,
-    for_evaluation,
-    source_text,
-)
+from jax_it.data.encoding import Counts, Encoded, Encoding, cut, encode_completions, for_evaluation, source_text
 from jax_it.data.packing import Layout, RowCost, Rows, Shape, bucket
 from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
@@ -55,23 +47,23 @@ class Seq2SeqFormat:
     def encode(
         self,
         examples: Sequence[Example],
-        places: Sequence[str],
+        locations: Sequence[str],
         data: Data,
         tokenizer: Tokenizer,
         counts: Counts,
         evaluation: bool = False,
     ) -> Encoding:
-        """Yield each example's tokens, None for one that is dropped; `places` say where each is from.
+        """Yield each example's tokens, None for one that is dropped; `locations` say where each is from.
 
         A side that is cut keeps its special tokens. For evaluation none is dropped or refused for its length.
         Raises InvalidRecord for an example that the chat template refuses.
         """
         if evaluation:
             data = for_evaluation(data, data.truncate)
-        sources = [source_text(item.turns[:-1], tokenizer, p) for item, p in zip(examples, places, strict=True)]
+        sources = [source_text(item.turns[:-1], tokenizer, p) for item, p in zip(examples, locations, strict=True)]
         prompts, completions = tokenizer.encode(sources), encode_completions(examples, tokenizer)
         counts.add_characters(tokenizer, [*sources, *(item.completion for item in examples)])
-        for prompt, completion, where in zip(prompts, completions, places, strict=True):
+        for prompt, completion, where in zip(prompts, completions, locations, strict=True):
             counts.add_tokens(tokenizer, prompt, completion, added=1)
             if not completion:
                 counts.empty_completion += 1
@@ -97,10 +89,10 @@ class Seq2SeqFormat:
             )
 
     def prompts(
-        self, conversations: Sequence[Sequence[Turn]], tokenizer: Tokenizer, places: Sequence[str]
+        self, conversations: Sequence[Sequence[Turn]], tokenizer: Tokenizer, locations: Sequence[str]
     ) -> list[list[int]]:
         """Return the ids that an answer to each conversation, which ends with the user, is generated from."""
-        texts = [source_text(turns, tokenizer, where) for turns, where in zip(conversations, places, strict=True)]
+        texts = [source_text(turns, tokenizer, where) for turns, where in zip(conversations, locations, strict=True)]
         return self.text_prompts(texts, tokenizer)
 
     def text_prompts(self, texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:

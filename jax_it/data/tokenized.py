@@ -231,18 +231,18 @@ def _encode_chunk(
 ) -> list[Encoded | None]:
     """Return the tokens of each record, None for one that is dropped, and add what became of them to the counts."""
 
-    def encode(places: Sequence[int]) -> None:
+    def encode(indices: Sequence[int]) -> None:
         part = Counts()
         try:
             encoded = format.encode(
-                [examples[i] for i in places], [records[i].where for i in places], data, tokenizer, part
+                [examples[i] for i in indices], [records[i].where for i in indices], data, tokenizer, part
             )
-            found.update(zip(places, encoded, strict=True))
+            found.update(zip(indices, encoded, strict=True))
         except InvalidRecord as error:
-            if len(places) == 1:
+            if len(indices) == 1:
                 return counts.add_invalid(error)
-            encode(places[: len(places) // 2])
-            encode(places[len(places) // 2 :])
+            encode(indices[: len(indices) // 2])
+            encode(indices[len(indices) // 2 :])
         else:
             counts.add(part)
 

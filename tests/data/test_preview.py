@@ -219,7 +219,7 @@ def test_of_a_causal_model_it_shows_the_texts_the_pieces_and_the_packing(tmp_pat
     assert float(of) == pytest.approx(100 * int(supervised) / sum(int(tokens) for tokens, _, _ in shown), abs=0.01)
     (talk,) = [lines for _, _, lines in shown if "am" in lines]
     assert "assistant\\nI am<|im_end|>" in talk
-    assert "learnt 'I am<|im_end|>I am<|im_end|>'" in talk
+    assert "loss on 'I am<|im_end|>I am<|im_end|>'" in talk
     assert talk.count("[<|im_end|>]") == 2 and talk.count("[") == talk.count("]")
     pieces = talk.split("tokens ")[1].split()
     brackets = [piece for piece in pieces if piece.startswith("[")]
@@ -249,4 +249,4 @@ def test_conversations_that_lost_turns_are_shown(tmp_path):
 
 def test_without_a_chat_template_nothing_is_said_of_one(tmp_path):
     text = shown_causal(tmp_path, made(KINDS["llama2"], None), pairs("q>x"))
-    assert "Chat template" not in text and "learnt 'x</s>'" in text
+    assert "Chat template" not in text and "loss on 'x</s>'" in text
