@@ -98,24 +98,28 @@ def looks_like_a_setting(name: str) -> bool:
 
 def commands_page() -> str:
     """The reference of commands, in MyST."""
-    parts = []
     parser = cli._parser()
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    parts = [f"```{{program}} {parser.prog}\n```\n", *_options(parser)]
     for name, command in commands.choices.items():
         usage = re.sub(r"\s+", " ", command.format_usage()).removeprefix("usage: ").strip()
         parts.append(f"## {name}\n\n{command.description}\n\n```text\n{_wrap(usage)}\n```\n")
         parts.append(f"```{{program}} {parser.prog} {name}\n```\n")
-        for action in command._actions:
-            if action.help == argparse.SUPPRESS or action.dest == "help":
-                continue
-            flags = ", ".join(_flag(action, flag, command) for flag in action.option_strings or [action.dest])
-            help_ = command._get_formatter()._expand_help(action) if action.help else ""
-            choices = f"One of {', '.join(f'`{choice}`' for choice in action.choices)}. " if action.choices else ""
-            parts.append(f"````{{option}} {flags}\n\n{choices}{_sentence(help_)}\n````\n")
+        parts += _options(command)
     return "\n".join(parts)
 
 
-def _flag(action: argparse.Action, flag: str, parser: argparse.ArgumentParser) -> str:
+def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        if action.help == argparse.SUPPRESS or action.dest == "help" or not action.option_strings:
+            continue
+        flags = ", ".join(_flag(action, flag) for flag in action.option_strings)
+        help_ = parser._get_formatter()._expand_help(action) if action.help else ""
+        choices = f"One of {', '.join(f'`{choice}`' for choice in action.choices)}. " if action.choices else ""
+        yield f"````{{option}} {flags}\n\n{choices}{_sentence(help_)}\n````\n"
+
+
+def _flag(action: argparse.Action, flag: str) -> str:
     if action.nargs == 0:
         return flag
     return f"{flag} {action.metavar or action.dest.upper()}"

@@ -51,7 +51,14 @@ def test_every_setting_is_explained_or_explains_itself():
 def test_the_reference_has_every_command_and_option():
     page = generated.commands_page()
     assert re.findall(r"^## (\w+)$", page, re.MULTILINE)[:3] == ["train", "eval", "generate"]
-    for option in ("--workdir WORKDIR", "--follow", "--num-beams N", "--checkpoint latest|best|STEP", "--topology"):
+    for option in (
+        "--version",
+        "--workdir",
+        "--follow",
+        "--num-beams N",
+        "--checkpoint latest|best|STEP",
+        "--topology",
+    ):
         assert f"{{option}} {option}" in page
 
 
