@@ -1,4 +1,4 @@
-"""A run's weights as a folder in Transformers or PEFT format, read back and compared before it is called done."""
+"""Writes a run's weights as a folder in Transformers or PEFT format, with a model card; reads them back to compare."""
 
 import os
 import stat
@@ -16,17 +16,20 @@ from jax_it.checkpointing import disk_error
 from jax_it.data import chat
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
+from jax_it.model_card import model_card
 from jax_it.models import Model, Params
 from jax_it.pretrained import hf, peft
 from jax_it.pretrained.safetensors import SINGLE, TensorReader
 from jax_it.run import open_run
-from jax_it.run_dir import RunDir
+from jax_it.run_dir import RunDir, read_scores
+
+CARD = "README.md"
 
 
 def export(
     workdir: str | Path, output: str | Path, checkpoint: str = "latest", dtype: str = "", adapter_only: bool = False
 ) -> int:
-    """Writes a checkpoint of a run to `output`, which must not exist yet. Returns its step.
+    """Write a checkpoint of a run, with a model card, to `output`, which must not exist yet. Return its step.
 
     Adapters are merged into the model's weights or, with `adapter_only`, written alone in PEFT's format.
     """
@@ -35,15 +38,20 @@ def export(
         _check_free(output)
     run_dir = RunDir(files.locate(workdir))
     step = run_dir.choose_step(checkpoint, run_dir.open()[0].eval.best)
-    # The weights beneath adapters are read as they are written; quantized ones as what they stand for.
+    # The base weights of adapters are read in the dtype that they are written in; quantized ones are dequantized.
     run = open_run(run_dir, dtype="float32")
     if adapter_only and run.model.adapter is None:
         raise UserError(f"the run in {run_dir.path} trained all weights; export it without --adapter-only")
     params = run.load_params(step)
+    try:
+        scores = read_scores(run_dir.eval(step))
+    except (OSError, ValueError):  # not evaluated, or not any more
+        scores = None
+    card = model_card(output.name, run, step, scores, adapter_only)
     if adapter_only:
-        save_adapter(output, run.model, params, run.tokenizer, run.config.model.path, dtype or "float32")
+        save_adapter(output, run.model, params, run.tokenizer, run.config.model.path, dtype or "float32", card)
     else:
-        save(output, run.model, params, run.tokenizer, extras=run_dir.path / "model", dtype=dtype)
+        save(output, run.model, params, run.tokenizer, extras=run_dir.path / "model", dtype=dtype, card=card)
     return step
 
 
@@ -54,23 +62,36 @@ def save(
     tokenizer: Tokenizer,
     extras: Path | epath.Path | None = None,
     dtype: str = "",
+    card: str = "",
 ) -> None:
-    """Writes config.json, weights, tokenizer and generation settings: whole or not at all. Adapters are merged."""
+    """Write config.json, weights, tokenizer and generation settings: whole or not at all. Adapters are merged.
+
+    `extras` is a folder whose generation settings and model card are kept; without a card there, it is `card`.
+    """
     model, params = model.merge(params)
 
     def write(folder: Path) -> None:
         hf.save(folder, model, params, dtype)
         tokenizer.save(folder)
         hf.save_generation_settings(extras, folder, model, chat.ends(tokenizer))
+        _write_card(
+            folder, (extras / CARD).read_text(encoding="utf-8") if extras and (extras / CARD).exists() else card
+        )
         _compare(folder, SINGLE, lambda dtype: hf.tensors_of(model, params, dtype))
 
     _write_whole(files.locate_local(output, "output"), write)
 
 
 def save_adapter(
-    output: str | Path, model: Model, params: Params, tokenizer: Tokenizer, base: str, dtype: str = "float32"
+    output: str | Path,
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    base: str,
+    dtype: str = "float32",
+    card: str = "",
 ) -> None:
-    """Writes a model's adapters in PEFT's format, with the tokenizer: whole or not at all.
+    """Write a model's adapters in PEFT's format, with the tokenizer and a model card: whole or not at all.
 
     `base` is the base model's folder or hub name.
     """
@@ -78,15 +99,21 @@ def save_adapter(
     def write(folder: Path) -> None:
         peft.save(folder, model, params, base, dtype)
         tokenizer.save(folder)
+        _write_card(folder, card)
         _compare(folder, peft.WEIGHTS, lambda dtype: peft.tensors_of(model, params, dtype))
 
     _write_whole(files.locate_local(output, "output"), write)
 
 
-def _write_whole(output: Path, write: Callable[[Path], None]) -> None:
-    """Has a folder written beside `output`, and renames it.
+def _write_card(folder: Path, card: str) -> None:
+    if card:
+        (folder / CARD).write_text(card, encoding="utf-8")
 
-    The first of several hosts does: the others take part in gathering what it writes.
+
+def _write_whole(output: Path, write: Callable[[Path], None]) -> None:
+    """Call `write` with a new folder beside `output`, and rename that to `output` once it is whole.
+
+    Only the first of several hosts keeps its folder; the others take part in gathering the weights.
     """
     if not hosts.is_first():
         with tempfile.TemporaryDirectory() as name:
@@ -114,7 +141,7 @@ def _check_free(output: Path) -> None:
 
 
 def _share(folder: Path) -> None:
-    """Gives all of it the permissions of an ordinary new file: tempfile and safetensors keep theirs private."""
+    """Give all files the permissions of an ordinary new file: tempfile and safetensors make theirs private."""
     mode = stat.S_IMODE(min(folder.glob("*config.json")).stat().st_mode)
     for file in folder.glob("*.*"):
         file.chmod(mode)
@@ -122,7 +149,7 @@ def _share(folder: Path) -> None:
 
 
 def _compare(folder: Path, single: str, tensors_of: Callable[[Any], Iterable[tuple[str, np.ndarray]]]) -> None:
-    """Reads the tensors back and holds them against what was to be written, in the dtype that they have there."""
+    """Read the tensors back and compare them with those that were written, in the dtype of the file."""
     if not hosts.is_first():
         deque(tensors_of(np.float32), maxlen=0)
         return

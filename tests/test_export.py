@@ -13,16 +13,24 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import transformers
+from huggingface_hub import ModelCard
 
 import jax_it
 from jax_it import pretrained
 from jax_it.config import Lora
 from jax_it.config import Model as ModelConfig
+from jax_it.config.settings import Config, Data, Source
+from jax_it.data import chat
 from jax_it.errors import UserError
-from jax_it.export import export, save, save_adapter
+from jax_it.export import CARD, export, save, save_adapter
+from jax_it.model_card import model_card
 from jax_it.models.weights import flatten
 from jax_it.pretrained import hf, peft
+from jax_it.resolved_run import ResolvedRun
+from jax_it.run import Run
 from tests import tiny_run
+from tests.data.chat_tokenizers import checkpoint
+from tests.harness.conftest import CAUSAL, write
 from tests.tiny_run import fails
 
 
@@ -230,3 +238,98 @@ def test_the_adapters_of_a_run_that_has_none_cannot_be_exported(capfd, run, outp
     line = fails(capfd, "export", "--workdir", run, "--output", output, "--adapter-only")
     assert line == f"jax-it export: the run in {run} trained all weights; export it without --adapter-only"
     assert not output.parent.exists()
+
+
+def card_of(folder) -> ModelCard:
+    return ModelCard.load(folder / CARD)
+
+
+def test_the_model_card_says_how_the_model_was_trained_and_scored(run, output, tmp_path):
+    copied = tiny_run.copy(run, tmp_path / "run")
+    export(copied, output)
+    card = card_of(output)
+    assert card.data.to_dict() == {
+        "library_name": "transformers", "pipeline_tag": "text2text-generation", "tags": ["jax-it", "t5"],
+    }  # fmt: skip
+    for text in (
+        "# out\n", "A t5 model, trained from random weights with jax_it", "| data | `say`, `names` |",
+        "| trained weights | all |", f"| step | {tiny_run.STEPS} of {tiny_run.STEPS} |", "| batch size | 8 examples |",
+        "| optimizer | adamw, linear schedule, warmup 3% |", "| peak learning rate | 0.03 |",
+        "| maximum length | 32 source and 16 target tokens |", "This checkpoint was not evaluated.",
+    ):  # fmt: skip
+        assert text in card.text, text
+    folder = copied / "eval" / str(tiny_run.STEPS)
+    folder.mkdir(parents=True)
+    scores = {"say": {"rougeL": 12.34567, "rougeL_ci": [1, 2], "errors": {}}, "all": {"loss": 0.5, "rougeL": 56.0}}
+    (folder / "metrics.json").write_text(json.dumps(scores))
+    export(copied, output.with_name("other"))
+    assert (
+        "| task | rougeL | loss |\n| --- | --- | --- |\n| all | 56 | 0.5 |\n| say | 12.35 |  |\n"
+        in card_of(output.with_name("other")).text
+    )
+
+
+def test_a_folder_keeps_the_model_card_that_it_has(run, loaded, output, tmp_path):
+    (tmp_path / CARD).write_text("Mine, with ü.\n", encoding="utf-8")
+    save(output, *loaded, extras=tmp_path, card="another")
+    assert (output / CARD).read_text(encoding="utf-8") == "Mine, with ü.\n"
+    save(output.with_name("other"), *loaded)
+    assert not (output.with_name("other") / CARD).exists()
+
+
+def test_the_model_card_names_the_base_model_its_license_and_the_data_sets_on_the_hub(adapted, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, file: str(tmp_path / repo / file))
+    base = tmp_path / "org" / "base"
+    base.mkdir(parents=True)
+    (base / CARD).write_text("---\nlicense: other\nlicense_name: mine\ntags: [x]\n---\nText\n")
+    data = Data(train=(Source("org/data"), Source("/home/me/own.jsonl"), Source("org/a|b", name="a|b")))
+
+    def made(path, **settings):
+        config = Config(model=ModelConfig(path=path, **settings), data=data)
+        resolved = ResolvedRun(None, True, 4, "", True, commits={"org/data@main": "abc", "org/test@": "def"})
+        run = Run(config, adapted[0], checkpoint("smollm2"), None, resolved=resolved)
+        return ModelCard(model_card("out", run, 3, None, adapter_only=True))
+
+    card = made("org/base")
+    assert card.data.to_dict() == {
+        "base_model": "org/base", "datasets": ["org/data"], "library_name": "peft", "license": "other",
+        "license_name": "mine", "pipeline_tag": "text2text-generation",
+        "tags": ["jax-it", "t5", "lora", "conversational"],
+    }  # fmt: skip
+    assert "[org/base](https://huggingface.co/org/base), fine-tuned with jax_it" in card.text
+    assert "| data | [org/data](https://huggingface.co/datasets/org/data), `own`, `a\\|b` |" in card.text
+    assert "| step | 3 of 4 |" in card.text
+    assert "| trained weights | LoRA adapters of rank 2 |" in card.text and "/home/me" not in card.text
+    card = made(str(base))  # a local folder
+    assert card.data.base_model is None and card.data.license == "other"
+    assert "`base`, fine-tuned" in card.text and str(tmp_path) not in card.text
+    assert made("org/unknown").data.license is None
+    (base / CARD).write_text("---\n: [\n---\n")
+    assert made("org/base").data.license is None
+    assert "license" not in made("org/base", pretrained=False).data.to_dict()
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own use
+@pytest.mark.parametrize("kind", ["smollm2", "llama3", "plain", "t5", "t5_chat", "adapter"])
+def test_the_code_in_a_model_card_gives_the_text_of_jax_it(kind, run, loaded, adapted, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    model, params, tokenizer = adapted if kind == "adapter" else loaded
+    if kind in ("smollm2", "llama3", "plain"):
+        chosen = checkpoint("smollm2").with_chat_template(None, "none") if kind == "plain" else checkpoint(kind)
+        model, params, tokenizer = jax_it.load(str(write(tmp_path / "made", CAUSAL, chosen)))
+    if kind == "t5_chat":
+        tokenizer = chat.with_chat_template(tokenizer, "default")
+    save(tmp_path / "base", *loaded)
+    config = Config(model=ModelConfig(path=str(tmp_path / "base")))
+    card = model_card("out", Run(config, model, tokenizer, None), 1, None, kind == "adapter")
+    if kind == "adapter":
+        save_adapter(tmp_path / "out", model, params, tokenizer, str(tmp_path / "base"), card=card)
+    else:
+        save(tmp_path / "out", model, params, tokenizer, card=card)
+    code = card_of(tmp_path / "out").text.split("```python\n")[1].split("```")[0].replace("=128", "=12")
+    capsys.readouterr()
+    exec(code, {})
+    (expected,) = jax_it.generate(model, params, tokenizer, ["What is the capital of France?"], 12)
+    assert capsys.readouterr().out == f"{expected}\n"
