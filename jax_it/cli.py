@@ -216,21 +216,32 @@ def _parser() -> argparse.ArgumentParser:
         "--run-model-code", action="store_true", help="let tasks run the programs that the model writes, under limits"
     )
 
-    generate = add("generate", _generate, "Generate text for one prompt or a file of them.")
+    generate = add("generate", _generate, "Generate text for one prompt, for a file of them, or in a conversation.")
     generate.add_argument(
-        "--model", type=_path, required=True, help="a Transformers folder, a hub name or a run's folder"
+        "--model", type=_path, required=True, help="a run's folder, a Transformers or PEFT folder, or a hub name"
     )
     source = generate.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", type=_text, help="one prompt; its text is printed")
+    source.add_argument("--prompt", type=_text, metavar="TEXT", help="one prompt; the generated text is printed")
     source.add_argument(
-        "--input", type=_path, metavar="FILE", help="rows with 'prompt' or 'messages' (JSON lines, CSV, Parquet)"
+        "--input", type=_path, metavar="FILE", help="a file of records, as for training: JSON lines, CSV or Parquet"
+    )
+    source.add_argument("--chat", action="store_true", help="a conversation on the terminal, or a line at a time")
+    generate.add_argument(
+        "--output", type=_path, metavar="FILE.jsonl", help="where the records go, with a field 'prediction' added"
     )
     generate.add_argument(
-        "--output", type=_path, metavar="FILE.jsonl", help="where the rows go, with 'prediction' added"
-    )
+        "--template", type=_filled, metavar="NAME|JINJA",
+        help="how a record of --input becomes a prompt, as data.train.N.template (default: auto); what the template "
+        "has for a completion is ignored",
+    )  # fmt: skip
+    generate.add_argument("--system", type=_filled, metavar="TEXT", help="a system prompt")
+    generate.add_argument(
+        "--raw", action="store_true",
+        help="take prompts as they are (default: render them with the model's chat template, as in training)",
+    )  # fmt: skip
     _add_sampling(generate)
 
-    export = add("export", _export, "Write a checkpoint as a folder in Transformers format, or its adapters in PEFT's.")
+    export = add("export", _export, "Write a checkpoint as a Transformers folder, or its adapters as a PEFT folder.")
     export.add_argument("--workdir", type=_path, required=True, help="the run's folder")
     export.add_argument(
         "--output",
@@ -240,10 +251,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--checkpoint", **checkpoint)
     export.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="", help="(default: the model's)"
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="", help="of the weights (default: the model's)"
     )
-
-    export.add_argument("--adapter-only", action="store_true", help="the adapters alone, in PEFT format")
+    export.add_argument("--adapter-only", action="store_true", help="write the adapters alone, in PEFT format")
 
     preview = add("preview", _preview, "Show what the model will see, and what becomes of each data set.")
     preview.add_argument("--config", **config)
@@ -264,27 +274,28 @@ def _add_sampling(generate: argparse.ArgumentParser) -> None:
     def add(name: str, type: Any, default: Any, metavar: str, help: str) -> None:
         generate.add_argument(name, type=type, default=default, metavar=metavar, help=help)
 
-    add("--max-new-tokens", _whole(1, 1 << 20), 128, "N", "(default: 128)")
-    add("--min-new-tokens", _whole(0), 0, "N", "no end mark before (default: 0)")
-    add("--num-beams", _positive, 1, "N", "beam search; 1: greedy (default)")
-    add("--length-penalty", _number, 1.0, "X", "of beams; more favours longer texts (default: 1)")
+    add("--max-new-tokens", _whole(1, 1 << 20), 128, "N", "the most tokens that are generated (default: 128)")
+    add("--min-new-tokens", _whole(0), 0, "N", "the fewest tokens that are generated (default: 0)")
+    add("--temperature", _number, 0.0, "T", "0: always the most likely token (default); above 0: sample")
+    add("--top-k", _whole(0), 0, "K", "sample from the K most likely tokens; 0: from all (default)")
+    add("--top-p", _number, 1.0, "P", "sample from the most likely tokens that add up to probability P (default: 1)")
+    add("--min-p", _number, 0.0, "P", "leave out tokens less likely than P times the most likely one (default: 0)")
+    add("--repetition-penalty", _number, 1.0, "X", "above 1: make repeated tokens less likely (default: 1)")
+    add("--seed", _whole(0, MAX_SEED), 0, "S", "of sampling (default: 0)")
+    add("--num-return-sequences", _positive, 1, "N", "texts for each prompt: samples, or the best beams (default: 1)")
+    add("--num-beams", _positive, 1, "N", "beam search with N beams; 1: none (default)")
+    add("--length-penalty", _number, 1.0, "X", "beam search: above 0 favours longer texts (default: 1)")
     generate.add_argument(
-        "--early-stopping", choices=["no", "yes", "never"], default="no", help="of beams, as in Transformers"
-    )
-    add("--temperature", _number, 0.0, "T", "0: greedy (default)")
-    add("--top-k", _whole(0), 0, "K", "draw from the K likeliest; 0: all (default)")
-    add("--top-p", _number, 1.0, "P", "draw from this much probability (default: 1)")
-    add("--min-p", _number, 0.0, "P", "and from what has this share of the likeliest one's (default: 0)")
-    add("--repetition-penalty", _number, 1.0, "X", "above 1: tokens that were there become less likely (default: 1)")
-    add("--num-samples", _positive, 1, "N", "texts of each prompt: draws, or the best beams (default: 1)")
-    add("--seed", _whole(0, MAX_SEED), 0, "S", "(default: 0)")
-    add("--forced-bos-token", _text, "", "PIECE", "that every text begins with, such as a language's token")
+        "--early-stopping", choices=["no", "yes", "never"], default="no",
+        help="beam search: when to stop, as early_stopping in Transformers (default: no)",
+    )  # fmt: skip
+    add("--forced-bos-token", _text, "", "TOKEN", "the first token of every text, such as a target language's")
     generate.add_argument(
         "--stop", type=_stop, action="append", default=[], metavar="TEXT",
-        help=r"ends a text; may be repeated; \n, \t, \r and \\ are read as in Python",
+        help=r"end a text before TEXT; may be given several times; \n, \t, \r and \\ are escapes as in Python",
     )  # fmt: skip
-    generate.add_argument("--log-probs", action="store_true", help="write each token's log-probability too")
-    add("--batch-size", _positive, 32, "N", "texts at a time (default: 32)")
+    generate.add_argument("--logprobs", action="store_true", help="write the log probability of each token too")
+    add("--batch-size", _positive, 32, "N", "texts that are generated at a time (default: 32)")
 
 
 def _whole(least: int, most: int = (1 << 31) - 1) -> Callable[[str], int]:
@@ -462,23 +473,35 @@ def _outputs(options: dict[str, str | None]) -> dict[str, epath.Path]:
 
 
 def _generate(options: argparse.Namespace, changes: dict[str, str]) -> None:
-    from jax_it import hosts
+    from jax_it import chat_session, hosts
+    from jax_it.data.templates import Turn
     from jax_it.predict import generate_file, read_prompts
 
     if options.input and not options.output:
         raise UserError("--input needs --output, the file that the rows are written to")
+    if options.template and not options.input:
+        raise UserError("--template goes with --input")
+    if options.system and options.raw:
+        raise UserError("--system and --raw exclude each other: a system prompt is rendered with the prompt")
     sampling = _sampling(options)
-    rows, prompts = [{"prompt": options.prompt}], [options.prompt]
+    if options.chat:
+        if options.raw or options.output or options.num_return_sequences > 1:
+            raise UserError("--raw, --output and --num-return-sequences do not go with --chat")
+        return chat_session.run(
+            options.model, options.system or "", options.max_new_tokens, sampling, options.stop,
+            options.forced_bos_token,
+        )  # fmt: skip
     if options.input:
-        rows, prompts = read_prompts(options.input)
+        rows, prompts = read_prompts(options.input, options.template or "auto", options.system or "", options.raw)
+    else:
+        rows = [{"prompt": options.prompt}]
+        prompts = [options.prompt]
+        if options.system:
+            prompts = [(Turn("system", options.system), Turn("user", options.prompt))]
     found = generate_file(
         options.model, rows, prompts, options.output, options.max_new_tokens, sampling, options.batch_size,
-        options.stop, options.log_probs, options.forced_bos_token,
+        options.stop, options.logprobs, options.forced_bos_token, options.raw,
     )  # fmt: skip
-    texts = [text for several in found for text in several]
-    if hosts.is_first() and (cut := sum(not text.finished for text in texts)):
-        of = f"--max-new-tokens {options.max_new_tokens} before they ended"
-        print(f"jax-it generate: {cut} of {len(texts)} texts reached {of}", file=sys.stderr)
     if options.prompt is not None and hosts.is_first():
         for text in found[0]:
             print(text.text)
@@ -497,19 +520,19 @@ def _sampling(options: argparse.Namespace) -> Any:
     if not 0 <= options.min_new_tokens <= options.max_new_tokens:
         raise UserError(f"--min-new-tokens must be from 0 to --max-new-tokens, {options.max_new_tokens}")
     if beams and draws:
-        raise UserError("--num-beams and --temperature exclude each other: beam search draws nothing")
+        raise UserError("--num-beams and --temperature exclude each other: beam search does not sample")
     if not draws and (options.top_k or options.top_p < 1 or options.min_p):
-        raise UserError("--top-k, --top-p and --min-p need a --temperature above 0: greedy decoding draws nothing")
+        raise UserError("--top-k, --top-p and --min-p need a --temperature above 0: greedy decoding does not sample")
     if not beams and (options.length_penalty != 1 or options.early_stopping != "no"):
-        raise UserError("--length-penalty and --early-stopping are of beams; give --num-beams")
-    if not draws and options.num_samples > options.num_beams:
-        raise UserError("--num-samples needs a --temperature above 0, or as many --num-beams at least")
-    if options.log_probs and not options.output:
-        raise UserError("--log-probs needs --output, the file that they are written to")
+        raise UserError("--length-penalty and --early-stopping are for beam search; add --num-beams")
+    if not draws and options.num_return_sequences > options.num_beams:
+        raise UserError("--num-return-sequences needs a --temperature above 0, or at least as many --num-beams")
+    if options.logprobs and not options.output:
+        raise UserError("--logprobs needs --output, the file that they are written to")
     sampling = Sampling(
         options.temperature, options.top_k, options.top_p, options.seed, options.num_beams, options.length_penalty,
         {"no": False, "yes": True}.get(options.early_stopping, "never"), options.min_p, options.repetition_penalty,
-        options.min_new_tokens, num_samples=options.num_samples,
+        options.min_new_tokens, num_samples=options.num_return_sequences,
     )  # fmt: skip
     check(sampling, options.max_new_tokens, vocabulary=options.num_beams)  # the model's is known when it is loaded
     return sampling

@@ -84,7 +84,7 @@ def exit_code(*arguments):
             "--config.data.train[0].path is given twice; keep one",
         ),
         (("preview", "--config", "x", "--num", "few"), "--num"),
-        (("generate", "--model", "x"), "one of the arguments --prompt --input is required"),
+        (("generate", "--model", "x"), "one of the arguments --prompt --input --chat is required"),
         (("generate", "--model", "x", "--prompt", "y", "--input", "z"), "not allowed with"),
         (("export", "--workdir", "x", "--output", "y", "--dtype", "int8"), "'int8' (choose from"),
         (("train", "--config", "x", "--workdir", ""), "train: argument --workdir: a path is empty; name a folder"),

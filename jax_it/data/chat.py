@@ -144,6 +144,15 @@ def prompt_text(turns: Sequence[Turn], tokenizer: Tokenizer, where: str) -> str:
     return _apply(turns, tokenizer, where, generation=True)
 
 
+def training_prompt_text(turns: Sequence[Turn], tokenizer: Tokenizer, where: str) -> str:
+    """Return the text that stands before an answer to turns that end with the user, in training of a causal model.
+
+    `prompts` gives its tokens.
+    """
+    rendered = _render((*turns, Turn("assistant", _PLACEHOLDER)), tokenizer, where, "last")
+    return rendered.text[: rendered.spans[-1][0]]
+
+
 # Rendering
 
 

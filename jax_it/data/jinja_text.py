@@ -61,11 +61,12 @@ def _refuse_null(value: Any) -> Any:
 
 
 @cache
-def compile_template(text: str) -> Callable[[Fields], list[str]]:
+def compile_template(text: str, prompt_only: bool = False) -> Callable[[Fields], list[str]]:
     """Return a function from a record's fields to the texts between the bars of Jinja text, stripped.
 
-    It raises MissingField for a field that is missing or null, and RenderError for text that cannot be computed.
-    Raises UserError for text that is not valid Jinja, or whose result is random.
+    With `prompt_only` it is the text before the first bar, and the rest is not computed. The function raises
+    MissingField for a field that is missing or null, and RenderError for text that cannot be computed. Raises UserError
+    for text that is not valid Jinja, or whose result is random.
     """
     environment = Environment(undefined=jinja2.StrictUndefined, finalize=_refuse_null)
     if name := random_name(text):
@@ -85,8 +86,9 @@ def compile_template(text: str) -> Callable[[Fields], list[str]]:
         raise UserError(f"template {short(text)} is not valid Jinja: {reason}") from None
 
     def make(fields: Fields) -> list[str]:
+        copied = copy.deepcopy(fields)  # which a template may change
         try:
-            rendered = template.render(copy.deepcopy(fields))  # which a template may change
+            rendered = template.render_before(_DIVIDES, copied) if prompt_only else template.render(copied)
         except jinja2.UndefinedError as error:
             raise MissingField(str(error).replace("' is undefined", "' is missing")) from None
         except Exception as error:  # a template may run any expression on any data

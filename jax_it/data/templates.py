@@ -67,17 +67,35 @@ def text(record: Record, template: str) -> str:
     return " ||| ".join(texts(record, template))
 
 
-def conversation(record: Record) -> tuple[Turn, ...]:
-    """Return the turns of a record's messages, which end with the user, to generate an answer to.
+def prompt(record: Record, template: str) -> tuple[Turn, ...]:
+    """Return the turns that a completion answers. The completion is not read, and the record may lack it.
 
-    Raises InvalidRecord for messages of any other form.
+    Raises as `render` does.
     """
+    make = TEMPLATES.get(template)
+    if record.error:
+        raise InvalidRecord(record.error)
     try:
-        turns = turns_of(record.fields, answered=False)
+        if make:
+            example = make(_with_empty_completion(record.fields))
+        else:
+            example = _jinja(template, prompt_only=True)(record.fields)
+        turns = example.turns[:-1]
         _check_unicode(*(turn.text for turn in turns))
     except Malformed as error:
-        raise InvalidRecord(f"{record.where}: {error}") from None
+        raise _invalid(error, record, template) from None
     return turns
+
+
+def _with_empty_completion(fields: Fields) -> Fields:
+    """Return the fields with an empty completion, for any of `TEMPLATES`."""
+    found = fields | dict.fromkeys(("completion", "output"), "")
+    for name in ("messages", "conversations"):
+        messages = fields.get(name)
+        last = messages[-1] if isinstance(messages, list) and messages else None
+        if isinstance(last, dict) and (last.get("role") or last.get("from")) in ("user", "human"):
+            found[name] = [*messages, {"role": "assistant", "content": ""}]
+    return found
 
 
 def _invalid(error: Malformed, record: Record, template: str) -> InvalidRecord:
@@ -151,11 +169,11 @@ def _alpaca(fields: Fields) -> Example:
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
-def turns_of(fields: Fields, answered: bool) -> tuple[Turn, ...]:
+def _turns_of(fields: Fields) -> tuple[Turn, ...]:
     """Return the turns of {messages: [{role, content}]} or ShareGPT's {conversations: [{from, value}]}.
 
-    User and assistant alternate, after at most one system turn; the last turn is the assistant's if `answered`, else
-    the user's. Raises Malformed for anything else.
+    User and assistant alternate, after at most one system turn; the last turn is the assistant's. Raises Malformed for
+    anything else.
     """
     messages = _field(fields, "messages", "conversations")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
@@ -175,11 +193,10 @@ def turns_of(fields: Fields, answered: bool) -> tuple[Turn, ...]:
     for number, (one, two) in enumerate(itertools.pairwise(spoken), 2):
         if one.role == two.role:
             raise Malformed(f"two {one.role} messages in a row, the second of which is turn {number}")
-    last = "assistant" if answered else "user"
-    if spoken[-1].role != last:
-        raise Malformed(f"the messages end with the {spoken[-1].role}; the last one must be the {last}'s")
+    if spoken[-1].role != "assistant":
+        raise Malformed("the messages end with the user; the last one must be the assistant's")
     for number, turn in enumerate(spoken, 1):
-        if not turn.text.strip() and not (answered and number == len(spoken)):
+        if not turn.text.strip() and number < len(spoken):
             raise Malformed(f"turn {number}, the {turn.role}'s, is empty")
     return tuple(turns)
 
@@ -201,7 +218,7 @@ def _turn(message: dict[str, Any], number: int) -> Turn:
 
 def _messages(fields: Fields) -> Example:
     """Render a conversation of any number of turns, the last of which is the completion."""
-    turns = turns_of(fields, answered=True)
+    turns = _turns_of(fields)
     return Example(turns, (turns[-1].text,))
 
 
@@ -272,11 +289,11 @@ TEMPLATES: dict[str, Callable[[Fields], Example]] = {
 
 
 @cache
-def _jinja(text: str) -> Callable[[Fields], Example]:
+def _jinja(text: str, prompt_only: bool = False) -> Callable[[Fields], Example]:
     if "|||" not in text:
         known = ", ".join(TEMPLATES)
         raise UserError(f"template {short(text)} is not one of {known}, nor Jinja text with '|||' in it")
-    parts_of = compile_template(text)
+    parts_of = compile_template(text, prompt_only)
 
     def make(fields: Fields) -> Example:
         prompt, *completions = parts_of(fields)

@@ -11,7 +11,7 @@ import pytest
 
 from jax_it.data import templates
 from jax_it.data.sources import Record
-from jax_it.data.templates import TEMPLATES, Example, Turn, conversation, render
+from jax_it.data.templates import TEMPLATES, Example, Turn, prompt, render
 from jax_it.errors import UserError
 
 WHERE = "data/train.jsonl, line 7"
@@ -230,17 +230,49 @@ def test_messages_may_repeat_the_first_question_as_the_prompt():
     assert example("auto", messages=None, prompt="a", completion="b") == pair("a", "b")
 
 
-def test_a_conversation_to_answer_ends_with_the_user():
-    assert conversation(Record({"messages": [USER, ASSISTANT, USER]}, WHERE)) == (
-        Turn("user", "Hi"), Turn("assistant", "Hello"), Turn("user", "Hi"),
-    )  # fmt: skip
-    for messages, message in (
-        ([USER, ASSISTANT], "the messages end with the assistant; the last one must be the user's"),
-        ([{"role": "user", "content": "\n"}], "turn 1, the user's, is empty"),
-        ([{"role": "user", "content": "\ud83d"}], "is half of a surrogate pair"),
-    ):
-        with pytest.raises(UserError, match=f"^{WHERE}: .*{message}"):
-            conversation(Record({"messages": messages}, WHERE))
+@pytest.mark.parametrize(
+    "template, fields, turns",
+    [
+        ("auto", {"prompt": "a", "completion": ["b", "c"]}, (Turn("user", "a"),)),
+        ("auto", {"prompt": "a"}, (Turn("user", "a"),)),
+        ("auto", {"prompt": "a", "completion": 3}, (Turn("user", "a"),)),
+        ("auto", {"instruction": "a", "input": "b"}, (Turn("user", "a\n\nb"),)),
+        ("alpaca", {"instruction": "a", "output": None}, (Turn("user", "a"),)),
+        ("super_ni_definition", {"Definition": "a.", "input": "b"},
+         (Turn("user", "Definition: a.\n\nNow complete the following example -\nInput: b.\nOutput:"),)),
+        ("auto", {"messages": [USER]}, (Turn("user", "Hi"),)),
+        ("auto", {"messages": [SYSTEM, USER, ASSISTANT]}, (Turn("system", "Be kind."), Turn("user", "Hi"))),
+        ("auto", {"messages": [USER, ASSISTANT, USER]},
+         (Turn("user", "Hi"), Turn("assistant", "Hello"), Turn("user", "Hi"))),
+        ("messages", {"conversations": [{"from": "human", "value": "Hi"}]}, (Turn("user", "Hi"),)),
+        ("{{question}} ||| {{answer}}", {"question": "a"}, (Turn("user", "a"),)),
+        ("{{question}} ||| {{answer}}", {"question": "a", "answer": "b"}, (Turn("user", "a"),)),
+        ("{% if a %}{{ a }} ||| {{ b[0] }}{% endif %}", {"a": "x"}, (Turn("user", "x"),)),
+        ("{{ output }}: ||| {{ b }}", {"output": "x", "b": 1}, (Turn("user", "x:"),)),
+    ],
+)  # fmt: skip
+def test_the_prompt_of_a_record_does_not_need_its_completion(template, fields, turns):
+    assert prompt(Record(fields, WHERE), template) == turns
+
+
+@pytest.mark.parametrize(
+    "template, fields, message",
+    [
+        ("messages", {"messages": [{"role": "user", "content": "\n"}]}, "turn 1, the user's, is empty"),
+        ("messages", {"messages": [{"role": "user", "content": "\ud83d"}]}, ".* is half of a surrogate pair"),
+        ("messages", {"messages": [ASSISTANT]}, "the messages begin with the assistant, as many ShareGPT threads do"),
+        ("{{question}} ||| {{answer}}", {"answer": "b"}, "'question' is missing, which template"),
+        ("{% for i in [1, 2] %}{{ i }}{{ x }}{% endfor %} ||| {{ b }}", {}, "'x' is missing, which template"),
+    ],
+)  # fmt: skip
+def test_a_record_without_a_prompt_is_refused_with_its_place(template, fields, message):
+    with pytest.raises(UserError, match=f"^{WHERE}: {message}"):
+        prompt(Record(fields, WHERE), template)
+
+
+def test_a_prompt_is_rendered_within_the_bounds_of_a_template():
+    with pytest.raises(UserError, match="it takes more than"):
+        prompt(Record({}, WHERE), "{% for i in range(1000) %}{% for j in range(10000) %}{% endfor %}{% endfor %} ||| b")
 
 
 def test_half_a_surrogate_pair_is_refused_before_a_tokenizer_fails_on_it():

@@ -45,6 +45,7 @@ TOPOLOGIES = (
     "9" * 500,
 )
 STEPS = ("latest", "best", "45", "0", "-1", "", "³", "9" * 5000, "\ud800", "../45", "1e1")
+TEMPLATES = ("auto", "messages", "nope", "{{prompt}} ||| x", "{{ ||| }}", "|||", *TEXTS)
 FLAG = None
 OPTIONS = {  # of each command its options and what they take; those that must be there come first
     "preview": {"--config": CONFIGS, "--num": NUMBERS},
@@ -65,16 +66,18 @@ OPTIONS = {  # of each command its options and what they take; those that must b
         "--model": PATHS, "--prompt": TEXTS, "--input": PATHS, "--output": PATHS, "--max-new-tokens": NUMBERS,
         "--min-new-tokens": NUMBERS, "--num-beams": NUMBERS, "--length-penalty": NUMBERS, "--temperature": NUMBERS,
         "--top-k": NUMBERS, "--top-p": NUMBERS, "--min-p": NUMBERS, "--repetition-penalty": NUMBERS,
-        "--num-samples": NUMBERS,
-        "--seed": NUMBERS, "--forced-bos-token": TEXTS, "--stop": TEXTS, "--batch-size": NUMBERS, "--log-probs": FLAG,
-        "--early-stopping": ("no", "yes", "never", ""),
+        "--num-return-sequences": NUMBERS,
+        "--seed": NUMBERS, "--forced-bos-token": TEXTS, "--stop": TEXTS, "--batch-size": NUMBERS, "--logprobs": FLAG,
+        "--early-stopping": ("no", "yes", "never", ""), "--template": TEMPLATES, "--system": TEXTS, "--raw": FLAG,
+        "--chat": FLAG,
     },
     "train": {"--config": CONFIGS, "--workdir": PATHS},
 }  # fmt: skip
 GOOD = {
     "--config": "config.py", "--topology": "cpu:2", "--workdir": "run", "--model": "run", "--prompt": "say red 1",
     "--output": "new", "--json": "new.json", "--csv": "new.csv", "--hlo": "new.hlo", "--checkpoint": "45",
-    "--max-new-tokens": "2", "--temperature": "1", "--num-samples": "2", "--seed": "3", "--stop": "e", "--num": "1",
+    "--max-new-tokens": "2", "--temperature": "1", "--num-return-sequences": "2",
+    "--seed": "3", "--stop": "e", "--num": "1",
 }  # fmt: skip
 REQUIRED = {"preview": 1, "plan": 2, "export": 2, "eval": 1, "generate": 2, "train": 2}
 CHANGES = ("", ".", "=", ".x=1", ".train.seed", ".train.seed=\ud800", ".eval.limit=1", ".eval.=1", ".model..path=x")
