@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from jax_it import sharding
 from jax_it.data import chat
+from jax_it.data.templates import Turn
 from jax_it.errors import UserError
 from jax_it.generation import GREEDY, Engine, Sampling, StopStrings, generate
 from jax_it.generation.likelihood import LikelihoodRequest, Likelihoods
@@ -96,21 +97,18 @@ class HarnessModel(TemplateLM):
         return self.path.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Raises UserError for a model that has no template, or one that takes no such conversation."""
+        """Render a conversation as training does, up to where an answer begins.
+
+        Without `add_generation_prompt` the last message is the beginning of an answer.
+        Raises UserError for a model without a chat template, and for a template that refuses the conversation.
+        """
         if not self._tokenizer.chat_template:
             raise UserError(f"{self.path} has no chat template; leave --apply_chat_template out")
         self._chat = True
-        chat.render(chat_history, self._tokenizer, self.path)  # within bounds of time and size
-        try:
-            return self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        except Exception as error:  # a template may run any expression on any text
-            reason = " ".join(str(error).split())
-            raise UserError(f"the chat template of {self.path} does not take a task's messages: {reason}") from error
+        turns = [Turn(message["role"], message["content"]) for message in chat_history]
+        begun = "" if add_generation_prompt else turns.pop().text
+        render = chat.training_prompt_text if self.backend == "causal" else chat.prompt_text
+        return render(turns, self._tokenizer, f"a prompt for {self.path}") + begun
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         if add_special_tokens is None:

@@ -8,7 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from jax_it.data import chat
 from jax_it.data.formats import CausalBatch
+from jax_it.data.templates import Turn
 from jax_it.errors import UserError
 from jax_it.generation import GREEDY
 from jax_it.harness import __main__ as command
@@ -153,6 +155,22 @@ def test_a_chat_template_makes_a_prompt_of_messages(models):
     assert "/" not in model.tokenizer_name
     with pytest.raises(UserError, match="has no chat template; leave --apply_chat_template out"):
         models["t5"].apply_chat_template(messages)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama3"])
+def test_the_prompt_of_a_conversation_has_the_tokens_that_training_gives_it(models, name):
+    model = models[name]
+    turns = (Turn("user", "Hi"), Turn("assistant", "Hello"), Turn("user", "Who are you?"))
+    text = model.apply_chat_template([{"role": turn.role, "content": turn.text} for turn in turns])
+    (expected,) = chat.prompts([turns], ["here"], model._tokenizer)
+    assert model.tok_encode(text) == expected
+
+
+def test_a_chat_template_that_asks_for_the_date_gets_that_of_training(models, monkeypatch):
+    model = models["smollm2"]
+    template = "{{ strftime_now('%d %b %Y') }}" + model._tokenizer.chat_template
+    monkeypatch.setattr(model, "_tokenizer", model._tokenizer.with_chat_template(template, "dated"))
+    assert model.apply_chat_template([{"role": "user", "content": "Hi"}]).startswith("26 Jul 2024")
 
 
 def test_lm_eval_scores_tasks_of_files(models, tasks):
