@@ -63,7 +63,11 @@ def find_changes(
     """
     for name in allow:
         if name not in CHANGEABLE:
-            raise UserError(f"--allow-change {name}: this cannot change within a run; {', '.join(CHANGEABLE)} can")
+            others = ", ".join(each for each in CHANGEABLE if not each.startswith("train.optimizer."))
+            raise UserError(
+                f"--allow-change {name}: this cannot change within a run; {others} and the settings of train.optimizer "
+                "other than its name can"
+            )
     changes: Changes = {}
     old, new = (flatten(_as_mapping(settings.to_dict(settings.without_unread(each, kind)))) for each in (saved, config))
     for name in sorted(old.keys() | new.keys()):
