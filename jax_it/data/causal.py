@@ -209,17 +209,17 @@ def _encode_conversations(
             counts.empty_completion += 1
             yield None
             continue
-        whole = encoded[i]
-        trained = int(np.count_nonzero(whole.loss_mask))
-        counts.source_tokens += len(whole.target) - trained
-        counts.target_tokens += trained
+        _, tokens, _, mask = encoded[i]
+        assert mask is not None
+        counts.source_tokens += int((~mask).sum())
+        counts.target_tokens += int(mask.sum())
         if tokenizer.unknown is not None:
-            counts.unknown_tokens += int((whole.target == tokenizer.unknown).sum())
-        if len(whole.target) <= data.max_seq_length:
-            yield _sequence(whole.target, whole.loss_mask)
+            counts.unknown_tokens += int((tokens == tokenizer.unknown).sum())
+        if len(tokens) <= data.max_seq_length:
+            yield _sequence(tokens, mask)
             continue
         if data.truncate == "error":
-            raise _too_long(locations[i], len(whole.target), data)
+            raise _too_long(locations[i], len(tokens), data)
         shorter = None
         if data.truncate != "drop":
             shorter = _shortened(item.turns, locations[i], data, tokenizer)

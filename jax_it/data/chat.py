@@ -114,7 +114,7 @@ def prompts(conversations: Sequence[Sequence[Turn]], locations: Sequence[str], t
     """
     answered = [(*turns, Turn("assistant", _PLACEHOLDER)) for turns in conversations]
     encoded = encode(answered, locations, tokenizer, "last")
-    return [item.target[: int(np.argmax(item.loss_mask))].tolist() for item in encoded]
+    return [tokens[: int(np.argmax(mask))].tolist() for _, tokens, _, mask in encoded if mask is not None]
 
 
 def ends(tokenizer: Tokenizer) -> tuple[int, ...]:
