@@ -209,7 +209,8 @@ def _encode_conversations(
             counts.empty_completion += 1
             yield None
             continue
-        tokens, mask = encoded[i]
+        _, tokens, _, mask = encoded[i]
+        assert mask is not None
         counts.source_tokens += int((~mask).sum())
         counts.target_tokens += int(mask.sum())
         if tokenizer.unknown is not None:
@@ -231,38 +232,37 @@ def _encode_conversations(
             counts.add_cut(prompt_cut, not prompt_cut)
         else:
             counts.too_long += 1
-        yield None if shorter is None else _sequence(*shorter)
+        yield None if shorter is None else _sequence(shorter.target, shorter.loss_mask)
 
 
-def _shortened(
-    turns: Sequence[Turn], where: str, data: Data, tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the tokens and loss mask of as many exchanges as fit; None where not even one does."""
+def _shortened(turns: Sequence[Turn], where: str, data: Data, tokenizer: Tokenizer) -> Encoded | None:
+    """Return as many exchanges as fit; None where not even one does."""
     first = 1 if turns[0].role == "system" else 0
     for lost in range(2, len(turns) - first, 2):
         rest = turns[first + lost :] if data.truncate == "start" else turns[first : len(turns) - lost]
         (found,) = chat.encode([(*turns[:first], *rest)], [where], tokenizer, data.train_on)
-        if len(found[0]) <= data.max_seq_length:
+        if len(found.target) <= data.max_seq_length:
             return found
     return None
 
 
-def _clipped(
-    turns: Sequence[Turn], where: str, data: Data, tokenizer: Tokenizer
-) -> tuple[tuple[np.ndarray, np.ndarray], bool, bool]:
+def _clipped(turns: Sequence[Turn], where: str, data: Data, tokenizer: Tokenizer) -> tuple[Encoded, bool, bool]:
     """Return the last exchange without the end of its answer, or without the start of its prompt where that is needed.
 
     Also return whether turns before it were lost, and whether its prompt was cut.
     """
     first = 1 if turns[0].role == "system" else 0
-    ((tokens, mask),) = chat.encode([(*turns[:first], *turns[-2:])], [where], tokenizer, "last")
-    start = max(int(np.argmax(mask)) - data.max_seq_length, 0)
+    (found,) = chat.encode([(*turns[:first], *turns[-2:])], [where], tokenizer, "last")
+    assert found.loss_mask is not None
+    start = max(int(np.argmax(found.loss_mask)) - data.max_seq_length, 0)
     span = slice(start, start + data.max_seq_length)
-    return (tokens[span], mask[span]), len(turns) > first + 2, start > 0
+    clipped = _sequence(found.target[span], found.loss_mask[span])
+    return clipped, len(turns) > first + 2, start > 0
 
 
-def _sequence(tokens: np.ndarray, mask: np.ndarray) -> Encoded:
+def _sequence(tokens: np.ndarray, mask: np.ndarray | None) -> Encoded:
     """Return a causal example. Nothing precedes the first token, which cannot be trained on."""
+    assert mask is not None
     mask = mask.copy()
     mask[:1] = False
     return Encoded(np.zeros(0, np.int32), tokens, loss_mask=mask)

@@ -23,7 +23,7 @@ from jax_it.data.jinja import ImmutableEnvironment
 from jax_it.data.jinja_text import random_name
 from jax_it.data.records import InvalidRecord
 from jax_it.data.templates import Turn
-from jax_it.data.tokenizer import Tokenizer
+from jax_it.data.tokenizer import Encoded, Tokenizer
 from jax_it.errors import UserError
 from jax_it.files import read_text
 
@@ -40,13 +40,6 @@ DEFAULT = (
     "{% else %}{{ 'Assistant:\\n' + message['content'] | trim + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n\\nAssistant:\\n' }}{% endif %}"
 )
-
-
-class Conversation(NamedTuple):
-    """A conversation as token ids; the loss mask is true for the assistant's text and for the end of its turns."""
-
-    tokens: np.ndarray  # int32
-    loss_mask: np.ndarray  # bool
 
 
 class _Markup(NamedTuple):
@@ -93,7 +86,7 @@ def with_chat_template(tokenizer: Tokenizer, setting: str) -> Tokenizer:
 
 def encode(
     conversations: Sequence[Sequence[Turn]], locations: Sequence[str], tokenizer: Tokenizer, train_on: str
-) -> list[Conversation]:
+) -> list[Encoded]:
     """Return each conversation, which ends with the assistant, as the chat template renders it.
 
     `train_on` is "all" or "last": which of the assistant's turns are trained on. `locations` say where each is from.
@@ -121,7 +114,7 @@ def prompts(conversations: Sequence[Sequence[Turn]], locations: Sequence[str], t
     """
     answered = [(*turns, Turn("assistant", _PLACEHOLDER)) for turns in conversations]
     encoded = encode(answered, locations, tokenizer, "last")
-    return [item.tokens[: int(np.argmax(item.loss_mask))].tolist() for item in encoded]
+    return [tokens[: int(np.argmax(mask))].tolist() for _, tokens, _, mask in encoded if mask is not None]
 
 
 def ends(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -379,7 +372,7 @@ def _piecewise(item: _Rendered, tokenizer: Tokenizer, where: str) -> tuple[np.nd
     return np.array(tokens, np.int32), np.array(mask, bool)
 
 
-def _started_once(tokens: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> Conversation:
+def _started_once(tokens: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> Encoded:
     """Return the conversation with exactly one beginning token, where the tokenizer adds one."""
     start = tokenizer.start
     if start is not None:
@@ -388,4 +381,4 @@ def _started_once(tokens: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) ->
             written += 1
         tokens = np.concatenate([[start], tokens[written:]]).astype(np.int32)
         mask = np.concatenate([[False], mask[written:]])
-    return Conversation(tokens, mask)
+    return Encoded(np.zeros(0, np.int32), tokens, loss_mask=mask)

@@ -5,30 +5,15 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
-
-import numpy as np
 
 from jax_it.config import Data
 from jax_it.data import chat
 from jax_it.data.records import InvalidRecord
 from jax_it.data.templates import Example, Turn
-from jax_it.data.tokenizer import Tokenizer
+from jax_it.data.tokenizer import Encoded, Tokenizer
 from jax_it.errors import UserError, shorten
 
 MAX_REASONS = 20  # why records are invalid: so many are kept
-
-
-class Encoded(NamedTuple):
-    """An example as token ids, int32, with the special tokens around them.
-
-    An example of a causal model is all target, with a source of no token and a loss mask.
-    """
-
-    source: np.ndarray
-    target: np.ndarray
-    block: int = 0  # of a packed row: the block that holds the source
-    loss_mask: np.ndarray | None = None  # bool, of the target: which tokens are trained on
 
 
 Encoding = Iterator[Encoded | None]

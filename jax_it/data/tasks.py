@@ -168,9 +168,10 @@ def _answers(options: Sequence[tuple[_Question, str]], tokenizer: Tokenizer) -> 
     """Prompt and answer by the chat template, without what ends the turn."""
     talks = [(*question.turns, Turn("assistant", text)) for question, text in options]
     ends = chat.ends(tokenizer)
-    for tokens, learnt in chat.encode(talks, [question.record.where for question, _ in options], tokenizer, "last"):
-        begin = int(learnt.argmax())
-        answer = tokens[begin:][learnt[begin:]].tolist()
+    for _, tokens, _, mask in chat.encode(talks, [question.record.where for question, _ in options], tokenizer, "last"):
+        assert mask is not None
+        begin = int(mask.argmax())
+        answer = tokens[begin:][mask[begin:]].tolist()
         while len(answer) > 1 and answer[-1] in ends:
             answer.pop()
         yield tokens[:begin].tolist(), answer

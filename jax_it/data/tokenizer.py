@@ -1,16 +1,28 @@
-"""A tokenizer: text to token ids and back."""
+"""A tokenizer, which turns text into token ids and back, and an example as these ids."""
 
 import copy
 import hashlib
 from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 
 from jax_it.errors import UserError
+
+
+class Encoded(NamedTuple):
+    """An example as token ids, int32, with the special tokens around them.
+
+    An example of a causal model is all target, with a source of no token and a loss mask.
+    """
+
+    source: np.ndarray
+    target: np.ndarray
+    block: int = 0  # of a packed row: the block that holds the source
+    loss_mask: np.ndarray | None = None  # bool, of the target: which tokens are trained on
 
 
 class Tokenizer:

@@ -9,7 +9,7 @@ import pytest
 
 from jax_it.data import chat
 from jax_it.data import tokenizer_files as tokenizer
-from jax_it.data.chat import Conversation
+from jax_it.data.formats import Encoded
 from jax_it.data.templates import Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
@@ -60,15 +60,15 @@ def test_a_chat_template_that_would_give_other_data_each_time_is_refused():
         encode(talk("x"), it)
 
 
-def encode(turns: list[Turn], tokenizer: Tokenizer, train_on: str = "all") -> Conversation:
+def encode(turns: list[Turn], tokenizer: Tokenizer, train_on: str = "all") -> Encoded:
     (found,) = chat.encode([turns], ["data.json, line 3"], tokenizer, train_on)
     return found
 
 
-def learnt(found: Conversation, tokenizer: Tokenizer) -> list[str]:
+def learnt(found: Encoded, tokenizer: Tokenizer) -> list[str]:
     """The text of each stretch of supervised tokens, as the tokenizer decodes it."""
     edges = np.flatnonzero(np.diff([0, *found.loss_mask.astype(int), 0])).reshape(-1, 2)
-    return [tokenizer.text(found.tokens[start:stop]) for start, stop in edges]
+    return [tokenizer.text(found.target[start:stop]) for start, stop in edges]
 
 
 def expected(name: str, answer: str) -> str:
@@ -122,7 +122,7 @@ def test_the_tokens_are_those_of_the_rendering_with_one_mark_of_beginning(name):
     messages = [{"role": turn.role, "content": turn.text} for turn in talk(*ANSWERS)]
     text = it.backend.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024")
     theirs = it.backend(text, add_special_tokens=False)["input_ids"]
-    found = encode(talk(*ANSWERS), it).tokens.tolist()
+    found = encode(talk(*ANSWERS), it).target.tolist()
     if it.start is not None and theirs[0] != it.start:
         theirs = [it.start, *theirs]
     assert found == theirs
@@ -136,7 +136,7 @@ def test_generation_starts_from_what_stands_before_the_answer_in_training(name):
         turns = talk("I am well.", answer)
         found = encode(turns, it, "last")
         (prompt,) = chat.prompts([turns[:-1]], ["here"], it)
-        assert found.tokens[: int(np.argmax(found.loss_mask))].tolist() == prompt
+        assert found.target[: int(np.argmax(found.loss_mask))].tolist() == prompt
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -145,7 +145,7 @@ def test_an_answer_ends_at_its_end_of_turn_or_the_end_of_text(name):
     ends = chat.ends(it)
     assert {it.text([token]) for token in ends} == {STOCK[name][0].strip(), KINDS[name].end}
     found = encode(talk("a", "b"), it)
-    assert sum(int(token) in ends for token in found.tokens[found.loss_mask]) == 2
+    assert sum(int(token) in ends for token in found.target[found.loss_mask]) == 2
 
 
 def test_marks_of_generation_in_a_template_agree_with_transformers_mask():
@@ -161,14 +161,14 @@ def test_marks_of_generation_in_a_template_agree_with_transformers_mask():
         tokenize=True, return_dict=True, return_assistant_tokens_mask=True,
     )  # fmt: skip
     found = encode(turns, it)
-    assert found.tokens.tolist() == theirs["input_ids"]
+    assert found.target.tolist() == theirs["input_ids"]
     assert found.loss_mask.astype(int).tolist() == theirs["assistant_masks"]
 
 
 def test_qwen3_s_empty_thought_is_given_and_a_thought_in_the_data_is_learnt():
     it = checkpoint("qwen3")
     found = encode(talk("a", "b"), it)
-    assert it.text(found.tokens).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nb<|im_end|>\n")
+    assert it.text(found.target).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nb<|im_end|>\n")
     assert learnt(found, it) == ["a<|im_end|>", "b<|im_end|>"]
     thought = "<think>\nhm\n</think>\n\nb"
     assert learnt(encode(talk(thought), it), it) == [f"{thought}<|im_end|>"]
@@ -182,7 +182,7 @@ def test_the_texts_of_others_that_repeat_the_answer_are_not_learnt():
     turns = [Turn("user", "Hello"), Turn("assistant", "Hello"), Turn("user", "Hello"), Turn("assistant", "Hello")]
     found = encode(turns, it)
     assert learnt(found, it) == ["Hello<|im_end|>"] * 2
-    before = it.text(found.tokens[: int(np.argmax(found.loss_mask))])
+    before = it.text(found.target[: int(np.argmax(found.loss_mask))])
     assert before.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -200,8 +200,8 @@ def test_a_token_across_the_border_of_an_answer_is_cut_there():
     assert learnt(found, it) == ["\nline<|im_end|>"]
     plain = encode(talk("line"), it)
     assert (
-        found.tokens[: int(np.argmax(found.loss_mask))].tolist()
-        == plain.tokens[: int(np.argmax(plain.loss_mask))].tolist()
+        found.target[: int(np.argmax(found.loss_mask))].tolist()
+        == plain.target[: int(np.argmax(plain.loss_mask))].tolist()
     )
 
 
@@ -238,9 +238,9 @@ def test_the_mark_of_beginning_is_there_once_whether_the_template_writes_it_or_n
         "{{ bos_token * 2 }}" + template("chatml"),
     ):
         it = made(kind, text)
-        assert it.text(encode(talk("a"), it).tokens).startswith("<b><|im_start|>user")
+        assert it.text(encode(talk("a"), it).target).startswith("<b><|im_start|>user")
     never = made(kind._replace(adds_start=False), template("chatml"))
-    assert it.text(encode(talk("a"), never).tokens).startswith("<|im_start|>user")
+    assert it.text(encode(talk("a"), never).target).startswith("<|im_start|>user")
 
 
 def test_a_prompt_that_the_template_s_own_generation_prompt_differs_from_is_shown():
@@ -255,7 +255,7 @@ def test_a_prompt_that_the_template_s_own_generation_prompt_differs_from_is_show
 def test_what_a_template_says_of_today_never_changes():
     dated = "{{ strftime_now('%d %B %Y') }}|{{ strftime_now(\"%Y\") }}" + template("chatml")
     it = made(KINDS["qwen2_5"], dated)
-    assert it.text(encode(talk("a"), it).tokens).startswith("26 July 2024|2024<|im_start|>")
+    assert it.text(encode(talk("a"), it).target).startswith("26 July 2024|2024<|im_start|>")
     assert it.backend.apply_chat_template([{"role": "user", "content": ""}], tokenize=False).startswith(
         f"{datetime.now():%d %B %Y}"
     )
@@ -364,11 +364,11 @@ def test_the_default_template_serves_base_models_without_new_tokens(kind):
         found = encode(talk("I am well.", answer, system="Be kind."), it)
         assert learnt(found, it) == [f"I am well.{kind.end}", answer.strip() + kind.end]
         (prompt,) = chat.prompts([talk("I am well.", answer, system="Be kind.")[:-1]], ["here"], it)
-        last = found.tokens[found.loss_mask].tolist().index(it.end) + 1  # of the first answer's tokens
+        last = found.target[found.loss_mask].tolist().index(it.end) + 1  # of the first answer's tokens
         start = np.flatnonzero(found.loss_mask)[last]
-        assert found.tokens[:start].tolist() == prompt
+        assert found.target[:start].tolist() == prompt
     assert chat.generation_prompt(it) is None and chat.ends(it) == (it.end,)
-    text = it.text(encode(talk("a", "b", system="Be kind."), it).tokens)
+    text = it.text(encode(talk("a", "b", system="Be kind."), it).target)
     begin = kind.start if kind.adds_start else ""
     wanted = (
         f"{begin}Be kind.\n\nUser:\nHi there  0?\n\nAssistant:\na{kind.end}\n\nUser:\nHi there  1?\n\n"

@@ -291,6 +291,14 @@ def test_a_dry_run_prints_every_command_and_calls_nothing(cloud: Cloud) -> None:
     assert r"'\''--config.x=a b'\''" in done.stdout  # quoted for the shell here and the one there
 
 
+def test_a_recipe_is_named_and_nothing_is_sent_along(cloud: Cloud) -> None:
+    plays(cloud)
+    words = [word for word in RUN if not word.startswith("--config")]
+    done = cloud.run("tpu/vm.sh", "run", *words, "--config=flan_t5:xl,16", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "flan_t5:xl,16" in done.stdout and "tar -rf" not in done.stdout
+
+
 def test_the_commands_of_a_dry_run_are_those_of_the_run(cloud: Cloud) -> None:
     plays(cloud, [0, 0])
     printed = cloud.run("tpu/vm.sh", "run", *RUN, "--dry-run").stdout.splitlines()
