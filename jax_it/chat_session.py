@@ -16,6 +16,7 @@ from jax_it.generation import GREEDY, Engine, Request, RequestOutput, Sampling, 
 from jax_it.models import Model, Params
 from jax_it.predict import check_length, encode
 from jax_it.run import load, make_format
+from jax_it.status import activity
 
 RESET = "/reset"
 
@@ -119,16 +120,17 @@ def run(
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
         print(f"Ctrl-C stops an answer, {RESET} starts a new conversation, Ctrl-D ends", file=sys.stderr)
-    for line in _lines(is_terminal):
-        if line.strip() == RESET:
-            session.reset()
-        elif line.strip():
-            try:
-                _print_answer(session, line)
-            except UserError as error:
-                if not is_terminal:
-                    raise
-                print(error, file=sys.stderr)
+    with activity(lambda: ""):  # a line about progress would stand in the middle of an answer
+        for line in _lines(is_terminal):
+            if line.strip() == RESET:
+                session.reset()
+            elif line.strip():
+                try:
+                    _print_answer(session, line)
+                except UserError as error:
+                    if not is_terminal:
+                        raise
+                    print(error, file=sys.stderr)
 
 
 def _lines(is_terminal: bool) -> Iterator[str]:

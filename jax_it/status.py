@@ -36,7 +36,7 @@ class Bar(tqdm):
 
 @contextmanager
 def activity(text: Callable[[], str]) -> Iterator[None]:
-    """Let `text` tell what is being done within the block."""
+    """Let `text` tell what is being done within the block; nothing is printed while it is empty."""
     _activities.append(text)
     try:
         yield
@@ -68,5 +68,5 @@ def _print(command: str, stream: Any, over: threading.Event) -> None:
     while not over.wait(max(_said + INTERVAL - time.monotonic(), INTERVAL / 30)):
         if time.monotonic() >= _said + INTERVAL:
             said()
-            text = _activities[-1]() if _activities else "working"
-            print(f"jax-it {command}: {text}", file=stream, flush=True)
+            if text := _activities[-1]() if _activities else "working":
+                print(f"jax-it {command}: {text}", file=stream, flush=True)
