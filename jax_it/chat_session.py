@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 
 import jax
@@ -57,7 +57,7 @@ class ChatSession:
         """Forget what was said, but not the system prompt."""
         self.turns: tuple[Turn, ...] = self._system
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Generator[str, None, None]:
         """Yield the answer to what the user says, a part for each token; a part may be empty.
 
         A caller that stops early ends the answer there. An answer that is empty is not remembered, nor is `text`.

@@ -200,7 +200,7 @@ def generate_file(
 
 def _fields(texts: list[Prediction], logprobs: bool) -> dict[str, Any]:
     """Return what a row gets: one value, or a list of several."""
-    values = {"prediction": [text.text for text in texts]}
+    values: dict[str, list[Any]] = {"prediction": [text.text for text in texts]}
     if logprobs:
         values["logprobs"] = [text.logprobs for text in texts]
     return {name: each[0] if len(each) == 1 else each for name, each in values.items()}

@@ -3,11 +3,11 @@
 import io
 import os
 import pty
-import signal
 import subprocess
 import sys
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -137,11 +137,12 @@ def test_what_is_wrong_with_an_answer_is_said_on_standard_error(capfd, folder, l
 @pytest.mark.parametrize("end", [b"\x04", b"\x03"])
 def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_or_another_ends_the_conversation(folder, end):
     terminal, other = pty.openpty()
-    command = [sys.executable, "-m", "jax_it", "generate", "--model", str(folder), "--chat"]
+    # The terminal becomes the process's own, so that Ctrl-C is a signal to it.
+    code = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); from jax_it.cli import main; main()"
+    command = [sys.executable, "-c", code, "generate", "--model", str(folder), "--chat"]
     command += ["--max-new-tokens", "20000", "--min-new-tokens", "20000"]
-    process = subprocess.Popen(
-        command, stdin=other, stdout=other, stderr=other, start_new_session=True, preexec_fn=take
-    )
+    here = Path(__file__).parents[1]
+    process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, start_new_session=True, cwd=here)
     os.close(other)
     seen = b""
 
@@ -166,12 +167,3 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_or_another_ends_the_con
     finally:
         process.kill()
         os.close(terminal)
-
-
-def take():
-    """Makes the child's standard input its controlling terminal, so that Ctrl-C is a signal to it."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)

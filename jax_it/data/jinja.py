@@ -264,16 +264,17 @@ class _Template(jinja2.Template):
         with _budgeted():
             return super().render(*args, **kwargs)
 
-    def render_before(self, mark: str, fields: Mapping[str, Any]) -> str:
-        """Render the template up to a mark in its text; the rest is not computed."""
-        parts = []
-        with _budgeted():
-            for part in self.generate(fields):
-                before, found, _ = part.partition(mark)
-                parts.append(before)
-                if found:
-                    break
-            return str(self.environment.concat(parts))
+
+def render_before(template: jinja2.Template, mark: str, fields: Mapping[str, Any]) -> str:
+    """Return a template's text up to a mark in it; the rest is not computed. Raises TooMuch."""
+    parts = []
+    with _budgeted():
+        for part in template.generate(fields):
+            before, found, _ = part.partition(mark)
+            parts.append(before)
+            if found:
+                break
+        return str(template.environment.concat(parts))
 
 
 class Environment(SandboxedEnvironment):

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from jax_it.data.jinja import Environment
+from jax_it.data.jinja import Environment, render_before
 from jax_it.data.records import Fields, shown
 from jax_it.errors import UserError, first_line
 
@@ -88,7 +88,7 @@ def compile_template(text: str, prompt_only: bool = False) -> Callable[[Fields],
     def make(fields: Fields) -> list[str]:
         copied = copy.deepcopy(fields)  # which a template may change
         try:
-            rendered = template.render_before(_DIVIDES, copied) if prompt_only else template.render(copied)
+            rendered = render_before(template, _DIVIDES, copied) if prompt_only else template.render(copied)
         except jinja2.UndefinedError as error:
             raise MissingField(str(error).replace("' is undefined", "' is missing")) from None
         except Exception as error:  # a template may run any expression on any data

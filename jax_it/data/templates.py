@@ -92,8 +92,9 @@ def _with_empty_completion(fields: Fields) -> Fields:
     found = fields | dict.fromkeys(("completion", "output"), "")
     for name in ("messages", "conversations"):
         messages = fields.get(name)
-        last = messages[-1] if isinstance(messages, list) and messages else None
-        if isinstance(last, dict) and (last.get("role") or last.get("from")) in ("user", "human"):
+        if not isinstance(messages, list) or not messages or not isinstance(messages[-1], dict):
+            continue
+        if (messages[-1].get("role") or messages[-1].get("from")) in ("user", "human"):
             found[name] = [*messages, {"role": "assistant", "content": ""}]
     return found
 
