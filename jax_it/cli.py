@@ -534,7 +534,7 @@ def _sampling(options: argparse.Namespace) -> Any:
         {"no": False, "yes": True}.get(options.early_stopping, "never"), options.min_p, options.repetition_penalty,
         options.min_new_tokens, num_samples=options.num_return_sequences,
     )  # fmt: skip
-    check(sampling, options.max_new_tokens, vocabulary=options.num_beams)  # the model's is known when it is loaded
+    check(sampling, options.max_new_tokens, vocab_size=options.num_beams)  # the model's is known when it is loaded
     return sampling
 
 

@@ -202,7 +202,7 @@ def load_run(path: str) -> tuple[Run, Params]:
 
 def inference_mesh(model: Model) -> jax.sharding.Mesh:
     """Return a mesh of all devices to score and generate on."""
-    return sharding.make_mesh(sharding.whole_or_split(model.parameter_count))
+    return sharding.make_mesh(sharding.inference_mesh(model.parameter_count))
 
 
 def load_tokenizer(config: Config) -> Tokenizer:

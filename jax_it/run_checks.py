@@ -26,12 +26,12 @@ def check_model(config: Config, model: Model, tokenizer: Tokenizer) -> None:
         )
     if model.kind == "causal":  # segments mark its padding, and texts end where the tokenizer says
         return
-    if tokenizer.end not in model.config.end_tokens:
-        ends = ", ".join(map(str, model.config.end_tokens))
+    if tokenizer.end not in model.config.eos_token_ids:
+        ends = ", ".join(map(str, model.config.eos_token_ids))
         raise UserError(f"eos_token_id is {ends} in the model's config.json and {tokenizer.end} in the tokenizer")
-    if model.config.pad_token != tokenizer.pad:
+    if model.config.pad_token_id != tokenizer.pad:
         raise UserError(
-            f"pad_token_id is {model.config.pad_token} in the model's config.json and {tokenizer.pad} in the tokenizer"
+            f"pad_token_id is {model.config.pad_token_id} in the model's config.json and {tokenizer.pad} in the tokenizer"
         )
 
 
@@ -53,9 +53,9 @@ def check_room(model: Model, config: Config) -> None:
 
 def check_vocabulary(model: Model, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer with ids that the model's embedding has no row for."""
-    if tokenizer.size > model.config.vocabulary:
+    if tokenizer.size > model.config.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.size} ids and the model's embedding {model.config.vocabulary} rows "
+            f"the tokenizer has {tokenizer.size} ids and the model's embedding {model.config.vocab_size} rows "
             "(vocab_size in its config.json): give the model its own tokenizer with config.model.tokenizer"
         )
 

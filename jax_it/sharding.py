@@ -100,7 +100,7 @@ def _slices(number: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]
     return [list(devices[i * each : (i + 1) * each]) for i in range(number)]
 
 
-def whole_or_split(parameters: int) -> MeshConfig:
+def inference_mesh(parameters: int) -> MeshConfig:
     """The mesh to score and generate on: a small model whole on every device, a large one split over them."""
     return MeshConfig() if parameters * 4 <= WHOLE else MeshConfig(data=1, fsdp=-1)
 
@@ -154,7 +154,7 @@ def batch_parts(mesh: jax.sharding.Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["B"])
 
 
-def shared_out(rows: int, mesh: jax.sharding.Mesh) -> int:
+def round_up_to_shards(rows: int, mesh: jax.sharding.Mesh) -> int:
     """So many rows, rounded up to a number whose parts are alike."""
     parts = batch_parts(mesh)
     return -(-rows // parts) * parts

@@ -82,7 +82,7 @@ def test_what_was_created_is_opened_again(run_dir):
     saved = json.loads((run_dir.path / "config.json").read_text())
     assert {"python", "jax", "flax", "optax", "orbax-checkpoint"} <= saved["versions"].keys()
     assert run_dir.tokenizer().encode(["text"]) == tokenizers.load("bytes").encode(["text"])
-    assert run_dir.model(config, resolved).config.vocabulary == 384 and not run_dir.model(config, resolved).config.tied
+    assert run_dir.model(config, resolved).config.vocab_size == 384 and not run_dir.model(config, resolved).config.tied
 
 
 def test_what_says_which_weights_are_trained_is_read_back(run_dir):

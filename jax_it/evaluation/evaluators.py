@@ -63,7 +63,7 @@ class Loss:
     def __init__(self, examples: Sequence[EvalExample], run: Run):
         model, self._mesh, layout = run.model, run.mesh, run.layout
         encoded = [example.encoded for example in examples if example.encoded is not None]
-        self._batches = pack_rows(run.format, encoded, layout, sharding.shared_out(layout.rows, self._mesh))
+        self._batches = pack_rows(run.format, encoded, layout, sharding.round_up_to_shards(layout.rows, self._mesh))
 
         def loss_sum(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
             states_BTD, head_VD = model.apply(params, batch), model.head(params)

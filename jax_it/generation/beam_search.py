@@ -127,9 +127,9 @@ class BeamSearch:
         seen_BV = None if state.seen_BKV is None else state.seen_BKV.reshape(slots * beams, -1)
         scores_BV = process_logits(log_probs_BV, self.sampling, self.eos_ids, jnp.repeat(number_B, beams), seen_BV)
         sums_BKV = scores_BV.reshape(slots, beams, -1) + running.scores_BK[:, :, None]
-        vocabulary = sums_BKV.shape[-1]
+        vocab_size = sums_BKV.shape[-1]
         sums_BC, choices_BC = jax.lax.top_k(sums_BKV.reshape(slots, -1), (1 + len(self.eos_ids)) * beams)
-        beams_BC, tokens_BC = jnp.divmod(choices_BC, vocabulary)
+        beams_BC, tokens_BC = jnp.divmod(choices_BC, vocab_size)
         tokens_BC = tokens_BC.astype(jnp.int32)
         longer = running.take(beams_BC)
         place = jnp.arange(slots)[:, None], jnp.arange(tokens_BC.shape[1]), number_B[:, None]

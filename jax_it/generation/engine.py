@@ -56,8 +56,8 @@ class Engine:
         eos_ids: Collection[int] = (),
         log_probs: bool = False,
     ):
-        check(sampling, max_new_tokens, model.config.vocabulary)
-        self.eos_ids = tuple(dict.fromkeys([*model.config.end_tokens, *eos_ids]))
+        check(sampling, max_new_tokens, model.config.vocab_size)
+        self.eos_ids = tuple(dict.fromkeys([*model.config.eos_token_ids, *eos_ids]))
         if not self.eos_ids:
             raise ValueError("no end token: texts would never end")
         beams = sampling.num_beams > 1
@@ -67,7 +67,7 @@ class Engine:
         self.max_new_tokens, self.log_probs, self.num_beams = max_new_tokens, log_probs, search.num_beams
         self.slots_per_request = 1 if beams else sampling.num_samples
         self.shards = sharding.batch_parts(mesh)  # the numbers of slots and of prompts are multiples of it
-        self.num_slots = sharding.shared_out(max(batch_size, self.slots_per_request * self.shards), mesh)
+        self.num_slots = sharding.round_up_to_shards(max(batch_size, self.slots_per_request * self.shards), mesh)
         self.shapes: set[tuple[str, int, int]] = set()
         self._mesh = mesh
         self._params: Params = {}
@@ -234,7 +234,7 @@ def resize(search: Search, state: SlotState, slots_B: Any) -> SlotState:
 
 def _seen(model: Model, batch: PrefillBatch, first_P: jax.Array) -> jax.Array:
     """Returns which tokens [P, V] a repetition penalty is for: a causal model's prompt, or the start token."""
-    times_PV = jnp.zeros((len(first_P), model.config.vocabulary), jnp.int32)
+    times_PV = jnp.zeros((len(first_P), model.config.vocab_size), jnp.int32)
     rows_P1 = jnp.arange(len(first_P))[:, None]
     if model.kind == "causal":
         return times_PV.at[rows_P1, batch.tokens_PS].add(batch.segments_PS) > 0

@@ -27,7 +27,7 @@ def greedy(
     while len(tokens) < max_new_tokens:
         logits_BV, cache = decode_step(weights, token_B, position_B, cache)
         token_B, position_B = logits_BV.argmax(-1).astype(jnp.int32), position_B + 1
-        if int(token_B[0]) in (*model.config.end_tokens, *eos_ids):
+        if int(token_B[0]) in (*model.config.eos_token_ids, *eos_ids):
             break
         tokens.append(int(token_B[0]))
     return tokens

@@ -72,7 +72,7 @@ class Likelihoods:
             members.sort(key=lambda i: len(requests[i].prompt))
             # Where all continuations are one token, each prompt has only its own row.
             size = self._size if decoded and length == 1 else max(1, self._size // number)
-            rows = sharding.shared_out(min(size, len(members)), self._mesh)
+            rows = sharding.round_up_to_shards(min(size, len(members)), self._mesh)
             batches = [members[start : start + rows] for start in range(0, len(members), rows)]
             shape = "decode" if decoded else "forward", rows, number, length
             compiled = {width for program, many, width, *rest in self.shapes if (program, many, *rest) == shape}

@@ -36,7 +36,7 @@ GREEDY = Sampling()
 MAX_NEW_TOKENS = 1 << 20  # memory for all of them is allocated before a text begins
 
 
-def check(sampling: Sampling, max_new_tokens: int, vocabulary: int) -> None:
+def check(sampling: Sampling, max_new_tokens: int, vocab_size: int) -> None:
     """Raises UserError for numbers with which float32 scores would be infinite, and any text could come out."""
     if max_new_tokens > MAX_NEW_TOKENS:
         raise UserError(f"max_new_tokens {max_new_tokens}: a text has {MAX_NEW_TOKENS} tokens at most")
@@ -49,8 +49,8 @@ def check(sampling: Sampling, max_new_tokens: int, vocabulary: int) -> None:
             f"length_penalty {sampling.length_penalty:g}: {max_new_tokens} tokens to this power are beyond 1e30; take "
             "one nearer to 0"
         )
-    if sampling.num_beams > vocabulary:
-        raise UserError(f"num_beams {sampling.num_beams}: the model has {vocabulary} tokens to begin with; take fewer")
+    if sampling.num_beams > vocab_size:
+        raise UserError(f"num_beams {sampling.num_beams}: the model has {vocab_size} tokens to begin with; take fewer")
 
 
 def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:

@@ -61,7 +61,7 @@ class HarnessModel(TemplateLM):
         self._model, self._params, self._tokenizer = load(path)
         self.backend = "causal" if self._model.kind == "causal" else "seq2seq"
         self.tokenizer = self._tokenizer.backend  # lm_eval asks it for its chat template
-        self._mesh = sharding.make_mesh(sharding.whole_or_split(self._model.parameter_count))
+        self._mesh = sharding.make_mesh(sharding.inference_mesh(self._model.parameter_count))
         self.batch_size = BATCH if batch_size in (None, "auto") else _positive("--batch_size", batch_size)
         self.max_length = _positive("max_length", max_length) if max_length else self._greatest_length()
         self._chat = False

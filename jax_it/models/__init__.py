@@ -12,10 +12,10 @@ from flax import nnx
 
 from jax_it.config import Model as ModelConfig
 from jax_it.errors import UserError
-from jax_it.models.config import ComputeOptions
+from jax_it.models.config import CausalLMConfig, ComputeOptions, EncoderDecoderConfig
 from jax_it.models.experts import Routing
 from jax_it.models.families import FAMILIES
-from jax_it.models.family import Family, FamilyConfig, Kind, Module
+from jax_it.models.family import Family, Kind, Module
 from jax_it.models.kv_cache import KVCache, unstack_layers
 from jax_it.models.linear import split_key
 from jax_it.models.lora import Adapter
@@ -46,7 +46,7 @@ class Model:
 
     values: Mapping[str, Any]  # config.json
     family: Family
-    config: FamilyConfig
+    config: CausalLMConfig | EncoderDecoderConfig
     options: ComputeOptions
     adapter: Adapter | None = None
 
@@ -57,9 +57,8 @@ class Model:
     @property
     def start_and_pad(self) -> tuple[int, int]:
         """The tokens that start and fill an encoder-decoder's targets."""
-        start, pad = self.config.start_token, self.config.pad_token
-        assert start is not None and pad is not None
-        return start, pad
+        assert isinstance(self.config, EncoderDecoderConfig)
+        return self.config.decoder_start_token_id, self.config.pad_token_id
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 weights of the base model, with the distributions that its authors trained from."""
@@ -164,7 +163,7 @@ class Model:
         first_B, start_B, cache = module.prefill(prompts_BS, segments_BS, max_new_tokens, self.options)
         if self.options.unrolled:
             decoder = module.decoder.config
-            cache = unstack_layers(cache, decoder.layers, len(decoder.layer_kinds))
+            cache = unstack_layers(cache, decoder.num_layers, len(decoder.layer_kinds))
         return first_B, start_B, cache
 
     def prepare_for_decoding(self, params: Params) -> DecodingWeights:

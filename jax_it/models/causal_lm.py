@@ -9,7 +9,7 @@ from flax import nnx
 
 from jax_it.models import kv_cache
 from jax_it.models.attention import causal_mask
-from jax_it.models.config import ComputeOptions, Config
+from jax_it.models.config import CausalLMConfig, ComputeOptions, StackConfig
 from jax_it.models.experts import Routing
 from jax_it.models.kv_cache import KVCache, LongTexts
 from jax_it.models.linear import look_up, normal, scale_by
@@ -20,12 +20,14 @@ from jax_it.sharding import constrain
 class CausalLM(Stack):
     """See `family.Module` for what its methods take and return."""
 
-    def __init__(self, c: Config, *, rngs: nnx.Rngs):
-        self.embedding = normal(rngs, (c.vocabulary, c.embed_dim), c.embedding_init)
+    config: CausalLMConfig
+
+    def __init__(self, c: CausalLMConfig, *, rngs: nnx.Rngs):
+        self.embedding = normal(rngs, (c.vocab_size, c.embed_dim), c.embedding_init)
         if c.positions:
             self.positions = normal(rngs, (c.positions, c.embed_dim), 0.02)
         if not c.tied:
-            self.head = normal(rngs, (c.vocabulary, c.embed_dim), c.embed_dim**-0.5)
+            self.head = normal(rngs, (c.vocab_size, c.embed_dim), c.embed_dim**-0.5)
         super().__init__(c, rngs=rngs)
 
     @property
@@ -110,7 +112,7 @@ class CausalLM(Stack):
         return constrain(x_BTD, "B T D")
 
 
-def embed(c: Config, embedding: nnx.Param, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+def embed(c: StackConfig, embedding: nnx.Param, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
     """Return the tokens' rows of an embedding, scaled if the model scales them."""
     x_BTD = look_up(embedding, tokens_BT, dtype)
     if c.embedding_scale != 1:
@@ -118,7 +120,7 @@ def embed(c: Config, embedding: nnx.Param, tokens_BT: jax.Array, dtype: Any) -> 
     return constrain(x_BTD, "B T D")
 
 
-def logits(c: Config, head_VD: jax.Array, states: jax.Array) -> jax.Array:
+def logits(c: StackConfig, head_VD: jax.Array, states: jax.Array) -> jax.Array:
     """Return the float32 logits [..., V] of states [..., D]."""
     if c.output_scale != 1:
         states = scale_by(states, c.output_scale)

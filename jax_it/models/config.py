@@ -51,24 +51,19 @@ class ComputeOptions(NamedTuple):
     unrolled: bool = False  # decoding takes the layers one by one: faster than a scan, but slower to compile
 
 
-@dataclass(frozen=True)
-class Config:
-    """A stack of layers with its embedding and head: a causal model, or half of an encoder-decoder."""
+@dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """A stack of layers with its embedding: a causal model's, or half of an encoder-decoder."""
 
-    model_type: str
-    vocabulary: int  # V
+    vocab_size: int  # V
     embed_dim: int  # D
-    layers: int  # L
+    num_layers: int  # L
     num_heads: int  # N
     num_kv_heads: int  # K
     head_dim: int  # H
     mlp_dim: int  # F
     activation: str
     norm_eps: float
-    tied: bool  # the head is the embedding
-    end_tokens: tuple[int, ...] = ()
-    pad_token: int | None = None
-    start_token: int | None = None  # "beginning of text"
     layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)  # a period: layer i is of kind i % len(layer_kinds)
     gated_mlp: bool = True
     norm: NormKind = "rms"
@@ -77,9 +72,7 @@ class Config:
     attention_bias: bool = False  # of queries, keys and values
     output_bias: bool = False
     mlp_bias: bool = False
-    positions: int = 0  # P, learned ones; 0: rotary or relative
     relative_bias: RelativeBias | None = None
-    recompute_longrope: bool = False  # a text that outgrows LongRoPE's original length is computed again
     bidirectional: bool = False  # an encoder; its windows are as wide to either side, the token itself counted in both
     encoder_dim: int = 0  # of the states that cross-attention reads; 0: no cross-attention
     attn_scale: float | None = None  # None: H ** -0.5
@@ -89,27 +82,17 @@ class Config:
     residual_scale: float = 1.0  # of what attention and feed-forward add
     output_scale: float = 1.0  # of the states that the head reads
     embedding_init: float = 0.02  # standard deviation
-    dropout: float = 0.0
     dropout_in: tuple[Literal["attention", "mlp"], ...] = ("attention",)  # beside embeddings and residuals
     experts: Experts | None = None
 
     def __post_init__(self) -> None:
-        assert 1 <= len(self.layer_kinds) <= self.layers, "a period has no more layers than the stack"
+        assert 1 <= len(self.layer_kinds) <= self.num_layers, "a period has no more layers than the stack"
         assert not (self.relative_bias and any(kind.window for kind in self.layer_kinds)), "not implemented"
 
     @property
     def scale(self) -> float:
         """What attention's products are multiplied by."""
         return self.head_dim**-0.5 if self.attn_scale is None else self.attn_scale
-
-    @property
-    def longrope_length(self) -> int:
-        """The length of texts beyond which LongRoPE rotates by other frequencies; 0 without LongRoPE."""
-        return max((kind.rope.original_length for kind in self.layer_kinds if kind.rope), default=0)
-
-    def flops(self, source_length: int, length: int, source_blocks: int = 0) -> float:
-        """Count the matmul FLOPs of one row's forward pass over `length` positions, those of masked scores included."""
-        return self.stack_flops(length) + length * 2 * self.embed_dim * self.vocabulary
 
     def stack_flops(self, length: int, source_length: int = 0) -> float:
         """Count those of the layers alone, whose cross-attention reads `source_length` positions."""
@@ -123,12 +106,35 @@ class Config:
         if self.encoder_dim:
             cross = source_length * 4 * self.encoder_dim * self.num_kv_heads * self.head_dim
             cross += length * (4 * self.embed_dim * self.num_heads * self.head_dim + source_length * score)
-        return self.layers * (length * (attention + length * score + mlp) + cross)
+        return self.num_layers * (length * (attention + length * score + mlp) + cross)
 
     def score_count(self, source_length: int, length: int, source_blocks: int = 0) -> float:
         """Count the attention scores of one row's forward pass, over all heads and layers."""
         read = source_blocks * source_length if self.encoder_dim else 0
-        return self.layers * self.num_heads * length * (length + read)
+        return self.num_layers * self.num_heads * length * (length + read)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLMConfig(StackConfig):
+    """A causal language model."""
+
+    model_type: str
+    tied: bool  # the head is the embedding
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    positions: int = 0  # P, learned ones; 0: rotary, or none
+    recompute_longrope: bool = False  # a text that outgrows LongRoPE's original length is computed again
+    dropout: float = 0.0
+
+    @property
+    def longrope_length(self) -> int:
+        """The length of texts beyond which LongRoPE rotates by other frequencies; 0 without LongRoPE."""
+        return max((kind.rope.original_length for kind in self.layer_kinds if kind.rope), default=0)
+
+    def flops(self, source_length: int, length: int, source_blocks: int = 0) -> float:
+        """Count the matmul FLOPs of one row's forward pass over `length` positions, those of masked scores included."""
+        return self.stack_flops(length) + length * 2 * self.embed_dim * self.vocab_size
 
 
 @dataclass(frozen=True)
@@ -136,26 +142,26 @@ class EncoderDecoderConfig:
     """An encoder-decoder: two stacks, of which the decoder reads the encoder's states."""
 
     model_type: str
-    encoder: Config
-    decoder: Config
+    encoder: StackConfig
+    decoder: StackConfig
     tied: bool  # the head is the decoder's embedding
     shared_embedding: bool  # encoder and decoder have one
     dropout: float
-    start_token: int
-    pad_token: int
-    end_tokens: tuple[int, ...]
+    decoder_start_token_id: int
+    pad_token_id: int
+    eos_token_ids: tuple[int, ...]
     experts: None = None
     positions: int = 0
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """The number of ids that both halves know."""
-        return min(self.encoder.vocabulary, self.decoder.vocabulary)
+        return min(self.encoder.vocab_size, self.decoder.vocab_size)
 
     def flops(self, source_length: int, target_length: int, source_blocks: int = 1) -> float:
         """Count the matmul FLOPs of one forward pass: a target row and `source_blocks` blocks of `source_length`."""
         encoder = source_blocks * self.encoder.stack_flops(source_length)
-        head = 2 * target_length * self.decoder.embed_dim * self.decoder.vocabulary
+        head = 2 * target_length * self.decoder.embed_dim * self.decoder.vocab_size
         return encoder + self.decoder.stack_flops(target_length, source_blocks * source_length) + head
 
     def score_count(self, source_length: int, target_length: int, source_blocks: int = 1) -> float:

@@ -23,11 +23,11 @@ class EncoderDecoder(nnx.Module):
         self.config = c
         if not c.shared_embedding:
             source = c.encoder
-            self.source_embedding = normal(rngs, (source.vocabulary, source.embed_dim), source.embedding_init)
+            self.source_embedding = normal(rngs, (source.vocab_size, source.embed_dim), source.embedding_init)
         target = c.decoder
-        self.embedding = normal(rngs, (target.vocabulary, target.embed_dim), target.embedding_init)
+        self.embedding = normal(rngs, (target.vocab_size, target.embed_dim), target.embedding_init)
         if not c.tied:
-            self.head = normal(rngs, (target.vocabulary, target.embed_dim), target.embed_dim**-0.5)
+            self.head = normal(rngs, (target.vocab_size, target.embed_dim), target.embed_dim**-0.5)
         self.encoder = Stack(c.encoder, rngs=rngs)
         self.decoder = Stack(c.decoder, rngs=rngs)
 
@@ -69,7 +69,7 @@ class EncoderDecoder(nnx.Module):
         encoded_BSD = self.encode(source_BS[:, None], segments_BS[:, None], positions_BS[:, None], options)
         source = Source(self.decoder.encode_cross_kv(encoded_BSD), segments_BS)
         cache = self.decoder.init_cache(rows, max_new_tokens, options.dtype, source)
-        first_B = jnp.full(rows, self.config.start_token, jnp.int32)
+        first_B = jnp.full(rows, self.config.decoder_start_token_id, jnp.int32)
         return first_B, jnp.zeros_like(first_B), cache
 
     def decode_step(

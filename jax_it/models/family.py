@@ -7,46 +7,11 @@ from typing import Any, Literal, Protocol
 import jax
 
 from jax_it.models.config import ComputeOptions
-from jax_it.models.experts import Experts
 from jax_it.models.kv_cache import KVCache
 from jax_it.models.stack import Stack
 from jax_it.models.weights import WeightSpec
 
 Kind = Literal["seq2seq", "causal"]
-
-
-class FamilyConfig(Protocol):
-    """What every family's config offers."""
-
-    @property
-    def model_type(self) -> str: ...
-    @property
-    def vocabulary(self) -> int: ...
-    @property
-    def tied(self) -> bool:
-        """Whether the head is the embedding."""
-
-    @property
-    def start_token(self) -> int | None:
-        """What a target starts with, or a causal model's text."""
-
-    @property
-    def pad_token(self) -> int | None: ...
-    @property
-    def end_tokens(self) -> tuple[int, ...]: ...
-    @property
-    def positions(self) -> int:
-        """How many positions have a learned embedding; 0: positions are not learned, and not limited."""
-
-    @property
-    def dropout(self) -> float: ...
-    @property
-    def experts(self) -> Experts | None: ...
-    def flops(self, source_length: int, length: int, source_blocks: int = ..., /) -> float:
-        """Count the matmul FLOPs of one row's forward pass."""
-
-    def score_count(self, source_length: int, length: int, source_blocks: int = ..., /) -> float:
-        """Count the attention scores of one row's forward pass."""
 
 
 class Module(Protocol):

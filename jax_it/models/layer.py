@@ -2,7 +2,7 @@
 
 Self-attention, cross-attention in an encoder-decoder's decoder, and a feed-forward layer, with a residual around each.
 The same code trains and reads prompts (all positions at once, no cache) and decodes (one position a row, with a cache).
-`Config` says which of its options a family takes.
+`StackConfig` says which of its options a family takes.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models.attention import Scores, attend, attend_by_head, gather_kv
-from jax_it.models.config import ComputeOptions, Config, LayerKind
+from jax_it.models.config import ComputeOptions, LayerKind, StackConfig
 from jax_it.models.experts import ExpertsMlp, Routing
 from jax_it.models.kv_cache import LayerCache
 from jax_it.models.linear import ACTIVATIONS, dropout, normal, project, scale_by, split_key
@@ -47,7 +47,7 @@ class Context(NamedTuple):
 class Attention(nnx.Module):
     """The linear layers of attention; keys and values may be made of states of another width, `kv_dim`."""
 
-    def __init__(self, c: Config, kv_dim: int = 0, *, rngs: nnx.Rngs):
+    def __init__(self, c: StackConfig, kv_dim: int = 0, *, rngs: nnx.Rngs):
         dim, queries, keys = c.embed_dim, (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
         kv_dim = kv_dim or dim
         # T5 scales no scores: its queries start small instead.
@@ -85,7 +85,7 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """A feed-forward layer, gated or not."""
 
-    def __init__(self, c: Config, *, rngs: nnx.Rngs):
+    def __init__(self, c: StackConfig, *, rngs: nnx.Rngs):
         self.activation = c.activation
         if c.gated_mlp:
             self.gate = normal(rngs, (c.embed_dim, c.mlp_dim), c.embed_dim**-0.5)
@@ -112,7 +112,7 @@ class Mlp(nnx.Module):
 class Layer(nnx.Module):
     """A layer of a stack; `config` says which parts it has."""
 
-    def __init__(self, c: Config, *, rngs: nnx.Rngs):
+    def __init__(self, c: StackConfig, *, rngs: nnx.Rngs):
         self.config = c
         sublayers = ["attention", "mlp"]
         self.attention = Attention(c, rngs=rngs)

@@ -101,20 +101,20 @@ class Settings:
             raise self.bad(key, f"it must be a list of {kind.__name__}")
         return found
 
-    def get_tokens(self, key: str, vocabulary: int) -> tuple[int, ...]:
+    def get_tokens(self, key: str, vocab_size: int) -> tuple[int, ...]:
         """One token id of the vocabulary or several; empty where there is none."""
         self._asked.add(key)
         value = self._values.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(map(is_int, ids)):
             raise self.bad(key, "it must be a token id or a list of them")
-        if not all(0 <= item < vocabulary for item in ids):
-            raise self.bad(key, f"it must be in the vocabulary, from 0 to {vocabulary - 1}, or null")
+        if not all(0 <= item < vocab_size for item in ids):
+            raise self.bad(key, f"it must be in the vocabulary, from 0 to {vocab_size - 1}, or null")
         return tuple(ids)
 
-    def get_token(self, key: str, vocabulary: int) -> int | None:
+    def get_token(self, key: str, vocab_size: int) -> int | None:
         """One token id of the vocabulary, alone or in a list; None where there is none."""
-        ids = self.get_tokens(key, vocabulary)
+        ids = self.get_tokens(key, vocab_size)
         if len(ids) != 1 and self._values.get(key) is not None:
             raise self.bad(key, "it must be of type int")
         return ids[0] if ids else None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import kv_cache
-from jax_it.models.config import ComputeOptions, Config, LayerKind
+from jax_it.models.config import ComputeOptions, LayerKind, StackConfig
 from jax_it.models.experts import Routing
 from jax_it.models.kv_cache import CrossKeyValue, KeyValue, KVCache, LayerCache, Source
 from jax_it.models.layer import Context, EncoderStates, Layer
@@ -45,9 +45,9 @@ class Groups(nnx.Module):
 class Stack(nnx.Module):
     """Layers and the norm after them, from embedded tokens to states."""
 
-    def __init__(self, c: Config, *, rngs: nnx.Rngs):
+    def __init__(self, c: StackConfig, *, rngs: nnx.Rngs):
         self.config = c
-        keys = jax.random.split(rngs.params(), c.layers)
+        keys = jax.random.split(rngs.params(), c.num_layers)
         self.layers: Any = nnx.vmap(lambda key: Layer(c, rngs=nnx.Rngs(params=key)))(keys)  # weights [L, …]
         self.norm = Norm(c.norm, (c.embed_dim,), c.norm_eps)
         if c.relative_bias and not c.relative_bias.per_layer:
@@ -79,7 +79,7 @@ class Stack(nnx.Module):
             return x_BTD, (kv_cache.from_prompt(key_BTKH, value_BTKH, cache_to_B, place.kind.window), routing)
 
         embedding_key, layers_key = split_key(key, 2)
-        keys = None if layers_key is None else jax.random.split(layers_key, c.layers)
+        keys = None if layers_key is None else jax.random.split(layers_key, c.num_layers)
         x_BTD = dropout(x_BTD, options.dropout, embedding_key)
         x_BTD, outputs = self._run(layer, x_BTD, keys, remat=options.remat)
         routing = jax.tree.map(lambda *groups: sum(x.sum(0) for x in groups), *(routing for _, routing in outputs))
@@ -110,7 +110,7 @@ class Stack(nnx.Module):
     def init_cache(self, rows: int, capacity: int, dtype: Any, source: Source | None = None) -> KVCache:
         """Return a cache that holds no token yet."""
         c, period = self.config, len(self.config.layer_kinds)
-        layers = [c.layers // period] * period + [1] * (c.layers % period)
+        layers = [c.num_layers // period] * period + [1] * (c.num_layers % period)
         windows = self.windows(len(layers))
         groups = tuple(
             kv_cache.init_group(n, rows, c.num_kv_heads, c.head_dim, min(window or capacity, capacity), dtype)
@@ -144,7 +144,7 @@ class Stack(nnx.Module):
         """
         kinds = self.config.layer_kinds
         groups = self.layers if isinstance(self.layers, Groups) else group_layers(self.layers, len(kinds))
-        number = self.config.layers - len(groups.rest)  # of layers in whole periods
+        number = self.config.num_layers - len(groups.rest)  # of layers in whole periods
         outputs: list[Any] = []
 
         def call(carry: Any, graph: Any, state: Any, j: int | None, place: Place) -> tuple[Any, Any]:

@@ -16,6 +16,7 @@ from jax_it.config import Model as ModelConfig
 from jax_it.errors import UserError
 from jax_it.files import read_json_object
 from jax_it.models import Model, Params, with_tied_head
+from jax_it.models.config import EncoderDecoderConfig
 from jax_it.models.weights import flatten, tensor_shapes
 from jax_it.pretrained.folder import find_folder
 from jax_it.pretrained.safetensors import DTYPES, TensorReader, write_files
@@ -105,8 +106,11 @@ def save_generation_settings(
     if source is not None and (source / file).exists():
         values = read_json_object(source / file)
     else:
-        start = "decoder_start_token_id" if model.kind == "seq2seq" else "bos_token_id"
-        special = {start: config.start_token, "eos_token_id": list(config.end_tokens), "pad_token_id": config.pad_token}
+        if isinstance(config, EncoderDecoderConfig):
+            special: dict[str, Any] = {"decoder_start_token_id": config.decoder_start_token_id}
+        else:
+            special = {"bos_token_id": config.bos_token_id}
+        special |= {"eos_token_id": list(config.eos_token_ids), "pad_token_id": config.pad_token_id}
         values = {name: token for name, token in special.items() if token not in (None, [])}
     given = values.get("eos_token_id")
     known = given if isinstance(given, list) else [] if given is None else [given]

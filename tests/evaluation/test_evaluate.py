@@ -79,7 +79,7 @@ def test_the_metrics_of_a_task_are_those_of_its_rows(evaluated):
 def test_predictions_are_those_of_greedy_decoding_one_token_after_another(evaluated, parts):
     """Without a cache, packing or batch: the likeliest next token after all tokens so far."""
     config, _, model, params, tokenizer, examples, _ = parts
-    format = Seq2SeqFormat(model.config.start_token, model.config.pad_token)
+    format = Seq2SeqFormat(model.config.decoder_start_token_id, model.config.pad_token_id)
     length = config.data.max_target_length
 
     @jax.jit
@@ -98,7 +98,7 @@ def test_predictions_are_those_of_greedy_decoding_one_token_after_another(evalua
 
 def test_the_loss_is_that_of_every_example_alone(evaluated, parts):
     _, _, model, params, _, examples, _ = parts
-    format = Seq2SeqFormat(model.config.start_token, model.config.pad_token)
+    format = Seq2SeqFormat(model.config.decoder_start_token_id, model.config.pad_token_id)
 
     @jax.jit
     def log_probabilities(batch):

@@ -271,7 +271,7 @@ def our_logits(model: Any, params: Any, vocabulary: int) -> np.ndarray:
     sources, targets = texts(vocabulary), texts(vocabulary, (9, 4))
     if model.kind == "seq2seq":
         placed = [Encoded(source, target, 0) for source, target in zip(sources, targets, strict=True)]
-        batch: Any = Seq2SeqFormat(start=model.config.start_token, pad=0).batch([placed], Shape(1, 32, 16))
+        batch: Any = Seq2SeqFormat(start=model.config.decoder_start_token_id, pad=0).batch([placed], Shape(1, 32, 16))
     else:
         placed = [Encoded(np.zeros(0, np.int32), text, 0, np.ones(len(text), bool)) for text in sources]
         batch = CausalFormat(0).batch([placed], Shape(0, 0, 32))
@@ -301,7 +301,8 @@ def compare(kind: str, changes: dict[str, Any], folder: Path, said: str = "") ->
         return ("refused" if named else "fault"), said + message
     except Exception as error:
         return "fault", f"{said}{type(error).__name__}: {error}"[:600]
-    vocabulary, start = min(ours.config.vocabulary, 96), ours.config.start_token or 0
+    vocabulary = min(ours.config.vocab_size, 96)
+    start = ours.config.decoder_start_token_id if ours.kind == "seq2seq" else 0
     try:
         theirs = random_model(values)
         logits = their_logits(theirs, start, vocabulary)
@@ -322,8 +323,8 @@ def compare(kind: str, changes: dict[str, Any], folder: Path, said: str = "") ->
     if ours.kind == "causal" and "eos_token_id" not in changes:
         ends = theirs.config.eos_token_id
         ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end in range(vocabulary)]
-        if list(ours.config.end_tokens) != ends:
-            return "fault", f"{said}texts end at {ours.config.end_tokens}, in Transformers at {ends}"
+        if list(ours.config.eos_token_ids) != ends:
+            return "fault", f"{said}texts end at {ours.config.eos_token_ids}, in Transformers at {ends}"
     difference = np.abs(found - logits).max() / np.abs(logits).max()
     if not difference <= TOLERANCE:
         return "fault", f"{said}the logits differ by {difference:.1e}"

@@ -31,7 +31,7 @@ class Subject(NamedTuple):
 
     def cut(self, text: list[int]) -> list[int]:
         """A text without the mark that ended it."""
-        return [token for token in text if token not in (*self.model.config.end_tokens, *ENDS)]
+        return [token for token in text if token not in (*self.model.config.eos_token_ids, *ENDS)]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -62,7 +62,7 @@ def full_logits(subject: Subject, texts: list[list[int]]) -> np.ndarray:
         source_BS[row, : len(read)], segments_BS[row, : len(read)] = read, 1
     positions_BS = np.broadcast_to(np.arange(source_BS.shape[1]), source_BS.shape)
     if model.kind == "seq2seq":
-        tokens_BT = np.pad(made_BT[:, :-1], ((0, 0), (1, 0)), constant_values=model.config.start_token)
+        tokens_BT = np.pad(made_BT[:, :-1], ((0, 0), (1, 0)), constant_values=model.config.decoder_start_token_id)
         ones_BT = np.ones_like(tokens_BT)
         positions_BT = np.broadcast_to(np.arange(LENGTH), tokens_BT.shape)
         batch: Any = Seq2SeqBatch(

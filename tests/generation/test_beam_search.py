@@ -261,7 +261,7 @@ def test_the_beams_of_a_t5_are_those_of_a_plain_search_that_recomputes_each_text
         return tiny.model.logits(tiny.model.head(tiny.params), tiny.model.apply(tiny.params, batch))[0]
 
     def log_probabilities(source: list[int], text: list[int]) -> np.ndarray:
-        padded = np.array([tiny.model.config.start_token, *text, *[END] * length][:length])
+        padded = np.array([tiny.model.config.decoder_start_token_id, *text, *[END] * length][:length])
         return log_softmax(np.asarray(full_pass(np.array(source + [0] * (32 - len(source))), padded))[len(text)])
 
     for i, source in enumerate(tiny.sources[:6]):

@@ -52,7 +52,7 @@ def next_logits(tiny, texts: list[list[int]]) -> np.ndarray:
     """The logits [text, V] of the token after each of several texts, as long as each other, by full forward passes."""
     prompt, model = tiny.sources[1], tiny.model
     if model.kind == "seq2seq":
-        tokens_BT = np.array([[model.config.start_token, *text] for text in texts])
+        tokens_BT = np.array([[model.config.decoder_start_token_id, *text] for text in texts])
         source = np.tile(np.array(prompt), (len(texts), 1, 1))
         ones_BT = np.ones_like(tokens_BT)
         positions = np.zeros_like(source)
@@ -73,15 +73,15 @@ def subject(request):
 @pytest.fixture(scope="module")
 def logits(subject) -> tuple[np.ndarray, np.ndarray]:
     """Those of the first token [V], and of the second after each first [V, V]."""
-    vocabulary = subject.model.config.vocabulary
+    vocabulary = subject.model.config.vocab_size
     return next_logits(subject, [[]])[0], next_logits(subject, [[token] for token in range(vocabulary)])
 
 
 def exact(subject, logits, sampling: Sampling) -> Probabilities:
     """Of all texts; one that ends at once is the end mark."""
     first_V, second_VV = logits
-    (end,) = subject.model.config.end_tokens
-    seen = subject.sources[1] if subject.model.kind == "causal" else [subject.model.config.start_token]
+    (end,) = subject.model.config.eos_token_ids
+    seen = subject.sources[1] if subject.model.kind == "causal" else [subject.model.config.decoder_start_token_id]
     found = {}
     for token, probability in enumerate(filtered(first_V, sampling, seen)):
         if token == end:
@@ -117,7 +117,7 @@ def chance(counts: Counter, probabilities: Probabilities) -> float:
 def drawn(request, subject) -> tuple[Sampling, list[tuple[int, ...]]]:
     """Many texts of one prompt, which stands several times in the list, in the order of their numbers."""
     sampling = SAMPLINGS[request.param]
-    (end,) = subject.model.config.end_tokens
+    (end,) = subject.model.config.eos_token_ids
     engine = Engine(subject.model, subject.mesh, 2, SLOTS, sampling._replace(num_samples=SAMPLES))
     texts = sorted(generate(engine, subject.params, [subject.sources[1]] * PROMPTS), key=lambda text: text[:2])
     assert [text[:2] for text in texts] == [(i, sample) for i in range(PROMPTS) for sample in range(SAMPLES)]
@@ -179,7 +179,7 @@ def test_a_second_draw_with_the_first_ones_randomness_does_not_pass(subject, log
     """Each token alone has the right probabilities then."""
     first_V, second_VV = logits
     sampling = SAMPLINGS["temperature"]
-    (end,) = subject.model.config.end_tokens
+    (end,) = subject.model.config.eos_token_ids
     rng = np.random.default_rng(0)
     counts: Counter = Counter()
     firsts_V = np.cumsum(filtered(first_V, sampling, []))

@@ -52,11 +52,11 @@ def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass_at_each_step(t
         batch = Seq2SeqBatch(source[:, None], segments[:, None], positions, tokens_BT, ones_BT, ones_BT, ones_BT, None)
         return tiny.model.logits(tiny.model.head(tiny.params), tiny.model.apply(tiny.params, batch)).argmax(-1)
 
-    tokens_BT = np.full((rows, LENGTH + 1), tiny.model.config.start_token)
+    tokens_BT = np.full((rows, LENGTH + 1), tiny.model.config.decoder_start_token_id)
     for position in range(LENGTH):
         tokens_BT[:, position + 1] = full_pass(tokens_BT[:, :LENGTH])[:, position]
     found = by_prompt(generate(engines[Sampling()], tiny.params, tiny.sources))
-    (end,) = tiny.model.config.end_tokens
+    (end,) = tiny.model.config.eos_token_ids
     for row, text in enumerate(tokens_BT[:, 1:].tolist()):
         assert found[row] == (text[: text.index(end)] if end in text else text)
 
@@ -64,7 +64,7 @@ def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass_at_each_step(t
 def test_texts_differ_and_end_at_various_lengths(tiny, texts):
     assert len({tuple(text) for text in texts}) >= 10
     assert len({len(text) for text in texts}) >= 4 and max(map(len, texts)) == LENGTH
-    assert not any(set(tiny.model.config.end_tokens) & set(text) for text in texts)
+    assert not any(set(tiny.model.config.eos_token_ids) & set(text) for text in texts)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -187,14 +187,14 @@ def likeliest(tiny, length, ends):
 @pytest.mark.parametrize("prefix_lm", [False, True])
 def test_greedy_tokens_of_a_causal_model_are_the_likeliest_of_the_full_forward_pass(llama, prefix_lm):
     model = dataclasses.replace(llama.model, options=llama.model.options._replace(prefix_lm=prefix_lm))
-    expected = likeliest(llama._replace(model=model), LENGTH, model.config.end_tokens)
+    expected = likeliest(llama._replace(model=model), LENGTH, model.config.eos_token_ids)
     assert by_prompt(generate(Engine(model, llama.mesh, LENGTH, 8), llama.params, llama.sources)) == dict(
         enumerate(expected)
     )
     assert len({tuple(text) for text in expected}) >= 10
     assert len({len(text) for text in expected}) >= 3 and max(map(len, expected)) == LENGTH
     if prefix_lm:
-        assert expected != likeliest(llama, LENGTH, model.config.end_tokens), "the mask must matter"
+        assert expected != likeliest(llama, LENGTH, model.config.eos_token_ids), "the mask must matter"
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)

@@ -59,7 +59,7 @@ def expected(small, requests) -> list[list[tuple[float, bool]]]:
             first = len(prompt) - 1
         else:
             source, source_segments = one_row(prompt)
-            target, segments = one_row([model.config.start_token, *continuation])
+            target, segments = one_row([model.config.decoder_start_token_id, *continuation])
             positions = np.arange(WIDTH, dtype=np.int32)[None]
             batch = Seq2SeqBatch(
                 source[:, None], source_segments[:, None], positions[:, None],

@@ -69,11 +69,11 @@ def test_null_means_the_default_as_an_absent_key_does(case):
 
 @pytest.mark.parametrize("value, tokens", [(7, (7,)), ([7], (7,)), ([7, 1, 9], (7, 1, 9)), (0, (0,)), ([], (1,))])
 def test_a_text_may_end_at_one_token_or_at_any_of_a_list(value, tokens):
-    assert read(VALUES | {"eos_token_id": value}).end_tokens == tokens
+    assert read(VALUES | {"eos_token_id": value}).eos_token_ids == tokens
 
 
 def test_a_list_of_one_token_stands_for_it_and_a_longer_one_is_refused():
-    assert read(VALUES | {"pad_token_id": [7]}).pad_token == 7
+    assert read(VALUES | {"pad_token_id": [7]}).pad_token_id == 7
     with pytest.raises(UserError, match="pad_token_id is \\[7, 8\\]; it must be of type int"):
         read(VALUES | {"pad_token_id": [7, 8]})
 
@@ -92,19 +92,19 @@ def test_the_defaults_are_those_of_transformers(kind):
 
     theirs = transformers.AutoConfig.for_model(kind)
     ours = read({"model_type": kind})
-    assert ours.vocabulary == theirs.vocab_size
+    assert ours.vocab_size == theirs.vocab_size
     for half in (ours.encoder, ours.decoder):
         assert (half.embed_dim, half.num_heads, half.head_dim) == (theirs.d_model, theirs.num_heads, theirs.d_kv)
         assert half.num_kv_heads == half.num_heads and half.mlp_dim == theirs.d_ff
         assert half.relative_bias.buckets == theirs.relative_attention_num_buckets
         assert half.relative_bias.max_distance == theirs.relative_attention_max_distance
         assert (half.activation, half.gated_mlp) == (theirs.dense_act_fn, theirs.is_gated_act)
-        assert (half.norm_eps, half.dropout) == (theirs.layer_norm_epsilon, theirs.dropout_rate)
-    assert (ours.encoder.layers, ours.decoder.layers) == (theirs.num_layers, theirs.num_decoder_layers)
+        assert half.norm_eps == theirs.layer_norm_epsilon
+    assert (ours.encoder.num_layers, ours.decoder.num_layers) == (theirs.num_layers, theirs.num_decoder_layers)
     assert ours.dropout == theirs.dropout_rate
     assert ours.tied == theirs.tie_word_embeddings
-    assert (ours.pad_token, ours.end_tokens) == (theirs.pad_token_id, (theirs.eos_token_id,))
-    assert ours.start_token == 0
+    assert (ours.pad_token_id, ours.eos_token_ids) == (theirs.pad_token_id, (theirs.eos_token_id,))
+    assert ours.decoder_start_token_id == 0
     # Read for T5 alone: mT5 and umT5 have no such setting.
     assert is_scaled(ours) == getattr(theirs, "scale_decoder_outputs", kind == "umt5")
 
@@ -125,7 +125,7 @@ def test_settings_of_the_run_override_those_of_the_file(folder):
     model = config.Model(path=str(folder), architecture={"num_layers": 1, "dropout_rate": 0.3}, pretrained=False)
     values, where = hf.read_config_json(model)
     read_back = build(values, where, model).config
-    assert (read_back.encoder.layers, read_back.dropout, read_back.encoder.embed_dim) == (1, 0.3, 32)
+    assert (read_back.encoder.num_layers, read_back.dropout, read_back.encoder.embed_dim) == (1, 0.3, 32)
 
 
 def test_a_missing_config_is_named(tmp_path):
@@ -255,7 +255,7 @@ def test_texts_end_where_transformers_says_if_the_file_does_not(kind):
     if kind == "t5gemma":
         return  # the halves have it
     theirs = theirs if isinstance(theirs, list) else [theirs] * (theirs is not None)
-    assert read(values).end_tokens == tuple(theirs)
+    assert read(values).eos_token_ids == tuple(theirs)
 
 
 @pytest.mark.parametrize(

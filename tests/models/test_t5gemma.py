@@ -104,7 +104,7 @@ def test_single_steps_give_the_logits_of_all_positions_at_once(copies, t5gemma):
     model, params = t5gemma
     batch = padded([1, 2, 3])
     tokens_BT = np.random.RandomState(0).randint(2, 96, (3 * copies, 12))  # three windows long
-    tokens_BT[:, 0] = model.config.start_token
+    tokens_BT[:, 0] = model.config.decoder_start_token_id
     rows_B = np.repeat(np.arange(3), copies)
     ones_BT = np.ones_like(tokens_BT)
     batch = batch._replace(
@@ -121,7 +121,7 @@ def test_single_steps_give_the_logits_of_all_positions_at_once(copies, t5gemma):
     first_B, positions_B, cache = model.prefill(
         params, batch.source_BGS[sources, 0], batch.source_segments_BGS[sources, 0], 12
     )
-    np.testing.assert_array_equal(first_B, model.config.start_token)
+    np.testing.assert_array_equal(first_B, model.config.decoder_start_token_id)
     cache, positions_B = take_rows(cache, rows_B), positions_B[rows_B]
     step = jax.jit(lambda params, *arguments: model.decode_step(model.prepare_for_decoding(params), *arguments))
     for position in range(12):
@@ -252,7 +252,7 @@ def read(**changes):
 def test_a_half_has_transformers_defaults_and_a_null_cap_is_none():
     half = {"model_type": "t5_gemma_module", "attn_logit_softcapping": None, "num_attention_heads": None}
     found = read(encoder=half, decoder={"bos_token_id": 5})
-    assert dataclasses.astuple(found.encoder)[1:8] == (256000, 2304, 26, 8, 4, 256, 9216)
+    assert dataclasses.astuple(found.encoder)[:7] == (256000, 2304, 26, 8, 4, 256, 9216)
     assert (found.encoder.attn_logit_softcap, found.decoder.attn_logit_softcap, found.decoder.final_logit_softcap) == (
         0.0,
         50.0,
@@ -260,7 +260,7 @@ def test_a_half_has_transformers_defaults_and_a_null_cap_is_none():
     )
     assert [kind.window for kind in found.encoder.layer_kinds] == [4097, 0]  # the token itself, and 4096 to either side
     assert [kind.window for kind in found.decoder.layer_kinds] == [4096, 0]
-    assert (found.start_token, found.pad_token) == (5, 0)
+    assert (found.decoder_start_token_id, found.pad_token_id) == (5, 0)
     assert found.tied and found.decoder.encoder_dim == 2304
 
 
@@ -271,7 +271,7 @@ def test_what_the_whole_says_of_dropout_holds_for_both_halves():
 
 def test_the_vocabulary_is_what_both_halves_know():
     encoder = CASE.values["encoder"] | {"vocab_size": 80}
-    assert read(encoder=encoder).vocabulary == 80
+    assert read(encoder=encoder).vocab_size == 80
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def test_log_likelihoods_are_those_of_transformers(loaded, torch_model, step, mo
 
     monkeypatch.setattr(likelihood, "STEP_COST", step)
     random = loaded.case.random
-    vocabulary = loaded.model.config.vocabulary
+    vocabulary = loaded.model.config.vocab_size
     lengths = [(1, 3, 2), (2, 2), (1, 1, 1, 1)]
     requests = [
         LikelihoodRequest(list(prompt), [random.randint(3, vocabulary, length).tolist() for length in each])
@@ -34,7 +34,7 @@ def test_log_likelihoods_are_those_of_transformers(loaded, torch_model, step, mo
                 if loaded.model.kind == "causal":
                     given = {"input_ids": torch.tensor([[*request.prompt, *tokens[:-1]]])}
                 else:
-                    start = [loaded.model.config.start_token, *tokens[:-1]]
+                    start = [loaded.model.config.decoder_start_token_id, *tokens[:-1]]
                     given = {"input_ids": torch.tensor([request.prompt]), "decoder_input_ids": torch.tensor([start])}
                 logits = torch_model(**given).logits[0, -len(tokens) :].double()
             theirs = logits.log_softmax(-1)[np.arange(len(tokens)), tokens].sum().item()

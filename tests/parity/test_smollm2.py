@@ -61,7 +61,7 @@ def test_texts_of_smollm2_135m_are_those_of_transformers(torch_model, loaded, gi
     model, params = loaded
     prompts, more_ends = given
     settings = SETTINGS[name]
-    ends = [*model.config.end_tokens, *more_ends]
+    ends = [*model.config.eos_token_ids, *more_ends]
     theirs = pytorch.continued(torch_model, prompts, LENGTH, ends, **settings)
     for seed in (0, 1):
         noisy = pytorch.continued(torch_model, prompts, LENGTH, ends, noise=NOISE, seed=seed, **settings)

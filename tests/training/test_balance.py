@@ -31,7 +31,7 @@ def routed(tiny, batch):
     with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
         patch.setattr(Routing, "of", watch)
         tiny.model.states(tiny.params, batch)
-    assert len(seen) == tiny.model.config.layers
+    assert len(seen) == tiny.model.config.num_layers
     real = batch.segments_BT > 0
     return tuple(np.concatenate([arrays[real] for arrays in both]) for both in zip(*seen, strict=True))
 

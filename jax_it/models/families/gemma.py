@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
-from jax_it.models.config import Config, LayerKind, shortest_period
+from jax_it.models.config import CausalLMConfig, LayerKind, shortest_period
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
 
@@ -16,7 +16,7 @@ TANH = "gelu_pytorch_tanh"
 
 
 def _read_common(settings: Settings, act: str, key_heads: int, whole_heads: bool) -> dict[str, Any]:
-    """What all three share, as arguments of `Config`."""
+    """What all three share, as arguments of `CausalLMConfig`."""
     common = llama.read_common(
         settings,
         tied=True,
@@ -35,14 +35,14 @@ def _read_common(settings: Settings, act: str, key_heads: int, whole_heads: bool
     }
 
 
-def read_gemma(values: Mapping[str, Any], where: str) -> Config:
+def read_gemma(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     """`gelu` has always meant the tanh approximation here."""
     if values.get("hidden_act") == "gelu":
         values = {**values, "hidden_act": TANH}
     settings = Settings(values, where)
     common = _read_common(settings, "hidden_act", key_heads=16, whole_heads=False)
     settings.expect(hidden_activation=TANH)
-    config = Config(**common, layer_kinds=(LayerKind(rope=rope.read(settings, common["head_dim"])),))
+    config = CausalLMConfig(**common, layer_kinds=(LayerKind(rope=rope.read(settings, common["head_dim"])),))
     settings.finish()
     return config
 
@@ -55,12 +55,12 @@ def _read_newer(settings: Settings, act: str = "hidden_activation") -> dict[str,
     return common | {"norm_placement": "sandwich_norm", "attn_scale": scalar**-0.5}
 
 
-def read_gemma2(values: Mapping[str, Any], where: str) -> Config:
+def read_gemma2(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
     common = _read_newer(settings)
     window, rotation = _read_window(settings), rope.read(settings, common["head_dim"])
-    windows = llama.read_windows(settings, common["layers"], window, ("sliding_attention", "full_attention"))
-    config = Config(
+    windows = llama.read_windows(settings, common["num_layers"], window, ("sliding_attention", "full_attention"))
+    config = CausalLMConfig(
         **common,
         attn_logit_softcap=_cap(settings, "attn_logit_softcapping", 50.0),
         final_logit_softcap=_cap(settings, "final_logit_softcapping", 30.0),
@@ -79,26 +79,26 @@ def _read_window(settings: Settings) -> int:
 
 
 def _cap(settings: Settings, key: str, default: float | None) -> float:
-    """A soft cap; null means none, 0 to `Config`, and an absent key the family's default."""
+    """A soft cap; null means none, 0 to `CausalLMConfig`, and an absent key the family's default."""
     if not settings.has(key) and (default is None or settings.is_null(key)):
         return 0.0
     return settings.positive(key, default or 1.0)
 
 
-def read_gemma3_text(values: Mapping[str, Any], where: str) -> Config:
+def read_gemma3_text(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
     common = _read_newer(settings)
     settings.expect(attn_logit_softcapping=0.0)  # which Transformers reads and does not apply
     pattern = settings.size("sliding_window_pattern", 6)
     windows = llama.read_windows(
-        settings, common["layers"], _read_window(settings),
+        settings, common["num_layers"], _read_window(settings),
         ("sliding_attention",) * (pattern - 1) + ("full_attention",),
     )  # fmt: skip
     full, sliding = rope.read_by_layer_type(
         settings, common["head_dim"],
         full_theta=settings.positive("rope_theta", 1e6), sliding_theta=settings.positive("rope_local_base_freq", 1e4),
     )  # fmt: skip
-    config = Config(
+    config = CausalLMConfig(
         **common,
         qk_norm="head",
         final_logit_softcap=_cap(settings, "final_logit_softcapping", None),

@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
-from jax_it.models.config import Config, LayerKind
+from jax_it.models.config import CausalLMConfig, LayerKind
 from jax_it.models.families import llama, phi3
 from jax_it.models.settings import Settings
 from jax_it.models.weights import WeightSpec
 
-END_TOKENS = (151329, 151336, 151338)
+EOS_TOKEN_IDS = (151329, 151336, 151338)
 NORMS = {
     "attention_norm": "input_layernorm",
     "attention_post_norm": "post_self_attn_layernorm",
@@ -19,13 +19,13 @@ NORMS = {
 }
 
 
-def read_config(values: Mapping[str, Any], where: str) -> Config:
+def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
     common = llama.read_common(settings, key_heads=2, head_size=128, epsilon=1.5625e-7, marks=(None, None, 151329))
-    if not common["end_tokens"]:
-        common["end_tokens"] = tuple(token for token in END_TOKENS if token < common["vocabulary"])
+    if not common["eos_token_ids"]:
+        common["eos_token_ids"] = tuple(token for token in EOS_TOKEN_IDS if token < common["vocab_size"])
     rotation = rope.read(settings, common["head_dim"], share=0.5)
-    config = Config(
+    config = CausalLMConfig(
         **common,
         norm_placement="sandwich_norm",
         attention_bias=settings.get("attention_bias", bool, True),
@@ -35,7 +35,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     return config
 
 
-def weight_table(c: Config) -> dict[str, WeightSpec]:
+def weight_table(c: CausalLMConfig) -> dict[str, WeightSpec]:
     return llama.weight_table(c, NORMS) | phi3.gate_up_weights(c, "model.layers.{L}.mlp")
 
 

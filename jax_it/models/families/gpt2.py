@@ -3,30 +3,30 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jax_it.models.config import Config
+from jax_it.models.config import CausalLMConfig
 from jax_it.models.families import llama
 from jax_it.models.linear import ACTIVATIONS
 from jax_it.models.settings import Settings
 from jax_it.models.weights import WeightSpec
 
 
-def read_config(values: Mapping[str, Any], where: str) -> Config:
+def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
     width, heads = settings.size("n_embd"), settings.size("n_head")
     if width % heads:
         raise settings.bad("n_embd", f"n_head, {heads}, must divide it")
-    vocabulary = settings.size("vocab_size")
+    vocab_size = settings.size("vocab_size")
     activation = settings.choose("activation_function", list(ACTIVATIONS), "gelu_new")
     rate = settings.rate("resid_pdrop", 0.1)
     for key in ("embd_pdrop", "attn_pdrop"):
         if settings.get(key, float, 0.1) != rate:
             settings.refuse(key, [f"{rate}, the rate of resid_pdrop"])
     settings.expect(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
-    config = Config(
+    config = CausalLMConfig(
         model_type=settings.need("model_type", str),
-        vocabulary=vocabulary,
+        vocab_size=vocab_size,
         embed_dim=width,
-        layers=settings.size("n_layer"),
+        num_layers=settings.size("n_layer"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=width // heads,
@@ -34,7 +34,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
         activation=activation,
         norm_eps=settings.positive("layer_norm_epsilon", 1e-5),
         tied=settings.get("tie_word_embeddings", bool, True),
-        **llama.read_marks(settings, vocabulary, (50256, 50256, None)),
+        **llama.read_marks(settings, vocab_size, (50256, 50256, None)),
         gated_mlp=False,
         norm="layer",
         attention_bias=True,
@@ -51,7 +51,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     return config
 
 
-def weight_table(c: Config) -> dict[str, WeightSpec]:
+def weight_table(c: CausalLMConfig) -> dict[str, WeightSpec]:
     layer = "transformer.h.{L}"
     table = {
         "embedding": WeightSpec("V D", "transformer.wte.weight", "V D"),

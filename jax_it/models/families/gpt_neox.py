@@ -4,29 +4,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
-from jax_it.models.config import Config, LayerKind
+from jax_it.models.config import CausalLMConfig, LayerKind
 from jax_it.models.families import llama
 from jax_it.models.linear import ACTIVATIONS
 from jax_it.models.settings import Settings
 from jax_it.models.weights import WeightSpec
 
 
-def read_config(values: Mapping[str, Any], where: str) -> Config:
+def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
     width, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
     if width % heads:
         raise settings.bad("hidden_size", f"num_attention_heads, {heads}, must divide it")
-    vocabulary = settings.size("vocab_size")
+    vocab_size = settings.size("vocab_size")
     activation = settings.choose("hidden_act", list(ACTIVATIONS), "gelu")
     settings.expect(attention_dropout=0.0, hidden_dropout=0.0)
     rotation = rope.read(
         settings, width // heads, share=0.25, theta_key="rotary_emb_base", share_key="rotary_pct"
     )  # fmt: skip
-    config = Config(
+    config = CausalLMConfig(
         model_type=settings.need("model_type", str),
-        vocabulary=vocabulary,
+        vocab_size=vocab_size,
         embed_dim=width,
-        layers=settings.size("num_hidden_layers"),
+        num_layers=settings.size("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=width // heads,
@@ -34,7 +34,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
         activation=activation,
         norm_eps=settings.positive("layer_norm_eps", 1e-5),
         tied=settings.get("tie_word_embeddings", bool, False),
-        **llama.read_marks(settings, vocabulary, (0, 2, None)),
+        **llama.read_marks(settings, vocab_size, (0, 2, None)),
         gated_mlp=False,
         norm="layer",
         norm_placement="parallel" if settings.get("use_parallel_residual", bool, True) else "pre_norm",
@@ -46,7 +46,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     return config
 
 
-def weight_table(c: Config) -> dict[str, WeightSpec]:
+def weight_table(c: CausalLMConfig) -> dict[str, WeightSpec]:
     layer = "gpt_neox.layers.{L}"
     table = {
         "embedding": WeightSpec("V D", "gpt_neox.embed_in.weight", "V D"),

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
-from jax_it.models.config import Config, LayerKind
+from jax_it.models.config import CausalLMConfig, LayerKind
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
 
 
-def read_config(values: Mapping[str, Any], where: str) -> Config:
+def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
     common = llama.read_common(settings, marks=(1, 2, None))
-    config = Config(
+    config = CausalLMConfig(
         **common,
         **llama.read_bias(settings),
         mlp_bias=settings.get("mlp_bias", bool, False),

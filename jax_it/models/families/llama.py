@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import causal_lm, rope
-from jax_it.models.config import Config, LayerKind
+from jax_it.models.config import CausalLMConfig, LayerKind, StackConfig
 from jax_it.models.family import Family
 from jax_it.models.linear import ACTIVATIONS
 from jax_it.models.settings import Settings
@@ -27,7 +27,7 @@ def read_common(
     marks: Marks = (None, None, None),
     whole_heads: bool = False,
 ) -> dict[str, Any]:
-    """The values that families with Llama's settings share, as arguments of `Config`.
+    """The values that families with Llama's settings share, as arguments of `CausalLMConfig`.
 
     The keyword arguments are the family's defaults; 0 means that a value follows from others. `act` is the activation's
     key and its default. `whole_heads`: Transformers refuses a width that the heads do not divide even if `head_dim` is
@@ -43,15 +43,15 @@ def read_common(
     head_size = head_size or (settings.size("head_dim") if settings.has("head_dim") else 0)
     if (whole_heads or not head_size) and width % heads:
         raise settings.bad("hidden_size", f"num_attention_heads, {heads}, must divide it")
-    vocabulary = settings.size("vocab_size")
+    vocab_size = settings.size("vocab_size")
     smallest = settings.get("rms_norm_eps", float, epsilon)
     if smallest < 0:
         raise settings.bad("rms_norm_eps", "it must not be negative")
     return {
         "model_type": settings.need("model_type", str),
-        "vocabulary": vocabulary,
+        "vocab_size": vocab_size,
         "embed_dim": width,
-        "layers": settings.size("num_hidden_layers"),
+        "num_layers": settings.size("num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": key_heads,
         "head_dim": settings.size("head_dim", head_size or width // heads),
@@ -59,31 +59,33 @@ def read_common(
         "activation": activation,
         "norm_eps": smallest,
         "tied": settings.get("tie_word_embeddings", bool, tied),
-        **read_marks(settings, vocabulary, marks),
+        **read_marks(settings, vocab_size, marks),
     }
 
 
-def read_marks(settings: Settings, vocabulary: int, defaults: Marks = (None, None, None)) -> dict[str, Any]:
-    """The tokens that begin, end and fill texts, as arguments of `Config`. Null means none; without a key it is the
-    family's default, if the vocabulary has it."""
+def read_marks(settings: Settings, vocab_size: int, defaults: Marks = (None, None, None)) -> dict[str, Any]:
+    """Read the tokens that begin, end and fill texts, as arguments of `CausalLMConfig`.
+
+    Null means none; without a key it is the family's default, if the vocabulary has it.
+    """
 
     def default(key: str, token: int | None) -> int | None:
-        return None if settings.is_null(key) or token is None or token >= vocabulary else token
+        return None if settings.is_null(key) or token is None or token >= vocab_size else token
 
     start, end, pad = (
         default(f"{name}_token_id", token) for name, token in zip(("bos", "eos", "pad"), defaults, strict=True)
     )
-    given = {name: settings.get_token(f"{name}_token_id", vocabulary) for name in ("bos", "pad")}
-    ends = settings.get_tokens("eos_token_id", vocabulary)
+    given = {name: settings.get_token(f"{name}_token_id", vocab_size) for name in ("bos", "pad")}
+    ends = settings.get_tokens("eos_token_id", vocab_size)
     return {
-        "end_tokens": ends or (() if end is None else (end,)),
-        "pad_token": pad if given["pad"] is None else given["pad"],
-        "start_token": start if given["bos"] is None else given["bos"],
+        "eos_token_ids": ends or (() if end is None else (end,)),
+        "pad_token_id": pad if given["pad"] is None else given["pad"],
+        "bos_token_id": start if given["bos"] is None else given["bos"],
     }
 
 
 def read_bias(settings: Settings, default: bool = False) -> dict[str, Any]:
-    """Read `attention_bias`, of all four linear layers of attention, as arguments of `Config`."""
+    """Read `attention_bias`, of all four linear layers of attention, as arguments of `CausalLMConfig`."""
     bias = settings.get("attention_bias", bool, default)
     return {"attention_bias": bias, "output_bias": bias}
 
@@ -109,10 +111,10 @@ def read_windows(settings: Settings, number: int, window: int, every: tuple[str,
     return tuple(known[kind] for kind in kinds)
 
 
-def read_config(values: Mapping[str, Any], where: str) -> Config:
+def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
     common = read_common(settings, marks=(1, 2, None), whole_heads=True)
-    config = Config(
+    config = CausalLMConfig(
         **common,
         **read_bias(settings),
         mlp_bias=settings.get("mlp_bias", bool, False),
@@ -136,7 +138,7 @@ NORMS = {
 }
 
 
-def weight_table(c: Config, norms: Mapping[str, str] | None = None) -> dict[str, WeightSpec]:
+def weight_table(c: CausalLMConfig, norms: Mapping[str, str] | None = None) -> dict[str, WeightSpec]:
     """The weights under Llama's names, for whichever of them the config asks; `norms`: other names of the norms."""
     table = {
         "embedding": WeightSpec("V D", "model.embed_tokens.weight", "V D"),
@@ -151,7 +153,7 @@ def weight_table(c: Config, norms: Mapping[str, str] | None = None) -> dict[str,
     return table | norm_weights("layers", layer, norms or NORMS[c.norm_placement])
 
 
-def attention_weights(c: Config, ours: str, theirs: str) -> dict[str, WeightSpec]:
+def attention_weights(c: StackConfig, ours: str, theirs: str) -> dict[str, WeightSpec]:
     """The weights of one kind of attention."""
     table = {}
     for path, name, heads in (("query", "q_proj", "N"), ("key", "k_proj", "K"), ("value", "v_proj", "K")):
@@ -170,7 +172,7 @@ def attention_weights(c: Config, ours: str, theirs: str) -> dict[str, WeightSpec
     return table
 
 
-def mlp_weights(c: Config, ours: str, theirs: str) -> dict[str, WeightSpec]:
+def mlp_weights(c: StackConfig, ours: str, theirs: str) -> dict[str, WeightSpec]:
     """The weights of the feed-forward layers."""
     table = {}
     for path, axes, layout in (("gate", "D F", "F D"), ("up", "D F", "F D"), ("down", "F D", "D F")):

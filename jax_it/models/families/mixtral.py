@@ -4,21 +4,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
-from jax_it.models.config import Config, LayerKind
+from jax_it.models.config import CausalLMConfig, LayerKind
 from jax_it.models.experts import Experts
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
 from jax_it.models.weights import WeightSpec
 
 
-def read_config(values: Mapping[str, Any], where: str) -> Config:
+def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
     common = llama.read_common(settings, key_heads=8, epsilon=1e-5, marks=(1, 2, None))
     window = llama.read_window(settings)
     settings.expect(router_jitter_noise=0.0)
     # Of the other scalings Transformers makes no model without a head_dim.
     kinds = tuple(rope.KEYS) if settings.has("head_dim") else ("default", "linear", "llama3")
-    config = Config(
+    config = CausalLMConfig(
         **common,
         layer_kinds=(LayerKind(window, rope.read(settings, common["head_dim"], theta=1e6, kinds=kinds)),),
         experts=read_experts(settings, "num_local_experts", 8, 2, common["mlp_dim"], normalized=True),
@@ -37,7 +37,7 @@ def read_experts(
     return Experts(number, per_token, feed_forward, normalized)
 
 
-def weight_table(c: Config) -> dict[str, WeightSpec]:
+def weight_table(c: CausalLMConfig) -> dict[str, WeightSpec]:
     moe = "model.layers.{L}.block_sparse_moe"
     return llama.weight_table(c) | {
         "layers.experts.router": WeightSpec("L D X", f"{moe}.gate.weight", "X D"),

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
-from jax_it.models.config import Config, LayerKind
+from jax_it.models.config import CausalLMConfig, LayerKind
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
 
 
-def read_config(values: Mapping[str, Any], where: str) -> Config:
+def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
     common = llama.read_common(settings, epsilon=1e-5, marks=(None, 50279, 1))
-    config = Config(
+    config = CausalLMConfig(
         **common,
         norm_placement="post_norm",
         qk_norm="all_heads",

@@ -4,19 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
-from jax_it.models.config import Config, LayerKind
+from jax_it.models.config import CausalLMConfig, LayerKind
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
 from jax_it.models.weights import WeightSpec
 
 
-def read_config(values: Mapping[str, Any], where: str) -> Config:
+def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
     common = llama.read_common(settings, epsilon=1e-5, marks=(1, 32000, 32000))
     settings.expect(resid_pdrop=0.0, embd_pdrop=0.0, attention_bias=False, mlp_bias=False, lm_head_bias=False)
     window = llama.read_window(settings)
     rotation = rope.read(settings, common["head_dim"], share=1.0, original=4096, kinds=("default", "longrope"))
-    config = Config(
+    config = CausalLMConfig(
         **common,
         layer_kinds=(LayerKind(window, rotation),),
         recompute_longrope=True,
@@ -26,7 +26,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
     return config
 
 
-def weight_table(c: Config) -> dict[str, WeightSpec]:
+def weight_table(c: CausalLMConfig) -> dict[str, WeightSpec]:
     layer = "model.layers.{L}"
     qkv = f"{layer}.self_attn.qkv_proj.weight"
     queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
@@ -41,7 +41,7 @@ def weight_table(c: Config) -> dict[str, WeightSpec]:
     )
 
 
-def gate_up_weights(c: Config, mlp: str) -> dict[str, WeightSpec]:
+def gate_up_weights(c: CausalLMConfig, mlp: str) -> dict[str, WeightSpec]:
     """The two weights that one tensor of a feed-forward layer holds."""
     name = f"{mlp}.gate_up_proj.weight"
     return {

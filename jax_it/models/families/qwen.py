@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
-from jax_it.models.config import Config, LayerKind, shortest_period
+from jax_it.models.config import CausalLMConfig, LayerKind, shortest_period
 from jax_it.models.experts import Experts
 from jax_it.models.families import llama
 from jax_it.models.families.mixtral import read_experts
@@ -26,27 +26,27 @@ def _key_heads(settings: Settings) -> int:
     return 0 if settings.is_null("num_key_value_heads") else 32
 
 
-def read_qwen2(values: Mapping[str, Any], where: str) -> Config:
+def read_qwen2(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
     common = llama.read_common(settings, key_heads=_key_heads(settings))
-    windows = _read_windows(settings, common["layers"])
+    windows = _read_windows(settings, common["num_layers"])
     rotation = rope.read(settings, common["head_dim"])
     kinds = shortest_period([LayerKind(window, rotation) for window in windows])
-    config = Config(**common, attention_bias=True, layer_kinds=kinds)
+    config = CausalLMConfig(**common, attention_bias=True, layer_kinds=kinds)
     settings.expect(use_mrope=False)
     settings.finish()
     return config
 
 
-def read_qwen3(values: Mapping[str, Any], where: str) -> Config:
+def read_qwen3(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
     common = llama.read_common(settings, key_heads=_key_heads(settings), head_size=128)
-    config = _make_qwen3(settings, common, _read_windows(settings, common["layers"]))
+    config = _make_qwen3(settings, common, _read_windows(settings, common["num_layers"]))
     settings.finish()
     return config
 
 
-def read_qwen3_moe(values: Mapping[str, Any], where: str) -> Config:
+def read_qwen3_moe(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     """All layers must be mixtures: dense ones among them could not be stacked with the rest.
 
     `use_sliding_window` puts a window into every layer, and there is no `layer_types`.
@@ -60,9 +60,9 @@ def read_qwen3_moe(values: Mapping[str, Any], where: str) -> Config:
     window = llama.read_window(settings, 4096)
     if not settings.get("use_sliding_window", bool, False):
         window = 0
-    windows = (window,) * common["layers"]
+    windows = (window,) * common["num_layers"]
     if settings.has("layer_types"):  # a note beside that: the layers do not read it
-        kinds = llama.read_windows(settings, common["layers"], window)
+        kinds = llama.read_windows(settings, common["num_layers"], window)
         if set(kinds) != {window}:
             raise settings.bad("layer_types", "in this family use_sliding_window decides, for all layers at once")
     config = _make_qwen3(settings, common, windows, experts)
@@ -72,9 +72,9 @@ def read_qwen3_moe(values: Mapping[str, Any], where: str) -> Config:
 
 def _make_qwen3(
     settings: Settings, common: dict[str, Any], windows: tuple[int, ...], experts: Experts | None = None
-) -> Config:
+) -> CausalLMConfig:
     rotation = rope.read(settings, common["head_dim"])
-    return Config(
+    return CausalLMConfig(
         **common,
         **llama.read_bias(settings),
         qk_norm="head",
@@ -83,7 +83,7 @@ def _make_qwen3(
     )
 
 
-def moe_weight_table(c: Config) -> dict[str, WeightSpec]:
+def moe_weight_table(c: CausalLMConfig) -> dict[str, WeightSpec]:
     mlp = "model.layers.{L}.mlp"
     table = llama.weight_table(c) | {"layers.experts.router": WeightSpec("L D X", f"{mlp}.gate.weight", "X D")}
     for path, axes, layout in (("gate", "D F", "F D"), ("up", "D F", "F D"), ("down", "F D", "D F")):

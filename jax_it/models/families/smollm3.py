@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import rope
-from jax_it.models.config import Config, LayerKind, shortest_period
+from jax_it.models.config import CausalLMConfig, LayerKind, shortest_period
 from jax_it.models.families import llama
 from jax_it.models.settings import Settings
 
 
-def read_config(values: Mapping[str, Any], where: str) -> Config:
+def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
     common = llama.read_common(
         settings,
@@ -17,7 +17,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
         key_heads=0 if settings.is_null("num_key_value_heads") else 4,  # null: as many as heads
         marks=(128000, 128001, 128004),
     )
-    number = common["layers"]
+    number = common["num_layers"]
     interval = settings.size("no_rope_layer_interval", 4)
     rotates = settings.get_list("no_rope_layers", int)
     if rotates is None:
@@ -33,7 +33,7 @@ def read_config(values: Mapping[str, Any], where: str) -> Config:
         windows = llama.read_windows(settings, number, window)
     rotation = rope.read(settings, common["head_dim"], theta=2e6)
     kinds = [LayerKind(window, rotation if r else None) for window, r in zip(windows, rotates, strict=True)]
-    config = Config(
+    config = CausalLMConfig(
         **common,
         **llama.read_bias(settings),
         mlp_bias=settings.get("mlp_bias", bool, False),

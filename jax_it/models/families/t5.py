@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models import encoder_decoder
-from jax_it.models.config import Config, EncoderDecoderConfig
+from jax_it.models.config import EncoderDecoderConfig, StackConfig
 from jax_it.models.family import Family
 from jax_it.models.linear import ACTIVATIONS
 from jax_it.models.relative_bias import RelativeBias
@@ -45,26 +45,24 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
             "relative_attention_max_distance",
             f"it must be above {buckets // 2}, half of relative_attention_num_buckets, which are of one distance each",
         )
-    vocabulary = settings.size("vocab_size", 32128 if kind == "t5" else 250112)
-    pad = settings.get_token("pad_token_id", vocabulary) or 0
-    start = settings.get_token("decoder_start_token_id", vocabulary)
+    vocab_size = settings.size("vocab_size", 32128 if kind == "t5" else 250112)
+    pad = settings.get_token("pad_token_id", vocab_size) or 0
+    start = settings.get_token("decoder_start_token_id", vocab_size)
     embed_dim, rate = settings.size("d_model", 512), settings.rate("dropout_rate", 0.1)
     num_heads = settings.size("num_heads", 8 if kind == "t5" else 6)
     is_scaled = {"t5": scaled, "mt5": False, "umt5": True}[kind]
 
-    def half(layers: int, *, is_encoder: bool) -> Config:
-        return Config(
-            model_type=kind,
-            vocabulary=vocabulary,
+    def half(num_layers: int, *, is_encoder: bool) -> StackConfig:
+        return StackConfig(
+            vocab_size=vocab_size,
             embed_dim=embed_dim,
-            layers=layers,
+            num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_heads,
             head_dim=settings.size("d_kv", 64),
             mlp_dim=settings.size("d_ff", 2048 if kind == "t5" else 1024),
             activation=activation,
             norm_eps=settings.positive("layer_norm_epsilon", 1e-6),
-            tied=True,  # it has no head: the whole model's config says
             gated_mlp=projection.startswith("gated-"),
             relative_bias=RelativeBias(buckets, max_distance, is_encoder, per_layer=kind == "umt5"),
             bidirectional=is_encoder,
@@ -72,7 +70,6 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
             attn_scale=1.0,
             output_scale=1.0 if is_encoder or not is_scaled else embed_dim**-0.5,
             embedding_init=1.0,
-            dropout=rate,
             dropout_in=("attention", "mlp"),
         )
 
@@ -83,9 +80,9 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
         tied=tie,
         shared_embedding=True,
         dropout=rate,
-        start_token=pad if start is None else start,
-        pad_token=pad,
-        end_tokens=settings.get_tokens("eos_token_id", vocabulary) or (1,),
+        decoder_start_token_id=pad if start is None else start,
+        pad_token_id=pad,
+        eos_token_ids=settings.get_tokens("eos_token_id", vocab_size) or (1,),
     )
     # The last is umT5's, and nothing reads it.
     settings.finish(ignored=("initializer_factor", "classifier_dropout", "scalable_attention"))
@@ -127,7 +124,7 @@ def _attention_weights(ours: str, theirs: str, name: str) -> dict[str, WeightSpe
 
 def values_to_save(c: EncoderDecoderConfig) -> dict[str, Any]:
     """The config.json values that decide between tied and untied, scaled and not, in old and new Transformers."""
-    values: dict[str, Any] = {"decoder_start_token_id": c.start_token}
+    values: dict[str, Any] = {"decoder_start_token_id": c.decoder_start_token_id}
     if c.model_type == "t5":
         is_scaled = c.decoder.output_scale != 1
         values |= {"tie_word_embeddings": is_scaled, "scale_decoder_outputs": is_scaled}

@@ -10,7 +10,7 @@ from typing import Any
 
 from jax_it.errors import UserError
 from jax_it.models import encoder_decoder
-from jax_it.models.config import Config, EncoderDecoderConfig, LayerKind
+from jax_it.models.config import CausalLMConfig, EncoderDecoderConfig, LayerKind
 from jax_it.models.families import gemma, llama
 from jax_it.models.family import Family
 from jax_it.models.settings import Settings
@@ -39,9 +39,9 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
     encoder, target = (_read_half(settings, name) for name in ("encoder", "decoder"))
     # In Transformers the encoder's window is of tokens to either side, beside the token itself.
     kinds = tuple(LayerKind(kind.window and kind.window + 1, kind.rope) for kind in encoder.layer_kinds)
-    if target.start_token is None or target.pad_token is None:
+    if target.bos_token_id is None or target.pad_token_id is None:
         raise UserError(f"{where}: decoder: bos_token_id and pad_token_id must be tokens of its vocabulary")
-    pad = settings.get_token("pad_token_id", target.vocabulary)
+    pad = settings.get_token("pad_token_id", target.vocab_size)
     config = EncoderDecoderConfig(
         model_type=settings.choose("model_type", ["t5gemma"]),
         encoder=dataclasses.replace(encoder, bidirectional=True, layer_kinds=kinds),
@@ -49,18 +49,18 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
         tied=settings.get("tie_word_embeddings", bool, True),
         shared_embedding=False,
         dropout=settings.rate("dropout_rate", 0.0),
-        start_token=target.start_token,
-        pad_token=target.pad_token if pad is None else pad,
-        end_tokens=settings.get_tokens("eos_token_id", target.vocabulary) or target.end_tokens,
+        decoder_start_token_id=target.bos_token_id,
+        pad_token_id=target.pad_token_id if pad is None else pad,
+        eos_token_ids=settings.get_tokens("eos_token_id", target.vocab_size) or target.eos_token_ids,
     )
     settings.expect(is_encoder_decoder=True, is_decoder=False, attention_dropout=0.0, chunk_size_feed_forward=0)
-    settings.expect(decoder_start_token_id=config.start_token)
+    settings.expect(decoder_start_token_id=config.decoder_start_token_id)
     settings.size("vocab_size", 1)  # the halves have their own
     settings.finish(ignored=("classifier_dropout_rate",))
     return config
 
 
-def _read_half(settings: Settings, name: str) -> Config:
+def _read_half(settings: Settings, name: str) -> CausalLMConfig:
     values, where = settings.need(name, dict), f"{settings.where}: {name}"
     given = _DEFAULTS | {
         key: value
