@@ -19,7 +19,7 @@ TokenLoss = Callable[[jax.Array, jax.Array], jax.Array]  # float32 logits_BTV, t
 def cross_entropy(
     logits_BTV: jax.Array, targets_BT: jax.Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> jax.Array:
-    """Cross-entropy in nats a token, shape [B, T].
+    """Return the cross-entropy, in nats a token, [B, T].
 
     Label smoothing mixes the target with the uniform distribution, as `torch.nn.CrossEntropyLoss`
     does; `z_loss` times the squared log of the softmax's denominator keeps that near 0 (PaLM, T5X).
@@ -35,7 +35,7 @@ def cross_entropy(
 
 
 def squared_error(logits_BTV: jax.Array, targets_BT: jax.Array, *, scale: float, target: float) -> jax.Array:
-    """Squared error on the logits, shape [B, T] (Hui & Belkin 2020, section 2, rescaled form).
+    """Return the squared error on the logits, [B, T] (Hui & Belkin 2020, section 2, rescaled form).
 
     The mean over the vocabulary of the squared logits, the true class's being
     `scale * (logit - target)**2` instead.
@@ -55,9 +55,9 @@ def chunked_sum(
     weights_BT: jax.Array,
     head_trained: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of token losses and the sum of their weights, both float32.
+    """Return the weighted sum of token losses and the sum of their weights, both float32.
 
-    `logits(head, states_BCD)` gives float32 logits; at most `chunk` positions of all rows on a device, or one of each,
+    `logits(head, states)` gives float32 logits; at most `chunk` positions of all rows on a device, or one of each,
     have theirs at a time. Gradients are taken chunk by chunk in the forward pass: no logits wait for a backward one.
     A head that is not trained has none.
     """
@@ -83,7 +83,7 @@ def _vjp_forward(
     loss: TokenLoss, logits: Callable, chunk: int, head_trained: bool, head_VD: jax.Array, states_BTD: jax.Array,
     targets_BT: jax.Array, weights_BT: jax.Array,
 ) -> Any:  # fmt: skip
-    """The sum, and the gradients for a cotangent of 1: of the states and, if it is trained, of the head."""
+    """Return the sum, and the gradients for a cotangent of 1: of the states and, if it is trained, of the head."""
 
     def value_and_gradients(head_VD: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         def add(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
@@ -122,7 +122,7 @@ def _chunk_sum(loss: TokenLoss, logits: Callable, head: Any, states: Any, target
 
 
 def _chunks(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays cut along T into chunks, the first axis: as few as there may be. Each has every n-th position."""
+    """Cut arrays along T into chunks, the first axis: as few as there may be. Each has every n-th position."""
     rows, length = arrays_BT[0].shape[:2]
     chunks = -(-length // max(1, chunk // rows))
 
@@ -141,7 +141,7 @@ def _on_own_positions(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """`compute(head, states, targets, weights)` by every device for the positions that it has.
+    """Call `compute(head, states, targets, weights)` on every device for the positions that it has.
 
     Results with a "B T" in their letters stay where they are made; others are summed over the devices once, when all
     chunks are done. The head is gathered once: in a loop that XLA partitions it would be for every chunk, and its

@@ -1,4 +1,4 @@
-"""Starts the processes of a run together, makes them wait for each other, and ends all of them when one ends early.
+"""Start the processes of a run together, makes them wait for each other, and ends all of them when one ends early.
 
 Barriers and shared values use the key-value store of JAX's coordination client. `connections` does what that client
 cannot do, and says what was measured.
@@ -26,7 +26,7 @@ _rounds = itertools.count()  # every process makes the same calls in the same or
 
 
 def start() -> None:
-    """Joins this process with the others of the run, if its environment says that there are others.
+    """Join this process with the others of the run, if its environment says that there are others.
 
     Does nothing when called again, in a process that has called `jax.distributed.initialize` itself, and when there
     is only one process. Must be called before anything that touches devices. Raises Interrupted, naming the hosts
@@ -51,14 +51,14 @@ def start() -> None:
 
 
 def is_first() -> bool:
-    """Returns whether this process writes what all share: the run's folder, logs, reports."""
+    """Return whether this process writes what all share: the run's folder, logs, reports."""
     if _connections is not None:
         return _connections.env.process_id == 0
     return distributed.global_state.process_id == 0
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes of the run have reached it. Raises if one of them has ended.
+    """Wait until all processes of the run have reached this call. Raises if one of them has ended.
 
     `name` shows up in JAX's error messages.
     """
@@ -66,7 +66,7 @@ def barrier(name: str) -> None:
 
 
 def all_agree(yes: bool) -> bool:
-    """Returns whether all processes say yes; each of them must ask. Raises if one of them has ended."""
+    """Return whether all processes say yes; each of them must ask. Raises if one of them has ended."""
     return _all_agree("agree", yes)
 
 
@@ -83,7 +83,7 @@ def _all_agree(name: str, yes: bool) -> bool:
 
 
 def from_first(make: Callable[[], str]) -> str:
-    """Returns on every process what `make` returns on the first one, which alone calls it."""
+    """Return on every process what `make` returns on the first one, which alone calls it."""
     client = distributed.global_state.client
     if client is None:
         return make()
@@ -97,7 +97,7 @@ def from_first(make: Callable[[], str]) -> str:
 
 
 def _wait_for(key: str) -> str:
-    """Returns the value of a key as soon as a process has set it. Raises if another process has ended.
+    """Return the value of a key as soon as a process has set it. Raises if another process has ended.
 
     It asks once a second: JAX's client can be interrupted neither in `wait_at_barrier` nor while it waits for a key.
     """
@@ -114,7 +114,7 @@ def _wait_for(key: str) -> str:
 
 @contextmanager
 def first_then_others() -> Iterator[None]:
-    """Runs the block on the first process, then on the others, which find what it has made on a shared disk.
+    """Run the block on the first process, then on the others, which find what it has made on a shared disk.
 
     If it raises on the first process, the others raise as well.
     """
@@ -139,7 +139,7 @@ def _failing_together() -> Iterator[None]:
 
 @contextmanager
 def watched() -> Iterator[None]:
-    """Turns an error of JAX's within the block into Interrupted if the end of another process caused it."""
+    """Turn an error of JAX's within the block into Interrupted if the end of another process caused it."""
     try:
         yield
     except (UserError, Interrupted):
@@ -151,7 +151,7 @@ def watched() -> Iterator[None]:
 
 
 def leave(code: int, message: str = "") -> NoReturn:
-    """Ends this process with an exit code; if it is not 0, the others end as well and report the message."""
+    """End this process with an exit code; if it is not 0, the others end as well and report the message."""
     if _connections is None:
         sys.exit(code)
     if code == 0:

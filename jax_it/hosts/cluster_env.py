@@ -1,4 +1,4 @@
-"""Detects which process of which run this is: by JAX_… variables, Slurm, Cloud TPU or a Kubernetes Job."""
+"""Detect which process of which run this is: by JAX_… variables, Slurm, Cloud TPU or a Kubernetes Job."""
 
 import importlib.util
 import os
@@ -29,13 +29,13 @@ class ClusterEnv:
     local_device_ids: list[int] | None = None  # this process's, if several share a host
 
     def name(self, index: int) -> str:
-        """Returns "HOST (process INDEX)", as far as the host is known."""
+        """Return "HOST (process INDEX)", as far as the host is known."""
         known = self.names.get(index)
         return f"{known} (process {index})" if known else f"process {index}"
 
 
 def detect() -> ClusterEnv | None:
-    """Returns what the environment says about the run, None if it names no other process.
+    """Return what the environment says about the run, None if it names no other process.
 
     Raises UserError if it is incomplete, Interrupted if Slurm, Cloud TPU or Kubernetes does not tell the other hosts.
     """
@@ -83,7 +83,7 @@ def _explicit(environment: Mapping[str, str]) -> ClusterEnv:
 
 
 def host_names(index: int, count: int) -> dict[int, str]:
-    """Returns the names of the run's hosts by process, as far as the environment tells them."""
+    """Return the names of the run's hosts by process, as far as the environment tells them."""
     environment = os.environ
     if nodes := environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST"):
         tasks = environment.get("SLURM_STEP_TASKS_PER_NODE") or environment.get("SLURM_TASKS_PER_NODE") or ""
@@ -104,7 +104,7 @@ def host_names(index: int, count: int) -> dict[int, str]:
 
 
 def expand_nodes(text: str) -> list[str]:
-    """Expands Slurm's list of nodes: "gpu1,n[07-08]" -> ["gpu1", "n07", "n08"]."""
+    """Expand Slurm's list of nodes: "gpu1,n[07-08]" -> ["gpu1", "n07", "n08"]."""
     names = []
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
         made = [""]
@@ -121,14 +121,14 @@ def expand_nodes(text: str) -> list[str]:
 
 
 def _slurm_devices(count: int) -> list[int] | None:
-    """Returns the task's own device if tasks share a host and see all its devices, None for all that it sees."""
+    """Return the task's own device if tasks share a host and see all its devices, None for all that it sees."""
     hosts = int(os.environ.get("SLURM_STEP_NUM_NODES", count))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")
     return [int(os.environ["SLURM_LOCALID"])] if count > hosts and len(visible) > 1 else None
 
 
 def seconds(name: str) -> float:
-    """Returns the value of START_TIMEOUT_VAR or LOST_AFTER_VAR."""
+    """Return the value of START_TIMEOUT_VAR or LOST_AFTER_VAR."""
     text = os.environ.get(name)
     try:
         return float(text) if text else _DEFAULTS[name]

@@ -1,4 +1,4 @@
-"""Connects process 0 with all others over TCP, to name a host that is missing at the start or lost later.
+"""Connect process 0 with all others over TCP, to name a host that is missing at the start or lost later.
 
 JAX's coordination client does not do this. Measured on JAX 0.10.2 and 0.12.0, with two and three processes:
 
@@ -34,19 +34,19 @@ _MAX_LINE = 1 << 22  # bytes; the longest one has the names of all hosts
 
 
 class Connection:
-    """Sends and receives dicts over a socket, each as a line of JSON."""
+    """Send and receives dicts over a socket, each as a line of JSON."""
 
     def __init__(self, stream: socket.socket):
         self.stream = stream
         self._reader = stream.makefile("rb")
 
     def send(self, **message: Any) -> None:
-        """Sends a message; it does not matter if the other side is gone."""
+        """Send a message; it does not matter if the other side is gone."""
         with suppress(OSError):
             self.stream.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, timeout: float) -> dict[str, Any]:
-        """Returns the next message.
+        """Return the next message.
 
         Raises TimeoutError or another OSError if none comes, ValueError if what comes is not a message.
         """
@@ -70,7 +70,7 @@ class End:
 
 
 class Connections:
-    """Holds this process's connections, to process 0 or from process 0 to all others, until it ends."""
+    """Hold this process's connections, to process 0 or from process 0 to all others, until it ends."""
 
     def __init__(self, env: ClusterEnv, connections: dict[int, Connection]):
         self.env = env
@@ -95,7 +95,7 @@ class Connections:
                 connection.send(**message)
 
     def _listen(self, index: int) -> None:
-        """Receives what a process sends until it leaves or is lost."""
+        """Receive what a process sends until it leaves or is lost."""
         limit = seconds(LOST_AFTER_VAR)
         try:
             while True:
@@ -111,7 +111,7 @@ class Connections:
             self._note(End(index, "was lost: its process ended without a word", 75))
 
     def _note(self, end: End) -> None:
-        """Notes and passes on the first end; process 0 passes it to all, the others to process 0."""
+        """Note and passes on the first end; process 0 passes it to all, the others to process 0."""
         with self._lock:
             if self._end is not None:
                 return
@@ -125,30 +125,30 @@ class Connections:
             self._send(**vars(end))
 
     def end(self, reason: str, code: int) -> None:
-        """Tells the others that this process ends early."""
+        """Tell the others that this process ends early."""
         self._note(End(self.env.process_id, reason, code))
 
     def leave(self) -> None:
-        """Tells the others that this process ends with the run."""
+        """Tell the others that this process ends with the run."""
         self._send(left=True)
 
     def wait_for_others(self) -> None:
-        """Waits on process 0, for 3 s at most, until the others have ended: JAX aborts them if its coordinator goes."""
+        """Wait on process 0, for 3 s at most, until the others have ended: JAX aborts them if its coordinator goes."""
         until = time.monotonic() + 3
         for thread in self._listeners if self.env.process_id == 0 else ():
             thread.join(max(until - time.monotonic(), 0))
 
     def wait_for_end(self, timeout: float) -> bool:
-        """Returns whether another process has ended early, or does so within the next `timeout` seconds."""
+        """Return whether another process has ended early, or does so within the next `timeout` seconds."""
         return self._other_ended.wait(timeout)
 
     def check(self) -> None:
-        """Raises if a process that this one would wait for has ended."""
+        """Raise if a process that this one would wait for has ended."""
         if self._end or self._left:
             raise self.error()
 
     def error(self) -> Exception:
-        """Returns what the end of another process means for this one: UserError or Interrupted."""
+        """Return what the end of another process means for this one: UserError or Interrupted."""
         end = self._end or End(min(self._left), "has ended", 75)
         name = self.env.name(end.process_id)
         if end.code == 2:
@@ -158,13 +158,13 @@ class Connections:
         return Interrupted(f"host {name} {end.reason}; {GO_ON}")
 
     def _exit(self) -> NoReturn:
-        """Ends this process because another one has ended."""
+        """End this process because another one has ended."""
         error = self.error()
         print(f"jax-it: {' '.join(str(error).split())}", file=sys.stderr)
         exit_now(2 if isinstance(error, UserError) else 75)
 
     def explain_aborts(self) -> None:
-        """Makes an abort by JAX's coordination client end this process as the loss of the other process would."""
+        """Make an abort by JAX's coordination client end this process as the loss of the other process would."""
 
         def explain(number: int) -> None:
             if self.wait_for_end(5):
@@ -177,7 +177,7 @@ class Connections:
 
 
 def connect(env: ClusterEnv, until: float) -> Connections:
-    """Waits for all processes of the run until a time of `time.monotonic`, and returns this one's connections.
+    """Wait for all processes of the run until a time of `time.monotonic`, and returns this one's connections.
 
     All connect to process 0 at the coordinator's address, where JAX's coordinator listens afterwards. Raises
     Interrupted, naming the hosts that have not come.
@@ -187,7 +187,7 @@ def connect(env: ClusterEnv, until: float) -> Connections:
 
 
 def _accept_all(env: ClusterEnv, until: float) -> tuple[dict[int, Connection], dict[int, str]]:
-    """Returns process 0's connections to all others, and the names of the hosts."""
+    """Return process 0's connections to all others, and the names of the hosts."""
     names = {**env.names, 0: socket.gethostname()}
     joined: dict[int, Connection] = {}
     started, told = time.monotonic(), 0.0
@@ -238,7 +238,7 @@ def _open_server(port: int, until: float) -> socket.socket:
 
 
 def _join(env: ClusterEnv, until: float) -> tuple[dict[int, Connection], dict[int, str]]:
-    """Returns another process's connection to process 0, and the names of the hosts."""
+    """Return another process's connection to process 0, and the names of the hosts."""
     address = env.coordinator_address
     host, port = address.rsplit(":", 1)
     while True:
