@@ -35,7 +35,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The mesh of the devices, each slice's neighbours beside each other. A size of -1 takes what is left.
+    """Make the mesh of the devices, each slice's neighbours beside each other. A size of -1 takes what is left.
 
     Raises UserError where the sizes do not fit the devices, or the slices.
     """
@@ -71,7 +71,7 @@ def _text(sizes: Mapping[str, int]) -> str:
 
 
 def _fitting(sizes: Mapping[str, int], devices: int) -> list[str]:
-    """Sizes near to these that fit: another one along one axis, or else the largest divisors."""
+    """Find sizes near to these that fit: another one along one axis, or else the largest divisors."""
     sizes = {axis: max(size, 1) for axis, size in sizes.items()}
     near = []
     for axis, size in sizes.items():
@@ -87,7 +87,7 @@ def _fitting(sizes: Mapping[str, int], devices: int) -> list[str]:
 
 
 def _slices(number: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
-    """The devices slice by slice; where they do not tell theirs, `number` equal parts of their order."""
+    """Return the devices slice by slice; where they do not tell theirs, `number` equal parts of their order."""
     told = sorted({getattr(device, "slice_index", 0) for device in devices})
     if len(told) > 1:
         if number not in (0, len(told)):
@@ -101,12 +101,12 @@ def _slices(number: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]
 
 
 def inference_mesh(parameters: int) -> MeshConfig:
-    """The mesh to score and generate on: a small model whole on every device, a large one split over them."""
+    """Return the mesh to score and generate on: a small model whole on every device, a large one split over them."""
     return MeshConfig() if parameters * 4 <= WHOLE else MeshConfig(data=1, fsdp=-1)
 
 
 def spec(logical_axes: str, shape: Sequence[int], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
-    """How an array with these logical axes ("L D N H") is split. An axis that does not divide stays whole."""
+    """Return how an array with these logical axes ("L D N H") is split. An axis that does not divide stays whole."""
     names = logical_axes.split()
     if len(names) != len(shape):
         raise ValueError(f"{logical_axes!r} does not name the axes of shape {tuple(shape)}")
@@ -124,12 +124,12 @@ def spec(logical_axes: str, shape: Sequence[int], mesh: jax.sharding.Mesh | jax.
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes that an entry of a PartitionSpec names."""
+    """Return the mesh axes that an entry of a PartitionSpec names."""
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def shardings(logical_axes: Any, shapes: Any, mesh: jax.sharding.Mesh) -> Any:
-    """A tree of NamedShardings for a tree of logical axes and one of arrays (or their shapes and dtypes).
+    """Return a tree of NamedShardings for a tree of logical axes and one of arrays (or their shapes and dtypes).
 
     Where a weight is several arrays, as a quantized one, all of them have its axes.
     """
@@ -145,29 +145,29 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Of every array of a batch: rows over the axes of `B`, the rest whole."""
+    """Return the sharding of a batch's arrays: rows over the axes of `B`, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(RULES["B"]))
 
 
 def batch_parts(mesh: jax.sharding.Mesh) -> int:
-    """Into how many parts a batch's rows are split."""
+    """Return into how many parts a batch's rows are split."""
     return math.prod(mesh.shape[axis] for axis in RULES["B"])
 
 
 def round_up_to_shards(rows: int, mesh: jax.sharding.Mesh) -> int:
-    """So many rows, rounded up to a number whose parts are alike."""
+    """Round a number of rows up to one that the devices share equally."""
     parts = batch_parts(mesh)
     return -(-rows // parts) * parts
 
 
 def local_parts(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
-    """Which parts of a batch this process's devices hold; processes that share a row's devices hold the same."""
+    """Return which parts of a batch this process's devices hold; processes that share a row's devices hold the same."""
     by_part = mesh.devices.reshape(batch_parts(mesh), -1)  # B's axes are the mesh's first
     return tuple(i for i, part in enumerate(by_part) if any(d.process_index == jax.process_index() for d in part))
 
 
 def place(batch: Any, mesh: jax.sharding.Mesh, parts: Sequence[int] | None = None) -> Any:
-    """The global arrays of a batch, of which each process has the rows of some `parts`, one after another, or all."""
+    """Make the global arrays of a batch, of which each process has the rows of some `parts`, in order, or all."""
     held = range(batch_parts(mesh)) if parts is None else parts
     placement = batch_sharding(mesh)
 
@@ -185,7 +185,7 @@ def place(batch: Any, mesh: jax.sharding.Mesh, parts: Sequence[int] | None = Non
 
 
 def constrain(x: jax.Array, logical_axes: str) -> jax.Array:
-    """`x` split as its logical axes say over the mesh of `jax.set_mesh`; as it is where none is set."""
+    """Split `x` over the mesh of `jax.set_mesh` as its logical axes say; without a mesh, return it as it is."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -193,6 +193,6 @@ def constrain(x: jax.Array, logical_axes: str) -> jax.Array:
 
 
 def parts_of(letter: str) -> int:
-    """Over how many devices of the mesh of `jax.set_mesh` an axis is split, where it divides and all else allows."""
+    """Return over how many devices of the mesh of `jax.set_mesh` an axis may be split."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES.get(letter, ()))

@@ -1,16 +1,14 @@
 """Beam search: keeps the likeliest texts of each prompt side by side and extends them together.
 
-It gives the tokens that `generate(num_beams=K, do_sample=False)` of Transformers 5 gives
+It gives the tokens that `generate(num_beams=W, do_sample=False)` of Transformers 5 gives
 (`GenerationMixin._beam_search`, whose rules the comments state):
 
     a text's score     the sum of its log-probabilities / tokens ** length_penalty, the end token among the tokens
                        and the start token not; a text cut at the greatest length counts as ended
-    a prompt is done   when K texts have ended and the likeliest running text, scored at its present length, is no
-                       better than the worst of those K: an estimate where the penalty is above 0, as a longer text
-                       may score better. early_stopping=True: as soon as K have ended. "never": the running text is
+    a prompt is done   when W texts have ended and the likeliest running text, scored at its present length, is no
+                       better than the worst of those W: an estimate where the penalty is above 0, as a longer text
+                       may score better. early_stopping=True: as soon as W have ended. "never": the running text is
                        scored at the greatest length, where the penalty is above 0
-
-Dimension letters beside those of models/config.py: K beams, C candidates.
 """
 
 from dataclasses import dataclass
@@ -29,16 +27,16 @@ NEVER = -jnp.inf  # the score of a text that does not exist
 class Texts(NamedTuple):
     """Texts of each prompt; beyond a text's end are end tokens."""
 
-    tokens_BKT: jax.Array
-    log_probs_BKT: jax.Array  # of each token, by the model
-    scores_BK: jax.Array
+    tokens_BWT: jax.Array
+    log_probs_BWT: jax.Array  # of each token, by the model
+    scores_BW: jax.Array
 
-    def take(self, indices_BK: jax.Array) -> "Texts":
-        return jax.tree.map(lambda array: _take(array, indices_BK), self)
+    def take(self, indices_BW: jax.Array) -> "Texts":
+        return jax.tree.map(lambda array: _take(array, indices_BW), self)
 
     def best(self, number: int) -> jax.Array:
-        """Returns the indices [B, number] of the best, best first."""
-        return jax.lax.top_k(self.scores_BK, number)[1]
+        """Return the indices [B, number] of the best, best first."""
+        return jax.lax.top_k(self.scores_BW, number)[1]
 
 
 class BeamState(NamedTuple):
@@ -46,14 +44,14 @@ class BeamState(NamedTuple):
 
     running: Texts  # scores: sums of log-probabilities
     ended: Texts  # scores: those sums over the length's penalty
-    seen_BKV: jax.Array | None  # the tokens that a repetition penalty is for
+    seen_BWV: jax.Array | None  # the tokens that a repetition penalty is for
 
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """Keeps `num_beams` texts in each slot, and gives the best; its methods are those of `SamplingSearch`.
+    """Keep `num_beams` texts in each slot, and gives the best; its methods are those of `Sampler`.
 
-    Row b * K + k of the cache is beam k of slot b.
+    Row b * W + w of the cache is beam w of slot b.
     """
 
     sampling: Sampling
@@ -66,91 +64,91 @@ class BeamSearch:
         return self.sampling.num_beams
 
     def begin(self, first_B: jax.Array, text_id_B: jax.Array, seen_BV: jax.Array | None) -> BeamState:
-        """Returns beams without a token; as they are all alike, only one of them is extended first."""
+        """Return beams without a token; as they are all alike, only one of them is extended first."""
         slots, beams = first_B.shape[0], self.num_beams
-        tokens_BKT = jnp.full((slots, beams, self.max_new_tokens), self.eos_ids[0], jnp.int32)
-        log_probs_BKT = jnp.zeros(tokens_BKT.shape, jnp.float32)
-        nothing_BK = jnp.full((slots, beams), NEVER, jnp.float32)
-        running = Texts(tokens_BKT, log_probs_BKT, nothing_BK.at[:, 0].set(0))
-        seen_BKV = None if seen_BV is None else jnp.repeat(seen_BV[:, None], beams, axis=1)
-        return BeamState(running, Texts(tokens_BKT, log_probs_BKT, nothing_BK), seen_BKV)
+        tokens_BWT = jnp.full((slots, beams, self.max_new_tokens), self.eos_ids[0], jnp.int32)
+        log_probs_BWT = jnp.zeros(tokens_BWT.shape, jnp.float32)
+        nothing_BW = jnp.full((slots, beams), NEVER, jnp.float32)
+        running = Texts(tokens_BWT, log_probs_BWT, nothing_BW.at[:, 0].set(0))
+        seen_BWV = None if seen_BV is None else jnp.repeat(seen_BV[:, None], beams, axis=1)
+        return BeamState(running, Texts(tokens_BWT, log_probs_BWT, nothing_BW), seen_BWV)
 
     def advance(
         self, state: BeamState, logits_BV: jax.Array, number_B: jax.Array, limit_B: jax.Array, done_B: jax.Array
     ) -> tuple[BeamState, jax.Array, jax.Array, jax.Array]:
-        """Returns (the texts with one more token, those tokens, the rows they continue, which prompts are done)."""
+        """Return (the texts with one more token, those tokens, the rows they continue, which prompts are done)."""
         sampling, beams, slots = self.sampling, self.num_beams, number_B.shape[0]
         candidates, beams_BC, tokens_BC = self._extend(state, logits_BV, number_B)
         ends_BC = is_end(tokens_BC, self.eos_ids) | (number_B + 1 >= limit_B)[:, None]
-        unfinished = candidates._replace(scores_BK=jnp.where(ends_BC, NEVER, candidates.scores_BK))
-        chosen_BK = unfinished.best(beams)
-        running, parents_BK, next_BK = (
-            unfinished.take(chosen_BK), _take(beams_BC, chosen_BK), _take(tokens_BC, chosen_BK),
+        unfinished = candidates._replace(scores_BW=jnp.where(ends_BC, NEVER, candidates.scores_BW))
+        chosen_BW = unfinished.best(beams)
+        running, parents_BW, next_BW = (
+            unfinished.take(chosen_BW), _take(beams_BC, chosen_BW), _take(tokens_BC, chosen_BW),
         )  # fmt: skip
 
         penalties_T = jnp.asarray(np.arange(1, self.max_new_tokens + 1) ** float(sampling.length_penalty), jnp.float32)
         penalty_B = penalties_T[number_B]
         ended = _add_ended(state.ended, candidates, ends_BC & ~done_B[:, None], penalty_B)
         never = sampling.early_stopping == "never" and sampling.length_penalty > 0
-        best_running_B = running.scores_BK[:, 0] / (penalties_T[limit_B - 1] if never else penalty_B)
-        full_B = ended.scores_BK[:, -1] > NEVER
-        finished_B = best_running_B <= ended.scores_BK[:, -1]
+        best_running_B = running.scores_BW[:, 0] / (penalties_T[limit_B - 1] if never else penalty_B)
+        full_B = ended.scores_BW[:, -1] > NEVER
+        finished_B = best_running_B <= ended.scores_BW[:, -1]
         if sampling.early_stopping is True:
             finished_B |= full_B
         invalid_B = ~is_finite(logits_BV).reshape(slots, beams).all(1)
-        invalid_BKT = invalid_B[:, None, None] & ~done_B[:, None, None]
-        ended = ended._replace(tokens_BKT=jnp.where(invalid_BKT, INVALID, ended.tokens_BKT))
+        invalid_BWT = invalid_B[:, None, None] & ~done_B[:, None, None]
+        ended = ended._replace(tokens_BWT=jnp.where(invalid_BWT, INVALID, ended.tokens_BWT))
         finished_B |= invalid_B
 
-        seen_BKV = state.seen_BKV
-        if seen_BKV is not None:
-            places = jnp.arange(slots)[:, None], jnp.arange(beams), next_BK
-            seen_BKV = _take(seen_BKV, parents_BK).at[places].set(True)
-        rows_B = (parents_BK + beams * jnp.arange(slots)[:, None]).reshape(-1)
-        return BeamState(running, ended, seen_BKV), next_BK.reshape(-1), rows_B, finished_B | (number_B + 1 >= limit_B)
+        seen_BWV = state.seen_BWV
+        if seen_BWV is not None:
+            places = jnp.arange(slots)[:, None], jnp.arange(beams), next_BW
+            seen_BWV = _take(seen_BWV, parents_BW).at[places].set(True)
+        rows_B = (parents_BW + beams * jnp.arange(slots)[:, None]).reshape(-1)
+        return BeamState(running, ended, seen_BWV), next_BW.reshape(-1), rows_B, finished_B | (number_B + 1 >= limit_B)
 
     def read(self, state: BeamState) -> tuple[Any, Any]:
-        """Returns tokens and log-probabilities [B, texts, T] of the best texts that have ended, best first."""
+        """Return tokens and log-probabilities [B, texts, T] of the best texts that have ended, best first."""
         texts = self.sampling.num_samples
-        return state.ended.tokens_BKT[:, :texts], state.ended.log_probs_BKT[:, :texts]
+        return state.ended.tokens_BWT[:, :texts], state.ended.log_probs_BWT[:, :texts]
 
     def _extend(
         self, state: BeamState, logits_BV: jax.Array, number_B: jax.Array
     ) -> tuple[Texts, jax.Array, jax.Array]:
-        """Returns the likeliest texts with one more token, the beam [B, C] that each continues, and the token [B, C].
+        """Return the likeliest texts with one more token, the beam [B, C] that each continues, and the token [B, C].
 
-        With E end tokens there are (1 + E) K: so K texts can run on, even if the likeliest continuations are all ends.
+        There are (1 + end tokens) * W of them, so W texts can run on, even if the likeliest continuations are all ends.
         """
         running = state.running
-        slots, beams, _ = running.tokens_BKT.shape
+        slots, beams, _ = running.tokens_BWT.shape
         log_probs_BV = jax.nn.log_softmax(logits_BV)
-        seen_BV = None if state.seen_BKV is None else state.seen_BKV.reshape(slots * beams, -1)
+        seen_BV = None if state.seen_BWV is None else state.seen_BWV.reshape(slots * beams, -1)
         scores_BV = process_logits(log_probs_BV, self.sampling, self.eos_ids, jnp.repeat(number_B, beams), seen_BV)
-        sums_BKV = scores_BV.reshape(slots, beams, -1) + running.scores_BK[:, :, None]
-        vocab_size = sums_BKV.shape[-1]
-        sums_BC, choices_BC = jax.lax.top_k(sums_BKV.reshape(slots, -1), (1 + len(self.eos_ids)) * beams)
+        sums_BWV = scores_BV.reshape(slots, beams, -1) + running.scores_BW[:, :, None]
+        vocab_size = sums_BWV.shape[-1]
+        sums_BC, choices_BC = jax.lax.top_k(sums_BWV.reshape(slots, -1), (1 + len(self.eos_ids)) * beams)
         beams_BC, tokens_BC = jnp.divmod(choices_BC, vocab_size)
         tokens_BC = tokens_BC.astype(jnp.int32)
         longer = running.take(beams_BC)
         place = jnp.arange(slots)[:, None], jnp.arange(tokens_BC.shape[1]), number_B[:, None]
         log_probs_BC = jnp.take_along_axis(log_probs_BV.reshape(slots, -1), choices_BC, axis=1)
         texts = Texts(
-            longer.tokens_BKT.at[place].set(tokens_BC), longer.log_probs_BKT.at[place].set(log_probs_BC), sums_BC
+            longer.tokens_BWT.at[place].set(tokens_BC), longer.log_probs_BWT.at[place].set(log_probs_BC), sums_BC
         )
         return texts, beams_BC, tokens_BC
 
 
-def _take(array: jax.Array, indices_BK: jax.Array) -> jax.Array:
-    """Returns each slot's entries with these indices along the second axis."""
-    return jnp.take_along_axis(array, indices_BK.reshape(*indices_BK.shape, *(1,) * (array.ndim - 2)), axis=1)
+def _take(array: jax.Array, indices_BW: jax.Array) -> jax.Array:
+    """Return each slot's entries with these indices along the second axis."""
+    return jnp.take_along_axis(array, indices_BW.reshape(*indices_BW.shape, *(1,) * (array.ndim - 2)), axis=1)
 
 
 def _add_ended(ended: Texts, candidates: Texts, ends_BC: jax.Array, penalty_B: jax.Array) -> Texts:
-    """Returns the best K of the ended texts and the candidates that end, of which only the likeliest K count."""
-    beams = ended.scores_BK.shape[1]
+    """Return the best W of the ended texts and the candidates that end, of which only the likeliest W count."""
+    beams = ended.scores_BW.shape[1]
     ends_BC = ends_BC & (jnp.arange(ends_BC.shape[1]) < beams)
-    scores_BC = jnp.where(ends_BC, candidates.scores_BK / penalty_B[:, None], NEVER)
+    scores_BC = jnp.where(ends_BC, candidates.scores_BW / penalty_B[:, None], NEVER)
     both = jax.tree.map(
-        lambda old, new: jnp.concatenate([old, new], axis=1), ended, candidates._replace(scores_BK=scores_BC)
+        lambda old, new: jnp.concatenate([old, new], axis=1), ended, candidates._replace(scores_BW=scores_BC)
     )
     return both.take(both.best(beams))

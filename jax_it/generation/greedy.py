@@ -11,7 +11,7 @@ from jax_it.models import Model, Params
 def greedy(
     model: Model, params: Params, prompt: Sequence[int], max_new_tokens: int, eos_ids: Collection[int] = ()
 ) -> list[int]:
-    """Returns the tokens that follow a prompt, the likeliest at each step, without the end token.
+    """Return the tokens that follow a prompt, the likeliest at each step, without the end token.
 
     The prompt is a causal model's tokens so far, or an encoder-decoder's source with its end token. The text ends at
     one of the model's end tokens, at one of `eos_ids`, or after `max_new_tokens`. Every call compiles two programs, so

@@ -11,13 +11,13 @@ SMALLEST = 16
 
 
 def round_up(length: int) -> int:
-    """Returns the smallest width that holds `length`: multiples of 16, from 128 on four to each doubling."""
+    """Return the smallest width that holds `length`: multiples of 16, from 128 on four to each doubling."""
     step = max(SMALLEST, (1 << max(length - 1, 0).bit_length()) // 8)
     return max(SMALLEST, -(-length // step) * step)
 
 
 def pad(prompts: Sequence[Sequence[int]], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and segments [rows, width]: segment 1, and 0 for padding and for rows without a prompt."""
+    """Return tokens and segments [rows, width]: segment 1, and 0 for padding and for rows without a prompt."""
     tokens, segments = np.zeros((2, rows, width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
@@ -26,7 +26,7 @@ def pad(prompts: Sequence[Sequence[int]], rows: int, width: int) -> tuple[np.nda
 
 
 def choose(lengths: Sequence[int], rows: int, compiled: Collection[int] = ()) -> list[int]:
-    """Returns a width for each batch of `rows` prompts; `lengths`, ascending, are those of each batch's longest prompt.
+    """Return a width for each batch of `rows` prompts; `lengths`, ascending, are those of each batch's longest prompt.
 
     The widths minimise the cost of padding and compiling together; widths in `compiled` cost no compiling.
     """

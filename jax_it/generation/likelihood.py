@@ -2,8 +2,6 @@
 
 All tokens of a continuation count: an encoder-decoder's has its end token, as T0 and FLAN rank options, and a causal
 model's has none, as in the Language Model Evaluation Harness.
-
-Dimension letters beside those of models/config.py: C continuations of a prompt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +38,7 @@ class Likelihood(NamedTuple):
 
 
 class Likelihoods:
-    """Computes log-likelihoods for one model, and keeps the compiled programs; `shapes` are theirs.
+    """Compute log-likelihoods for one model, and keeps the compiled programs; `shapes` are theirs.
 
     A prompt is prefilled once, and its continuations are then decoded side by side, the first step serving all of
     them. Where they are so long that computing the prompt again costs less (such as whole texts after a beginning
@@ -55,7 +53,7 @@ class Likelihoods:
         self.shapes: set[tuple[str, int, int, int, int]] = set()  # program, rows, prompt, continuations, their tokens
 
     def __call__(self, params: Params, requests: Sequence[LikelihoodRequest]) -> Iterator[tuple[int, list[Likelihood]]]:
-        """Yields (index, the likelihood of each continuation) of every request, in any order, the same on all hosts.
+        """Yield (index, the likelihood of each continuation) of every request, in any order, the same on all hosts.
 
         Raises ValueError for a prompt or a continuation without a token, and UserError for logits that are not finite.
         """
@@ -112,7 +110,7 @@ class Likelihoods:
 
 
 def _few(number: int) -> int:
-    """Returns the smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, … that is at least `number`: few compiled shapes."""
+    """Return the smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, … that is at least `number`: few compiled shapes."""
     size = 1
     while size < number:
         size = size + 1 if size < 4 else size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
@@ -120,7 +118,7 @@ def _few(number: int) -> int:
 
 
 def _continuations(requests: Sequence[LikelihoodRequest], number: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens [B, C, T] and how many of them count [B, C], 0 where there is no continuation."""
+    """Return tokens [B, C, T] and how many of them count [B, C], 0 where there is no continuation."""
     tokens = np.zeros((len(requests), number, length), np.int32)
     lengths = np.zeros((len(requests), number), np.int32)
     for row, request in enumerate(requests):
@@ -152,7 +150,7 @@ def _decode(
     tokens_BCT: jax.Array,
     lengths_BC: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the sums of log-probabilities [B, C], and whether every token is the likeliest [B, C]."""
+    """Return the sums of log-probabilities [B, C], and whether every token is the likeliest [B, C]."""
     rows, number, length = tokens_BCT.shape
     first_B, start_B, cache = model.prefill(params, prompts_BS, segments_BS, length)
     step = partial(model.decode_step, model.prepare_for_decoding(params))
@@ -179,7 +177,7 @@ def _decode(
 
 
 def _of_tokens(logits_BV: jax.Array, tokens_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the log-probability of each of the tokens that may come next, and whether it is the likeliest, [B, C]."""
+    """Return the log-probability of each of the tokens that may come next, and whether it is the likeliest, [B, C]."""
     log_probs_BC = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), tokens_BC, axis=-1)
     return log_probs_BC, likeliest(logits_BV)[:, None] == tokens_BC
 
@@ -193,7 +191,7 @@ def _counted(found_BCT: tuple[jax.Array, jax.Array], lengths_BC: jax.Array) -> t
 def _causal_rows(
     requests: Sequence[LikelihoodRequest], width: int, tokens_BCT: np.ndarray, lengths_BC: np.ndarray, prefix_lm: bool
 ) -> tuple[CausalBatch, np.ndarray]:
-    """Returns a row of prompt and continuation for each, and the position [B C] that predicts its first token."""
+    """Return a row of prompt and continuation for each, and the position [B C] that predicts its first token."""
     rows, number, length = tokens_BCT.shape
     tokens, segments, prefix = np.zeros((3, rows * number, width + length), np.int32)
     targets, weights = np.zeros_like(tokens), np.zeros(tokens.shape, np.float32)
@@ -216,7 +214,7 @@ def _causal_rows(
 def _seq2seq_rows(
     requests: Sequence[LikelihoodRequest], width: int, tokens_BCT: np.ndarray, lengths_BC: np.ndarray, start: int
 ) -> tuple[Seq2SeqBatch, np.ndarray]:
-    """Returns a row of source and target for each, and 0 [B C], the position that predicts its first token."""
+    """Return a row of source and target for each, and 0 [B C], the position that predicts its first token."""
     rows, number, length = tokens_BCT.shape
     source, source_segments = np.zeros((2, rows * number, 1, width), np.int32)
     for row, request in enumerate(requests):
@@ -243,7 +241,7 @@ def _forward(
     tokens_BCT: jax.Array,
     lengths_BC: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Does what `_decode` does in one forward pass. Logits exist for one position of all rows at a time."""
+    """Do what `_decode` does in one forward pass. Logits exist for one position of all rows at a time."""
     states_BTD, head_VD = model.apply(params, batch), model.head(params)
     rows, last = jnp.arange(first_B.shape[0]), states_BTD.shape[1] - 1
 

@@ -1,7 +1,6 @@
 """What callers, scheduler and engine hand to each other: plain data, without JAX.
 
-Dimension letters: B slots, P prompts that are prefilled together, R slots that these get, S prompt positions,
-N texts of a slot, T new tokens.
+`models/config.py` declares the letters of axes.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,12 +44,12 @@ class PrefillBatch(NamedTuple):
     Arrays of NumPy on the host, and of JAX on the devices.
     """
 
-    tokens_PS: Any
-    segments_PS: Any  # 1, and 0 for padding
-    slots_R: Any
-    prompts_R: Any  # which of the prompts the slot gets
-    text_ids_R: Any  # the text's number, which its draws depend on
-    limits_R: Any  # new tokens at most
+    tokens_QS: Any
+    segments_QS: Any  # 1, and 0 for padding
+    slots_Y: Any
+    prompts_Y: Any  # which of the prompts the slot gets
+    text_ids_Y: Any  # the text's number, which its draws depend on
+    limits_Y: Any  # new tokens at most
 
 
 class DecodeResult(NamedTuple):
@@ -58,5 +57,5 @@ class DecodeResult(NamedTuple):
 
     done_B: np.ndarray
     number_B: np.ndarray  # new tokens so far, the end token among them
-    tokens_BNT: np.ndarray
-    log_probs_BNT: np.ndarray
+    tokens_BOT: np.ndarray
+    log_probs_BOT: np.ndarray

@@ -1,4 +1,4 @@
-"""Chooses the next token from logits: the most likely one, or one that is drawn."""
+"""Choose the next token from logits: the most likely one, or one that is drawn."""
 
 import math
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ MAX_NEW_TOKENS = 1 << 20  # memory for all of them is allocated before a text be
 
 
 def check(sampling: Sampling, max_new_tokens: int, vocab_size: int) -> None:
-    """Raises UserError for numbers with which float32 scores would be infinite, and any text could come out."""
+    """Raise UserError for numbers with which float32 scores would be infinite, and any text could come out."""
     if max_new_tokens > MAX_NEW_TOKENS:
         raise UserError(f"max_new_tokens {max_new_tokens}: a text has {MAX_NEW_TOKENS} tokens at most")
     if sampling.temperature and not 1e-6 <= sampling.temperature <= 1e30:
@@ -54,14 +54,14 @@ def check(sampling: Sampling, max_new_tokens: int, vocab_size: int) -> None:
 
 
 def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
-    """Returns where a token is one that ends a text."""
+    """Return where a token is one that ends a text."""
     return jnp.isin(tokens, jnp.asarray(eos_ids))
 
 
 def process_logits(
     scores_BV: jax.Array, sampling: Sampling, eos_ids: tuple[int, ...], number_B: jax.Array, seen_BV: jax.Array | None
 ) -> jax.Array:
-    """Applies what holds for greedy decoding, sampling and beams alike, where `number_B` new tokens are there already.
+    """Apply what holds for greedy decoding, sampling and beams alike, where `number_B` new tokens are there already.
 
     Scores are logits or, of beams, log-probabilities, which are not normalized again. `seen_BV` says which tokens a
     row has had: a causal model's prompt and the new ones; None without a repetition penalty.
@@ -81,19 +81,19 @@ def process_logits(
 
 
 def is_finite(logits_BV: jax.Array) -> jax.Array:
-    """Returns whether all logits of a row are finite, [B]."""
+    """Return whether all logits of a row are finite, [B]."""
     return jnp.isfinite(jnp.abs(logits_BV).max(-1))
 
 
 def likeliest(logits_BV: jax.Array) -> jax.Array:
-    """Returns the argmax along the last axis: in a third of its time on a CPU, which has no fast loop for pairs."""
+    """Return the argmax along the last axis: in a third of its time on a CPU, which has no fast loop for pairs."""
     tokens_BV = jax.lax.broadcasted_iota(jnp.int32, logits_BV.shape, logits_BV.ndim - 1)
     highest_B1 = logits_BV.max(-1, keepdims=True)
     return jnp.where(logits_BV == highest_B1, tokens_BV, logits_BV.shape[-1] - 1).min(-1)
 
 
 def choose(logits_BV: jax.Array, sampling: Sampling, rows_B: jax.Array, number_B: jax.Array) -> jax.Array:
-    """Returns the next token of each row. What is drawn depends only on the seed, the row and the token's number."""
+    """Return the next token of each row. What is drawn depends only on the seed, the row and the token's number."""
     if not sampling.temperature:
         return likeliest(logits_BV)
     logits_BV = filter_logits(logits_BV / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
@@ -106,7 +106,7 @@ def choose(logits_BV: jax.Array, sampling: Sampling, rows_B: jax.Array, number_B
 
 
 def filter_logits(logits_BV: jax.Array, top_k: int, top_p: float, min_p: float = 0.0) -> jax.Array:
-    """Sets the logits to -inf of all but the `top_k` likeliest tokens, then of those past `top_p` of the probability,
+    """Set the logits to -inf of all but the `top_k` likeliest tokens, then of those past `top_p` of the probability,
     and then of those with less than `min_p` times the likeliest one's.
 
     As in Transformers the token that crosses `top_p` stays, so one always does. Probabilities are summed from the
@@ -128,7 +128,7 @@ def filter_logits(logits_BV: jax.Array, top_k: int, top_p: float, min_p: float =
     return logits_BV
 
 
-class SamplingState(NamedTuple):
+class SamplerState(NamedTuple):
     """The texts under way, one for each slot."""
 
     tokens_BT: jax.Array  # those generated; an end token beyond them
@@ -138,8 +138,8 @@ class SamplingState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SamplingSearch:
-    """Generates one text in each slot, greedily or by drawing; `BeamSearch` has the same methods."""
+class Sampler:
+    """Generate one text in each slot, greedily or by drawing; `BeamSearch` has the same methods."""
 
     sampling: Sampling
     eos_ids: tuple[int, ...]
@@ -148,17 +148,17 @@ class SamplingSearch:
 
     num_beams = 1  # rows of the cache for each slot
 
-    def begin(self, first_B: jax.Array, text_id_B: jax.Array, seen_BV: jax.Array | None) -> SamplingState:
-        """Returns texts without a token; `first_B` are the tokens that their first steps take."""
+    def begin(self, first_B: jax.Array, text_id_B: jax.Array, seen_BV: jax.Array | None) -> SamplerState:
+        """Return texts without a token; `first_B` are the tokens that their first steps take."""
         shape = (first_B.shape[0], self.max_new_tokens)
-        return SamplingState(
+        return SamplerState(
             jnp.full(shape, self.eos_ids[0], jnp.int32), jnp.zeros(shape, jnp.float32), text_id_B, seen_BV
         )
 
     def advance(
-        self, state: SamplingState, logits_BV: jax.Array, number_B: jax.Array, limit_B: jax.Array, done_B: jax.Array
-    ) -> tuple[SamplingState, jax.Array, None, jax.Array]:
-        """Returns (the texts with one more token, that token, None: each stays in its row, whether it was the last).
+        self, state: SamplerState, logits_BV: jax.Array, number_B: jax.Array, limit_B: jax.Array, done_B: jax.Array
+    ) -> tuple[SamplerState, jax.Array, None, jax.Array]:
+        """Return (the texts with one more token, that token, None: each stays in its row, whether it was the last).
 
         The texts have `number_B` tokens, and may have `limit_B`. A text that is done stays as it is.
         """
@@ -171,7 +171,7 @@ class SamplingSearch:
         if self.log_probs:
             log_prob_B = jax.nn.log_softmax(logits_BV)[rows, next_B]
             log_probs_BT = log_probs_BT.at[rows, at_B].set(log_prob_B, mode="drop")
-        longer = SamplingState(
+        longer = SamplerState(
             state.tokens_BT.at[rows, at_B].set(next_B, mode="drop"),
             log_probs_BT,
             state.text_id_B,
@@ -179,6 +179,6 @@ class SamplingSearch:
         )
         return longer, next_B, None, is_end(next_B, self.eos_ids) | (number_B + 1 >= limit_B) | ~finite_B
 
-    def read(self, state: SamplingState) -> tuple[Any, Any]:
-        """Returns tokens and log-probabilities [B, 1, T]."""
+    def read(self, state: SamplerState) -> tuple[Any, Any]:
+        """Return tokens and log-probabilities [B, 1, T]."""
         return state.tokens_BT[:, None], state.log_probs_BT[:, None]

@@ -1,4 +1,4 @@
-"""Decides which request gets which slot, which prompts are prefilled together, and when a text ends: without JAX.
+"""Decide which request gets which slot, which prompts are prefilled together, and when a text ends: without JAX.
 
     scheduler = Scheduler(engine.load(params), stream_interval=8)
     scheduler.add_request(Request(0, prompt))       # at any time between two steps; so is abort(request_id)
@@ -49,7 +49,7 @@ class Group(NamedTuple):
 
 
 class Scheduler:
-    """Gives the slots of a loaded engine to requests, and reads their texts.
+    """Give the slots of a loaded engine to requests, and reads their texts.
 
     For lists of prompts, `stream_interval` is 0: every text has one output, at its end, and waiting requests are taken
     shortest prompt first, a full group at a time once it fits, so that prompts of similar length are padded together.
@@ -66,13 +66,13 @@ class Scheduler:
         self._groups: deque[Group] = deque()  # not in slots yet
 
     def add_request(self, request: Request) -> None:
-        """Queues a request, whose `stop` is not asked of beams. Raises ValueError for a limit below 1."""
+        """Queue a request, whose `stop` is not asked of beams. Raises ValueError for a limit below 1."""
         if request.max_new_tokens is not None and request.max_new_tokens < 1:
             raise ValueError("a text has at least one token, its end token")
         self._queue.append(request if self._engine.num_beams == 1 else replace(request, stop=None))
 
     def abort(self, request_id: int) -> None:
-        """Drops a request, which gets no more outputs; its slots are free from the next step."""
+        """Drop a request, which gets no more outputs; its slots are free from the next step."""
         waiting = [*(request for group in self._groups for request in group.requests), *self._queue]
         self._queue = deque(request for request in waiting if request.request_id != request_id)
         self._groups.clear()
@@ -80,11 +80,11 @@ class Scheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        """Returns whether any request waits or runs."""
+        """Return whether any request waits or runs."""
         return bool(self._queue or self._groups or any(self._slots))
 
     def step(self) -> list[RequestOutput]:
-        """Prefills the requests that are next, decodes for a while, and returns the outputs that are due."""
+        """Prefill the requests that are next, decodes for a while, and returns the outputs that are due."""
         if len(self._queue) * self._each > self._slots.count(None) and len(self._slots) < self._engine.num_slots:
             self._resize(self._engine.num_slots)
         self._prefill()
@@ -106,14 +106,14 @@ class Scheduler:
         return list(self._read(self._engine.decode([text is None for text in self._slots], steps, until_done)))
 
     def _resize(self, number: int) -> None:
-        """Continues with `number` slots, the running ones first."""
+        """Continue with `number` slots, the running ones first."""
         order = sorted(range(len(self._slots)), key=lambda slot: self._slots[slot] is None)[:number]
         added = number - len(order)
         self._engine.resize([*order, *[0] * added])
         self._slots = [*(self._slots[slot] for slot in order), *[None] * added]
 
     def _prefill(self) -> None:
-        """Starts the requests that are next."""
+        """Start the requests that are next."""
         free = [slot for slot, text in enumerate(self._slots) if text is None]
         idle, fit = len(free) == len(self._slots), len(free) // self._each
         due = min(len(self._queue), fit) if self._stream_interval else len(self._queue)
@@ -139,7 +139,7 @@ class Scheduler:
             self._engine.insert(self._batch(group, texts, taken))
 
     def _group(self, requests: list[Request]) -> list[Group]:
-        """Returns the groups that requests are prefilled in, shortest prompts first.
+        """Return the groups that requests are prefilled in, shortest prompts first.
 
         All groups are full but the first, in which empty rows cost least.
         """
@@ -154,31 +154,31 @@ class Scheduler:
         return groups
 
     def _prefill_rows(self, width: int) -> int:
-        """Returns how many prompts of a width are prefilled together: about as many tokens, whatever the width."""
+        """Return how many prompts of a width are prefilled together: about as many tokens, whatever the width."""
         most = self._round_up(max(1, self._engine.num_slots // PREFILL_SHARE // self._each))
         tokens = max(PREFILL_TOKENS, most * MIN_CAPACITY)
         return self._round_up(max(1, min(most, tokens // width)))
 
     def _round_up(self, rows: int) -> int:
-        """Returns a number of rows of which every device has as many."""
+        """Return a number of rows of which every device has as many."""
         return -(-rows // self._engine.shards) * self._engine.shards
 
     def _batch(self, group: Group, texts: list[Text], slots: list[int]) -> PrefillBatch:
-        """Returns a group's arrays, padded to as many prompts and slots as all groups of its width have."""
+        """Return a group's arrays, padded to as many prompts and slots as all groups of its width have."""
         rows, limit = self._prefill_rows(group.width), self._engine.max_new_tokens
         padding = [0] * (rows * self._each - len(texts))
         return PrefillBatch(
             *length_buckets.pad([request.prompt for request in group.requests], rows, group.width),
-            slots_R=np.array(slots + [self._engine.num_slots for _ in padding], np.int32),
-            prompts_R=np.array([i // self._each for i in range(len(texts))] + padding, np.int32),
-            text_ids_R=np.array(
+            slots_Y=np.array(slots + [self._engine.num_slots for _ in padding], np.int32),
+            prompts_Y=np.array([i // self._each for i in range(len(texts))] + padding, np.int32),
+            text_ids_Y=np.array(
                 [text.request.request_id * self._each + text.sample for text in texts] + padding, np.int32
             ),
-            limits_R=np.array([min(text.request.max_new_tokens or limit, limit) for text in texts] + padding, np.int32),
+            limits_Y=np.array([min(text.request.max_new_tokens or limit, limit) for text in texts] + padding, np.int32),
         )
 
     def _read(self, result: DecodeResult) -> Iterator[RequestOutput]:
-        """Yields the outputs that are due, and frees the slots of those that have ended."""
+        """Yield the outputs that are due, and frees the slots of those that have ended."""
         streams = self._stream_interval and self._engine.num_beams == 1
         for slot, text in enumerate(self._slots):
             done = bool(result.done_B[slot])
@@ -188,7 +188,7 @@ class Scheduler:
             outputs = [
                 self._output(text.request, text.sample + best, tokens_T[:number].tolist(), log_probs_T, done)
                 for best, (tokens_T, log_probs_T) in enumerate(
-                    zip(result.tokens_BNT[slot], result.log_probs_BNT[slot], strict=True)
+                    zip(result.tokens_BOT[slot], result.log_probs_BOT[slot], strict=True)
                 )
             ]
             ended = all(output.finish_reason for output in outputs)
@@ -198,7 +198,7 @@ class Scheduler:
                 yield from outputs
 
     def _output(self, request: Request, sample: int, made: list[int], log_probs_T: Any, done: bool) -> RequestOutput:
-        """Returns the output for the tokens `made`, which may continue beyond the text's end."""
+        """Return the output for the tokens `made`, which may continue beyond the text's end."""
         tokens = list(takewhile(lambda token: token not in self._engine.eos_ids, made))
         scored = min(len(tokens) + 1, len(made))  # the end token too
         reason: FinishReason | None = None
@@ -221,7 +221,7 @@ def generate(
     limits: Sequence[int] | None = None,
     stop: Callable[[Sequence[int]], bool] | None = None,
 ) -> Iterator[RequestOutput]:
-    """Yields every text of the prompts as it ends; request i is prompt i, which has `limits[i]` new tokens at most.
+    """Yield every text of the prompts as it ends; request i is prompt i, which has `limits[i]` new tokens at most.
 
     Raises ValueError for a limit below 1, and UserError where the model's logits are not finite.
     """

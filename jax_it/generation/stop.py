@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StopStrings:
-    """Ends a text at the first of some strings: the `stop` of a `Request`.
+    """End a text at the first of some strings: the `stop` of a `Request`.
 
     Strings may begin in the middle of a token, so the scheduler has texts decoded every few steps; `cut` removes what
     a text has from the string on.
@@ -20,6 +20,6 @@ class StopStrings:
         return any(string in text for string in self.strings)
 
     def cut(self, text: str) -> str:
-        """Returns the text before the first of the strings."""
+        """Return the text before the first of the strings."""
         places = [at for string in self.strings if (at := text.find(string)) >= 0]
         return text[: min(places)] if places else text

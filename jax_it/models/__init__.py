@@ -13,15 +13,15 @@ from flax import nnx
 from jax_it.config import Model as ModelConfig
 from jax_it.errors import UserError
 from jax_it.models.config import CausalLMConfig, ComputeOptions, EncoderDecoderConfig
+from jax_it.models.dropout import split_key
 from jax_it.models.experts import Routing
 from jax_it.models.families import FAMILIES
 from jax_it.models.family import Family, Kind, Module
-from jax_it.models.kv_cache import KVCache, unstack_layers
-from jax_it.models.linear import split_key
+from jax_it.models.kv_cache import KVCache
 from jax_it.models.lora import Adapter
 from jax_it.models.quantized import Quantized
-from jax_it.models.stack import group_layers
-from jax_it.models.weights import WeightSpec, flatten, is_vector, unflatten
+from jax_it.models.sections import group_layers, unrolled, unstack_layers
+from jax_it.models.weights import WeightSpec, flatten, is_matrix, unflatten
 from jax_it.typed import shown
 
 Params = dict[str, Any]  # nested dicts of arrays
@@ -61,7 +61,7 @@ class Model:
         return self.config.decoder_start_token_id, self.config.pad_token_id
 
     def init(self, key: jax.Array) -> Params:
-        """Random float32 weights of the base model, with the distributions that its authors trained from."""
+        """Draw random float32 weights of the base model, with the distributions that its authors trained from."""
         return nnx.to_pure_dict(nnx.state(self.family.module(self.config, rngs=nnx.Rngs(params=key))))
 
     @cached_property
@@ -106,22 +106,22 @@ class Model:
         return jax.eval_shape(self.init_adapter, jax.random.key(0), self.shapes)
 
     def init_adapter(self, key: jax.Array, base: Params) -> Params:
-        """Adapters that change nothing yet, beside the weights `base`."""
+        """Draw adapters that change nothing yet, beside the weights `base`."""
         assert self.adapter is not None
         return self.adapter.init(key, self.weights, base)
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """(what is trained, the rest)."""
+        """Return (what is trained, the rest)."""
         if self.adapter is None:
             return params, {}
         return params[ADAPTER], {name: value for name, value in params.items() if name != ADAPTER}
 
     def join(self, trained: Params, frozen: Params) -> Params:
-        """The inverse of `split`."""
+        """Undo `split`."""
         return trained if self.adapter is None else {**frozen, ADAPTER: trained}
 
     def merge(self, params: Params) -> tuple["Model", Params]:
-        """The same model without adapters, its weights in float32 with what these add."""
+        """Return the same model without adapters, its weights in float32 with what these add."""
         trained, base = self.split(params)
         if self.adapter is None:
             return self, params
@@ -145,25 +145,24 @@ class Model:
         return self._module(params, adapter_key).states(batch, self.options, model_key)
 
     def head(self, params: Params) -> jax.Array:
-        """The weights that `logits` takes, [V, D]."""
+        """Return the weights that `logits` takes, [V, D]."""
         return params["embedding" if self.config.tied else "head"]
 
     def logits(self, head_VD: jax.Array, states: jax.Array) -> jax.Array:
-        """Float32 logits [..., V] of states [..., D]."""
+        """Return float32 logits [..., V] of states [..., D]."""
         return self.family.logits(self.config, head_VD, states)
 
     def prefill(
         self, params: Params, prompts_BS: jax.Array, segments_BS: jax.Array, max_new_tokens: int
     ) -> tuple[jax.Array, jax.Array, KVCache]:
-        """(the tokens [B] that the first step takes, their positions [B], the cache).
+        """Return (the tokens [B] that the first step takes, their positions [B], the cache).
 
         The cache has room for `max_new_tokens` new tokens in each row; segment 0 is padding.
         """
         module = self._module(params)
         first_B, start_B, cache = module.prefill(prompts_BS, segments_BS, max_new_tokens, self.options)
         if self.options.unrolled:
-            decoder = module.decoder.config
-            cache = unstack_layers(cache, decoder.num_layers, len(decoder.layer_kinds))
+            cache = unstack_layers(cache, module.decoder.sections)
         return first_B, start_B, cache
 
     def prepare_for_decoding(self, params: Params) -> DecodingWeights:
@@ -172,7 +171,9 @@ class Model:
         if self.kind == "seq2seq":
             del module.encoder
         stack = module.decoder
-        stack.layers = group_layers(stack.layers, len(stack.config.layer_kinds), self.options.unrolled)
+        if self.options.unrolled:
+            stack.sections = unrolled(stack.config)
+        stack.layers = nnx.List(group_layers(stack.layers, stack.sections))
         return DecodingWeights(module, self.head(params))
 
     def decode_step(
@@ -186,8 +187,8 @@ class Model:
         """Return the module with its weights in the computation's dtype; norms and biases stay float32."""
 
         def cast(logical_axes: str, weight: Any) -> Any:
-            keeps = isinstance(weight, Quantized) or is_vector(logical_axes) or "E" in logical_axes
-            return weight if keeps else weight.astype(self.options.dtype)
+            stays = isinstance(weight, Quantized) or not is_matrix(logical_axes)
+            return weight if stays else weight.astype(self.options.dtype)
 
         trained, frozen = self.split(params)
         if self.adapter is None:
@@ -199,7 +200,7 @@ class Model:
 
 
 def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
-    """The model of a config.json's values. Raises UserError for one that is not implemented."""
+    """Return the model of a config.json's values. Raises UserError for one that is not implemented."""
     kind = values.get("model_type")
     if kind is None:
         raise UserError(f"{where}: model_type is missing: these are not the values of a model in Transformers format")
@@ -212,22 +213,22 @@ def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
     dtype = {"auto": default_dtype(), "float32": jnp.float32, "bfloat16": jnp.bfloat16}
     dropout = config.dropout if model.dropout is None else model.dropout
     on_tpu = jax.default_backend() == "tpu"
-    fused = model.attention == "auto" and on_tpu
+    splash = model.attention == "auto" and on_tpu
     if model.prefix_lm and config.recompute_longrope and config.longrope_length:
         raise UserError(f"config.model.prefix_lm: the longrope of {where} is computed for causal attention alone")
     options = ComputeOptions(
-        dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, fused, unrolled=not on_tpu
+        dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, splash, unrolled=not on_tpu
     )
     return Model(values, family, config, options)
 
 
 def default_dtype() -> Any:
-    """Of the computation: float32 on CPU, where bfloat16 is slow."""
+    """Return the dtype of computation: float32 on CPU, where bfloat16 is slow."""
     return jnp.bfloat16 if jax.default_backend() != "cpu" else jnp.float32
 
 
 def with_tied_head(model: Model, tied: bool) -> Model:
-    """The same model whose head is, or is not, its embedding: what the checkpoint's weights say."""
+    """Return the same model whose head is, or is not, its embedding: what the checkpoint's weights say."""
     if model.config.tied == tied:
         return model
     config: Any = model.config

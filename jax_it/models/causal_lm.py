@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import kv_cache
-from jax_it.models.attention import causal_mask
 from jax_it.models.config import CausalLMConfig, ComputeOptions, StackConfig
 from jax_it.models.experts import Routing
 from jax_it.models.kv_cache import KVCache, LongTexts
@@ -51,7 +50,7 @@ class CausalLM(Stack):
     def prefill(
         self, tokens_BS: jax.Array, segments_BS: jax.Array, max_new_tokens: int, options: ComputeOptions
     ) -> tuple[jax.Array, jax.Array, KVCache]:
-        """The first step takes a prompt's last token, whose state it computes again."""
+        """Read prompts. The first step takes a prompt's last token, whose state it computes again."""
         last_B = jnp.maximum((segments_BS > 0).sum(1) - 1, 0)
         cache = self._read(tokens_BS, segments_BS, last_B, options)
         first_B = jnp.take_along_axis(tokens_BS, last_B[:, None], axis=1)[:, 0]
@@ -78,7 +77,7 @@ class CausalLM(Stack):
         long_texts = None
         if self.config.recompute_longrope and self.config.longrope_length:
             long_texts = LongTexts(tokens_BS, last_B >= self.config.longrope_length)
-        return KVCache(tuple(groups), tokens_BS.shape[1], self.windows(len(groups)), long_texts=long_texts)
+        return KVCache(tuple(groups), tokens_BS.shape[1], self.windows(), long_texts=long_texts)
 
     def _recompute_grown(
         self, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache, options: ComputeOptions
@@ -110,6 +109,15 @@ class CausalLM(Stack):
         if self.config.positions:
             x_BTD += look_up(self.positions, positions_BT, options.dtype)
         return constrain(x_BTD, "B T D")
+
+
+def causal_mask(segments_BT: jax.Array, prefix_BT: jax.Array | None = None) -> jax.Array:
+    """Return where position t may see s, [B, T, S]: in its segment, not after it, or both in the segment's prefix."""
+    length = segments_BT.shape[1]
+    seen_BTS = jnp.tri(length, dtype=bool)[None]
+    if prefix_BT is not None:
+        seen_BTS = seen_BTS | ((prefix_BT[:, :, None] > 0) & (prefix_BT[:, None] > 0))
+    return seen_BTS & (segments_BT[:, :, None] == segments_BT[:, None])
 
 
 def embed(c: StackConfig, embedding: nnx.Param, tokens_BT: jax.Array, dtype: Any) -> jax.Array:

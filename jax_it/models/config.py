@@ -2,11 +2,20 @@
 
 The letters that name every axis, in array names, einsums and weight tables:
 
-    B batch        T target or query position   S source or key position   D model
-    N heads        K key-value heads            H head dimension           F feed-forward
-    V vocabulary   L layers                     E relative-position buckets
-    R adapter rank X experts                    G source blocks of a row
-    P learned positions
+    B batch, or slots     T target or query position     S source or key position     D model
+    N heads               K key-value heads              H head dimension             F feed-forward
+    V vocabulary          L layers                       E relative-position buckets  R adapter rank
+    X experts             G source blocks of a row       P learned positions
+
+within one file of models:
+
+    M heads of queries that share a head of keys         U pairs of entries that rotate
+    Z distances           I tokens of a device           A experts of a token         J pairs of token and expert
+
+and in generation:
+
+    Q prompts that are prefilled together                Y slots that get them        O texts of a slot
+    W beams               C candidates: continuations of one prompt that are compared
 
 A packed row's source is G blocks of S positions each, and no example crosses a block's border, so self-attention in the
 encoder costs no more than in padded batches.
@@ -32,6 +41,7 @@ class LayerKind:
 
     window: int = 0  # how many positions a token sees, itself included; 0: all
     rope: Rope | None = None
+    mixer: Literal["attention"] = "attention"  # of positions; see `layer.MIXERS`
 
 
 def shortest_period(kinds: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
@@ -47,7 +57,7 @@ class ComputeOptions(NamedTuple):
     remat: bool = False
     dropout: float = 0.0  # the rate, if a key is given
     prefix_lm: bool = False  # the prompt's positions see each other, within a window to either side
-    fused: bool | Literal["interpret"] = False  # attention by the TPU kernel, if it can compute the rows
+    splash: bool | Literal["interpret"] = False  # attention by the kernel for TPUs, if it can compute the rows
     unrolled: bool = False  # decoding takes the layers one by one: faster than a scan, but slower to compile
 
 
@@ -100,7 +110,7 @@ class StackConfig:
         score = 4 * self.num_heads * self.head_dim
         mlp = 2 * self.embed_dim * self.mlp_dim * (3 if self.gated_mlp else 2)
         if self.experts:
-            each = 6 * self.embed_dim * self.experts.feed_forward
+            each = 6 * self.embed_dim * self.experts.mlp_dim
             mlp = 2 * self.embed_dim * self.experts.number + self.experts.per_token * each
         cross = 0
         if self.encoder_dim:

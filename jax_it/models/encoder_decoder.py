@@ -7,12 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import causal_lm
-from jax_it.models.attention import causal_mask
-from jax_it.models.causal_lm import embed
+from jax_it.models.causal_lm import causal_mask, embed
 from jax_it.models.config import ComputeOptions, EncoderDecoderConfig
+from jax_it.models.dropout import dropout, split_key
 from jax_it.models.kv_cache import KVCache, Source
-from jax_it.models.layer import EncoderStates
-from jax_it.models.linear import dropout, normal, split_key
+from jax_it.models.linear import normal
 from jax_it.models.stack import Stack
 
 
@@ -38,11 +37,12 @@ class EncoderDecoder(nnx.Module):
         )
         segments_BT = batch.segments_BT
         source_segments_BS = batch.source_segments_BGS.reshape(segments_BT.shape[0], -1)
-        encoder = EncoderStates(encoded_BSD, segments_BT[:, :, None] == source_segments_BS[:, None])
+        cross_mask_BTS = segments_BT[:, :, None] == source_segments_BS[:, None]
         x_BTD = embed(self.config.decoder, self.embedding, batch.tokens_BT, options.dtype)
         x_BTD, _, _ = self.decoder(
-            x_BTD, batch.positions_BT, segments_BT, causal_mask(segments_BT), options, decoder_key, encoder=encoder
-        )
+            x_BTD, batch.positions_BT, segments_BT, causal_mask(segments_BT), options, decoder_key,
+            encoded_BSD=encoded_BSD, cross_mask_BTS=cross_mask_BTS,
+        )  # fmt: skip
         return dropout(x_BTD, options.dropout, last_key), None
 
     def encode(
@@ -63,7 +63,7 @@ class EncoderDecoder(nnx.Module):
     def prefill(
         self, source_BS: jax.Array, segments_BS: jax.Array, max_new_tokens: int, options: ComputeOptions
     ) -> tuple[jax.Array, jax.Array, KVCache]:
-        """The first step takes the start token; cross-attention's keys and values are made once for all steps."""
+        """Read sources, and make cross-attention's keys and values for all steps; the first takes the start token."""
         rows = source_BS.shape[0]
         positions_BS = jnp.broadcast_to(jnp.arange(source_BS.shape[1]), source_BS.shape)
         encoded_BSD = self.encode(source_BS[:, None], segments_BS[:, None], positions_BS[:, None], options)

@@ -21,7 +21,7 @@ class Experts(NamedTuple):
 
     number: int  # X
     per_token: int
-    feed_forward: int  # F, of each
+    mlp_dim: int  # F, of each
     normalized: bool  # a token's weights sum to 1
 
 
@@ -32,10 +32,10 @@ class Routing(NamedTuple):
     counts_X: jax.Array  # of tokens sent to each expert; no gradient
 
     @classmethod
-    def of(cls, probabilities_BTX: jax.Array, chosen_BTC: jax.Array, real_BT: jax.Array) -> "Routing":
+    def of(cls, probabilities_BTX: jax.Array, chosen_BTA: jax.Array, real_BT: jax.Array) -> "Routing":
         number = probabilities_BTX.shape[-1]
         weights_BT = real_BT.astype(jnp.float32)
-        counts_X = (jax.nn.one_hot(chosen_BTC, number) * weights_BT[..., None, None]).sum((0, 1, 2))
+        counts_X = (jax.nn.one_hot(chosen_BTA, number) * weights_BT[..., None, None]).sum((0, 1, 2))
         return cls((probabilities_BTX * weights_BT[..., None]).sum((0, 1)), jax.lax.stop_gradient(counts_X))
 
 
@@ -44,23 +44,23 @@ class ExpertsMlp(nnx.Module):
 
     def __init__(self, width: int, experts: Experts, activation: str, *, rngs: nnx.Rngs):
         self.experts, self.activation = experts, activation
-        number, inner = experts.number, experts.feed_forward
+        number, inner = experts.number, experts.mlp_dim
         self.router = normal(rngs, (width, number), width**-0.5)
         self.gate = normal(rngs, (number, width, inner), width**-0.5)
         self.up = normal(rngs, (number, width, inner), width**-0.5)
         self.down = normal(rngs, (number, inner, width), inner**-0.5)
 
     def __call__(self, x_BTD: jax.Array, real_BT: jax.Array) -> tuple[jax.Array, Routing]:
-        """The experts' weighted sum, and how the tokens were sent. `real_BT` is false for padding."""
+        """Return the experts' weighted sum, and how the tokens were sent. `real_BT` is false for padding."""
         scores_BTX = jnp.einsum("BTD,DX->BTX", x_BTD, self.router[...], preferred_element_type=jnp.float32)
         probabilities_BTX = jax.nn.softmax(scores_BTX, axis=-1)
-        weights_BTC, chosen_BTC = jax.lax.top_k(probabilities_BTX, self.experts.per_token)
+        weights_BTA, chosen_BTA = jax.lax.top_k(probabilities_BTX, self.experts.per_token)
         if self.experts.normalized:
-            weights_BTC /= weights_BTC.sum(-1, keepdims=True)
+            weights_BTA /= weights_BTA.sum(-1, keepdims=True)
         matrices = Matrices(*(param.get_value() for param in (self.gate, self.up, self.down)))
         act = ACTIVATIONS[self.activation]
-        out_BTD = _on_own_experts(act, x_BTD, chosen_BTC, weights_BTC, matrices, self.experts.number)
-        return constrain(out_BTD, "B T D"), Routing.of(probabilities_BTX, chosen_BTC, real_BT)
+        out_BTD = _on_own_experts(act, x_BTD, chosen_BTA, weights_BTA, matrices, self.experts.number)
+        return constrain(out_BTD, "B T D"), Routing.of(probabilities_BTX, chosen_BTA, real_BT)
 
 
 class Matrices(NamedTuple):
@@ -72,39 +72,40 @@ class Matrices(NamedTuple):
 
 
 def _on_own_experts(
-    act: Activation, x_BTD: jax.Array, chosen_BTC: jax.Array, weights_BTC: jax.Array, matrices: Matrices, number: int
+    act: Activation, x_BTD: jax.Array, chosen_BTA: jax.Array, weights_BTA: jax.Array, matrices: Matrices, number: int
 ) -> jax.Array:
-    """Every device sorts the tokens that it has. Where experts are split over devices, those share their tokens, and
-    each takes the ones that are sent to its own experts.
+    """Compute the experts' weighted sum, [B, T, D], on every device for the tokens that it has.
+
+    Where experts are split over devices, those share their tokens, and each takes the ones sent to its own experts.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return _apply(act, x_BTD, chosen_BTC, weights_BTC, matrices, jnp.int32(0), number)
+        return _apply(act, x_BTD, chosen_BTA, weights_BTA, matrices, jnp.int32(0), number)
     rows = PartitionSpec(*sharding.spec("B T", x_BTD.shape[:2], mesh), None)
     experts, inner = _split_of(matrices, mesh)
     shared = bool(experts) and all(axis in sharding.axes_of(rows[0]) for axis in experts)
     into, out = PartitionSpec(experts, None, inner), PartitionSpec(experts, inner, None)
 
-    def body(x_BTD: jax.Array, chosen_BTC: jax.Array, weights_BTC: jax.Array, matrices: Matrices) -> jax.Array:
+    def body(x_BTD: jax.Array, chosen_BTA: jax.Array, weights_BTA: jax.Array, matrices: Matrices) -> jax.Array:
         first = jnp.int32(0)
         if experts:
             first = jax.lax.axis_index(experts) * jax.tree.leaves(matrices.gate)[0].shape[0]
         if shared:
-            x_BTD, chosen_BTC, weights_BTC = (
-                jax.lax.all_gather(array, experts, tiled=True) for array in (x_BTD, chosen_BTC, weights_BTC)
+            x_BTD, chosen_BTA, weights_BTA = (
+                jax.lax.all_gather(array, experts, tiled=True) for array in (x_BTD, chosen_BTA, weights_BTA)
             )
-        out_BTD = _apply(act, x_BTD, chosen_BTC, weights_BTC, matrices, first, number)
+        out_BTD = _apply(act, x_BTD, chosen_BTA, weights_BTA, matrices, first, number)
         if shared:
             out_BTD = jax.lax.psum_scatter(out_BTD, experts, scatter_dimension=0, tiled=True)
         return jax.lax.psum(out_BTD, (*inner, *(() if shared else experts)))
 
     return jax.shard_map(
         body, mesh=mesh, in_specs=(rows, rows, rows, Matrices(into, into, out)), out_specs=rows, check_vma=False
-    )(x_BTD, chosen_BTC, weights_BTC, matrices)
+    )(x_BTD, chosen_BTA, weights_BTA, matrices)
 
 
 def _split_of(matrices: Matrices, mesh: jax.sharding.AbstractMesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The mesh axes over which experts and their inner width are split; all arrays of quantized ones alike, or none."""
+    """Return the mesh axes over which experts and F are split: all arrays of a quantized weight alike, or none."""
     found = []
     for letter, axes in (("X", (0, 0, 0)), ("F", (2, 2, 1))):
         split = {
@@ -117,18 +118,18 @@ def _split_of(matrices: Matrices, mesh: jax.sharding.AbstractMesh) -> tuple[tupl
 
 
 def _apply(
-    act: Activation, x_BTD: jax.Array, chosen_BTC: jax.Array, weights_BTC: jax.Array, matrices: Matrices,
+    act: Activation, x_BTD: jax.Array, chosen_BTA: jax.Array, weights_BTA: jax.Array, matrices: Matrices,
     first: jax.Array, number: int,
 ) -> jax.Array:  # fmt: skip
-    """What the experts from `first` on, of `number` in all, add for some tokens, [B, T, D].
+    """Return what the experts from `first` on, of `number` in all, add for some tokens, [B, T, D].
 
     Sorted by expert, so that each expert's matrices meet its tokens in one product. Where there are but a part of the
     experts, the pairs of tokens and experts are taken in as many pieces: those after the last of these experts' own
     are left out, and if all tokens are sent to them, none is dropped.
     """
     rows, length, width = x_BTD.shape
-    per_token = chosen_BTC.shape[-1]
-    x_ID, chosen_J, weights_J = x_BTD.reshape(-1, width), chosen_BTC.reshape(-1), weights_BTC.reshape(-1)
+    per_token = chosen_BTA.shape[-1]
+    x_ID, chosen_J, weights_J = x_BTD.reshape(-1, width), chosen_BTA.reshape(-1), weights_BTA.reshape(-1)
     own = jax.tree.leaves(matrices.gate)[0].shape[0]
     expert_J = chosen_J - first
     expert_J = jnp.where((expert_J >= 0) & (expert_J < own), expert_J, own)  # the others' come last
@@ -158,11 +159,11 @@ def _apply(
     return out_ID.reshape(rows, length, width)
 
 
-def _ragged(x_JI: jax.Array, weight: Any, sizes_X: jax.Array) -> jax.Array:
-    """Rows of `x`, sorted by expert, times their expert's matrix [X, in, out]."""
+def _ragged(x: jax.Array, weight: Any, sizes_X: jax.Array) -> jax.Array:
+    """Multiply rows of `x`, sorted by expert, by their expert's matrix [X, in, out]."""
 
-    def product(x_JI: jax.Array, weight: Any) -> jax.Array:
-        return jax.lax.ragged_dot(x_JI, dense(weight, x_JI.dtype), sizes_X.astype(jnp.int32))
+    def product(x: jax.Array, weight: Any) -> jax.Array:
+        return jax.lax.ragged_dot(x, dense(weight, x.dtype), sizes_X.astype(jnp.int32))
 
     # As in `linear`: float weights of every layer must not wait for the gradient.
-    return jax.checkpoint(product)(x_JI, weight) if isinstance(weight, Quantized) else product(x_JI, weight)
+    return jax.checkpoint(product)(x, weight) if isinstance(weight, Quantized) else product(x, weight)

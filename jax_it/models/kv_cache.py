@@ -124,23 +124,6 @@ def from_prompt(key_BTKH: jax.Array, value_BTKH: jax.Array, last_B: jax.Array, w
     return KeyValue(*by_head(key_BTKH, value_BTKH))
 
 
-def unstack_layers(cache: KVCache, layers: int, period: int) -> KVCache:
-    """Return the cache with a group for each of the layers, of which the first whole periods are grouped."""
-    repeats = layers // period
-
-    def each(groups: tuple) -> tuple:
-        def one(layer: int) -> Any:
-            if layer >= repeats * period:
-                return groups[layer - repeats * period + period]
-            return jax.tree.map(lambda array: array[layer // period][None], groups[layer % period])
-
-        return tuple(map(one, range(layers)))
-
-    source = cache.source and dataclasses.replace(cache.source, groups=each(cache.source.groups))
-    windows = tuple(cache.windows[layer % period] for layer in range(layers))
-    return dataclasses.replace(cache, groups=each(cache.groups), windows=windows, source=source)
-
-
 def grow(cache: KVCache, by: int) -> KVCache:
     """Return the cache with room for prompts that are longer by `by` tokens: sources, or what precedes new tokens."""
     if cache.source:
@@ -168,21 +151,21 @@ def select(cache: KVCache, sources_B: jax.Array, copies: int = 1) -> KVCache:
     return map_axes(_taker(rows_of(sources_B, copies)), cache, of_source=_taker(sources_B))
 
 
-def insert(cache: KVCache, new: KVCache, at_R: jax.Array, from_R: jax.Array, copies: int = 1) -> KVCache:
-    """Return the cache with sources `from_R` of another one, which has a row for each, at the places `at_R`.
+def insert(cache: KVCache, new: KVCache, at_Y: jax.Array, from_Y: jax.Array, copies: int = 1) -> KVCache:
+    """Return the cache with sources `from_Y` of another one, which has a row for each, at the places `at_Y`.
 
     There each gets `copies` rows, which are alike. Places that do not exist take none.
     """
 
-    def put(at_R: jax.Array, from_R: jax.Array) -> Callable[..., jax.Array]:
+    def put(at_Y: jax.Array, from_Y: jax.Array) -> Callable[..., jax.Array]:
         def one(axes: str, old: jax.Array, new: jax.Array) -> jax.Array:
             axis = axes.index("B")
-            return old.at[(slice(None),) * axis + (at_R,)].set(new.take(from_R, axis), mode="drop")
+            return old.at[(slice(None),) * axis + (at_Y,)].set(new.take(from_Y, axis), mode="drop")
 
         return one
 
-    put_rows = put(rows_of(at_R, copies), jnp.repeat(from_R, copies))
-    return map_axes(put_rows, cache, new, of_source=put(at_R, from_R))
+    put_rows = put(rows_of(at_Y, copies), jnp.repeat(from_Y, copies))
+    return map_axes(put_rows, cache, new, of_source=put(at_Y, from_Y))
 
 
 def rows_of(sources_B: jax.Array, copies: int) -> jax.Array:

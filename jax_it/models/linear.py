@@ -4,6 +4,7 @@ A module writes `project(x, self.query, "BTD,DNH->BTNH")` and need not know whic
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_it.models.dropout import dropout
 from jax_it.models.quantized import Quantized
 
 DenseWeight = jax.Array | Quantized
@@ -30,14 +32,17 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
+def linear(
+    rngs: nnx.Rngs, inputs: tuple[int, ...], outputs: tuple[int, ...], bias: bool, scale: float = 1
+) -> tuple[nnx.Param, nnx.Param | None]:
+    """Draw a linear layer's weight [*inputs, *outputs], for outputs of about `scale`; its bias, if it has one, is 0."""
+    weight = normal(rngs, (*inputs, *outputs), math.prod(inputs) ** -0.5 * scale)
+    return weight, nnx.Param(jnp.zeros(outputs)) if bias else None
+
+
 def scale_by(x: jax.Array, factor: float) -> jax.Array:
     """Multiply by a constant that is not rounded to `x`'s dtype, as PyTorch does."""
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
-
-
-def split_key(key: jax.Array | None, number: int) -> list[jax.Array | None]:
-    """Split a key, if there is one, into a list of keys."""
-    return [None] * number if key is None else list(jax.random.split(key, number))
 
 
 @jax.tree_util.register_dataclass
@@ -58,9 +63,13 @@ class Adapted:
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
-def project(x: jax.Array, param: nnx.Param, spec: str) -> jax.Array:
-    """`einsum(spec, x, weight)` for the param's weight, in `x`'s dtype."""
-    weight = param.get_value()
+def project(x: jax.Array, param: nnx.Param, spec: str, bias: nnx.Param | None = None) -> jax.Array:
+    """Return `einsum(spec, x, weight) + bias` for the param's weight, in `x`'s dtype."""
+    out = _project(x, param.get_value(), spec)
+    return out if bias is None else out + bias[...].astype(x.dtype)
+
+
+def _project(x: jax.Array, weight: Any, spec: str) -> jax.Array:
     if not isinstance(weight, Adapted):
         return _product(x, weight, spec)
     dropped = x if weight.key is None else dropout(x, weight.dropout, weight.key)
@@ -88,28 +97,28 @@ def _product(x: jax.Array, weight: DenseWeight, spec: str) -> jax.Array:
 
 
 def dense(weight: DenseWeight, dtype: Any) -> jax.Array:
-    """The weight as an array of this dtype."""
+    """Return the weight as an array of this dtype."""
     return weight.dequantize(dtype) if isinstance(weight, Quantized) else weight.astype(dtype)
 
 
 def look_up(param: nnx.Param, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """The rows of an embedding [V, D] for the tokens."""
+    """Return the rows of an embedding [V, D] for the tokens."""
     return param.get_value()[tokens].astype(dtype)
 
 
 def column_norm(weight: DenseWeight, inputs: int) -> jax.Array:
-    """The length of a weight along its first `inputs` axes, float32: what DoRA's magnitude starts from."""
+    """Return the length of a weight along its first `inputs` axes, float32: what DoRA's magnitude starts from."""
     return jnp.sqrt(jnp.square(dense(weight, jnp.float32)).sum(tuple(range(inputs))))
 
 
 def sum_of(weight: Adapted, inputs: int) -> jax.Array:
-    """W + scale * A B in float32, for a weight without an axis L whose first `inputs` axes are inputs."""
+    """Return W + scale * A B in float32, for a weight without an axis L whose first `inputs` axes are inputs."""
     product = jnp.tensordot(weight.a.astype(jnp.float32), weight.b.astype(jnp.float32), 1)
     return dense(weight.base, jnp.float32) + weight.scale * product
 
 
 def merge(weight: Adapted, inputs: int) -> jax.Array:
-    """The one float32 array that computes the same, for a weight without an axis L."""
+    """Return the one float32 array that computes the same, for a weight without an axis L."""
     total = sum_of(weight, inputs)
     if weight.magnitude is None:
         return total
@@ -117,41 +126,17 @@ def merge(weight: Adapted, inputs: int) -> jax.Array:
 
 
 def _axes(spec: str) -> tuple[int, int]:
-    """How many axes of a spec's weight are inputs, and how many outputs."""
+    """Return how many axes of a spec's weight are inputs, and how many outputs."""
     (x, weight), _ = (part.split(",") for part in spec.split("->"))
     inputs = sum(letter in x for letter in weight)
     return inputs, len(weight) - inputs
 
 
 def _low_rank_specs(spec: str) -> tuple[str, str]:
-    """ "BTD,DNH->BTNH" as "BTD,DR->BTR" and "BTR,RNH->BTNH"."""
+    """Return "BTD,DR->BTR" and "BTR,RNH->BTNH" for "BTD,DNH->BTNH"."""
     operands, out = spec.split("->")
     x, weight = operands.split(",")
     inputs, _ = _axes(spec)
     rows, columns = weight[:inputs], weight[inputs:]
     inner = "".join(letter for letter in x if letter not in rows) + "R"
     return f"{x},{rows}R->{inner}", f"{inner},R{columns}->{out}"
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; `x` itself where there is no key. The rate is rounded to a multiple of 1/256, or of a finer
-    fraction where that would change what is dropped, or kept, by more than 2 %.
-
-    Four elements share one random word, or two: random numbers are most of dropout's cost.
-    """
-    if key is None or not rate:
-        return x
-    size, dropped = _rounded(rate)
-    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] * size // 32)), jnp.uint32)
-    parts = words if size == 32 else jax.lax.bitcast_convert_type(words, {8: jnp.uint8, 16: jnp.uint16}[size])
-    kept = parts.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]] >= jnp.asarray(dropped, parts.dtype)
-    return jnp.where(kept, x * jnp.asarray(2**size / (2**size - dropped), x.dtype), 0)
-
-
-def _rounded(rate: float) -> tuple[int, int]:
-    """(bits, how many of their 2 ** bits values are dropped) for a rate in (0, 1)."""
-    for size in (8, 16):
-        dropped = round(rate * 2**size)
-        if abs(dropped / 2**size - rate) <= 0.02 * min(rate, 1 - rate):
-            return size, dropped
-    return 32, min(max(round(rate * 2**32), 1), 2**32 - 1)

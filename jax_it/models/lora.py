@@ -18,7 +18,7 @@ import regex
 from jax_it.config import Lora
 from jax_it.errors import UserError
 from jax_it.models.linear import Adapted, column_norm, dense, merge
-from jax_it.models.weights import WeightSpec, flatten, is_vector, unflatten
+from jax_it.models.weights import WeightSpec, flatten, is_matrix, unflatten
 from jax_it.typed import shown
 
 ALL_LINEAR = "all-linear"
@@ -41,7 +41,7 @@ class Adapter:
     dropout: float
 
     def logical_axes(self, weights: Mapping[str, WeightSpec]) -> dict[str, Any]:
-        """The adapter's tree with each array's logical axes."""
+        """Return the adapter's tree with each array's logical axes."""
         leaves = {}
         for target in self.targets:
             inputs, outputs = split_axes(weights[target.path].logical_axes)
@@ -52,7 +52,7 @@ class Adapter:
         return unflatten(leaves)
 
     def init(self, key: jax.Array, weights: Mapping[str, WeightSpec], base: Mapping[str, Any]) -> dict[str, Any]:
-        """Adapters that change nothing yet: A as PEFT draws it, B zero, magnitudes those of the weights `base`."""
+        """Draw adapters that change nothing yet: A as in PEFT, B zero, magnitudes those of the weights `base`."""
         leaves: dict[str, jax.Array] = {}
         found = flatten(base)
         for number, target in enumerate(self.targets):
@@ -73,7 +73,7 @@ class Adapter:
     def attach(
         self, base: Mapping[str, Any], adapters: Mapping[str, Any], key: jax.Array | None = None
     ) -> dict[str, Any]:
-        """The base's tree with `Adapted` weights; where a key is given, with dropout of the adapters' inputs."""
+        """Return the base's tree with `Adapted` weights; where a key is given, with dropout of the adapters' inputs."""
         leaves, found = flatten(base), flatten(adapters)
         for number, target in enumerate(self.targets):
             a = found[f"{target.path}.a"]
@@ -92,7 +92,7 @@ class Adapter:
         return unflatten(leaves)
 
     def merge(self, base: Mapping[str, Any], adapters: Mapping[str, Any], weights: Mapping[str, WeightSpec]) -> Any:
-        """The base's tree in float32, with the adapters added to their weights."""
+        """Return the base's tree in float32, with the adapters added to their weights."""
         leaves = flatten(self.attach(base, adapters))
         for path, leaf in leaves.items():
             if isinstance(leaf, Adapted):
@@ -104,7 +104,7 @@ class Adapter:
 
 
 def make_adapter(config: Lora, weights: Mapping[str, WeightSpec], layers: Mapping[str, int]) -> Adapter:
-    """The adapter that the config asks for. `layers` says how many layers each stacked weight has.
+    """Return the adapter that the config asks for. `layers` says how many layers each stacked weight has.
 
     Raises UserError for a target that is no weight, or one of some layers alone.
     """
@@ -119,7 +119,7 @@ def choose_targets(
     layers: Mapping[str, int],
     field: str = "config.model.lora.targets",
 ) -> list[str]:
-    """The paths of the weights that the targets, which `field` holds, name.
+    """Return the paths of the weights that the targets, which `field` holds, name.
 
     A target is "all-linear", the end of a module's name in Transformers ("q_proj", "self_attn.q_proj"), or
     a regular expression of the whole name.
@@ -146,7 +146,7 @@ def choose_targets(
 
 
 def matches(pattern: str, name: str, field: str) -> bool:
-    """Whether a regular expression, which may be a stranger's, matches the whole of a module's name.
+    """Return whether a regular expression, which may be a stranger's, matches the whole of a module's name.
 
     Raises UserError, which names the field that holds the pattern, where it is none or is too costly.
     """
@@ -163,18 +163,18 @@ def matches(pattern: str, name: str, field: str) -> bool:
 
 
 def module_name(weight: WeightSpec, layer: int) -> str:
-    """The name in Transformers of the module that holds a layer of the weight."""
+    """Return the name in Transformers of the module that holds a layer of the weight."""
     return weight.name.format(L=layer).removesuffix(".weight")
 
 
 def is_linear(weight: WeightSpec) -> bool:
-    """Whether a weight is a linear layer's, one in each layer: no embedding, head, bias, norm or expert."""
+    """Return whether a weight is a linear layer's, one in each layer: no embedding, head, bias, norm or expert."""
     axes = weight.logical_axes.split()
-    return axes[0] == "L" and not is_vector(weight.logical_axes) and not {"E", "X"} & set(axes)
+    return axes[0] == "L" and "X" not in axes and is_matrix(weight.logical_axes)
 
 
 def split_axes(logical_axes: str) -> tuple[list[str], list[str]]:
-    """A linear weight's input and output axes, without L: D | N H, N H | D, D | F."""
+    """Return a linear weight's input and output axes, without L: D | N H, N H | D, D | F."""
     axes = logical_axes.split()[1:]
     inputs = 2 if axes[0] in ("N", "K") else 1
     return axes[:inputs], axes[inputs:]

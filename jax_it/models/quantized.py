@@ -30,7 +30,7 @@ _CHUNK = 1 << 20  # values that numpy works on at a time: what it makes on the w
 
 
 def _nf4_levels() -> np.ndarray:
-    """The 16 levels of appendix E: normal quantiles at even steps, 8 above 0 and 7 below, scaled to [-1, 1].
+    """Return the 16 levels of appendix E: normal quantiles at even steps, 8 above 0 and 7 below, scaled to [-1, 1].
 
     The outermost probability is the mean of 1 - 1/30 and 1 - 1/32: half a step short of 1 on either side.
     """
@@ -78,7 +78,7 @@ class Quantized:
         return self.codes.nbytes + self.scales.nbytes
 
     def dequantize(self, dtype: Any) -> jax.Array:
-        """The weight [..., n] in `dtype`: level times scale, computed in float32 and rounded once."""
+        """Return the weight [..., n] in `dtype`: level times scale, computed in float32 and rounded once."""
         codes = jnp.asarray(self.codes)
         if self.kind == "nf4":
             # Each byte twice, then the half that each is for: faster than to stack halves, and nothing is kept.
@@ -92,16 +92,16 @@ class Quantized:
 
 
 def block_size(n: int) -> int:
-    """Of a last axis of `n` values: the largest power of 2 up to 64 that divides `n`, or 0 where that is below 8.
+    """Return the largest power of 2 up to 64 that divides a last axis of `n` values, or 0 where that is below 8.
 
-    Such a weight can't be quantized, and is best left as it is: its scales would outweigh what the codes save.
+    A weight without a block is best left as it is: its scales would outweigh what the codes save.
     """
     block = math.gcd(n, BLOCK)
     return block if block >= SMALLEST_BLOCK else 0
 
 
 def quantize(array: Any, kind: str) -> Quantized:
-    """A float array [..., n] quantized as `kind`, each value to the nearest: of numpy in numpy, of JAX in JAX.
+    """Quantize a float array [..., n] as `kind`, each value to the nearest: of numpy in numpy, of JAX in JAX.
 
     The scale is rounded to bfloat16 before codes are chosen, so that these are best for the scale that is
     kept. A value is off by half the widest gap between levels at most (0.14 of the scale for nf4, 0.5 of it
@@ -172,13 +172,13 @@ def _quantize_numpy(array: np.ndarray, kind: str, block: int) -> Quantized:
 
 
 def _check_finite(of_blocks: Any) -> None:
-    """Of the blocks' scales or largest magnitudes."""
+    """Raise ValueError unless the scales, or the largest magnitudes, of all blocks are finite."""
     if not np.isfinite(np.asarray(of_blocks, np.float32)).all():
         raise ValueError("a weight that holds NaN or infinity can't be quantized")
 
 
 def _levels_of(codes: jax.Array) -> jax.Array:
-    """The level of each code, picked by halving the list of them at each bit.
+    """Return the level of each code, picked by halving the list of them at each bit.
 
     A gather is slow on some devices, and `jnp.where` makes an array as large as the weight of every level,
     which the gradient of a scan takes out of its loop and keeps: here levels are scalars, as integers of the same bits.

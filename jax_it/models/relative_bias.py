@@ -34,22 +34,22 @@ class RelativeBias:
         """Return the float32 bias [N, T, S] of `length` query and key positions."""
         width = 2 * length
         # Every distance of the square once: 0 … length - 1, then -length … -1.
-        distance_W = (jnp.arange(width) + length) % width - length
-        chosen_WE = jax.nn.one_hot(self.bucket(distance_W), self.buckets)
-        values_WN = jnp.matmul(chosen_WE, table_EN, precision=jax.lax.Precision.HIGHEST)  # picks, and must not round
-        return _toeplitz(values_WN.T, length)
+        distance_Z = (jnp.arange(width) + length) % width - length
+        chosen_ZE = jax.nn.one_hot(self.bucket(distance_Z), self.buckets)
+        values_ZN = jnp.matmul(chosen_ZE, table_EN, precision=jax.lax.Precision.HIGHEST)  # picks, and must not round
+        return _toeplitz(values_ZN.T, length)
 
     def rows(self, table_EN: jax.Array, distance_BS: jax.Array) -> jax.Array:
         """Return the bias [B, N, 1, S] of one query a row, whose distances from the keys are given."""
         return jnp.moveaxis(table_EN[self.bucket(distance_BS)], -1, 1)[:, :, None]
 
 
-def _toeplitz(values_NW: jax.Array, length: int) -> jax.Array:
-    """Return the matrices [N, T, S] with `values[n, (s - t) % W]` at (t, s), W being twice the length.
+def _toeplitz(values_NZ: jax.Array, length: int) -> jax.Array:
+    """Return the matrices [N, T, S] with `values[n, (s - t) % Z]` at (t, s), Z being twice the length.
 
     Made by copying and slicing, because the gradient of a gather of [T, S] indices is a slow scatter.
     """
     width = 2 * length
-    rows = jnp.broadcast_to(values_NW[:, None], (values_NW.shape[0], length, width))
+    rows = jnp.broadcast_to(values_NZ[:, None], (values_NZ.shape[0], length, width))
     shifted = rows.reshape(-1, length * width)[:, : length * (width - 1)].reshape(-1, length, width - 1)
     return shifted[:, :, :length]

@@ -6,7 +6,7 @@ The formulas are those of Transformers' `modeling_rope_utils`, computed in float
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,21 +45,31 @@ class Rope:
 
     interleaved: bool = False  # pairs are (2i, 2i + 1), not (i, i + the number of pairs)
 
-    def cos_sin(self, positions_BT: jax.Array, lengths_BT: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        """Return cosines and sines [B, T, pairs], float32; `lengths_BT`: how many positions each one's text has."""
+    def cos_sin(self, positions_BT: jax.Array, lengths_BT: jax.Array | None) -> "CosSin":
+        """Return the rotation of each position; `lengths_BT` is how many positions each one's text has."""
         frequencies = jnp.asarray(self.frequencies, jnp.float32)
         if self.long_frequencies:
             assert lengths_BT is not None
             long = jnp.asarray(self.long_frequencies, jnp.float32)
             frequencies = jnp.where(lengths_BT[..., None] > self.original_length, long, frequencies)
         angles = positions_BT[..., None].astype(jnp.float32) * frequencies
-        return jnp.cos(angles) * self.scale, jnp.sin(angles) * self.scale
+        return CosSin(jnp.cos(angles) * self.scale, jnp.sin(angles) * self.scale, self.interleaved)
 
 
-def rotate(x_BTNH: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array, interleaved: bool = False) -> jax.Array:
-    """Rotate each pair of a head's first entries by its angle; the entries after them stay as they are."""
-    pairs = cos_BTP.shape[-1]
-    cos, sin = cos_BTP[:, :, None], sin_BTP[:, :, None]
+class CosSin(NamedTuple):
+    """Cosines and sines, float32, of the angle of each pair of entries."""
+
+    cos_BTU: jax.Array
+    sin_BTU: jax.Array
+    interleaved: bool  # as in `Rope`
+
+
+def rotate(x_BTNH: jax.Array, cos_sin: CosSin | None) -> jax.Array:
+    """Rotate each pair of a head's first entries; the entries after them, and all without `cos_sin`, stay."""
+    if cos_sin is None:
+        return x_BTNH
+    interleaved, pairs = cos_sin.interleaved, cos_sin.cos_BTU.shape[-1]
+    cos, sin = cos_sin.cos_BTU[:, :, None], cos_sin.sin_BTU[:, :, None]
     x = x_BTNH.astype(jnp.float32)
     if interleaved:
         first, second, rest = x[..., : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2], x[..., 2 * pairs :]
@@ -73,7 +83,7 @@ def rotate(x_BTNH: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array, interleave
 
 def read(
     settings: Settings,
-    head_size: int,
+    head_dim: int,
     *,
     theta: float = 10000.0,
     share: float | None = None,
@@ -82,7 +92,7 @@ def read(
     original: int = 0,
     kinds: tuple[str, ...] = tuple(KEYS),
 ) -> Rope:
-    """The rope of a config.json: `rope_theta` and `rope_scaling`, or Transformers 5's `rope_parameters`.
+    """Read the rope of a config.json: `rope_theta` and `rope_scaling`, or Transformers 5's `rope_parameters`.
 
     Where both are there, Transformers takes `rope_scaling` in place of `rope_parameters`, not over it, and an
     `original_max_position_embeddings` beside them before the one in them. `share` is the part of each head that a
@@ -103,11 +113,11 @@ def read(
             f"{settings.where}: {share_key}, there or in {field}, is {shown(values['partial_rotary_factor'])}; it must "
             "be 1.0, for in this family all of a head rotates"
         )
-    return make(settings, field, values, head_size, kinds)
+    return make(settings, field, values, head_dim, kinds)
 
 
 def read_by_layer_type(
-    settings: Settings, head_size: int, *, full_theta: float, sliding_theta: float
+    settings: Settings, head_dim: int, *, full_theta: float, sliding_theta: float
 ) -> tuple["Rope", "Rope"]:
     """Read the ropes of full and of sliding layers, in either form of config.json.
 
@@ -130,15 +140,15 @@ def read_by_layer_type(
                 f"{settings.where}: partial_rotary_factor and truncate of {field} have no effect in this family; "
                 "remove them"
             )
-        return make(settings, field, values, head_size)
+        return make(settings, field, values, head_dim)
 
     return one("full_attention", scaling), one("sliding_attention", {})
 
 
 def make(
-    settings: Settings, field: str, values: Mapping[str, Any], head_size: int, kinds: tuple[str, ...] = tuple(KEYS)
+    settings: Settings, field: str, values: Mapping[str, Any], head_dim: int, kinds: tuple[str, ...] = tuple(KEYS)
 ) -> Rope:
-    """The rope of the values of one `rope_parameters` mapping, which stands in `field`."""
+    """Return the rope of the values of one `rope_parameters` mapping, which stands in `field`."""
     kind = _kind(values)
     if kind not in kinds:
         raise UserError(f"{settings.where}: rope_type {shown(kind)} of {field} is not one of {', '.join(kinds)}")
@@ -164,11 +174,11 @@ def make(
             raise UserError(f"{settings.where}: {field}, a {kind} rope, has no {key}{beside}")
         if must := _wrong(key, value):
             raise UserError(f"{settings.where}: {key} of {field} is {shown(value)}; it must be {must}")
-    size = int(head_size * values["partial_rotary_factor"])
-    if size % 2 or not 0 < size <= head_size:
+    size = int(head_dim * values["partial_rotary_factor"])
+    if size % 2 or not 0 < size <= head_dim:
         raise UserError(
-            f"{settings.where}: {size} of a head's {head_size} dimensions would rotate (head_dim, or hidden_size / "
-            f"num_attention_heads, times partial_rotary_factor); it must be an even number, from 2 to {head_size}"
+            f"{settings.where}: {size} of a head's {head_dim} dimensions would rotate (head_dim, or hidden_size / "
+            f"num_attention_heads, times partial_rotary_factor); it must be an even number, from 2 to {head_dim}"
         )
     for key in ("short_factor", "long_factor"):
         if key in KEYS[kind] and len(values[key]) != size // 2:
@@ -193,7 +203,7 @@ def _kind(values: Mapping[str, Any]) -> Any:
 
 
 def _wrong(key: str, value: Any) -> str | None:
-    """What a value must be, if it is not that."""
+    """Return what a value must be, or None if it is that."""
     if key == "truncate":
         return None if isinstance(value, bool) else "true or false"
     if key == ORIGINAL:
@@ -216,7 +226,7 @@ def _linear(powers: np.ndarray, values: Mapping[str, Any]) -> Rope:
 
 
 def _llama3(powers: np.ndarray, values: Mapping[str, Any]) -> Rope:
-    """Slow rotations slowed by the factor, fast ones kept, those between blended."""
+    """Slow the slow rotations by the factor, keep the fast ones, and blend those between."""
     frequencies, factor = 1 / powers, np.float32(values["factor"])
     low, high, original = (
         values[key] for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -229,12 +239,12 @@ def _llama3(powers: np.ndarray, values: Mapping[str, Any]) -> Rope:
 
 
 def _yarn(powers: np.ndarray, values: Mapping[str, Any]) -> Rope:
-    """YaRN (Peng et al. 2023)."""
+    """Scale as YaRN does (Peng et al. 2023)."""
     factor, original = values["factor"], values["original_max_position_embeddings"]
     size, theta = 2 * len(powers), values["rope_theta"]
 
-    def dimension(turns: float) -> float:
-        return size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def dimension(rotations: float) -> float:
+        return size * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(values.get("beta_fast") or 32), dimension(values.get("beta_slow") or 1)
     if values.get("truncate", True):
@@ -255,7 +265,7 @@ def _magnitude(factor: float, scale: float) -> float:
 
 
 def _longrope(powers: np.ndarray, values: Mapping[str, Any]) -> Rope:
-    """LongRoPE (Ding et al. 2024): factors by frequency, other ones past the original length."""
+    """Scale as LongRoPE does (Ding et al. 2024): factors by frequency, other ones past the original length."""
     original, factor = values["original_max_position_embeddings"], values["factor"]
     scale = values.get("attention_factor")
     if scale is None:

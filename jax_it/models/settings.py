@@ -42,7 +42,7 @@ class Settings:
         self._asked: set[str] = set()
 
     def get(self, key: str, kind: type[T], default: T) -> T:
-        """The value, of the given type."""
+        """Return the value, of the given type."""
         self._asked.add(key)
         value = self._values.get(key)
         if value is None:
@@ -58,29 +58,29 @@ class Settings:
         return value
 
     def has(self, key: str) -> bool:
-        """Whether there is a value; it counts as asked for."""
+        """Return whether there is a value; it counts as asked for."""
         self._asked.add(key)
         return self._values.get(key) is not None
 
     def is_null(self, key: str) -> bool:
-        """Whether the key is there and null, where that does not mean the default."""
+        """Return whether the key is there and null, where that does not mean the default."""
         return key in self._values and self._values[key] is None
 
     def need(self, key: str, kind: type[T]) -> T:
-        """A value without which there is no model."""
+        """Return a value without which there is no model."""
         if self._values.get(key) is None:
             raise UserError(f"{self.where}: {key} is missing")
         return self.get(key, kind, self._values[key])
 
     def size(self, key: str, default: int | None = None) -> int:
-        """How many there are of something: at least 1. Without a default, the key must be there."""
+        """Return how many there are of something: at least 1. Without a default, the key must be there."""
         value = self.need(key, int) if default is None else self.get(key, int, default)
         if value < 1:
             raise self.bad(key, "it must be at least 1")
         return value
 
     def rate(self, key: str, default: float) -> float:
-        """A dropout rate."""
+        """Return a dropout rate."""
         value = self.get(key, float, default)
         if not 0 <= value < 1:
             raise self.bad(key, "it must be at least 0 and below 1")
@@ -93,7 +93,7 @@ class Settings:
         return value
 
     def get_list(self, key: str, kind: type[T]) -> list[T] | None:
-        """A list of values of one type; None where there is none."""
+        """Return a list of values of one type; None where there is none."""
         if not self.has(key):
             return None
         found = self.get(key, list, [])
@@ -102,7 +102,7 @@ class Settings:
         return found
 
     def get_tokens(self, key: str, vocab_size: int) -> tuple[int, ...]:
-        """One token id of the vocabulary or several; empty where there is none."""
+        """Return one token id of the vocabulary or several; empty where there is none."""
         self._asked.add(key)
         value = self._values.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -113,34 +113,34 @@ class Settings:
         return tuple(ids)
 
     def get_token(self, key: str, vocab_size: int) -> int | None:
-        """One token id of the vocabulary, alone or in a list; None where there is none."""
+        """Return one token id of the vocabulary, alone or in a list; None where there is none."""
         ids = self.get_tokens(key, vocab_size)
         if len(ids) != 1 and self._values.get(key) is not None:
             raise self.bad(key, "it must be of type int")
         return ids[0] if ids else None
 
     def choose(self, key: str, known: Sequence[str], default: str = "") -> str:
-        """A value that must be one of those that are implemented."""
+        """Return a value that must be one of those that are implemented."""
         value = self.get(key, str, default)
         if value not in known:
             self.refuse(key, known)
         return value
 
     def bad(self, key: str, why: str) -> UserError:
-        """The error of a value that cannot be read."""
+        """Return the error of a value that cannot be read."""
         return UserError(f"{self.where}: {key} is {shown(self._values.get(key))}; {why}")
 
     def refuse(self, key: str, known: Sequence[str]) -> None:
         raise UserError(f"{self.where}: {key} {shown(self._values.get(key))} is not one of {', '.join(known)}")
 
     def expect(self, **only: Any) -> None:
-        """Keys of which one value alone is implemented."""
+        """Refuse any other value of keys of which one alone is implemented."""
         for key, value in only.items():
             if self.get(key, type(value), value) != value:
                 raise UserError(f"{self.where}: {key}={shown(self._values[key])} is not supported; only {value!r} is")
 
     def finish(self, ignored: Sequence[str] = ()) -> None:
-        """Refuses keys that nobody asked for and that are not known to be harmless."""
+        """Refuse keys that nobody asked for and that are not known to be harmless."""
         unknown = sorted(set(self._values) - self._asked - HARMLESS - set(ignored))
         unknown = [key for key in unknown if not key.startswith("_")]  # private notes of some version's
         if unknown:
@@ -152,5 +152,5 @@ class Settings:
 
 
 def is_int(value: Any) -> bool:
-    """Whether it is an integer, which True and False are not."""
+    """Return whether it is an integer, which True and False are not."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -11,7 +11,7 @@ from jax_it import sharding
 LANES = 128  # of a TPU's vectors: the kernel's lengths and head dimensions are multiples
 BLOCK = 512  # positions of queries and of keys that it takes at a time
 
-Fused = bool | Literal["interpret"]  # whether to use the kernel; "interpret": on a CPU, for tests
+Splash = bool | Literal["interpret"]  # whether to use the kernel; "interpret": on a CPU, for tests
 
 
 def fits(length: int, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
@@ -32,7 +32,7 @@ def attend(
     softcap: float = 0.0,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attend as `attention.attend` does, causally, within segments and, unless it is 0, within a window."""
+    """Attend as `fast_attention.attend` does, causally, within segments and, unless it is 0, within a window."""
     mesh = jax.sharding.get_abstract_mesh()
 
     def own(query_BTNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, segments_BT: jax.Array) -> jax.Array:

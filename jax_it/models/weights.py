@@ -35,23 +35,18 @@ class WeightSpec(NamedTuple):
         """The letters of the leading axes over which tensors are stacked."""
         return tuple(letter for letter in self.logical_axes.split() if f"{{{letter}}}" in self.name)
 
-    @property
-    def partial(self) -> bool:
-        """Whether other weights share its tensors."""
-        return any(g.before or g.after or any("/" in axis for axis in g.axes) for g in self._groups())
-
     def tensors(self, shape: Sequence[int]) -> Iterator[tuple[tuple[int, ...], str]]:
-        """(index into our array, name) of each tensor that the weight is stacked from."""
+        """Return (index into our array, name) of each tensor that the weight is stacked from."""
         sizes = self._sizes(shape)
         for index in itertools.product(*(range(sizes[letter]) for letter in self.stacked)):
             yield index, self._name(index)
 
     def names(self, shape: Sequence[int]) -> list[str]:
-        """The tensors that make up the weight, in order."""
+        """Return the tensors that make up the weight, in order."""
         return [name for _, name in self.tensors(shape)]
 
     def tensor_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of each of those tensors."""
+        """Return the shape of each of those tensors."""
         sizes = self._sizes(shape)
         return tuple(g.before + math.prod(sizes[axis] for axis in g.axes) + g.after for g in self._groups())
 
@@ -62,7 +57,7 @@ class WeightSpec(NamedTuple):
         read: Callable[[str, tuple[slice, ...]], np.ndarray],
         dtype: Any = None,
     ) -> np.ndarray:
-        """The part `index` of our array; `read(name, slices)` gives a part of one of Transformers' tensors.
+        """Return the part `index` of our array; `read(name, slices)` gives a part of one of Transformers' tensors.
 
         It is new, and of `dtype` where one is given. Of what is read, no more than one tensor's part is held.
         """
@@ -87,7 +82,7 @@ class WeightSpec(NamedTuple):
         return made
 
     def restore(self, array: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
-        """One of Transformers' tensors from our array without its stacked axes; the inverse of `cut`.
+        """Return one of Transformers' tensors from our array without its stacked axes; the inverse of `cut`.
 
         A weight that shares its tensors is written `into` one that is there already.
         """
@@ -97,7 +92,7 @@ class WeightSpec(NamedTuple):
         return tensor
 
     def part_of(self, tensor: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-        """A view with our axes, without the stacked ones, of the weight's part of a tensor."""
+        """Return a view with our axes, without the stacked ones, of the weight's part of a tensor."""
         place = tuple(slice(g.before, n - g.after) for g, n in zip(self._groups(), tensor.shape, strict=True))
         return self._as_ours(tensor[place], self._sizes((1,) * len(self.stacked) + tuple(shape)))
 
@@ -118,13 +113,21 @@ class WeightSpec(NamedTuple):
 
     def _groups(self) -> list[_Group]:
         groups = []
-        for before, merged, after in re.findall(r"(\d+\+)?(\([^)]*\)|[A-Z])(\+\d+)?", self.layout):
-            groups.append(_Group(int(before[:-1] or 0), tuple(merged.strip("()").split()), int(after[1:] or 0)))
+        for part in split_layout(self.layout):
+            found = re.fullmatch(r"(?:(\d+)\+)?(\(.*\)|[A-Z])(?:\+(\d+))?", part)
+            assert found, f"{self.layout!r} is not a layout"
+            before, merged, after = found.groups()
+            groups.append(_Group(int(before or 0), tuple(merged.strip("()").split()), int(after or 0)))
         return groups
 
 
+def split_layout(layout: str) -> list[str]:
+    """Split a layout into a part for each axis of the tensor: "64+(K H)+32 D" into "64+(K H)+32" and "D"."""
+    return re.findall(r"(?:\([^)]*\)|\S)+", layout)
+
+
 def tensor_shapes(weights: Mapping[str, WeightSpec], shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every tensor of some weights, whose own shapes are given by path."""
+    """Return the name and shape of every tensor of some weights, whose own shapes are given by path."""
     return {
         name: weight.tensor_shape(shapes[path].shape)
         for path, weight in weights.items()
@@ -132,17 +135,18 @@ def tensor_shapes(weights: Mapping[str, WeightSpec], shapes: Mapping[str, Any]) 
     }
 
 
-def is_vector(logical_axes: str) -> bool:
-    """Whether a weight with these axes is, for each layer, a norm's scale or a bias: no matrix.
+def is_matrix(logical_axes: str) -> bool:
+    """Return whether a weight is a matrix for each layer: of a linear layer, an expert, an embedding or a head.
 
-    Heads and their entries count as one axis.
+    A norm's scale, a bias and a table of relative biases are not: they stay float32, and have neither weight decay nor
+    adapters. Heads and their entries count as one axis.
     """
     axes = set(logical_axes.split()) - {"L"}
-    return len(axes - {"H"} if axes & {"N", "K"} else axes) <= 1
+    return "E" not in axes and len(axes - {"H"} if axes & {"N", "K"} else axes) > 1
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A params tree of nested dicts as {"encoder.norm": leaf}."""
+    """Return a params tree of nested dicts as {"encoder.norm": leaf}."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -153,7 +157,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Undo `flatten`."""
     tree: dict[str, Any] = {}
     for path, value in leaves.items():
         *parents, last = path.split(".")

@@ -16,7 +16,7 @@ from jax_it.errors import UserError
 from jax_it.files import read_json_object
 from jax_it.models import Model, Params
 from jax_it.models.lora import Adapter, Target, choose_targets, is_linear, matches, module_name, split_axes
-from jax_it.models.weights import WeightSpec, flatten, tensor_shapes
+from jax_it.models.weights import WeightSpec, flatten, split_layout, tensor_shapes
 from jax_it.pretrained.folder import find_folder
 from jax_it.pretrained.safetensors import DTYPES, TensorReader
 from jax_it.pretrained.sharded import gather, gather_tensors, read_params
@@ -45,12 +45,12 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
+    """Return whether a folder holds an adapter and no model."""
     return (Path(path) / CONFIG).is_file() and not (Path(path) / "config.json").is_file()
 
 
 def base_of(path: str | Path) -> str:
-    """The folder or hub name of the model that an adapter was trained for."""
+    """Return the folder or hub name of the model that an adapter was trained for."""
     values = _read_values(Path(path))
     base = values.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -59,7 +59,7 @@ def base_of(path: str | Path) -> str:
 
 
 def read_adapter(path: str, model: Model) -> tuple[Adapter, Path]:
-    """The adapter that a PEFT folder describes, for this base model, and the folder."""
+    """Read the adapter that a PEFT folder describes, for this base model, and the folder."""
     folder = find_folder(path)
     values = _read_values(folder)
     where = str(folder / CONFIG)
@@ -84,7 +84,7 @@ def read_adapter(path: str, model: Model) -> tuple[Adapter, Path]:
 
 
 def _named(values: Mapping[str, Any], where: str) -> list[str]:
-    """The modules that have adapters."""
+    """Read which modules have adapters."""
     named = values.get("target_modules")
     listed = [named] if isinstance(named, str) else named
     if not isinstance(listed, list) or not listed or not all(isinstance(name, str) and name for name in listed):
@@ -93,7 +93,7 @@ def _named(values: Mapping[str, Any], where: str) -> list[str]:
 
 
 def _patterns(values: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
-    """PEFT's `rank_pattern` or `alpha_pattern`."""
+    """Read PEFT's `rank_pattern` or `alpha_pattern`."""
     patterns = values.get(key)
     patterns = {} if patterns is None else patterns
     if not isinstance(patterns, dict):
@@ -106,7 +106,7 @@ def _is_number(value: Any) -> bool:
 
 
 def load(path: str, model: Model, mesh: jax.sharding.Mesh, name: str, dtype: str = "float32") -> tuple[Model, Params]:
-    """The model with a PEFT folder's adapters, and their params in `dtype`, sharded over the mesh.
+    """Return the model with a PEFT folder's adapters, and their params in `dtype`, sharded over the mesh.
 
     `name` is the base model's own folder or hub name. Raises UserError for the adapters of another base model.
     """
@@ -121,7 +121,7 @@ def load(path: str, model: Model, mesh: jax.sharding.Mesh, name: str, dtype: str
 
 
 def _check_tensors(model: Model, tensors: TensorReader) -> None:
-    """Raises UserError unless the tensors are those that the adapters of this base model have."""
+    """Raise UserError unless the tensors are those that the adapters of this base model have."""
     file, there = tensors.folder / WEIGHTS, tensors.names()
     wanted = tensor_shapes(weight_table(model), flatten(model.trained_shapes))
     for name, shape in wanted.items():
@@ -137,7 +137,7 @@ def _check_tensors(model: Model, tensors: TensorReader) -> None:
 
 
 def _with_own_ranks(model: Model, tensors: TensorReader) -> tuple[Model, dict[str, tuple[int, int]]]:
-    """Undoes `_put_side_by_side`: each target gets its own rank back, else every round trip would multiply it.
+    """Undo `_put_side_by_side`: each target gets its own rank back, else every round trip would multiply it.
 
     Also returns how many ranks of the shared tensor lie before and after those of each such target.
     """
@@ -166,7 +166,7 @@ def _with_own_ranks(model: Model, tensors: TensorReader) -> tuple[Model, dict[st
 
 
 def save(folder: Path, model: Model, params: Params, base: str, dtype: str = "float32") -> None:
-    """Writes the adapters of `params`, for the base model of that folder or hub name, into an existing folder.
+    """Write the adapters of `params`, for the base model of that folder or hub name, into an existing folder.
 
     Weights that share a tensor in Transformers, such as Phi-3's queries and keys, have adapters of their own here
     and one in PEFT: the same A, or else a rank that is the sum of theirs, written with zeros between.
@@ -201,12 +201,12 @@ def save(folder: Path, model: Model, params: Params, base: str, dtype: str = "fl
 
 
 def tensors_of(model: Model, params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """PEFT's (name, tensor) pairs of a model's adapters."""
+    """Return PEFT's (name, tensor) pairs of a model's adapters."""
     return gather_tensors(weight_table(model), _gather(model, params), dtype)
 
 
 def _gather(model: Model, params: Params) -> dict[str, np.ndarray]:
-    """The adapters' arrays as PEFT has them, gathered from all hosts: one A for the weights that share a tensor."""
+    """Gather the adapters' arrays from all hosts, as PEFT has them: one A for the weights that share a tensor."""
     adapters, _ = model.split(params)
     leaves = {path: gather(leaf) for path, leaf in flatten(adapters).items()}
     for targets in _by_tensor(model).values():
@@ -217,7 +217,7 @@ def _gather(model: Model, params: Params) -> dict[str, np.ndarray]:
 
 
 def _by_tensor(model: Model) -> dict[str, list[Target]]:
-    """The targets that share each tensor of Transformers."""
+    """Return the targets that share each tensor of Transformers."""
     assert model.adapter is not None
     together: dict[str, list[Target]] = {}
     for target in model.adapter.targets:
@@ -226,7 +226,7 @@ def _by_tensor(model: Model) -> dict[str, list[Target]]:
 
 
 def weight_table(model: Model, within: Mapping[str, tuple[int, int]] | None = None) -> dict[str, WeightSpec]:
-    """The adapters' own weight table, which follows from that of the base model.
+    """Return the adapters' own weight table, which follows from that of the base model.
 
     `within` says how many ranks of its tensor lie before and after a target's own, where it has only some of them.
     """
@@ -247,15 +247,15 @@ def weight_table(model: Model, within: Mapping[str, tuple[int, int]] | None = No
 
 
 def _layouts(weight: WeightSpec) -> tuple[str, str]:
-    """The axes of a tensor that are our inputs, and our outputs, as a layout writes them."""
+    """Return the axes of a tensor that are our inputs, and our outputs, as a layout writes them."""
     inputs, _ = split_axes(weight.logical_axes)
-    first, second = re.findall(r"(?:\d+\+)?(?:\([^)]*\)|[A-Z])(?:\+\d+)?", weight.layout)
+    first, second = split_layout(weight.layout)
     is_first = bool(re.search(rf"\b{inputs[0]}\b", first))
     return (first, second) if is_first else (second, first)
 
 
 def _put_side_by_side(leaves: dict[str, np.ndarray], targets: list[Target]) -> None:
-    """Gives each of some weights that share a tensor all of their ranks: A one after another, B zero elsewhere."""
+    """Give each of some weights that share a tensor all of their ranks: A one after another, B zero elsewhere."""
     a = np.concatenate([leaves[f"{target.path}.a"] for target in targets], axis=-1)
     start = 0
     for target in targets:
@@ -286,7 +286,7 @@ def _target(path: str, weight: WeightSpec, layers: int, values: Mapping[str, Any
 
 
 def _of_module(name: str, values: Mapping[str, Any], key: str, default: str, where: str) -> Any:
-    """A module's value in PEFT's `rank_pattern` or `alpha_pattern`: the first whose pattern matches the name's end."""
+    """Return a module's value in `rank_pattern` or `alpha_pattern`: the first whose pattern matches the name's end."""
     parts = name.split(".")
     ends = [".".join(parts[i:]) for i in range(len(parts))]
     for pattern, value in values[key].items():
@@ -296,7 +296,7 @@ def _of_module(name: str, values: Mapping[str, Any], key: str, default: str, whe
 
 
 def _target_modules(model: Model) -> list[str]:
-    """The modules' names in PEFT, as short as they can be without naming another module too."""
+    """Return the modules' names in PEFT, as short as they can be without naming another module too."""
     linear = {path: weight for path, weight in model.weights.items() if is_linear(weight)}
     names = {path: [module_name(weight, i) for i in range(model.depths[path])] for path, weight in linear.items()}
     assert model.adapter is not None
@@ -310,7 +310,7 @@ def _target_modules(model: Model) -> list[str]:
 
 
 def _check_base(wanted: str, name: str, folder: Path) -> None:
-    """Refuses a base model of another hub name; folders may have been moved, and their shapes are compared."""
+    """Refuse a base model of another hub name; folders may have been moved, and their shapes are compared."""
 
     def on_hub(path: str) -> bool:
         return path.count("/") == 1 and not path.startswith((".", "/")) and not Path(path).exists()
@@ -333,5 +333,5 @@ def _read_values(folder: Path) -> dict[str, Any]:
 
 
 def _number(value: float) -> float:
-    """Without what a division and a product have rounded: 16 for 15.999999999999998."""
+    """Undo what a division and a product have rounded: 16 for 15.999999999999998."""
     return round(value) if math.isclose(value, round(value), rel_tol=1e-9) else value

@@ -10,13 +10,13 @@ from jax_it.config import Model as ModelConfig
 from jax_it.models import Model, Params
 from jax_it.models.lora import is_linear
 from jax_it.models.quantized import KINDS, block_size, quantize
-from jax_it.models.weights import flatten, is_vector, unflatten
+from jax_it.models.weights import flatten, is_matrix, unflatten
 
 _EXPERTS = ("L X D F", "L X F D")
 
 
 def storage_dtypes(model: Model, config: ModelConfig) -> dict[str, str]:
-    """The name of a dtype, or of a kind of quantization, for each weight of the base model by its path.
+    """Return the name of a dtype, or of a kind of quantization, for each weight of the base model by its path.
 
     Trained weights are kept in `param_dtype`, frozen ones in the compute dtype; norms and biases in float32. As in
     QLoRA, only linear layers and experts are quantized, those whose last axis can be cut into blocks.
@@ -30,7 +30,7 @@ def storage_dtypes(model: Model, config: ModelConfig) -> dict[str, str]:
             dtypes[path] = config.param_dtype
         elif config.quantize != "none" and linear and block_size(shapes[path].shape[-1]):
             dtypes[path] = config.quantize
-        elif is_vector(weight.logical_axes) or "E" in weight.logical_axes:
+        elif not is_matrix(weight.logical_axes):
             dtypes[path] = "float32"
         else:
             dtypes[path] = jnp.dtype(model.options.dtype).name
@@ -38,7 +38,7 @@ def storage_dtypes(model: Model, config: ModelConfig) -> dict[str, str]:
 
 
 def cast_or_quantize(base: Params, dtypes: Mapping[str, str]) -> Params:
-    """The base weights as `storage_dtypes` says."""
+    """Return the base weights as `storage_dtypes` says."""
 
     def convert(array: jax.Array, dtype: str) -> Any:
         if dtype not in KINDS:

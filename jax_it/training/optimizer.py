@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_it.config import Optimizer
-from jax_it.models.weights import is_vector
+from jax_it.models.weights import is_matrix
 
 
 def make_schedule(config: Optimizer, total_steps: int, warmup: int, decay: int) -> optax.Schedule:
@@ -41,12 +41,8 @@ def make_optimizer(config: Optimizer, schedule: optax.Schedule, logical_axes: An
         "sgd": lambda: optax.trace(c.beta1) if c.beta1 else optax.identity(),
         "adafactor": lambda: _adafactor(logical_axes),
     }
-    decay = optax.add_decayed_weights(c.weight_decay, jax.tree.map(_decays, logical_axes))
+    decay = optax.add_decayed_weights(c.weight_decay, jax.tree.map(is_matrix, logical_axes))
     return optax.chain(directions[c.name](), decay, optax.scale_by_learning_rate(schedule))
-
-
-def _decays(logical_axes: str) -> bool:
-    return not is_vector(logical_axes) and "E" not in logical_axes.split()
 
 
 def _adafactor(logical_axes: Any) -> optax.GradientTransformation:

@@ -165,7 +165,7 @@ WRONG = {
 @pytest.mark.parametrize("subject", ["tiny"], indirect=True)
 @pytest.mark.parametrize("what", WRONG)
 def test_wrong_probabilities_do_not_pass(subject, logits, what):
-    """Draws of a generator in numpy that makes the mistake."""
+    """Draws of a engine in numpy that makes the mistake."""
     name, mistake = WRONG[what]
     right, wrong = (exact(subject, logits, sampling) for sampling in (SAMPLINGS[name], mistake(SAMPLINGS[name])))
     rng = np.random.default_rng(0)

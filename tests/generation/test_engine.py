@@ -277,7 +277,7 @@ def test_slots_are_all_filled_where_texts_begin_together(tiny, monkeypatch):
     plain = Engine._run
 
     def run(self, program, slots, width, *arguments):
-        ran.append((program, arguments[-1].tokens_PS.shape[0] if program == "insert" else 0))
+        ran.append((program, arguments[-1].tokens_QS.shape[0] if program == "insert" else 0))
         return plain(self, program, slots, width, *arguments)
 
     monkeypatch.setattr(Engine, "_run", run)

@@ -35,8 +35,8 @@ class FakeEngine:
             self.capacity = capacity
 
     def insert(self, batch: PrefillBatch) -> None:
-        rows, width = batch.tokens_PS.shape
-        assert width <= self.capacity and len(batch.slots_R) == rows * self.slots_per_request
+        rows, width = batch.tokens_QS.shape
+        assert width <= self.capacity and len(batch.slots_Y) == rows * self.slots_per_request
         self.prefill_widths.add(width)
         prompts = [tokens[segments > 0].tolist() for tokens, segments in zip(*batch[:2], strict=True)]
         inserted = []

@@ -7,9 +7,10 @@ import pytest
 
 from jax_it import sharding
 from jax_it.config import Mesh
-from jax_it.models import attention
-from jax_it.models.attention import Scores, attend
-from jax_it.models.linear import dropout
+from jax_it.models import attention, fast_attention
+from jax_it.models.attention import Scores
+from jax_it.models.dropout import dropout
+from jax_it.models.fast_attention import attend
 from jax_it.models.norm import Norm
 from jax_it.models.relative_bias import RelativeBias
 from tests.parity import cases
@@ -181,7 +182,7 @@ def test_attention_of_some_queries_at_a_time_is_that_of_all_at_once(length, with
         return attended(query, key, value), *gradient(query, key, value)
 
     whole = compute()
-    monkeypatch.setattr(attention, "MAX_QUERIES", 5)
+    monkeypatch.setattr(fast_attention, "MAX_QUERIES", 5)
     assert "scan" in str(jax.make_jaxpr(attended)(query, key, value))
     for one, other in zip(compute(), whole, strict=True):
         # The same sums for each query; keys and values add up their gradients in another order.
@@ -208,7 +209,7 @@ def test_causal_attention_leaves_out_keys_that_no_query_sees(length, with_bias, 
         return cost, attended(query, key, value), *jax.jit(jax.grad(squares, argnums=(0, 1, 2)))(query, key, value)
 
     cost, *found = compute(True)
-    monkeypatch.setattr(attention, "MAX_QUERIES", 2048)
+    monkeypatch.setattr(fast_attention, "MAX_QUERIES", 2048)
     whole_cost, *whole = compute(False)
     assert cost < whole_cost * {128: 1.01, 129: 1.0, 300: 0.75, 1100: 0.6}[length]
     for one, other in zip(found, whole, strict=True):
@@ -232,7 +233,7 @@ def test_attention_with_queries_on_several_devices_is_that_on_one(length, querie
         return attended(*arrays), *gradient(*arrays)
 
     alone = jax.jit(compute)(query, key, value)
-    monkeypatch.setattr(attention, "MAX_QUERIES", queries)
+    monkeypatch.setattr(fast_attention, "MAX_QUERIES", queries)
     with jax.set_mesh(sharding.make_mesh(Mesh(data=2, context=4))):
         together = jax.jit(compute).lower(query, key, value).compile()
         assert "all-gather" in together.as_text()

@@ -14,7 +14,8 @@ import pytest
 from jax_it import config, losses, pretrained, sharding
 from jax_it.errors import UserError
 from jax_it.models import Model, Params, build
-from jax_it.models.linear import Adapted, dropout, project
+from jax_it.models.dropout import dropout
+from jax_it.models.linear import Adapted, project
 from jax_it.models.lora import is_linear
 from jax_it.models.quantized import Quantized, block_size, quantize
 from jax_it.models.weights import flatten, unflatten

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jax_it import config, sharding
 from jax_it.models import build
-from jax_it.models.weights import flatten, is_vector
+from jax_it.models.weights import flatten, is_matrix
 from tests.parity import cases
 
 SIZES = st.sampled_from([1, 2, 3, 4, 6, 8, 16])
@@ -70,6 +70,6 @@ def test_every_large_weight_of_every_family_is_split_over_fsdp_and_tensor(case):
             shape
         ):
             parts //= size
-        small = is_vector(weight.logical_axes) or "E" in weight.logical_axes or weight.logical_axes in ("L D X", "P D")
+        small = not is_matrix(weight.logical_axes) or weight.logical_axes in ("L D X", "P D")
         odd = any(size % 2 for size, letter in zip(shape, weight.logical_axes.split(), strict=True) if letter in "NKV")
         assert parts == 4 or small or (parts == 2 and odd), path

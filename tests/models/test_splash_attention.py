@@ -11,7 +11,9 @@ from jax_it import config, losses, sharding
 from jax_it.config import Mesh
 from jax_it.data.formats import CausalBatch
 from jax_it.models import build, splash_attention
-from jax_it.models.attention import Scores, attend, causal_mask
+from jax_it.models.attention import Scores
+from jax_it.models.causal_lm import causal_mask
+from jax_it.models.fast_attention import attend
 
 ROWS, LENGTH, HEADS, KEY_HEADS, SIZE = 2, 256, 4, 2, 128
 
@@ -106,8 +108,8 @@ def test_a_model_whose_layers_differ_in_rope_or_window_takes_it_and_learns_the_s
     places = np.concatenate([np.arange(60), np.arange(40), np.zeros(28, int)])[None].repeat(2, 0).astype(np.int32)
     batch = CausalBatch(tokens, np.roll(tokens, -1, 1), (segments > 0).astype(np.float32), segments, places)
 
-    def learn(fused):
-        other = dataclasses.replace(model, options=model.options._replace(fused=fused))
+    def learn(splash):
+        other = dataclasses.replace(model, options=model.options._replace(splash=splash))
 
         def loss(params):
             states, head = other.apply(params, batch), other.head(params)
@@ -117,8 +119,8 @@ def test_a_model_whose_layers_differ_in_rope_or_window_takes_it_and_learns_the_s
 
         compute = jax.jit(jax.value_and_grad(loss))
         # Forward, and the backward pass of queries and of keys, in both layers of the period.
-        assert str(compute.trace(params).jaxpr).count("name=splash") >= 2 * bool(fused)
-        assert ("splash" in str(compute.trace(params).jaxpr)) == bool(fused)
+        assert str(compute.trace(params).jaxpr).count("name=splash") >= 2 * bool(splash)
+        assert ("splash" in str(compute.trace(params).jaxpr)) == bool(splash)
         return compute(params)
 
     (loss, gradients), (plain_loss, plain_gradients) = learn("interpret"), learn(False)

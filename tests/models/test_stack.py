@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from jax_it import config
-from jax_it.models import build
+from jax_it.models import build, sections
 from jax_it.models.config import LayerKind, shortest_period
-from jax_it.models.stack import group_layers
 
 # Two periods of three layers and one layer left over, whose windows and ropes differ.
 GEMMA_3 = {
@@ -43,11 +42,9 @@ def test_a_period_is_the_shortest_that_gives_all_layers(windows, period):
 def test_a_layer_with_a_window_caches_the_window_alone():
     model, params = make(GEMMA_3, unrolled=False)
     _, _, cache = jax.eval_shape(lambda params: model.prefill(params, PROMPTS, SEGMENTS, 6), params)
-    # The groups of the period's layers, then the layer that is left over.
-    assert cache.windows == (5, 5, 0, 5)
-    assert [group.key.shape for group in cache.groups] == [
-        (2, 2, 2, 8, 5), (2, 2, 2, 8, 5), (2, 2, 2, 8, 18), (1, 2, 2, 8, 5)
-    ]  # fmt: skip
+    # The groups of the period's two runs, then the layer that is left over.
+    assert cache.windows == (5, 0, 5)
+    assert [group.key.shape for group in cache.groups] == [(4, 2, 2, 8, 5), (2, 2, 2, 8, 18), (1, 2, 2, 8, 5)]
     unrolled, _ = make(GEMMA_3, unrolled=True)
     _, _, cache = jax.eval_shape(lambda params: unrolled.prefill(params, PROMPTS, SEGMENTS, 6), params)
     assert [group.key.shape[0] for group in cache.groups] == [1] * 7
@@ -80,12 +77,15 @@ def test_steps_are_the_same_by_a_scan_and_layer_by_layer(values):
     assert np.abs(found[0]).max() > 0.1
 
 
-def test_layers_are_grouped_into_whole_periods_and_a_rest():
+def test_layers_are_grouped_into_the_runs_of_whole_periods_and_of_the_rest():
     model, params = make(GEMMA_3, unrolled=False)
     module = model._module(params)
-    groups = group_layers(module.layers, 3)
+    local, full, left_over = sections.group_layers(module.layers, module.sections)
     weight = params["layers"]["mlp"]["up"]
-    np.testing.assert_array_equal(groups.periods.mlp.up[...], weight[:6].reshape(2, 3, 32, 48))
-    (left,) = groups.rest
-    np.testing.assert_array_equal(left.mlp.up[...], weight[6])
-    assert group_layers(module.layers, 3, unroll=True).periods is None
+    periods = weight[:6].reshape(2, 3, 32, 48)
+    np.testing.assert_array_equal(local.mlp.up[...], periods[:, :2])
+    np.testing.assert_array_equal(full.mlp.up[...], periods[:, 2:])
+    np.testing.assert_array_equal(left_over.mlp.up[...], weight[6:][None])
+    alone = sections.group_layers(module.layers, sections.unrolled(module.config))
+    for layer, own in zip(alone, weight, strict=True):
+        np.testing.assert_array_equal(layer.mlp.up[...], own[None, None])

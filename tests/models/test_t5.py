@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from jax_it import config
 from jax_it.data.formats import Encoded, Seq2SeqFormat
 from jax_it.data.packing import Shape
-from jax_it.models import attention, build
+from jax_it.models import build, fast_attention
 from tests.parity import cases
 
 FORMAT = Seq2SeqFormat(start=0, pad=0)
@@ -179,7 +179,7 @@ LARGE = dict(cases.BY_NAME["t5_1_1"].values) | {"d_model": 512, "d_kv": 64, "d_f
     ],
 )
 def test_counted_flops_are_those_that_xla_counts(values, blocks, source_length, target_length, monkeypatch):
-    monkeypatch.setattr(attention, "MIN_BLOCK", 1 << 30)  # by custom masked scores count too
+    monkeypatch.setattr(fast_attention, "MIN_BLOCK", 1 << 30)  # by custom masked scores count too
     # XLA counts a scan's body once, however many layers it runs over: one layer, then.
     values = values | {"num_layers": 1, "num_decoder_layers": 1}
     model, traced = forward(values, blocks, source_length, target_length)

@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from jax_it import config, pretrained, sharding
 from jax_it.errors import UserError
-from jax_it.models import attention, build
+from jax_it.models import build, fast_attention
 from jax_it.models.kv_cache import take_rows
 from jax_it.models.lora import is_linear
 from jax_it.models.weights import flatten
@@ -227,7 +227,7 @@ def large(encoder_layers, decoder_layers):
 
 @pytest.mark.parametrize("blocks, source_length, target_length", [(1, 256, 128), (4, 256, 512), (1, 1024, 128)])
 def test_counted_flops_are_those_that_xla_counts(blocks, source_length, target_length, monkeypatch):
-    monkeypatch.setattr(attention, "MIN_BLOCK", 1 << 30)  # by custom masked scores count too
+    monkeypatch.setattr(fast_attention, "MIN_BLOCK", 1 << 30)  # by custom masked scores count too
     # XLA counts a scan's body once, however many layers it runs over: one layer, then.
     model, traced = forward(large(1, 1), blocks, source_length, target_length)
     counted = traced.lower().cost_analysis()["flops"]

@@ -30,6 +30,11 @@ TABLE = table()
 ANY_WEIGHT = pytest.mark.parametrize("weight", TABLE, ids=lambda weight: f"{weight.logical_axes} <- {weight.layout}")
 
 
+def is_part(weight):
+    """Whether other weights share its tensors."""
+    return "+" in weight.layout or "/" in weight.layout
+
+
 def example(weight):
     """Its shape, and Transformers' tensors with entries that are all different."""
     shape = tuple(SIZES[letter] for letter in weight.logical_axes.split())
@@ -92,7 +97,6 @@ def test_each_entry_comes_from_the_place_that_the_layout_says(letters, layout, p
     name = "layer" + ".{L}" * letters.startswith("L ") + ".{X}" * letters.startswith("L X ")
     weight = WeightSpec(letters, name, layout)
     assert kind(letters, layout) in {kind(line.logical_axes, line.layout) for line in TABLE}
-    assert weight.partial == ("+" in layout or "/" in layout)
     shape, tensors = example(weight)
     array = weight.cut(shape, whole(shape), lambda name, slices: tensors[name][slices])
     assert array.shape == shape
@@ -168,7 +172,7 @@ def test_restoring_gives_transformers_tensors_back(weight):
         assert restored.flags.c_contiguous, name
         mine = np.zeros(restored.shape, bool)
         weight.part_of(mine, array[index].shape)[...] = True
-        assert mine.sum() == array[index].size and mine.all() != weight.partial
+        assert mine.sum() == array[index].size and mine.all() != is_part(weight)
         np.testing.assert_array_equal(restored[mine], tensors[name][mine])
 
 
@@ -198,7 +202,7 @@ def test_the_table_has_every_entry_of_every_tensor_of_the_family_once(case):
             weight.part_of(counts[named[-1]], shapes[path][len(weight.stacked) :])[...] += 1
     assert set(named) == counts.keys()
     assert all((count == 1).all() for count in counts.values())
-    shared = any(weight.partial for weight in model.weights.values())
+    shared = any(is_part(weight) for weight in model.weights.values())
     assert (len(named) > len(counts)) == shared
 
 

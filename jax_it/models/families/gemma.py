@@ -15,14 +15,14 @@ from jax_it.models.settings import Settings
 TANH = "gelu_pytorch_tanh"
 
 
-def _read_common(settings: Settings, act: str, key_heads: int, whole_heads: bool) -> dict[str, Any]:
-    """What all three share, as arguments of `CausalLMConfig`."""
+def _read_common(settings: Settings, act: str, kv_heads: int, whole_heads: bool) -> dict[str, Any]:
+    """Read what all three share, as arguments of `CausalLMConfig`."""
     common = llama.read_common(
         settings,
         tied=True,
         act=(act, TANH),
-        key_heads=key_heads,
-        head_size=256,
+        kv_heads=kv_heads,
+        head_dim=256,
         marks=(2, 1, 0),
         whole_heads=whole_heads,
     )
@@ -36,11 +36,11 @@ def _read_common(settings: Settings, act: str, key_heads: int, whole_heads: bool
 
 
 def read_gemma(values: Mapping[str, Any], where: str) -> CausalLMConfig:
-    """`gelu` has always meant the tanh approximation here."""
+    """Read Gemma 1's config.json, in which `gelu` has always meant the tanh approximation."""
     if values.get("hidden_act") == "gelu":
         values = {**values, "hidden_act": TANH}
     settings = Settings(values, where)
-    common = _read_common(settings, "hidden_act", key_heads=16, whole_heads=False)
+    common = _read_common(settings, "hidden_act", kv_heads=16, whole_heads=False)
     settings.expect(hidden_activation=TANH)
     config = CausalLMConfig(**common, layer_kinds=(LayerKind(rope=rope.read(settings, common["head_dim"])),))
     settings.finish()
@@ -48,8 +48,8 @@ def read_gemma(values: Mapping[str, Any], where: str) -> CausalLMConfig:
 
 
 def _read_newer(settings: Settings, act: str = "hidden_activation") -> dict[str, Any]:
-    """What Gemma 2 and 3 share beyond that."""
-    common = _read_common(settings, act, key_heads=4, whole_heads=True)
+    """Read what Gemma 2 and 3 share beyond that."""
+    common = _read_common(settings, act, kv_heads=4, whole_heads=True)
     settings.expect(cache_implementation="hybrid", hidden_act=TANH)
     scalar = settings.size("query_pre_attn_scalar", 256)
     return common | {"norm_placement": "sandwich_norm", "attn_scale": scalar**-0.5}
@@ -72,14 +72,14 @@ def read_gemma2(values: Mapping[str, Any], where: str) -> CausalLMConfig:
 
 
 def _read_window(settings: Settings) -> int:
-    """`sliding_window`, without which Transformers computes no layer, whatever its kind."""
+    """Read `sliding_window`, without which Transformers computes no layer, whatever its kind."""
     if settings.is_null("sliding_window"):
         raise settings.bad("sliding_window", "it must be there")
     return llama.read_window(settings, 4096)
 
 
 def _cap(settings: Settings, key: str, default: float | None) -> float:
-    """A soft cap; null means none, 0 to `CausalLMConfig`, and an absent key the family's default."""
+    """Read a soft cap; null means none, which is 0 to `CausalLMConfig`, and an absent key the family's default."""
     if not settings.has(key) and (default is None or settings.is_null(key)):
         return 0.0
     return settings.positive(key, default or 1.0)

@@ -21,7 +21,7 @@ NORMS = {
 
 def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
-    common = llama.read_common(settings, key_heads=2, head_size=128, epsilon=1.5625e-7, marks=(None, None, 151329))
+    common = llama.read_common(settings, kv_heads=2, head_dim=128, epsilon=1.5625e-7, marks=(None, None, 151329))
     if not common["eos_token_ids"]:
         common["eos_token_ids"] = tuple(token for token in EOS_TOKEN_IDS if token < common["vocab_size"])
     rotation = rope.read(settings, common["head_dim"], share=0.5)

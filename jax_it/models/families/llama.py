@@ -21,31 +21,35 @@ def read_common(
     *,
     tied: bool = False,
     act: tuple[str, str] = ("hidden_act", "silu"),
-    key_heads: int = 0,
-    head_size: int = 0,
+    kv_heads: int = 0,
+    null_kv_heads: bool = False,
+    head_dim: int = 0,
     epsilon: float = 1e-6,
     marks: Marks = (None, None, None),
     whole_heads: bool = False,
 ) -> dict[str, Any]:
-    """The values that families with Llama's settings share, as arguments of `CausalLMConfig`.
+    """Return the values that families with Llama's settings share, as arguments of `CausalLMConfig`.
 
     The keyword arguments are the family's defaults; 0 means that a value follows from others. `act` is the activation's
-    key and its default. `whole_heads`: Transformers refuses a width that the heads do not divide even if `head_dim` is
+    key and its default. `null_kv_heads`: null in `num_key_value_heads` means as many as heads, not the default.
+    `whole_heads`: Transformers refuses a width that the heads do not divide even if `head_dim` is
     given.
     """
     activation = settings.choose(act[0], list(ACTIVATIONS), act[1])
     settings.expect(attention_dropout=0.0, is_encoder_decoder=False, add_cross_attention=False)
     settings.expect(is_decoder=False, chunk_size_feed_forward=0)
     width, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
-    key_heads = settings.size("num_key_value_heads", key_heads or heads)
-    if heads % key_heads:
+    if null_kv_heads and settings.is_null("num_key_value_heads"):
+        kv_heads = 0
+    kv_heads = settings.size("num_key_value_heads", kv_heads or heads)
+    if heads % kv_heads:
         raise settings.bad("num_key_value_heads", f"it must be there and divide num_attention_heads, {heads}")
-    head_size = head_size or (settings.size("head_dim") if settings.has("head_dim") else 0)
-    if (whole_heads or not head_size) and width % heads:
+    head_dim = head_dim or (settings.size("head_dim") if settings.has("head_dim") else 0)
+    if (whole_heads or not head_dim) and width % heads:
         raise settings.bad("hidden_size", f"num_attention_heads, {heads}, must divide it")
     vocab_size = settings.size("vocab_size")
-    smallest = settings.get("rms_norm_eps", float, epsilon)
-    if smallest < 0:
+    norm_eps = settings.get("rms_norm_eps", float, epsilon)
+    if norm_eps < 0:
         raise settings.bad("rms_norm_eps", "it must not be negative")
     return {
         "model_type": settings.need("model_type", str),
@@ -53,11 +57,11 @@ def read_common(
         "embed_dim": width,
         "num_layers": settings.size("num_hidden_layers"),
         "num_heads": heads,
-        "num_kv_heads": key_heads,
-        "head_dim": settings.size("head_dim", head_size or width // heads),
+        "num_kv_heads": kv_heads,
+        "head_dim": settings.size("head_dim", head_dim or width // heads),
         "mlp_dim": settings.size("intermediate_size"),
         "activation": activation,
-        "norm_eps": smallest,
+        "norm_eps": norm_eps,
         "tied": settings.get("tie_word_embeddings", bool, tied),
         **read_marks(settings, vocab_size, marks),
     }
@@ -91,15 +95,14 @@ def read_bias(settings: Settings, default: bool = False) -> dict[str, Any]:
 
 
 def read_window(settings: Settings, default: int = 0) -> int:
-    """`sliding_window`: how many positions a token sees; 0 for all, which null means."""
-    if settings.is_null("sliding_window") or not (default or settings.has("sliding_window")):
-        default = 0
-        settings.has("sliding_window")
-    return settings.size("sliding_window", default) if settings.has("sliding_window") or default else 0
+    """Read `sliding_window`: how many positions a token sees; 0 for all, which null means."""
+    if settings.has("sliding_window"):
+        return settings.size("sliding_window")
+    return 0 if settings.is_null("sliding_window") else default
 
 
 def read_windows(settings: Settings, number: int, window: int, every: tuple[str, ...] = ()) -> tuple[int, ...]:
-    """Each layer's window, by `layer_types`, or else by the repeating pattern `every`; 0 for full attention."""
+    """Return each layer's window, by `layer_types`, or else by the repeating pattern `every`; 0 for full attention."""
     kinds = settings.get_list("layer_types", str)
     if kinds is None:
         kinds = [every[i % len(every)] for i in range(number)] if every else ["full_attention"] * number
@@ -139,7 +142,7 @@ NORMS = {
 
 
 def weight_table(c: CausalLMConfig, norms: Mapping[str, str] | None = None) -> dict[str, WeightSpec]:
-    """The weights under Llama's names, for whichever of them the config asks; `norms`: other names of the norms."""
+    """Return the weight table under Llama's names; `norms` are other names of the norms."""
     table = {
         "embedding": WeightSpec("V D", "model.embed_tokens.weight", "V D"),
         "norm.scale": WeightSpec("D", "model.norm.weight", "D"),
@@ -154,7 +157,7 @@ def weight_table(c: CausalLMConfig, norms: Mapping[str, str] | None = None) -> d
 
 
 def attention_weights(c: StackConfig, ours: str, theirs: str) -> dict[str, WeightSpec]:
-    """The weights of one kind of attention."""
+    """Return the weights of one kind of attention."""
     table = {}
     for path, name, heads in (("query", "q_proj", "N"), ("key", "k_proj", "K"), ("value", "v_proj", "K")):
         table[f"{ours}.{path}"] = WeightSpec(f"L D {heads} H", f"{theirs}.{name}.weight", f"({heads} H) D")
@@ -173,7 +176,7 @@ def attention_weights(c: StackConfig, ours: str, theirs: str) -> dict[str, Weigh
 
 
 def mlp_weights(c: StackConfig, ours: str, theirs: str) -> dict[str, WeightSpec]:
-    """The weights of the feed-forward layers."""
+    """Return the weights of the feed-forward layers."""
     table = {}
     for path, axes, layout in (("gate", "D F", "F D"), ("up", "D F", "F D"), ("down", "F D", "D F")):
         table[f"{ours}.{path}"] = WeightSpec(f"L {axes}", f"{theirs}.{path}_proj.weight", layout)
@@ -183,12 +186,12 @@ def mlp_weights(c: StackConfig, ours: str, theirs: str) -> dict[str, WeightSpec]
 
 
 def norm_weights(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, WeightSpec]:
-    """The scales of a layer's norms, whose names in Transformers are given."""
+    """Return the scales of a layer's norms, whose names in Transformers are given."""
     return {f"{ours}.{path}.scale": WeightSpec("L D", f"{theirs}.{name}.weight", "D") for path, name in names.items()}
 
 
 def make_family(architecture: str, read_config: Any, weight_table: Any = weight_table, **changes: Any) -> Family:
-    """A causal family whose names are Llama's."""
+    """Return a causal family whose names are Llama's."""
     common: dict[str, Any] = {
         "embedding": "model.embed_tokens.weight",
         "head": "lm_head.weight",

@@ -11,7 +11,7 @@ from jax_it.models.settings import Settings
 
 def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
-    common = llama.read_common(settings, key_heads=8, marks=(1, 2, None))
+    common = llama.read_common(settings, kv_heads=8, marks=(1, 2, None))
     window = llama.read_window(settings, 4096)
     config = CausalLMConfig(
         **common,

@@ -13,7 +13,7 @@ from jax_it.models.weights import WeightSpec
 
 def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
-    common = llama.read_common(settings, key_heads=8, epsilon=1e-5, marks=(1, 2, None))
+    common = llama.read_common(settings, kv_heads=8, epsilon=1e-5, marks=(1, 2, None))
     window = llama.read_window(settings)
     settings.expect(router_jitter_noise=0.0)
     # Of the other scalings Transformers makes no model without a head_dim.
@@ -28,13 +28,13 @@ def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
 
 
 def read_experts(
-    settings: Settings, key: str, number: int, per_token: int, feed_forward: int, *, normalized: bool
+    settings: Settings, key: str, number: int, per_token: int, mlp_dim: int, *, normalized: bool
 ) -> Experts:
-    """The experts of a layer, whose number is under `key`; numbers are the family's defaults."""
+    """Read the experts of a layer, whose number is under `key`; numbers are the family's defaults."""
     number, per_token = settings.size(key, number), settings.size("num_experts_per_tok", per_token)
     if per_token > number:
         raise settings.bad("num_experts_per_tok", f"it must be at most {key}, {number}")
-    return Experts(number, per_token, feed_forward, normalized)
+    return Experts(number, per_token, mlp_dim, normalized)
 
 
 def weight_table(c: CausalLMConfig) -> dict[str, WeightSpec]:

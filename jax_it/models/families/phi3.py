@@ -42,7 +42,7 @@ def weight_table(c: CausalLMConfig) -> dict[str, WeightSpec]:
 
 
 def gate_up_weights(c: CausalLMConfig, mlp: str) -> dict[str, WeightSpec]:
-    """The two weights that one tensor of a feed-forward layer holds."""
+    """Return the two weights that one tensor of a feed-forward layer holds."""
     name = f"{mlp}.gate_up_proj.weight"
     return {
         "layers.mlp.gate": WeightSpec("L D F", name, f"F+{c.mlp_dim} D"),

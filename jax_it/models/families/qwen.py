@@ -13,7 +13,7 @@ from jax_it.models.weights import WeightSpec
 
 
 def _read_windows(settings: Settings, number: int) -> tuple[int, ...]:
-    """The windows of the layers from `max_window_layers` on, where `use_sliding_window` is set."""
+    """Read the windows of the layers from `max_window_layers` on, where `use_sliding_window` is set."""
     window, first = llama.read_window(settings, 4096), settings.get("max_window_layers", int, 28)
     if not settings.get("use_sliding_window", bool, False):
         window = 0
@@ -21,14 +21,9 @@ def _read_windows(settings: Settings, number: int) -> tuple[int, ...]:
     return llama.read_windows(settings, number, window, default)
 
 
-def _key_heads(settings: Settings) -> int:
-    """The default of `num_key_value_heads`; null means as many as heads."""
-    return 0 if settings.is_null("num_key_value_heads") else 32
-
-
 def read_qwen2(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
-    common = llama.read_common(settings, key_heads=_key_heads(settings))
+    common = llama.read_common(settings, kv_heads=32, null_kv_heads=True)
     windows = _read_windows(settings, common["num_layers"])
     rotation = rope.read(settings, common["head_dim"])
     kinds = shortest_period([LayerKind(window, rotation) for window in windows])
@@ -40,14 +35,14 @@ def read_qwen2(values: Mapping[str, Any], where: str) -> CausalLMConfig:
 
 def read_qwen3(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     settings = Settings(values, where)
-    common = llama.read_common(settings, key_heads=_key_heads(settings), head_size=128)
+    common = llama.read_common(settings, kv_heads=32, null_kv_heads=True, head_dim=128)
     config = _make_qwen3(settings, common, _read_windows(settings, common["num_layers"]))
     settings.finish()
     return config
 
 
 def read_qwen3_moe(values: Mapping[str, Any], where: str) -> CausalLMConfig:
-    """All layers must be mixtures: dense ones among them could not be stacked with the rest.
+    """Read a config.json whose layers are all mixtures: dense ones among them could not be stacked with the rest.
 
     `use_sliding_window` puts a window into every layer, and there is no `layer_types`.
     """
@@ -56,7 +51,7 @@ def read_qwen3_moe(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     inner, normalized = settings.size("moe_intermediate_size", 768), settings.get("norm_topk_prob", bool, False)
     experts = read_experts(settings, number, 128, 8, inner, normalized=normalized)
     settings.expect(decoder_sparse_step=1, mlp_only_layers=[])
-    common = llama.read_common(settings, key_heads=4)
+    common = llama.read_common(settings, kv_heads=4)
     window = llama.read_window(settings, 4096)
     if not settings.get("use_sliding_window", bool, False):
         window = 0

@@ -14,7 +14,8 @@ def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
     common = llama.read_common(
         settings,
         tied=True,
-        key_heads=0 if settings.is_null("num_key_value_heads") else 4,  # null: as many as heads
+        kv_heads=4,
+        null_kv_heads=True,
         marks=(128000, 128001, 128004),
     )
     number = common["num_layers"]

@@ -90,7 +90,7 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
 
 
 def weight_table(c: EncoderDecoderConfig) -> dict[str, WeightSpec]:
-    """Our path -> its axes, and the name and layout of the same weight in Transformers."""
+    """Return our path -> its axes, and the name and layout of the same weight in Transformers."""
     table = {"embedding": WeightSpec("V D", "shared.weight", "V D")}
     if not c.tied:
         table["head"] = WeightSpec("V D", "lm_head.weight", "V D")
@@ -123,7 +123,7 @@ def _attention_weights(ours: str, theirs: str, name: str) -> dict[str, WeightSpe
 
 
 def values_to_save(c: EncoderDecoderConfig) -> dict[str, Any]:
-    """The config.json values that decide between tied and untied, scaled and not, in old and new Transformers."""
+    """Return the values that say whether the head is tied and scaled, in old and new Transformers."""
     values: dict[str, Any] = {"decoder_start_token_id": c.decoder_start_token_id}
     if c.model_type == "t5":
         is_scaled = c.decoder.output_scale != 1

@@ -82,7 +82,7 @@ _CROSS_NORMS = {"cross_norm": "pre_cross_attn_layernorm", "cross_post_norm": "po
 
 
 def weight_table(c: EncoderDecoderConfig) -> dict[str, WeightSpec]:
-    """Our path -> its axes, and the name and layout of the same weight in Transformers."""
+    """Return our path -> its axes, and the name and layout of the same weight in Transformers."""
     table = {
         "source_embedding": WeightSpec("V D", "model.encoder.embed_tokens.weight", "V D"),
         "embedding": WeightSpec("V D", "model.decoder.embed_tokens.weight", "V D"),

@@ -1,0 +1,149 @@
+"""The slots in which prompts are decoded, and the pure functions over them: prefill, insert, decode_step.
+
+`engine.py` compiles them for each number of slots and width of prompts, and `scheduler.py` decides what to insert and
+when. `greedy.py` shows the same for a single prompt.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_it import sharding
+from jax_it.generation.beam_search import BeamSearch
+from jax_it.generation.requests import PrefillBatch
+from jax_it.generation.sampling import Sampler
+from jax_it.models import DecodingWeights, Model, Params, kv_cache
+
+Strategy = Sampler | BeamSearch
+
+
+class SlotState(NamedTuple):
+    """The requests under way, each with one row of the cache, or one for each of its beams.
+
+    A slot whose request is done, or that never had one, stays as it is.
+    """
+
+    cache: kv_cache.KVCache
+    last_B: jax.Array  # the token that the next step takes, one for each row of the cache
+    start_B: jax.Array  # that token's position at the first step, one for each slot
+    number_B: jax.Array  # new tokens so far, the end token among them
+    limit_B: jax.Array  # new tokens at most
+    done_B: jax.Array
+    texts: Any  # the strategy's state
+
+
+def init_slots(model: Model, strategy: Strategy, params: Params, slots: int, capacity: int) -> SlotState:
+    """Return slots that are all done, for prompts of at most `capacity` tokens.
+
+    To be compiled: outside of jit, equal arrays may be one, which cannot be donated twice.
+    """
+    ints_BS, ints_B = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((slots, capacity), (slots,)))
+    batch = PrefillBatch(ints_BS, ints_BS, ints_B, ints_B, ints_B, ints_B)
+    shapes = jax.eval_shape(partial(prefill, model, strategy), params, batch)
+
+    def zeros(copies: int) -> Any:
+        return lambda axes, leaf: jnp.zeros(
+            [size * copies if axis == "B" else size for axis, size in zip(axes, leaf.shape, strict=True)], leaf.dtype
+        )
+
+    cache = kv_cache.map_axes(zeros(strategy.num_beams), shapes.cache, of_source=zeros(1))
+    rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tuple(shapes[1:]))
+    return _sharded(SlotState(cache, *rest)._replace(done_B=jnp.ones(slots, bool)))
+
+
+def prefill(model: Model, strategy: Strategy, params: Params, batch: PrefillBatch) -> SlotState:
+    """Return texts with no token yet: the cache of the Q prompts, and everything else for the Y slots."""
+    first_Q, start_Q, cache = model.prefill(params, batch.tokens_QS, batch.segments_QS, strategy.max_new_tokens)
+    first_Y, start_Y = first_Q[batch.prompts_Y], start_Q[batch.prompts_Y]
+    seen_YV = None
+    if strategy.sampling.repetition_penalty != 1:
+        seen_YV = _seen(model, batch, first_Q)[batch.prompts_Y]
+    none_Y = jnp.zeros_like(start_Y)
+    last_Y = jnp.repeat(first_Y, strategy.num_beams)
+    texts = strategy.begin(first_Y, batch.text_ids_Y, seen_YV)
+    return SlotState(cache, last_Y, start_Y, none_Y, batch.limits_Y, none_Y > 0, texts)
+
+
+def insert(strategy: Strategy, state: SlotState, new: SlotState, batch: PrefillBatch) -> SlotState:
+    """Return the slots with prefilled texts in those of the batch."""
+
+    def put(slots: Any, old: Any, new: Any) -> Any:
+        return jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), old, new)
+
+    cache = kv_cache.grow(new.cache, state.cache.prompt_capacity - new.cache.prompt_capacity)
+    cache = kv_cache.insert(state.cache, cache, batch.slots_Y, batch.prompts_Y, strategy.num_beams)
+    last_B = put(kv_cache.rows_of(batch.slots_Y, strategy.num_beams), state.last_B, new.last_B)
+    return _sharded(SlotState(cache, last_B, *put(batch.slots_Y, tuple(state[2:]), tuple(new[2:]))))
+
+
+def decode_step(model: Model, strategy: Strategy, weights: DecodingWeights, state: SlotState) -> SlotState:
+    """Return the slots after one more token in each that is not done."""
+    positions_B = jnp.repeat(state.start_B + state.number_B, strategy.num_beams)
+    logits_BV, cache = model.decode_step(weights, state.last_B, positions_B, state.cache)
+    texts, last_B, rows_B, ended_B = strategy.advance(
+        state.texts, logits_BV, state.number_B, state.limit_B, state.done_B
+    )
+    if rows_B is not None:
+        cache = kv_cache.take_rows(cache, rows_B)
+    # The number of a slot that is done stays; what it still writes to its own rows of the cache is never read.
+    number_B = jnp.where(state.done_B, state.number_B, state.number_B + 1)
+    done_B = state.done_B | ended_B
+    return _sharded(SlotState(cache, last_B, state.start_B, number_B, state.limit_B, done_B, texts))
+
+
+def decode(
+    model: Model,
+    strategy: Strategy,
+    weights: DecodingWeights,
+    state: SlotState,
+    idle_B: Any,
+    max_steps: Any,
+    until_done: Any,
+) -> tuple[SlotState, tuple[jax.Array, ...]]:
+    """Return the slots after up to `max_steps` steps, and what `DecodeResult` holds; idle slots become done."""
+
+    def unfinished(carry: tuple) -> jax.Array:
+        count, state = carry
+        return (count < max_steps) & (state.done_B.sum() < until_done)
+
+    def body(carry: tuple) -> tuple:
+        count, state = carry
+        return count + 1, decode_step(model, strategy, weights, state)
+
+    state = state._replace(done_B=state.done_B | idle_B)
+    state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    # Copies, as the state itself will be donated.
+    return state, jax.tree.map(jnp.copy, (state.done_B, state.number_B, *strategy.read(state.texts)))
+
+
+def grow(state: SlotState, by: int) -> SlotState:
+    """Return the slots with capacity for prompts that are `by` tokens longer."""
+    return _sharded(state._replace(cache=kv_cache.grow(state.cache, by)))
+
+
+def resize(strategy: Strategy, state: SlotState, slots_B: Any) -> SlotState:
+    """Return the state of these slots, in this order."""
+    cache = kv_cache.select(state.cache, slots_B, strategy.num_beams)
+    last_B = state.last_B[kv_cache.rows_of(slots_B, strategy.num_beams)]
+    return _sharded(SlotState(cache, last_B, *jax.tree.map(lambda array: array[slots_B], tuple(state[2:]))))
+
+
+def _seen(model: Model, batch: PrefillBatch, first_Q: jax.Array) -> jax.Array:
+    """Return which tokens [Q, V] a repetition penalty is for: a causal model's prompt, or the start token."""
+    times_QV = jnp.zeros((len(first_Q), model.config.vocab_size), jnp.int32)
+    rows_Q1 = jnp.arange(len(first_Q))[:, None]
+    if model.kind == "causal":
+        return times_QV.at[rows_Q1, batch.tokens_QS].add(batch.segments_QS) > 0
+    return times_QV.at[rows_Q1, first_Q[:, None]].add(1) > 0
+
+
+def _sharded(state: SlotState) -> SlotState:
+    """Split the slots over the devices as the rows of a batch are."""
+
+    def constrain(axes: str, array: jax.Array) -> jax.Array:
+        return sharding.constrain(array, " ".join(axes))
+
+    rest = jax.tree.map(lambda array: constrain("B" + "." * (array.ndim - 1), array), tuple(state[1:]))
+    return SlotState(kv_cache.map_axes(constrain, state.cache), *rest)
