@@ -22,7 +22,7 @@ from jax_it.pretrained.storage import storage_dtypes
 
 
 def load(config: ModelConfig, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Model, Params]:
-    """A model and its params, sharded over the mesh: read from its folder or drawn at random by `seed`.
+    """Return a model and its params, sharded over the mesh: read from its folder or drawn at random by `seed`.
 
     With `config.lora` the params hold adapters too, those of its PEFT folder or fresh ones. Raises UserError for a
     folder that cannot be read faithfully.
@@ -39,7 +39,7 @@ def load(config: ModelConfig, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[M
 
 
 def load_base(config: ModelConfig, mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Model, Params]:
-    """The base model and its weights; where adapters are trained, in the dtype in which they stay frozen."""
+    """Return the base model and its weights; where adapters are trained, in the dtype in which they stay frozen."""
     model = build(*hf.read_config_json(config), config)
     if not config.pretrained:
         return model, init_base(model, storage_dtypes(model, config), mesh, seed)
@@ -51,12 +51,12 @@ def load_base(config: ModelConfig, mesh: jax.sharding.Mesh, seed: int = 0) -> tu
 
 
 def load_model(config: ModelConfig) -> Model:
-    """The model without its weights; with the fresh adapters that the config asks for, if it does."""
+    """Return the model without its weights; with the fresh adapters that the config asks for, if it does."""
     return add_adapter(build(*hf.read_config_json(config), config), config)
 
 
 def add_adapter(model: Model, config: ModelConfig) -> Model:
-    """The model with the fresh adapters that the config asks for, if it does."""
+    """Return the model with the fresh adapters that the config asks for, if it does."""
     if not config.lora.rank:
         return model
     return dataclasses.replace(model, adapter=make_adapter(config.lora, model.weights, model.depths))

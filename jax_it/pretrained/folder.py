@@ -10,7 +10,7 @@ _SAMPLES = 64  # of each file, of 64 KiB
 
 
 def find_folder(path: str) -> Path:
-    """A local folder, or the local copy of a hub repository, downloaded where it is not there yet."""
+    """Return a local folder, or the local copy of a hub repository, downloaded where it is not there yet."""
     if (folder := files.locate_local(path, "model")).is_dir():
         return folder
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
@@ -37,7 +37,7 @@ def _fetch(path: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the names, sizes, headers and samples of a folder's weights: enough to notice other ones."""
+    """Return a hash of the names, sizes, headers and samples of a folder's weights: enough to notice other ones."""
     parts = hashlib.blake2b(digest_size=16)
     for file in sorted(folder.glob("*.safetensors")):
         if not file.is_file():

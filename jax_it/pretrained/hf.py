@@ -24,7 +24,7 @@ from jax_it.pretrained.sharded import gather_tensors
 
 
 def read_config_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
-    """(the values of config.json, replaced by those of `config.architecture`; the file, for messages)."""
+    """Return (the values of config.json, replaced by those of `config.architecture`; the file, for messages)."""
     values: dict[str, Any] = {}
     where = "config.model.architecture"
     if config.path:
@@ -38,7 +38,7 @@ def read_config_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
 
 
 def resolve_tying(model: Model, tensors: TensorReader) -> Model:
-    """The model with its head tied to the embedding where the tensors are the same or there is no head.
+    """Return the model with its head tied to the embedding where the tensors are the same or there is no head.
 
     Transformers 5 does the same: it ties the head unless the checkpoint has one that differs. Of causal
     models, whose config.json is right about it, only those that say so.
@@ -49,7 +49,7 @@ def resolve_tying(model: Model, tensors: TensorReader) -> Model:
 
 
 def check_tensors(model: Model, tensors: TensorReader) -> None:
-    """Raises UserError unless the tensors are those of the model's weight table, with their shapes."""
+    """Raise UserError unless the tensors are those of the model's weight table, with their shapes."""
     family = model.family
     wanted = tensor_shapes(model.weights, flatten(model.shapes))
     there = tensors.names()
@@ -71,7 +71,7 @@ def check_tensors(model: Model, tensors: TensorReader) -> None:
 
 
 def save(folder: Path, model: Model, params: Params, dtype: str = "") -> None:
-    """Writes config.json and the weights into an empty folder, in `dtype` or the one that config.json names.
+    """Write config.json and the weights into an empty folder, in `dtype` or the one that config.json names.
 
     The caller makes sure that the folder is whole or absent.
     """
@@ -83,12 +83,12 @@ def save(folder: Path, model: Model, params: Params, dtype: str = "") -> None:
 
 
 def tensors_of(model: Model, params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Transformers' (name, tensor) pairs of a model without adapters, a layer at a time."""
+    """Return Transformers' (name, tensor) pairs of a model without adapters, a layer at a time."""
     return gather_tensors(model.weights, flatten(params), dtype)
 
 
 def _values_to_save(model: Model, dtype: str) -> dict[str, Any]:
-    """config.json as read, with what Transformers needs to rebuild this very model."""
+    """Return config.json as read, with what Transformers needs to rebuild this very model."""
     values = {key: value for key, value in model.values.items() if key not in ("torch_dtype", "_name_or_path")}
     values |= {"dtype": dtype, "architectures": [model.family.architecture]}
     return values | model.family.values_to_save(model.config)
@@ -97,7 +97,7 @@ def _values_to_save(model: Model, dtype: str) -> dict[str, Any]:
 def save_generation_settings(
     source: Path | epath.Path | None, target: Path, model: Model, ends: Iterable[int] = ()
 ) -> None:
-    """Writes generation_config.json: that of the folder the model came from, or the special tokens of decoding.
+    """Write generation_config.json: that of the folder the model came from, or the special tokens of decoding.
 
     A text ends at the model's end tokens and at those of `ends`, with which it was trained to end its answers.
     """

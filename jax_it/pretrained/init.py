@@ -14,7 +14,7 @@ _GROUP_SIZE = 4_000_000  # values
 
 
 def init_base(model: Model, dtypes: Mapping[str, str], mesh: jax.sharding.Mesh, seed: int) -> Params:
-    """Random base weights, in the dtypes that `storage_dtypes` gives."""
+    """Draw random base weights, in the dtypes that `storage_dtypes` gives."""
     params: dict[str, Any] = {}
     for paths in _groups(flatten(model.shapes)):
 
@@ -30,7 +30,7 @@ def init_base(model: Model, dtypes: Mapping[str, str], mesh: jax.sharding.Mesh, 
 
 
 def _groups(shapes: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Paths to initialize together: all those of a small model, and each large weight in a program of its own.
+    """Return the paths to initialize together: all of a small model, and each large weight in a program of its own.
 
     XLA may work on all weights of a program at once, and holds several times what it returns.
     """
@@ -46,7 +46,7 @@ def _groups(shapes: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def init_adapter(model: Model, base: Params, mesh: jax.sharding.Mesh, seed: int, dtype: Any) -> Params:
-    """Adapters that change nothing yet."""
+    """Draw adapters that change nothing yet."""
 
     def init(key: jax.Array, base: Params) -> Params:
         return jax.tree.map(lambda leaf: leaf.astype(dtype), model.init_adapter(key, base))

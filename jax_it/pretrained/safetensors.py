@@ -57,7 +57,7 @@ class TensorReader:
         self._release()
 
     def add_prefix(self, prefix: str, but: str) -> None:
-        """Gives all names the prefix, where none has it."""
+        """Give all names the prefix, where none has it."""
         if prefix and not any(name.startswith(prefix) for name in self._entries):
             self._entries = {name if name == but else prefix + name: found for name, found in self._entries.items()}
 
@@ -89,7 +89,7 @@ class TensorReader:
         return self._entries[name].shape
 
     def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
-        """A view of the file, to be copied before the next tensor is read. Raises UserError if it is not finite."""
+        """Return a view of the file, to be copied before the next read. Raises UserError if it is not finite."""
         entry = self._entries[name]
         if entry is not self._last:
             self._release()
@@ -103,14 +103,14 @@ class TensorReader:
         return part
 
     def _release(self) -> None:
-        """Gives back the memory of the last tensor. Views of it are read from the file again."""
+        """Give back the memory of the last tensor. Views of it are read from the file again."""
         if self._last is not None and self._last.length:
             first = self._last.start // mmap.PAGESIZE * mmap.PAGESIZE
             self._last.file.madvise(mmap.MADV_DONTNEED, first, self._last.start + self._last.length - first)
         self._last = None
 
     def same(self, name: str, other: str) -> bool:
-        """Whether two tensors are equal, compared in pieces of a bounded size."""
+        """Return whether two tensors are equal, compared in pieces of a bounded size."""
         if self.shape(name) != self.shape(other):
             return False
         rows, length = 4096, self.shape(name)[0]
@@ -119,7 +119,7 @@ class TensorReader:
 
 
 def _is_finite(array: np.ndarray) -> bool:
-    """Whether a float32 can hold every value; several times as fast as `np.isfinite`, which makes an array.
+    """Return whether a float32 can hold every value; several times as fast as `np.isfinite`, which makes an array.
 
     As integers, NaN and infinity are the largest of the positive values, and as unsigned ones of the negative values.
     """
@@ -142,7 +142,7 @@ class _Entry(NamedTuple):
 
 
 def _map(file: Path) -> dict[str, _Entry]:
-    """The tensors of a safetensors file: 8 bytes say how long its header is, which is JSON; then come the tensors."""
+    """Read the header of a safetensors file: 8 bytes say how long it is, and it is JSON."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -167,7 +167,7 @@ _DTYPES_IN_FILES: dict[str, Any] = {
 
 
 def write_files(folder: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes (name, tensor) pairs, on the first host: one safetensors file, or several with their index."""
+    """Write (name, tensor) pairs, on the first host: one safetensors file, or several with their index."""
     if not hosts.is_first():
         deque(tensors, maxlen=0)  # which are gathered from all hosts
         return

@@ -23,7 +23,7 @@ def read_params(
     dtypes: Mapping[str, str],
     mesh: jax.sharding.Mesh,
 ) -> Params:
-    """The params of a weight table, each shard cut straight out of the files.
+    """Return the params of a weight table, each shard cut straight out of the files.
 
     `shapes` is the params' tree, and `dtypes` names a dtype or a kind of quantization for each path. In addition to
     its shards a host holds one of them and one tensor's part at a time, and reads nothing twice for replicas.
@@ -54,7 +54,7 @@ def _read_quantized(
     stacked = len(weight.stacked)
 
     def rows(index: tuple[slice, ...]) -> list[np.ndarray]:
-        """Codes and scales of some rows, a tensor's at a time: in float32 these are eight times as large."""
+        """Return codes and scales of some rows, a tensor's at a time: in float32 these are eight times as large."""
         spans = [range(*i.indices(n)) for i, n in zip(index, shape, strict=False)]
         parts = [np.empty((*map(len, spans), part.shape[-1]), part.dtype) for part in (whole.codes, whole.scales)]
         for position in itertools.product(*(enumerate(span) for span in spans[:stacked])):
@@ -75,7 +75,7 @@ def _make_shards(
     make: Callable[[tuple[slice, ...]], list[np.ndarray]],
     by_rows: bool,
 ) -> list[jax.Array]:
-    """Arrays with the same axes, made one shard after another; `make(index)` gives the part of each at an index.
+    """Make arrays with the same axes one shard after another; `make(index)` gives the part of each at an index.
 
     `by_rows`: the index lacks the last axis, in which the arrays differ, and the parts are whole along it.
     """
@@ -101,7 +101,7 @@ def _make_shards(
 def gather_tensors(
     table: Mapping[str, WeightSpec], leaves: Mapping[str, Any], dtype: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) pairs of a weight table's arrays, given by path: gathered from all hosts, a layer at a time.
+    """Gather a weight table's arrays, given by path, from all hosts: (name, tensor) pairs, a layer at a time.
 
     Weights that share a tensor are written into it together.
     """
@@ -119,7 +119,7 @@ def gather_tensors(
 
 
 def gather(array: Any, index: tuple[int, ...] = ()) -> np.ndarray:
-    """An array, or an entry of its first axes, on every host: where it is sharded over several, all must call this."""
+    """Return an array, or an entry of its first axes, on every host; if it is sharded over several, all call this."""
     if not isinstance(array, jax.Array) or array.is_fully_addressable:
         return np.asarray(jax.device_get(array[index]))
     placed: Any = array.sharding
@@ -128,5 +128,5 @@ def gather(array: Any, index: tuple[int, ...] = ()) -> np.ndarray:
 
 @lru_cache
 def _gather_program(whole: jax.sharding.NamedSharding) -> Callable[..., jax.Array]:
-    """A jitted function of (array, *index) to the entry, replicated on every device; compiled once for each shape."""
+    """Return a jitted function from (array, *index) to the entry, replicated on every device."""
     return jax.jit(lambda array, *index: array[index], out_shardings=whole)
