@@ -54,6 +54,26 @@ def prepare(
     return PreparedStep(optimizer, shapes, shardings, step)
 
 
+def loss_fn(
+    model: Model, config: Train, trained: Params, frozen: Params, batch: Any, key: jax.Array | None,
+    balance_X: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Return the weighted sum of a micro-batch's token losses, and the sum of the weights.
+
+    A key is for dropout. `balance_X` is what a unit of each expert's router probability costs, if that is balanced.
+    """
+    params = model.join(trained, frozen)
+    states_BTD, routing = model.states(params, batch, key)
+    total, weight = losses.chunked_sum(
+        token_loss(config), model.logits, config.loss_chunk, model.head(params), states_BTD, batch.targets_BT,
+        batch.weights_BT, head_trained=model.adapter is None,
+    )  # fmt: skip
+    if balance_X is not None:
+        assert routing is not None
+        total += jnp.dot(balance_X, routing.probabilities_X)
+    return total, weight
+
+
 def make_train_step(
     model: Model,
     config: Train,
@@ -67,24 +87,7 @@ def make_train_step(
     Gradients of micro-batches are summed, and divided once by the weight of all of them: the step is
     the same however many parts it is computed in.
     """
-    loss = token_loss(config)
-
-    def loss_fn(
-        trained: Params, frozen: Params, batch: Any, key: jax.Array | None, balance_X: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Return the weighted sum of a micro-batch's token losses, and the sum of the weights."""
-        params = model.join(trained, frozen)
-        states_BTD, routing = model.states(params, batch, key)
-        total, weight = losses.chunked_sum(
-            loss, model.logits, config.loss_chunk, model.head(params), states_BTD, batch.targets_BT, batch.weights_BT,
-            head_trained=model.adapter is None,
-        )  # fmt: skip
-        if balance_X is not None:
-            assert routing is not None
-            total += jnp.dot(balance_X, routing.probabilities_X)
-        return total, weight
-
-    gradient = jax.value_and_grad(loss_fn, has_aux=True)
+    gradient = jax.value_and_grad(partial(loss_fn, model, config), has_aux=True)
     dropout = bool(model.options.dropout or (model.adapter and model.adapter.dropout))
     balance = config.router_aux_loss_coef if model.config.experts else 0.0
 
@@ -95,35 +98,13 @@ def make_train_step(
         total, weight, gradients = _sum_gradients(gradient, state.params, state.frozen, parts, key, balance_X)
         gradients = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), gradients)
         norm = optax.tree.norm(gradients)
-        if config.max_grad_norm:
-            # The small constant is that of torch.nn.utils.clip_grad_norm_.
-            scale = jnp.minimum(1, config.max_grad_norm / (norm + 1e-6))
-            gradients = jax.tree.map(lambda g: g * scale, gradients)
-        updates, memory = optimizer.update(gradients, state.optimizer, state.params)
-        usual = state.norms.mean
-        # Clipping already bounds what lies within `max_grad_norm`, however small the norms have become.
-        spike = (state.norms.count >= HISTORY) & (norm > config.max_spike * usual) & (norm > config.max_grad_norm)
-        good = jnp.isfinite(norm) & ~(spike & (config.max_spike > 0))
-        params, memory, norms = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old).astype(old.dtype),  # a float32 update of bfloat16 memory
-            (optax.apply_updates(state.params, updates), memory, state.norms.add(norm)),
-            (state.params, state.optimizer, state.norms),
-        )
-        skipped = jnp.where(good, 0, 1)
-        new = TrainState(
-            step=state.step + 1,
-            params=params,
-            frozen=state.frozen,
-            optimizer=memory,
-            skipped=state.skipped + skipped,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
-            norms=norms,
-        )
+        gradients = _clip(gradients, norm, config.max_grad_norm)
+        new = _update(state, optimizer, gradients, norm, usable=_is_usable(config, state, norm))
         metrics = {
             "loss": total / jnp.maximum(weight, 1),
             "weight": weight,  # that the loss is a mean over
             "grad_norm": norm,
-            "grad_norm_mean": usual,
+            "grad_norm_mean": state.norms.mean,
             # The optimizer counts the steps that it takes, and its memory of a skipped one is thrown away.
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
             "skipped": new.skipped,
@@ -137,6 +118,44 @@ def make_train_step(
         out_shardings=(shardings, sharding.replicated(mesh)),
         donate_argnums=0,
         compiler_options=TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None,
+    )
+
+
+def _clip(gradients: Params, norm: jax.Array, max_norm: float) -> Params:
+    """Scale gradients down to a norm of at most `max_norm`; 0: leave them as they are."""
+    if not max_norm:
+        return gradients
+    scale = jnp.minimum(1, max_norm / (norm + 1e-6))  # the small constant is that of torch.nn.utils.clip_grad_norm_
+    return jax.tree.map(lambda g: g * scale, gradients)
+
+
+def _is_usable(config: Train, state: TrainState, norm: jax.Array) -> jax.Array:
+    """Return whether gradients of this norm, before clipping, are finite and no spike."""
+    # Clipping already bounds what lies within `max_grad_norm`, however small the norms have become.
+    above_usual = (norm > config.max_spike * state.norms.mean) & (norm > config.max_grad_norm)
+    is_spike = (state.norms.count >= HISTORY) & above_usual & (config.max_spike > 0)
+    return jnp.isfinite(norm) & ~is_spike
+
+
+def _update(
+    state: TrainState, optimizer: optax.GradientTransformation, gradients: Params, norm: jax.Array, usable: jax.Array
+) -> TrainState:
+    """Return the state after a step with these gradients, which is skipped if they are not usable."""
+    updates, memory = optimizer.update(gradients, state.optimizer, state.params)
+    params, memory, norms = jax.tree.map(
+        lambda new, old: jnp.where(usable, new, old).astype(old.dtype),  # a float32 update of bfloat16 memory
+        (optax.apply_updates(state.params, updates), memory, state.norms.add(norm)),
+        (state.params, state.optimizer, state.norms),
+    )
+    skipped = jnp.where(usable, 0, 1)
+    return TrainState(
+        step=state.step + 1,
+        params=params,
+        frozen=state.frozen,
+        optimizer=memory,
+        skipped=state.skipped + skipped,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+        norms=norms,
     )
 
 
