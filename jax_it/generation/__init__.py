@@ -1,7 +1,8 @@
 """Text generation with a key-value cache.
 
-To learn how it works, read `greedy.py`, which decodes one prompt; `engine.py`, which decodes many, each in a slot, on
-the devices; and `scheduler.py`, which decides which request gets which slot. `generate` does it for a list of prompts.
+To learn how it works, read `greedy.py`, which decodes one prompt; `slots.py`, which decodes many, each in a slot; and
+`scheduler.py`, which decides which request gets which slot. `engine.py` compiles the functions of `slots.py`, and
+`generate` decodes a list of prompts.
 """
 
 from jax_it.generation.engine import Engine

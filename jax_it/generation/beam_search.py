@@ -49,7 +49,7 @@ class BeamState(NamedTuple):
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """Keep `num_beams` texts in each slot, and gives the best; its methods are those of `Sampler`.
+    """Keep `num_beams` texts in each slot, and give the best; its methods are those of `Sampler`.
 
     Row b * W + w of the cache is beam w of slot b.
     """

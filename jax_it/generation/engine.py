@@ -18,7 +18,7 @@ from jax_it.models import Model, Params
 
 
 class Engine:
-    """Compiled programs for one model and one way of choosing tokens; `load` gives an engine with weights and slots.
+    """The compiled programs of one model and one decoding strategy; `load` gives an engine with weights and slots.
 
     It has `batch_size` slots or a few more: every device has as many, and at least those of one request. A text ends at
     one of the model's end tokens or of `eos_ids`, or at its limit. `shapes` are compiled: (program, slots, width).
@@ -94,14 +94,14 @@ class Engine:
             self._state = self._run("grow", len(self._state.done_B), capacity, self._state, by)
 
     def insert(self, batch: PrefillBatch) -> None:
-        """Prefill prompts, for which there is capacity, and starts their texts in their slots."""
+        """Prefill prompts, for which there is capacity, and start their texts in their slots."""
         tokens_QS, segments_QS = sharding.place((batch.tokens_QS, batch.segments_QS), self._mesh)
         placed = batch._replace(tokens_QS=tokens_QS, segments_QS=segments_QS)
         width = batch.tokens_QS.shape[1]
         self._state = self._run("insert", len(self._state.done_B), width, self._params, self._state, placed)
 
     def decode(self, idle: Sequence[bool], max_steps: int, until_done: int) -> DecodeResult:
-        """Decode up to `max_steps` tokens in every slot that is not idle; stops once `until_done` slots are done.
+        """Decode up to `max_steps` tokens in every slot that is not idle; stop once `until_done` slots are done.
 
         Idle slots count as done. All steps run on the devices, and the texts then come to the host together.
         """

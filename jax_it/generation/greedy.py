@@ -1,4 +1,4 @@
-"""Greedy decoding of one prompt, as plainly as it can be written: what `engine.py` does for many prompts at a time."""
+"""Greedy decoding of one prompt, as plainly as it can be written: what `slots.py` does for many prompts at a time."""
 
 from collections.abc import Collection, Sequence
 

@@ -38,7 +38,7 @@ class Likelihood(NamedTuple):
 
 
 class Likelihoods:
-    """Compute log-likelihoods for one model, and keeps the compiled programs; `shapes` are theirs.
+    """Compute log-likelihoods for one model, and keep the compiled programs; `shapes` are theirs.
 
     A prompt is prefilled once, and its continuations are then decoded side by side, the first step serving all of
     them. Where they are so long that computing the prompt again costs less (such as whole texts after a beginning

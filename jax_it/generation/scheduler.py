@@ -49,7 +49,7 @@ class Group(NamedTuple):
 
 
 class Scheduler:
-    """Give the slots of a loaded engine to requests, and reads their texts.
+    """Give the slots of a loaded engine to requests, and read their texts.
 
     For lists of prompts, `stream_interval` is 0: every text has one output, at its end, and waiting requests are taken
     shortest prompt first, a full group at a time once it fits, so that prompts of similar length are padded together.
@@ -84,7 +84,7 @@ class Scheduler:
         return bool(self._queue or self._groups or any(self._slots))
 
     def step(self) -> list[RequestOutput]:
-        """Prefill the requests that are next, decodes for a while, and returns the outputs that are due."""
+        """Prefill the requests that are next, decode for a while, and return the outputs that are due."""
         if len(self._queue) * self._each > self._slots.count(None) and len(self._slots) < self._engine.num_slots:
             self._resize(self._engine.num_slots)
         self._prefill()
@@ -178,7 +178,7 @@ class Scheduler:
         )
 
     def _read(self, result: DecodeResult) -> Iterator[RequestOutput]:
-        """Yield the outputs that are due, and frees the slots of those that have ended."""
+        """Yield the outputs that are due, and free the slots of those that have ended."""
         streams = self._stream_interval and self._engine.num_beams == 1
         for slot, text in enumerate(self._slots):
             done = bool(result.done_B[slot])

@@ -1,4 +1,4 @@
-"""Start the processes of a run together, makes them wait for each other, and ends all of them when one ends early.
+"""Start the processes of a run together, make them wait for each other, and end all of them when one ends early.
 
 Barriers and shared values use the key-value store of JAX's coordination client. `connections` does what that client
 cannot do, and says what was measured.
@@ -114,7 +114,7 @@ def _wait_for(key: str) -> str:
 
 @contextmanager
 def first_then_others() -> Iterator[None]:
-    """Run the block on the first process, then on the others, which find what it has made on a shared disk.
+    """Run the block on the first process and then on the others, which find what it has made on a shared disk.
 
     If it raises on the first process, the others raise as well.
     """

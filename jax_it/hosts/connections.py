@@ -34,7 +34,7 @@ _MAX_LINE = 1 << 22  # bytes; the longest one has the names of all hosts
 
 
 class Connection:
-    """Send and receives dicts over a socket, each as a line of JSON."""
+    """Send and receive dicts over a socket, each as a line of JSON."""
 
     def __init__(self, stream: socket.socket):
         self.stream = stream
@@ -111,7 +111,7 @@ class Connections:
             self._note(End(index, "was lost: its process ended without a word", 75))
 
     def _note(self, end: End) -> None:
-        """Note and passes on the first end; process 0 passes it to all, the others to process 0."""
+        """Note and pass on the first end; process 0 passes it to all, the others to process 0."""
         with self._lock:
             if self._end is not None:
                 return
@@ -177,7 +177,7 @@ class Connections:
 
 
 def connect(env: ClusterEnv, until: float) -> Connections:
-    """Wait for all processes of the run until a time of `time.monotonic`, and returns this one's connections.
+    """Wait for all processes of the run until a time of `time.monotonic`, and return this one's connections.
 
     All connect to process 0 at the coordinator's address, where JAX's coordinator listens afterwards. Raises
     Interrupted, naming the hosts that have not come.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def split_key(key: jax.Array | None, number: int) -> list[jax.Array | None]:
-    """Split a key, if there is one, into a list of keys."""
+    """Split a key into a list of keys, or of None if there is none."""
     return [None] * number if key is None else list(jax.random.split(key, number))
 
 

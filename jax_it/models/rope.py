@@ -65,7 +65,7 @@ class CosSin(NamedTuple):
 
 
 def rotate(x_BTNH: jax.Array, cos_sin: CosSin | None) -> jax.Array:
-    """Rotate each pair of a head's first entries; the entries after them, and all without `cos_sin`, stay."""
+    """Rotate each pair of a head's first entries; the entries after them stay, as all do without `cos_sin`."""
     if cos_sin is None:
         return x_BTNH
     interleaved, pairs = cos_sin.interleaved, cos_sin.cos_BTU.shape[-1]

@@ -1,7 +1,7 @@
-"""The runs of equal layers that a stack computes by scans, and what follows from them for weights and caches.
+"""The runs of layers that a stack computes by scans, and how they divide its weights and caches.
 
-Neighbouring layers of one kind are a run. Gemma 3, for example, has five layers with a window to one without: two runs,
-which are repeated.
+Neighbouring layers of one kind are a run. Gemma 3, for example, repeats two runs: five layers with a window, and one
+without. Each run of a section is compiled once.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Run(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Run of layers that are repeated. Over all repeats, the layers of a run are a group: they are cached together."""
+    """Runs of layers that are repeated. Over all repeats, the layers of a run are a group: they are cached together."""
 
     repeats: int
     runs: tuple[Run, ...]
@@ -75,7 +75,7 @@ def group_layers(layers: Layer, sections: Sequence[Section]) -> list[Layer]:
 
 
 def unstack_layers(cache: KVCache, sections: Sequence[Section]) -> KVCache:
-    """Return the cache with a group for each layer, in the order of layers, as a stack that is unrolled has it."""
+    """Return the cache with a group for each layer, in the order of layers, as an unrolled stack has it."""
     places, first = [], 0  # of each layer: its group and its index there
     for repeats, runs in sections:
         for repeat in range(repeats):
