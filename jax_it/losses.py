@@ -102,8 +102,10 @@ def _vjp_forward(
         return total, for_states, *head_gradient
 
     head_dtype = jnp.promote_types(head_VD.dtype, states_BTD.dtype)  # of float32 states and a bfloat16 head: float32
-    letters = ("", "B T D", "V D")[: 3 if head_trained else 2]
-    total, *gradients = _on_own_positions(value_and_gradients, letters, head_VD, states_BTD, targets_BT, weights_BT)
+    logical_axes = ("", "B T D", "V D")[: 3 if head_trained else 2]
+    total, *gradients = _on_own_positions(
+        value_and_gradients, logical_axes, head_VD, states_BTD, targets_BT, weights_BT
+    )
     return total, [g.astype(x.dtype) for g, x in zip(gradients, (states_BTD, head_VD), strict=False)]
 
 
@@ -135,7 +137,7 @@ def _chunks(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
 
 def _on_own_positions(
     compute: Callable[..., tuple[jax.Array, ...]],
-    letters: tuple[str, ...],
+    logical_axes: tuple[str, ...],
     head_VD: jax.Array,
     states_BTD: jax.Array,
     targets_BT: jax.Array,
@@ -143,7 +145,7 @@ def _on_own_positions(
 ) -> tuple[jax.Array, ...]:
     """Call `compute(head, states, targets, weights)` on every device for the positions that it has.
 
-    Results with a "B T" in their letters stay where they are made; others are summed over the devices once, when all
+    Results with a "B T" in their logical axes stay where they are made; others are summed over the devices once, when all
     chunks are done. The head is gathered once: in a loop that XLA partitions it would be for every chunk, and its
     gradient summed over the devices as often.
     """
@@ -157,7 +159,7 @@ def _on_own_positions(
     scattered = tuple(axis for axis in head_D if axis in split)
 
     def body(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(together(names, value) for names, value in zip(letters, compute(*arrays), strict=True))
+        return tuple(together(names, value) for names, value in zip(logical_axes, compute(*arrays), strict=True))
 
     def together(names: str, value: jax.Array) -> jax.Array:
         if names.startswith("B T"):
@@ -172,7 +174,7 @@ def _on_own_positions(
         body,
         mesh=mesh,
         in_specs=(PartitionSpec(), specs["B T D"], rows_BT, rows_BT),
-        out_specs=tuple(specs[names] for names in letters),
+        out_specs=tuple(specs[names] for names in logical_axes),
         axis_names=set(sharding.RULES["B"] + sharding.RULES["T"]),  # the vocabulary is split over the rest by XLA
         check_vma=False,
     )(head_VD, states_BTD, targets_BT, weights_BT)

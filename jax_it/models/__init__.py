@@ -157,7 +157,7 @@ class Model:
     ) -> tuple[jax.Array, jax.Array, KVCache]:
         """Return (the tokens [B] that the first step takes, their positions [B], the cache).
 
-        The cache has room for `max_new_tokens` new tokens in each row; segment 0 is padding.
+        The cache has capacity for `max_new_tokens` new tokens in each row; segment 0 is padding.
         """
         module = self._module(params)
         first_B, start_B, cache = module.prefill(prompts_BS, segments_BS, max_new_tokens, self.options)

@@ -95,11 +95,11 @@ def _values_to_save(model: Model, dtype: str) -> dict[str, Any]:
 
 
 def save_generation_settings(
-    source: Path | epath.Path | None, target: Path, model: Model, ends: Iterable[int] = ()
+    source: Path | epath.Path | None, target: Path, model: Model, eos_ids: Iterable[int] = ()
 ) -> None:
     """Write generation_config.json: that of the folder the model came from, or the special tokens of decoding.
 
-    A text ends at the model's end tokens and at those of `ends`, with which it was trained to end its answers.
+    A text ends at the model's end tokens and at those of `eos_ids`, with which it was trained to end its answers.
     """
     file, config = "generation_config.json", model.config
     values: dict[str, Any] = {}
@@ -116,7 +116,7 @@ def save_generation_settings(
     known = given if isinstance(given, list) else [] if given is None else [given]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in known):
         raise UserError(f"{source}/{file}: eos_token_id is {given!r}; it must be a token id or a list of them")
-    together = list(dict.fromkeys([*known, *ends]))
+    together = list(dict.fromkeys([*known, *eos_ids]))
     if together:
         values["eos_token_id"] = together[0] if len(together) == 1 else together
     (target / file).write_text(json.dumps(values, indent=2) + "\n")
