@@ -145,8 +145,8 @@ def _on_own_positions(
 ) -> tuple[jax.Array, ...]:
     """Call `compute(head, states, targets, weights)` on every device for the positions that it has.
 
-    Results with a "B T" in their logical axes stay where they are made; others are summed over the devices once, when all
-    chunks are done. The head is gathered once: in a loop that XLA partitions it would be for every chunk, and its
+    Results with the axes B and T stay where they are made; others are summed over the devices once, when all chunks are
+    done. The head is gathered once: in a loop that XLA partitions it would be for every chunk, and its
     gradient summed over the devices as often.
     """
     head_VD = head_VD.astype(states_BTD.dtype)

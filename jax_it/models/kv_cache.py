@@ -125,7 +125,7 @@ def from_prompt(key_BTKH: jax.Array, value_BTKH: jax.Array, last_B: jax.Array, w
 
 
 def grow(cache: KVCache, by: int) -> KVCache:
-    """Return the cache with capacity for prompts that are longer by `by` tokens: sources, or what precedes new tokens."""
+    """Return the cache with capacity for prompts, or sources, that are longer by `by` tokens."""
     if cache.source:
         return dataclasses.replace(cache, source=map_axes(lambda axes, x: _pad(axes, x, "S", by), cache.source))
     groups = []

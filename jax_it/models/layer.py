@@ -49,9 +49,9 @@ class Attention(nnx.Module):
         self.key, self.key_bias = linear(rngs, kv_dims, kv_heads, c.attention_bias)
         self.value, self.value_bias = linear(rngs, kv_dims, kv_heads, c.attention_bias)
         self.output, self.output_bias = linear(rngs, heads, dim, c.output_bias)
-        over = slice(1, None) if c.qk_norm == "head" else slice(None)
-        self.query_norm = Norm(c.norm, heads[over], c.norm_eps) if c.qk_norm else None
-        self.key_norm = Norm(c.norm, kv_heads[over], c.norm_eps) if c.qk_norm else None
+        first = 1 if c.qk_norm == "head" else 0  # of the axes that the norms are over
+        self.query_norm = Norm(c.norm, heads[first:], c.norm_eps) if c.qk_norm else None
+        self.key_norm = Norm(c.norm, kv_heads[first:], c.norm_eps) if c.qk_norm else None
 
     def queries(self, x_BTD: jax.Array, cos_sin: CosSin | None = None) -> jax.Array:
         """Return [B, T, N, H], rotated if `cos_sin` is given."""
@@ -76,7 +76,9 @@ class Mlp(nnx.Module):
 
     def __init__(self, c: StackConfig, *, rngs: nnx.Rngs):
         self.activation, outer, inner = c.activation, (c.embed_dim,), (c.mlp_dim,)
-        self.gate, self.gate_bias = linear(rngs, outer, inner, c.mlp_bias) if c.gated_mlp else (None, None)
+        self.gate: nnx.Param | None = None
+        if c.gated_mlp:
+            self.gate, self.gate_bias = linear(rngs, outer, inner, c.mlp_bias)
         self.up, self.up_bias = linear(rngs, outer, inner, c.mlp_bias)
         self.down, self.down_bias = linear(rngs, inner, outer, c.mlp_bias)
 
@@ -168,6 +170,7 @@ def _cross_attend(
         keys_values = cross.keys_values(context.encoded_BSD, len(x_BTD))
         attended_BTNH = attend(query_BTNH, *keys_values, context.scores, mask_BTS=context.cross_mask_BTS, key=key)
         return cross.project(attended_BTNH)
+    assert cache.source_segments_BS is not None
     # The rows that read one source, if several, are taken as its query positions.
     mask_BTS = cache.source_segments_BS[:, None] > 0
     by_source = query_BTNH.reshape(len(mask_BTS), -1, *query_BTNH.shape[2:])
