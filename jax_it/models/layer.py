@@ -76,9 +76,8 @@ class Mlp(nnx.Module):
 
     def __init__(self, c: StackConfig, *, rngs: nnx.Rngs):
         self.activation, outer, inner = c.activation, (c.embed_dim,), (c.mlp_dim,)
-        self.gate: nnx.Param | None = None
-        if c.gated_mlp:
-            self.gate, self.gate_bias = linear(rngs, outer, inner, c.mlp_bias)
+        gate: Any = linear(rngs, outer, inner, c.mlp_bias) if c.gated_mlp else (None, None)
+        self.gate, self.gate_bias = gate
         self.up, self.up_bias = linear(rngs, outer, inner, c.mlp_bias)
         self.down, self.down_bias = linear(rngs, inner, outer, c.mlp_bias)
 
