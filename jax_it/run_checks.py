@@ -31,7 +31,8 @@ def check_model(config: Config, model: Model, tokenizer: Tokenizer) -> None:
         raise UserError(f"eos_token_id is {ends} in the model's config.json and {tokenizer.end} in the tokenizer")
     if model.config.pad_token_id != tokenizer.pad:
         raise UserError(
-            f"pad_token_id is {model.config.pad_token_id} in the model's config.json and {tokenizer.pad} in the tokenizer"
+            f"pad_token_id is {model.config.pad_token_id} in the model's config.json and {tokenizer.pad} in the "
+            "tokenizer"
         )
 
 
