@@ -38,7 +38,7 @@ CHIPS |= {"TPU v5e": CHIPS["TPU v5 lite"], "TPU v5p": CHIPS["TPU v5"], "TPU v6e"
 
 
 def chip_of(kind: str) -> Chip | None:
-    """The figures of a device of this kind (`jax.Device.device_kind`); None where they are not known.
+    """Return the figures of a device of this kind (`jax.Device.device_kind`); None where they are not known.
 
     They are not known of a part of a GPU ("NVIDIA A100-SXM4-40GB MIG 1g.5gb").
     """

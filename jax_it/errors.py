@@ -31,12 +31,12 @@ def shorten(text: str, length: int = 80) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that has any, or the error's type."""
+    """Return the first line of an error's text that has any, or the error's type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def exit_now(code: int) -> NoReturn:
-    """Ends the process without Python's own shutdown, which waits for all threads and runs other libraries' code."""
+    """End the process without Python's own shutdown, which waits for all threads and runs other libraries' code."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()

@@ -38,7 +38,7 @@ UPLOAD = 30  # seconds between what others see of a growing file in an object st
 
 
 def locate(path: str | os.PathLike[str], option: str = "") -> epath.Path:
-    """Returns the path of a folder or file, local or in an object store (gs://, s3://).
+    """Return the path of a folder or file, local or in an object store (gs://, s3://).
 
     `~` and `~USER` are home folders. `option` is what names the path, for messages. Raises UserError for a name that
     no file can have, for an unknown scheme, and for one whose library is not installed.
@@ -68,7 +68,7 @@ def locate(path: str | os.PathLike[str], option: str = "") -> epath.Path:
 
 
 def locate_local(path: str | os.PathLike[str], option: str) -> Path:
-    """Does the same where only a local folder or file will do. Raises UserError for one in an object store."""
+    """Do the same where only a local folder or file will do. Raises UserError for one in an object store."""
     text = os.fspath(path)
     if scheme := _scheme(text):
         shown = f"{option} {shorten(text, 200)}".strip()
@@ -77,19 +77,19 @@ def locate_local(path: str | os.PathLike[str], option: str) -> Path:
 
 
 def local(path: os.PathLike[str]) -> Path | None:
-    """Returns a local path, for what only the operating system can do with it; None for one in an object store."""
+    """Return a local path, for what only the operating system can do with it; None for one in an object store."""
     text = os.fspath(path)
     return None if "://" in text else Path(text)  # a path has no // inside
 
 
 def absolute(path: epath.Path) -> epath.Path:
-    """Returns the absolute path; epath's own method takes gs://BUCKET for the name of a local folder."""
+    """Return the absolute path; epath's own method takes gs://BUCKET for the name of a local folder."""
     found = local(path)
     return path if found is None else _epath(found.absolute())
 
 
 def _epath(path: Path) -> epath.Path:
-    """Returns a local path as an epath.Path, which takes /gs/x for gs://x but leaves //gs/x, the same folder, alone."""
+    """Return a local path as an epath.Path, which takes /gs/x for gs://x but leaves //gs/x, the same folder, alone."""
     found = epath.Path(path)
     return found if local(found) else epath.Path(f"/{path}")
 
@@ -125,7 +125,7 @@ def _local(text: str, shown: str) -> Path:
 
 
 def matches(pattern: epath.Path) -> list[epath.Path]:
-    """Returns the files that a path with wildcards names, in order. Raises UserError for ** in an object store."""
+    """Return the files that a path with wildcards names, in order. Raises UserError for ** in an object store."""
     path = local(pattern)
     if path is not None:
         found = [_epath(Path(name)) for name in glob.glob(str(path), recursive=True)]
@@ -137,7 +137,7 @@ def matches(pattern: epath.Path) -> list[epath.Path]:
 
 
 def write_atomically(file: Path | epath.Path, content: Any) -> None:
-    """Writes JSON (or text, as it is): whole or not at all.
+    """Write JSON (or text, as it is): whole or not at all.
 
     What a symbolic link points to is replaced, not the link. A device or a pipe is written to as it is.
     """
@@ -164,7 +164,7 @@ def write_atomically(file: Path | epath.Path, content: Any) -> None:
 
 @contextmanager
 def new_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder with a name of its own, to be filled and renamed: at the end it is removed if it is still there.
+    """Make a new folder with a name of its own, to be filled and renamed; remove it at the end if it is still there.
 
     Those that killed processes have left are removed as well.
     """
@@ -176,7 +176,7 @@ def new_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def _own_names(folder: Path, prefix: str) -> str:
-    """How the names of this process's temporary files begin; what has one of a process that was killed is removed."""
+    """Return how names of this process's temporary files begin; remove those of processes that were killed."""
     # So much of the name that the longest one still fits into 255 bytes.
     here = f"{os.fsdecode(os.fsencode(prefix)[:120])}{platform.node()[:64]}."
     for other in folder.glob(f"{glob.escape(here)}*"):
@@ -187,7 +187,7 @@ def _own_names(folder: Path, prefix: str) -> str:
 
 
 def is_stream(file: os.PathLike[str]) -> bool:
-    """Whether it is there and neither a regular file nor a folder: a device or a pipe, such as /dev/stdout."""
+    """Return whether it is there and neither a regular file nor a folder: a device or a pipe, such as /dev/stdout."""
     if local(file) is None:
         return False
     if _descriptor(file) is not None:
@@ -200,14 +200,14 @@ def is_stream(file: os.PathLike[str]) -> bool:
 
 
 def _descriptor(file: os.PathLike[str]) -> int | None:
-    """The number of the open file that /dev/stdout and its like stand for, which may be a regular one."""
+    """Return the number of the open file that /dev/stdout and its like stand for, which may be a regular one."""
     names = {"/dev/stdout": "1", "/dev/stderr": "2"}
     text = names.get(os.fspath(file)) or (re.match(r"/(?:dev|proc/self)/fd/(\d+)$", os.fspath(file)) or ["", ""])[1]
     return int(text) if text and len(text) < 10 else None
 
 
 def _open_stream(file: os.PathLike[str]) -> BinaryIO:
-    """Raises OSError for a pipe that nobody reads, which would be waited for."""
+    """Raise OSError for a pipe that nobody reads, which would be waited for."""
     descriptor = _descriptor(file)
     if descriptor is None:
         opened = os.open(file, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
@@ -219,7 +219,7 @@ def _open_stream(file: os.PathLike[str]) -> BinaryIO:
 
 
 def locate_output(path: str | os.PathLike[str], option: str) -> epath.Path:
-    """Returns the file that an option names to be written, before the work whose result it gets.
+    """Return the file that an option names to be written, before the work whose result it gets.
 
     Raises UserError where it could not be written.
     """
@@ -235,7 +235,7 @@ def locate_output(path: str | os.PathLike[str], option: str) -> epath.Path:
 
 
 def unwritable(folder: Path | epath.Path) -> str:
-    """Says why a local folder cannot be written to, or made, "" if it can; it is not made."""
+    """Say why a local folder cannot be written to, or made, "" if it can; it is not made."""
     if local(folder) is None:
         return ""
     there = Path(os.path.realpath(folder))
@@ -249,7 +249,7 @@ def unwritable(folder: Path | epath.Path) -> str:
 
 
 def write_output(file: Path | epath.Path, content: Any, option: str) -> None:
-    """Writes what `locate_output` has returned, and says so where it takes the place of another file.
+    """Write what `locate_output` has returned, and say so where it takes the place of another file.
 
     Raises UserError where that fails.
     """
@@ -264,7 +264,7 @@ def write_output(file: Path | epath.Path, content: Any, option: str) -> None:
 
 
 def remedy(reason: object) -> str:
-    """What to do about a file that could not be written, for what the operating system said of it."""
+    """Return what to do about a file that could not be written, for what the operating system said of it."""
     return "free space" if str(reason) in FULL else "fix that"
 
 
@@ -282,13 +282,13 @@ def _with_nulls(value: Any) -> Any:
 
 
 def open_binary(file: Path | epath.Path, mode: str = "rb") -> io.BufferedIOBase:
-    """Opens a file of bytes; epath's own method is declared to open one of text."""
+    """Open a file of bytes; epath's own method is declared to open one of text."""
     stream: Any = file.open(mode)
     return stream
 
 
 def read_text(file: Path | epath.Path) -> str:
-    """The text of a file. Raises OSError, also where it is not a regular file (reading a FIFO never ends), and
+    """Return the text of a file. Raises OSError, also where it is not a regular file (reading a FIFO never ends), and
     ValueError where it is not UTF-8.
     """
     check_regular(file)
@@ -296,7 +296,7 @@ def read_text(file: Path | epath.Path) -> str:
 
 
 def read_json(file: Path | epath.Path) -> Any:
-    """The JSON value in a file. Raises OSError as `read_text` does, and ValueError where it is not JSON."""
+    """Return the JSON value in a file. Raises OSError as `read_text` does, and ValueError where it is not JSON."""
     try:
         return json.loads(read_text(file))
     except RecursionError:
@@ -304,7 +304,7 @@ def read_json(file: Path | epath.Path) -> Any:
 
 
 def check_regular(file: os.PathLike[str]) -> None:
-    """Raises OSError where this is not a regular file: reading a pipe may never end."""
+    """Raise OSError where this is not a regular file: reading a pipe may never end."""
     path = local(file)
     if path is None:
         return
@@ -316,7 +316,7 @@ def check_regular(file: os.PathLike[str]) -> None:
 
 
 def check_all_regular(folder: epath.Path, pattern: str = "**/*") -> None:
-    """Raises OSError where a local folder holds something that is neither a regular file nor a folder."""
+    """Raise OSError where a local folder holds something that is neither a regular file nor a folder."""
     path = local(folder)
     for file in sorted(path.glob(pattern)) if path else ():
         if not file.is_dir():
@@ -324,17 +324,17 @@ def check_all_regular(folder: epath.Path, pattern: str = "**/*") -> None:
 
 
 def is_regular(file: epath.Path) -> bool:
-    """Whether this is a regular file; epath's `is_file` takes a pipe for one."""
+    """Return whether this is a regular file; epath's `is_file` takes a pipe for one."""
     return file.is_file() if local(file) is None else os.path.isfile(file)
 
 
 def is_there(path: epath.Path) -> bool:
-    """Whether there is anything of this name, even a link to nowhere."""
+    """Return whether there is anything of this name, even a link to nowhere."""
     return path.exists() if local(path) is None else os.path.lexists(path)
 
 
 def digests(folder: epath.Path) -> dict[str, str]:
-    """Returns a hash of each file in a folder, by name. Raises OSError."""
+    """Return a hash of each file in a folder, by name. Raises OSError."""
     found = {}
     for file in sorted(folder.iterdir()):
         if is_regular(file) and not file.name.startswith("."):
@@ -343,7 +343,7 @@ def digests(folder: epath.Path) -> dict[str, str]:
 
 
 def _runs(process: int) -> bool:
-    """Whether this machine has such a process."""
+    """Return whether this machine has such a process."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -354,7 +354,7 @@ def _runs(process: int) -> bool:
 
 
 def read_json_object(file: Path | epath.Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises FileNotFoundError, and UserError for anything else that is wrong with the file.
+    """Read a JSON object. Raises FileNotFoundError, and UserError for anything else that is wrong with the file.
 
     A key that occurs twice is an error, where Python would take the last one, and so are NaN and Infinity.
     """
@@ -393,7 +393,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def remove(path: Path | epath.Path) -> None:
-    """Removes a folder and all in it, or a file, as far as that can be done."""
+    """Remove a folder and all in it, or a file, as far as that can be done."""
     found = local(path)
     if found is None:
         with suppress(Exception):  # each library has its own errors
@@ -406,7 +406,7 @@ def remove(path: Path | epath.Path) -> None:
 
 
 def copy(folder: Path | epath.Path, to: Path | epath.Path) -> None:
-    """Copies a folder's files, into or out of an object store too."""
+    """Copy a folder's files, into or out of an object store too."""
     to.mkdir(parents=True, exist_ok=True)
     for item in folder.iterdir():
         if item.is_dir():
@@ -418,7 +418,7 @@ def copy(folder: Path | epath.Path, to: Path | epath.Path) -> None:
 
 @contextmanager
 def read_locally(folder: epath.Path) -> Iterator[Path]:
-    """Yields the folder, or a local copy of one in an object store, for libraries that read local files."""
+    """Yield the folder, or a local copy of one in an object store, for libraries that read local files."""
     if path := local(folder):
         yield path
         return
@@ -430,7 +430,7 @@ def read_locally(folder: epath.Path) -> Iterator[Path]:
 
 @contextmanager
 def written_locally(folder: epath.Path) -> Iterator[Path]:
-    """Yields the folder to write to, or a local one whose files are copied into the object store at the end."""
+    """Yield the folder to write to, or a local one whose files are copied into the object store at the end."""
     if path := local(folder):
         path.mkdir(parents=True, exist_ok=True)
         yield path
@@ -483,7 +483,7 @@ class Appending:
 
 @contextmanager
 def locked(file: epath.Path, refusal: str, advice: str) -> Iterator[None]:
-    """Locks a file for this process, and writes into it who that is; does nothing in an object store.
+    """Lock a file for this process, and write into it who that is; do nothing in an object store.
 
     The lock is the operating system's: it ends with the process, however that ends. Raises UserError where another
     process holds it (who that is, and the `refusal`), and with the `advice` where the file cannot be written.
@@ -513,7 +513,7 @@ def locked(file: epath.Path, refusal: str, advice: str) -> Iterator[None]:
 
 
 def lines(file: epath.Path) -> Iterator[str]:
-    """The lines of a text file, with their ends; what is no UTF-8 is replaced."""
+    """Yield the lines of a text file, with their ends; what is no UTF-8 is replaced."""
     with open_binary(file) as stream:
         for line in stream:
             yield line.decode("utf-8", errors="replace")

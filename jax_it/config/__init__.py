@@ -44,13 +44,13 @@ __all__ = [
 
 
 def default() -> ml_collections.ConfigDict:
-    """All settings at their defaults, to be changed in a config file."""
+    """Return all settings at their defaults, to be changed in a config file."""
     # Types are checked by `resolve`, which reads a duration of 100 as "100 steps" and names the field at fault.
     return ml_collections.ConfigDict(to_dict(Config()), type_safe=False)
 
 
 def to_dict(value: Any, where: str = "config", outer: tuple[int, ...] = ()) -> Any:
-    """A config, or a `ConfigDict`, as plain dicts, lists, texts and numbers: what JSON holds.
+    """Return a config, or a `ConfigDict`, as plain dicts, lists, texts and numbers: what JSON holds.
 
     Raises UserError for what contains itself, or is nested too deeply to be read back; `outer` are the ids of what
     the value stands in.
@@ -75,19 +75,19 @@ def to_dict(value: Any, where: str = "config", outer: tuple[int, ...] = ()) -> A
 
 
 def load(path: str, overrides: Mapping[str, str] | None = None) -> Config:
-    """The config of a file, "FILE" or "FILE:ARG", with dotted overrides such as {"train.seed": "1"}."""
+    """Return the config of a file, "FILE" or "FILE:ARG", with dotted overrides such as {"train.seed": "1"}."""
     return resolve(override(read(path), overrides or {}))
 
 
 def override(tree: dict[str, Any], changes: Mapping[str, str]) -> dict[str, Any]:
-    """The tree, with its entries at dotted names changed."""
+    """Return the tree, with its entries at dotted names changed."""
     for name, text in changes.items():
         typed.override(tree, name, text, raw=("model", "architecture"))
     return tree
 
 
 def read(path: str) -> dict[str, Any]:
-    """The settings of a file or recipe, "FILE", "FILE:ARG", "NAME" or "NAME:ARG", as plain values, not checked yet."""
+    """Read the settings of a file or recipe, "FILE", "FILE:ARG", "NAME" or "NAME:ARG", as unchecked plain values."""
     file, _, arg = path.partition(":")
     if arg.startswith("//"):
         files.locate_local(path, "config file")  # which refuses it
@@ -112,7 +112,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def recipe(name: str) -> str:
-    """The file of a recipe that comes with jax_it. Raises UserError that lists them for a name that is not one."""
+    """Return the file of a recipe of jax_it. Raises UserError that lists them for a name that is not one."""
     package = Path(__file__).parents[1]  # the recipes are inside it where a wheel is installed, else beside it
     folder = next(found for found in (package / "configs", package.parent / "configs") if found.is_dir())
     found = {file.stem: str(file) for file in [*sorted(folder.glob("*.py")), *sorted(folder.glob("*/*.py"))]}
@@ -125,7 +125,7 @@ def recipe(name: str) -> str:
 
 
 def _get_config(file: str) -> Any:
-    """The function get_config of a file, which is run."""
+    """Return the function get_config of a file, which is run."""
     try:
         kind = os.stat(file).st_mode
     except (OSError, ValueError) as error:  # ValueError: of NUL in the name
@@ -158,7 +158,7 @@ def _what(value: Any) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """An error's type and text, on one line."""
+    """Return an error's type and text, on one line."""
     kind = type(error).__name__
     # ml_collections wraps a KeyError, whose own text is in quotes, and suggests a name on a second line.
     while len(error.args) == 1 and isinstance(error.args[0], Exception):
@@ -183,7 +183,7 @@ def resolve(tree: Mapping[str, Any], training: bool = True) -> Config:
 
 
 def reopen(tree: Mapping[str, Any]) -> Config:
-    """The settings that a run was saved with, perhaps by an older version.
+    """Return the settings that a run was saved with, perhaps by an older version.
 
     Those that it did not know yet are at their defaults, as are those that it took and that nothing reads.
     """

@@ -26,7 +26,7 @@ class _Range(NamedTuple):
     or_zero: bool = False
 
     def why_not(self, value: float) -> str:
-        """What a value must be that is not in the range; "" for one that is."""
+        """Return what a value must be that is not in the range; "" for one that is."""
         low = value < self.least or (self.above and value == self.least)
         high = value > self.most or (self.below and value == self.most)
         if not (low or high) or (self.or_zero and value == 0):
@@ -98,7 +98,7 @@ class _Read(NamedTuple):
     otherwise: str  # why not, and what to do; {c} is the config
 
     def unread(self, config: Config) -> Iterator[str]:
-        """Those that are set, and that nothing reads."""
+        """Yield those that are set, and that nothing reads."""
         if not self.by(config):
             section = operator.attrgetter(self.section)(config)
             default = type(section)()
@@ -199,7 +199,7 @@ _READ_BY_KIND: dict[Kind, tuple[_Read, ...]] = {
 
 
 def check_read(config: Config, kind: Kind | None = None, within: str = "") -> None:
-    """Refuses settings that nothing reads; with a model's `kind`, those that only the other kind reads.
+    """Refuse settings that nothing reads; with a model's `kind`, those that only the other kind reads.
 
     Of all settings, or of those of one section.
     """
@@ -210,7 +210,7 @@ def check_read(config: Config, kind: Kind | None = None, within: str = "") -> No
 
 
 def without_unread(config: Config, kind: Kind | None = None) -> Config:
-    """The config with settings that nothing reads at their defaults, as of runs that were saved with such."""
+    """Return the config with settings that nothing reads at their defaults, as of runs that were saved with such."""
     for read in (*_READ, *(_READ_BY_KIND[kind] if kind else ())):
         for name in read.unread(config):
             config = _at_default(config, name.split("."))
@@ -224,7 +224,7 @@ def _at_default(section: Any, names: list[str]) -> Any:
 
 
 def sections(value: Any, where: str = "config") -> Iterator[tuple[str, Any]]:
-    """Every dataclass in a config with its name, but for durations."""
+    """Yield every dataclass in a config with its name, but for durations."""
     if isinstance(value, tuple):
         for i, item in enumerate(value):
             yield from sections(item, f"{where}.{i}")
@@ -243,14 +243,14 @@ def _check_numbers(config: Config) -> None:
 
 
 def _number(value: float) -> str:
-    """A number in a message, at no great length."""
+    """Return a number in a message, at no great length."""
     if isinstance(value, int) and abs(value) >= 10**20:
         return f"a number of {len(str(abs(value))) if abs(value) < 10**4000 else 'thousands of'} digits"
     return f"{value:g}" if isinstance(value, float) and value.is_integer() and abs(value) >= 1e6 else str(value)
 
 
 def check(config: Config, training: bool, saved: bool = False) -> None:
-    """Refuses values and combinations that cannot work, before anything is read or computed.
+    """Refuse values and combinations that cannot work, before anything is read or computed.
 
     Of a `saved` run's config an older version may have taken some that this one refuses where a run is started.
     """
@@ -307,12 +307,12 @@ def check(config: Config, training: bool, saved: bool = False) -> None:
 
 
 def _is_of_task(config: Config) -> bool:
-    """Whether the score that ranks checkpoints is one of a task."""
+    """Return whether the score that ranks checkpoints is one of a task."""
     return config.eval.best in [f"{task.name}/{metric}" for task in config.eval.tasks for metric in measured(task)]
 
 
 def _check_sense(config: Config, training: bool) -> None:
-    """Refuses numbers that contradict each other, though something could be done with them."""
+    """Refuse numbers that contradict each other, though something could be done with them."""
     train, scored = config.train, config.eval
     if training and train.gradient_accumulation_steps > (most := train.batch_size):
         raise UserError(
@@ -337,7 +337,7 @@ def _check_source(source: Source, where: str) -> None:
 
 
 def measured(task: Task) -> tuple[str, ...]:
-    """The names of what a task measures over all its examples, but for a metric of one's own that gives several."""
+    """Return the names of what a task measures over all examples, but for a user's metric that gives several."""
     names = {
         "generate": task.metrics, "multiple_choice": ("accuracy",), "perplexity": ("loss", "perplexity"),
         "code_execution": task.metrics or ("pass@1",),
@@ -346,7 +346,7 @@ def measured(task: Task) -> tuple[str, ...]:
 
 
 def _check_tasks(tasks: tuple[Task, ...]) -> None:
-    """Refuses tasks that cannot be scored, and settings of theirs that nothing would read."""
+    """Refuse tasks that cannot be scored, and settings of theirs that nothing would read."""
     for i, task in enumerate(tasks):
         where = f"config.eval.tasks.{i}"
         if not task.name or "/" in task.name or task.name == "all":
@@ -398,7 +398,7 @@ def _check_answer(pattern: str, where: str) -> None:
 
 
 def _check_adapters(model: Model) -> None:
-    """Refuses adapters without targets, and frozen weights without adapters."""
+    """Refuse adapters without targets, and frozen weights without adapters."""
     adapted = bool(model.lora.rank or model.lora.path)
     if model.quantize != "none" and not adapted:
         raise UserError(
@@ -409,7 +409,7 @@ def _check_adapters(model: Model) -> None:
 
 
 def _check_mixing(data: Data) -> None:
-    """Refuses weights that `data.mixing` does not read, and a mixture of nothing."""
+    """Refuse weights that `data.mixing` does not read, and a mixture of nothing."""
     weighted = [i for i, source in enumerate(data.train) if source.weight != 1]
     if data.mixing != "weights" and weighted:
         where = f"config.data.train.{weighted[0]}.weight"

@@ -56,7 +56,7 @@ class Duration:
         return f"{number}{'' if self.unit == '%' else ' '}{self.unit}" if self.value else ""
 
     def steps(self, rates: "Rates", total_steps: int = 0) -> int:
-        """The duration in optimizer steps, rounded up to 1 at least; 0 means never.
+        """Return the duration in optimizer steps, rounded up to 1 at least; 0 means never.
 
         `total_steps` is needed for per cent alone.
         """

@@ -44,7 +44,7 @@ class Rows:
         return len(self.ends) - 1
 
     def row(self, r: int) -> list[tuple[int, int]]:
-        """(example, block) of each example of a row."""
+        """Return (example, block) of each example of a row."""
         span = slice(self.ends[r], self.ends[r + 1])
         return list(zip(self.members[span].tolist(), self.block[span].tolist(), strict=True))
 

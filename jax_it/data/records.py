@@ -39,7 +39,7 @@ def suffix_of(file: epath.Path) -> str:
 
 @contextmanager
 def open_file(file: epath.Path) -> Iterator[Any]:
-    """Yields a stream of a file's bytes, unpacked on the fly where its name says so."""
+    """Yield a stream of a file's bytes, unpacked on the fly where its name says so."""
     with files.open_binary(file) as stream:
         if file.suffix == ".gz":
             yield gzip.GzipFile(fileobj=stream)

@@ -129,7 +129,7 @@ _READ_BY = {  # settings that not every kind of source reads
 
 
 def _check_settings(source: Source, kind: str, where: str) -> None:
-    """Refuses settings that nothing would read, and a name that cannot be printed."""
+    """Refuse settings that nothing would read, and a name that cannot be printed."""
     if not source.name.isprintable():
         raise UserError(f"{where}.name: {source.name!r} has characters that cannot be printed; choose another")
     for name, kinds in _READ_BY.items():

@@ -31,7 +31,7 @@ class _Question:
 
 
 def read(task: Task, where: str, data: Data, tokenizer: Tokenizer, format: Format, limit: int = 0) -> list[EvalExample]:
-    """The examples of a task, at most `limit` where that is not 0; `where` is its name in messages.
+    """Return the examples of a task, at most `limit` where that is not 0; `where` is its name in messages.
 
     Raises UserError that names the record: for what it lacks, an empty prompt, no reference, fewer than two options
     or none that is the reference, too few shots, and a prompt that is too long under every template.
@@ -106,7 +106,7 @@ class _Shots:
             self._by_value.setdefault(self._value(record), []).append((record, text))
 
     def of(self, record: Record) -> list[str]:
-        """The first shots that agree with the record, of which it is none itself."""
+        """Return the first shots that agree with the record, of which it is none itself."""
         number, value = self._task.num_fewshot, self._value(record)
         found = [text for shot, text in self._by_value.get(value, ()) if shot.fields != record.fields][:number]
         if len(found) < number:
@@ -122,7 +122,7 @@ class _Shots:
 
 
 def _value(record: Record, field: str, setting: str) -> str:
-    """A field as a text; the first of a list."""
+    """Return a field as a text; the first of a list."""
     value = record.fields.get(field)
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
@@ -138,7 +138,7 @@ class _Tokens(NamedTuple):
 
 
 def _encode(task: Task, questions: Sequence[_Question], tokenizer: Tokenizer, format: Format) -> Iterator[_Tokens]:
-    """The tokens of each question and of its options."""
+    """Yield the tokens of each question and of its options."""
     causal = isinstance(format, CausalFormat)
     in_chat = task.chat and tokenizer.chat_template is not None
     places = [question.record.where for question in questions]
@@ -201,7 +201,7 @@ def _fitted(
     format: Format,
     whole: bool,
 ) -> EvalExample | None:
-    """The example, its prompt cut where the task says so; None where it is too long and must stay whole."""
+    """Return the example, its prompt cut where the task says so; None where it is too long and must stay whole."""
     causal = isinstance(format, CausalFormat)
     new = max((len(option.tokens) for option in made.options), default=task.max_new_tokens) if causal else 0
     room = (task.max_prompt_length or getattr(data, format.length_field)) - new
@@ -244,7 +244,7 @@ def _too_long(task: Task, where: str, question: _Question, length: int, new: int
 
 
 def _shortened(prompt: list[int], room: int, side: str, tokenizer: Tokenizer, causal: bool) -> list[int]:
-    """The prompt without what is too much at one end; its marks stay."""
+    """Return the prompt without what is too much at one end; its marks stay."""
     if len(prompt) <= room:
         return prompt
     begins = 1 if tokenizer.start is not None and prompt[0] == tokenizer.start else 0

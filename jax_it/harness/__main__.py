@@ -14,7 +14,7 @@ BATCH = "32"
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Exits with 0: done, 2: the user can fix it, or with lm_eval's own codes."""
+    """Exit with 0: done, 2: the user can fix it, or with lm_eval's own codes."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
@@ -43,7 +43,7 @@ def run() -> None:
 
 
 def register() -> None:
-    """Makes `jax_it` a model of lm_eval in this process."""
+    """Make `jax_it` a model of lm_eval in this process."""
     from lm_eval.api.registry import model_registry
 
     if NAME not in model_registry:
@@ -51,7 +51,7 @@ def register() -> None:
 
 
 def completed(arguments: Sequence[str]) -> list[str]:
-    """The arguments with our model, and a batch size that is not lm_eval's 1, where they name none."""
+    """Return the arguments with our model, and a batch size that is not lm_eval's 1, where they name none."""
     words = list(arguments)
     if not words or words[0] in ("-h", "--help", *COMMANDS[1:]):
         return words

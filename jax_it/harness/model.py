@@ -121,7 +121,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Of (key, context, continuation), in nats; requests with one context are computed together."""
+        """Return the log-likelihoods in nats of (key, context, continuation), of one context together."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, (key, context, continuation) in enumerate(requests):
             if not continuation or len(continuation) > self.max_length:
@@ -144,7 +144,7 @@ class HarnessModel(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in nats: in windows of the greatest length, in which each token stands once."""
+        """Return the log-likelihoods in nats of whole texts, in windows of the greatest length."""
         windows, owners = [], []
         for i, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -161,7 +161,7 @@ class HarnessModel(TemplateLM):
     # Texts
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text after each context, up to the first of its stop strings."""
+        """Return the text after each context, up to the first of its stop strings."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
@@ -193,7 +193,7 @@ class HarnessModel(TemplateLM):
 
 
 def read_settings(settings: Mapping[str, Any], seed: int = 0) -> tuple[Sampling, int, tuple[str, ...]]:
-    """How to choose tokens, how many new ones at most, and the strings that end a text, of a task's own settings.
+    """Read how to choose tokens, how many new ones at most, and the strings that end a text, of a task's own settings.
 
     Raises UserError for one that is not known here.
     """
@@ -219,7 +219,7 @@ def read_settings(settings: Mapping[str, Any], seed: int = 0) -> tuple[Sampling,
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """The text cut at each of the strings in turn, as lm_eval's own models do it."""
+    """Return the text cut at each of the strings in turn, as lm_eval's own models do it."""
     for string in until:
         text = text.split(string)[0]
     return text

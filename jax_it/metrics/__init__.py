@@ -134,7 +134,7 @@ class _Own:
             self._over_all = error
 
     def over(self, chosen: list[int]) -> dict[str, float | Array]:
-        """Of the chosen examples. Raises UserError where the metric fails on them."""
+        """Return the metric of the chosen examples. Raises UserError where the metric fails on them."""
         if chosen == list(range(len(self._predictions))):
             if isinstance(self._over_all, UserError):
                 raise self._over_all
@@ -147,7 +147,7 @@ class _Own:
 
 
 def check(names: Sequence[str], where: str = "config.eval.metrics") -> None:
-    """Refuses a metric that is unknown, or whose packages or function are missing: called before a run starts.
+    """Refuse a metric that is unknown, or whose packages or function are missing: called before a run starts.
 
     `where` is the setting that names the metrics.
     """
@@ -166,7 +166,7 @@ def check(names: Sequence[str], where: str = "config.eval.metrics") -> None:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether less of a metric, or of its mean over groups, is better. Of a user's own metric, more is."""
+    """Return whether less of a metric, or of its mean over groups, is better. Of a user's own metric, more is."""
     name = name.removesuffix("_macro")
     return name in ("loss", "perplexity") or (name in METRICS and METRICS[name].lower_is_better)
 

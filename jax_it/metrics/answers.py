@@ -21,12 +21,12 @@ _NUMBER = re.compile(
 
 
 def exact_match() -> Metric:
-    """The share of predictions that equal a reference, white space at both ends aside. Case and punctuation count."""
+    """Return the share of predictions that equal a reference, but for white space at the ends. Case counts."""
     return best_of(lambda prediction, text: float(prediction.strip() == text.strip()))
 
 
 def squad_exact_match(of_characters: bool = False) -> Metric:
-    """The share of predictions with the same words as a reference, in order (Rajpurkar et al. 2016, SQuAD)."""
+    """Return the share of predictions with the same words as a reference, in order (Rajpurkar et al. 2016, SQuAD)."""
     words = character_words if of_characters else english_words
     return best_of(lambda prediction, text: float(words(prediction) == words(text)))
 
@@ -67,7 +67,7 @@ def _f1(words: Callable[[str], list[str]], prediction: str, reference: str) -> f
 
 
 def final_number() -> Metric:
-    """The share of predictions whose final number equals a reference's (GSM8K's exact match, Cobbe et al. 2021).
+    """Return the share of predictions whose final number equals a reference's (GSM8K's exact match, Cobbe et al. 2021).
 
     The final number is the first one after the last "####", or else the last of the text. Numbers are
     compared as exact decimals: 1,234.50 equals $1234.5, and 20% equals 20. Where either text has none, they differ.
@@ -81,7 +81,7 @@ def final_number() -> Metric:
 
 
 def find_final_number(text: str) -> Decimal | None:
-    """The first number after the last "####", or else the last number of the text; None where there is none."""
+    """Return the first number after the last "####", or else the last number of the text; None where there is none."""
     _, mark, end = text.rpartition("####")
     if mark and (numbers := _numbers(end)):
         return numbers[0]

@@ -16,7 +16,7 @@ _DRAWN_AT_ONCE = 2**22  # examples, of as many resamples as have no more togethe
 def intervals(
     metrics: Mapping[str, tuple[Values, Array]], resamples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """(low, high) of each metric, which is given as its function of sums and its numbers [examples, numbers].
+    """Return (low, high) of each metric, which is given as its function of sums and its numbers [examples, numbers].
 
     Each resample has as many examples. All metrics see the same ones, whichever others there are.
     """
@@ -36,7 +36,7 @@ def intervals(
 
 
 def draw(generator: np.random.Generator, resamples: int, examples: int) -> Array:
-    """How often each resample holds each example [resamples, examples]."""
+    """Return how often each resample holds each example [resamples, examples]."""
     indices = generator.integers(examples, size=(resamples, examples))
     indices += np.arange(resamples)[:, None] * examples
     return np.bincount(indices.ravel(), minlength=indices.size).reshape(indices.shape).astype(float)

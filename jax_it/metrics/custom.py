@@ -64,7 +64,7 @@ def load(name: str) -> Function:
 
 
 def call(name: str, predictions: Predictions, references: References) -> dict[str, float | Array]:
-    """What the metric says of the examples: a number, or one for each example as an array [examples, 1].
+    """Return what the metric says of the examples: a number, or one for each example as an array [examples, 1].
 
     Under the metric's own name, or of a function that returns a dict under NAME.KEY. Raises UserError
     where the function raises, or returns something else, NaN or infinity.
@@ -128,7 +128,7 @@ def _from_file(name: str, file: Path) -> ModuleType:
 
 
 def _reason(error: BaseException) -> str:
-    """The error in one line, with where it was raised."""
+    """Return the error in one line, with where it was raised."""
     if isinstance(error, SyntaxError):
         return f"SyntaxError: {error.msg} (line {error.lineno})"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]

@@ -29,28 +29,28 @@ class _Followed(NamedTuple):
 
 
 def by_prompt(loose: bool = False) -> Metric:
-    """The share of prompts all of whose instructions are followed, from 0 to 100."""
+    """Return the share of prompts all of whose instructions are followed, from 0 to 100."""
     return Metric(_statistics(loose), lambda sums, examples: 100 * sums[:, 0] / examples)
 
 
 def by_instruction(loose: bool = False) -> Metric:
-    """The share of all instructions that are followed, from 0 to 100."""
+    """Return the share of all instructions that are followed, from 0 to 100."""
     return Metric(_statistics(loose), lambda sums, examples: 100 * sums[:, 1] / sums[:, 2])
 
 
 def both() -> Metric:
-    """The mean of the two, strict, which is what most model cards call IFEval."""
+    """Return the mean of the two, strict, which is what most model cards call IFEval."""
     return Metric(_statistics(False), lambda sums, examples: 50 * (sums[:, 0] / examples + sums[:, 1] / sums[:, 2]))
 
 
 def check(name: str) -> None:
-    """Loads the checks and what they need. Raises UserError."""
+    """Load the checks and what they need. Raises UserError."""
     if name in METRICS:
         _checks()
 
 
 def _statistics(loose: bool) -> Callable[[Predictions, References], Array]:
-    """Of each example: whether all is followed, how many of its instructions are, and how many there are."""
+    """Return for each example whether all is followed, how many of its instructions are, and how many there are."""
 
     def statistics(predictions: Predictions, references: References) -> Array:
         rows = []
@@ -86,7 +86,7 @@ def _follow(text: str, reference: str) -> _Followed:
 
 
 def variants(text: str) -> list[str]:
-    """The texts of which one must follow an instruction for the loose accuracy (section 2.2 of the paper).
+    """Return the texts of which one must follow an instruction for the loose accuracy (section 2.2 of the paper).
 
     They forgive the marks of Markdown's emphasis, an opening line such as "Sure, here it is:", and a closing one.
     """
@@ -96,7 +96,7 @@ def variants(text: str) -> list[str]:
 
 
 def _read(reference: str) -> list[tuple[str, dict[str, Any]]]:
-    """Names of the instructions with their settings."""
+    """Return the names of the instructions with their settings."""
     template = '{{prompt}} ||| {{ {"instruction_id_list": instruction_id_list, "kwargs": kwargs} | tojson }}'
     try:
         row = json.loads(reference)
@@ -115,7 +115,7 @@ def _read(reference: str) -> list[tuple[str, dict[str, Any]]]:
 
 @lru_cache(maxsize=1)
 def _checks() -> dict[str, Callable[[str], Any]]:
-    """The paper's checks by name. Raises UserError where a package or NLTK's data is missing."""
+    """Return the paper's checks by name. Raises UserError where a package or NLTK's data is missing."""
     try:
         import immutabledict  # noqa: F401
         import langdetect

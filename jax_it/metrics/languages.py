@@ -20,7 +20,7 @@ _LATIN = re.compile("[A-Za-z]")
 
 
 def characters(text: str) -> list[str]:
-    """Each character of Chinese, Japanese, Korean, Thai, Lao, Burmese and Khmer, and whole words of the rest.
+    """Return each character of Chinese, Japanese, Korean, Thai, Lao, Burmese and Khmer, and whole words of the rest.
 
     Words are runs of letters and digits, in lower case; marks stay on their letter, and all else is
     dropped. Unicode's compatibility forms count as what they stand for (NFKC): full width is half width.
@@ -41,7 +41,7 @@ def characters(text: str) -> list[str]:
 
 
 def spaced(text: str) -> str:
-    """The text (NFKC) with spaces around each character of the scripts that `characters` takes one by one.
+    """Return the text (NFKC) with spaces around each character of the scripts that `characters` takes one by one.
 
     A mark stays on its letter. Nothing is dropped and case is kept.
     """
@@ -67,7 +67,7 @@ _INSTEAD = {
 
 
 def advice(names: Sequence[str], references: References) -> str:
-    """One line on those of the metrics that cannot count most of the references' letters; empty where all can.
+    """Return one line on those of the metrics that cannot count most of the references' letters; empty where all can.
 
     ROUGE's words are of a-z and 0-9 alone. The others' words stand between spaces.
     """

@@ -58,7 +58,7 @@ class Metric:
 
 
 def value(values: Values, rows: Array) -> float:
-    """A metric over all examples, of their `rows` of numbers [examples, numbers]."""
+    """Return a metric over all examples, of their `rows` of numbers [examples, numbers]."""
     sums = np.array([[math.fsum(column) for column in rows.T]])  # exact, so the order of the examples is nothing
     return float(values(sums, len(rows))[0])
 
@@ -74,12 +74,12 @@ def percent(sums: Array, examples: int) -> Array:
 
 
 def perplexity(loss: float) -> float:
-    """That of so many nats a token; infinite where it is no float."""
+    """Return the perplexity of so many nats a token; infinite where it is no float."""
     return math.exp(loss) if loss < 700 else math.inf if loss == loss else loss
 
 
 def best_of(score: Callable[[str, str], float]) -> Metric:
-    """The mean over examples of a score from 0 to 1 of (prediction, reference), for the reference where it is best."""
+    """Return the mean over examples of a score from 0 to 1, for the reference where it is best."""
 
     def statistics(predictions: Predictions, references: References) -> Array:
         examples = zip(predictions, references, strict=True)

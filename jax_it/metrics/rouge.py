@@ -30,7 +30,7 @@ SENTENCES = "rougeLsum_sentences"
 
 
 def statistics(names: Sequence[str], predictions: Predictions, references: References) -> dict[str, Array]:
-    """Each example's F-measure of each of `names`, each text cut into words and into characters once for all."""
+    """Return each example's F-measure of each of `names`, each text cut into words and into characters once for all."""
     found: dict[str, Array] = {}
     if SENTENCES in names:
         lines = [_lines(text) for text in predictions], [[_lines(text) for text in texts] for texts in references]

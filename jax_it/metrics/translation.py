@@ -25,7 +25,7 @@ TOKENIZERS = {
 
 
 def check(name: str) -> None:
-    """Loads the tokenizer of a BLEU, with the packages or the file that it needs. Raises UserError."""
+    """Load the tokenizer of a BLEU, with the packages or the file that it needs. Raises UserError."""
     if name in TOKENIZERS:
         _bleu(name)
 
@@ -73,7 +73,7 @@ def _metric(
 
 
 def _streams(references: References) -> list[tuple[str, ...]]:
-    """The first reference of each example, then the second of each, …; sacrebleu leaves out a None."""
+    """Return the first reference of each example, then the second of each, …; sacrebleu leaves out a None."""
     return list(zip_longest(*references))
 
 

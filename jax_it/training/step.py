@@ -24,7 +24,7 @@ HISTORY = 50  # steps whose norms must be known before one can be a spike
 
 
 def token_loss(config: Train) -> losses.TokenLoss:
-    """The loss of each target token that the config asks for."""
+    """Return the loss of each target token that the config asks for."""
     if config.loss == "cross_entropy":
         return partial(losses.cross_entropy, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
     return partial(losses.squared_error, scale=config.squared_error_scale, target=config.squared_error_target)
@@ -43,7 +43,7 @@ class PreparedStep:
 def prepare(
     model: Model, config: Config, mesh: jax.sharding.Mesh, frozen: Params, total_steps: int, warmup: int, decay: int
 ) -> PreparedStep:
-    """The step of a run of so many steps; of `frozen`, the weights that are not trained, only the shapes matter."""
+    """Prepare the step of a run of so many steps; of `frozen`, the weights that stay, only the shapes matter."""
     schedule = make_schedule(config.train.optimizer, total_steps, warmup, decay)
     optimizer = make_optimizer(config.train.optimizer, schedule, model.trained_logical_axes)
     dtype = config.model.param_dtype
@@ -160,7 +160,7 @@ def _update(
 
 
 def _split(batch: Any, parts: int) -> Any:
-    """The batch in so many parts, along a new first axis.
+    """Return the batch in so many parts, along a new first axis.
 
     Every part takes every parts-th row, so that each device's rows stay where they are.
     """
@@ -170,7 +170,7 @@ def _split(batch: Any, parts: int) -> Any:
 def _sum_gradients(
     gradient: Callable, params: Params, frozen: Params, parts: Any, key: jax.Array | None, balance_X: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, Params]:
-    """(loss sum, weight, summed gradients) over all parts, computed one after another."""
+    """Return (loss sum, weight, summed gradients) over all parts, computed one after another."""
     number = jax.tree.leaves(parts)[0].shape[0]
     if number == 1:
         (total, weight), gradients = gradient(params, frozen, jax.tree.map(lambda x: x[0], parts), key, balance_X)
@@ -187,7 +187,7 @@ def _sum_gradients(
 
 
 def _balance(model: Model, state: TrainState, batch: Any, parts: Any, coefficient: float) -> jax.Array:
-    """What a unit of each expert's router probability costs, [X], in units of the summed token loss.
+    """Return what a unit of each expert's router probability costs, [X], in units of the summed token loss.
 
     The balancing loss (Shazeer et al. 2017, Fedus et al. 2021) is X * sum over experts of (share of tokens *
     mean probability), over all tokens and layers of the step, as in Transformers. The shares have no gradient,

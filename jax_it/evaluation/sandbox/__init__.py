@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 def run_all(
     programs: Sequence[str], limits: Limits = Limits(), done: Callable[[], object] = lambda: None
 ) -> list[Outcome]:
-    """The outcome of each program, as many at a time as this process has cores. `done` is called after each."""
+    """Return the outcome of each program, as many at a time as this process has cores. `done` is called after each."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def one(program: str) -> Outcome:
@@ -73,7 +73,7 @@ def run_all(
 
 
 def run(program: str, limits: Limits = Limits(), layers: Sequence[str] = LAYERS) -> Outcome:
-    """Runs one program to its end or to a limit. `layers` are the kernel's means that it may use.
+    """Run one program to its end or to a limit. `layers` are the kernel's means that it may use.
 
     Raises UserError where no program can be run on this machine.
     """
@@ -92,13 +92,13 @@ def run(program: str, limits: Limits = Limits(), layers: Sequence[str] = LAYERS)
 
 @cache
 def gaps() -> tuple[str, ...]:
-    """What a program could do on this machine that it should not; each a clause of a sentence. Runs one to see."""
+    """Return what a program could do on this machine but should not, each a clause. Runs one to see."""
     there = in_force()
     return tuple(text for layers, text in GAPS.items() if there.isdisjoint(layers))
 
 
 def in_force(layers: Sequence[str] = LAYERS, limits: Limits = Limits()) -> set[str]:
-    """The limits that this system takes, by their names in `confined`, and those of `layers` that it has."""
+    """Return the limits that this system takes, by their names in `confined`, and those of `layers` that it has."""
     with _process("", limits, layers) as (process, read, _):
         process.wait(60)
         return set(json.loads(read()[0]))
@@ -108,7 +108,7 @@ def in_force(layers: Sequence[str] = LAYERS, limits: Limits = Limits()) -> set[s
 def _process(
     program: str, limits: Limits, layers: Sequence[str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], Callable[[], list[str]], str]]:
-    """The process, what reads the lines of its report, and the line that says that it has run to its end.
+    """Start the process: itself, what reads the lines of its report, and the line that says that it has run to its end.
 
     Files stand where pipes could be flooded. All that it has started is killed at the end.
     """
@@ -178,7 +178,7 @@ def _one_line(text: str) -> str:
 
 
 def _remove(folder: Path) -> None:
-    """A folder whose program may have taken rights away from what is in it."""
+    """Return a folder whose program may have taken rights away from what is in it."""
     shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
         for path, _, _ in os.walk(folder):

@@ -96,7 +96,7 @@ def run(program: str, token: str) -> str:
 
 
 def confine(order: dict[str, Any]) -> list[str]:
-    """Takes from this process what a program does not need; returns the names of what is in force."""
+    """Take from this process what a program does not need, and return the names of what is in force."""
     in_force = set_limits(order["limits"])
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
@@ -126,7 +126,7 @@ def set_limits(limits: dict[str, int]) -> list[str]:
 
 
 def refuse(event: str, _: object) -> None:
-    """An audit hook."""
+    """Return an audit hook."""
     if what := REFUSED.get(event):
         raise PermissionError(f"a model's code may not {what}")
 
@@ -198,7 +198,7 @@ def seccomp_filter(machine: str) -> list[tuple[int, int, int, int]]:
 
 
 def drop_capabilities(libc: Any) -> None:
-    """Of root, and of the one who has made a namespace."""
+    """Return the user ids of root and of the one who has made a namespace."""
     libc.capset(struct.pack("Ii", CAPABILITY_VERSION_3, 0), bytes(24))
 
 
