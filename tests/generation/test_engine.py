@@ -212,10 +212,10 @@ def test_neither_the_batch_nor_its_width_nor_the_devices_change_a_causal_models_
 @pytest.mark.parametrize("name", ["tiny", "llama"])
 def test_a_text_ends_at_any_end_token_of_the_model_or_given_beside_them(request, name):
     tiny = request.getfixturevalue(name)
-    endless = dataclasses.replace(tiny.model, config=dataclasses.replace(tiny.model.config, end_tokens=()))
+    endless = dataclasses.replace(tiny.model, config=dataclasses.replace(tiny.model.config, eos_token_ids=()))
     never = by_prompt(generate(Engine(endless, tiny.mesh, LENGTH, 8, eos_ids=(39,)), tiny.params, tiny.sources))
     common = max(range(2, 39), key=lambda token: sum(token in text for text in never.values()))
-    several = dataclasses.replace(endless, config=dataclasses.replace(endless.config, end_tokens=(1, 39)))
+    several = dataclasses.replace(endless, config=dataclasses.replace(endless.config, eos_token_ids=(1, 39)))
     found = by_prompt(generate(Engine(several, tiny.mesh, LENGTH, 8, eos_ids=(common, 1)), tiny.params, tiny.sources))
     for i, text in never.items():
         assert found[i] == text[: next((at for at, token in enumerate(text) if token in (1, common)), len(text))]
@@ -223,7 +223,7 @@ def test_a_text_ends_at_any_end_token_of_the_model_or_given_beside_them(request,
 
 
 def test_a_model_whose_texts_would_never_end_is_an_error(llama):
-    model = dataclasses.replace(llama.model, config=dataclasses.replace(llama.model.config, end_tokens=()))
+    model = dataclasses.replace(llama.model, config=dataclasses.replace(llama.model.config, eos_token_ids=()))
     with pytest.raises(ValueError, match="no end token"):
         Engine(model, llama.mesh, LENGTH, 8)
 
