@@ -187,13 +187,13 @@ class Checkpoints:
         return found
 
     def _set_aside(self, step: int) -> epath.Path:
-        place = self.folder.parent / f"damaged-checkpoint-{step}"
+        aside = self.folder.parent / f"damaged-checkpoint-{step}"
         with hosts.first_then_others():
             if hosts.is_first():
-                files.remove(place)
-                (self.folder / str(step)).rename(place)
+                files.remove(aside)
+                (self.folder / str(step)).rename(aside)
         self._manager.reload()
-        return place
+        return aside
 
     def _clean(self) -> None:
         """Remove what Orbax has not finished writing."""

@@ -15,9 +15,9 @@ from jax_it.training.hooks import Patience
 from tests.tiny_run import losses, write_recipe
 
 
-def write(place, step, metrics):
-    place.eval(step).mkdir(parents=True, exist_ok=True)
-    (place.eval(step) / "metrics.json").write_text(json.dumps(metrics))
+def write(run_dir, step, metrics):
+    run_dir.eval(step).mkdir(parents=True, exist_ok=True)
+    (run_dir.eval(step) / "metrics.json").write_text(json.dumps(metrics))
 
 
 @pytest.mark.parametrize(
@@ -37,25 +37,25 @@ def write(place, step, metrics):
     ],
 )
 def test_training_ends_after_so_many_evaluations_without_a_better_score(tmp_path, metric, scores, step, over):
-    place = RunDir(tmp_path)
+    run_dir = RunDir(tmp_path)
     task, _, name = metric.rpartition("/")
     for number, value in scores.items():
-        write(place, number, {task or "all": {} if value is None else {name: value}})
-    assert bool(Patience(place, Eval(best=metric, patience=2)).over(step)) is over
-    assert not Patience(place, Eval(best=metric)).over(step)
+        write(run_dir, number, {task or "all": {} if value is None else {name: value}})
+    assert bool(Patience(run_dir, Eval(best=metric, patience=2)).over(step)) is over
+    assert not Patience(run_dir, Eval(best=metric)).over(step)
 
 
 def test_scores_that_come_late_count_from_then_on_and_a_half_written_file_does_not(tmp_path):
-    place = RunDir(tmp_path)
-    patience = Patience(place, Eval(patience=2))
-    write(place, 3, {"all": {"loss": 1.0}})
-    place.eval(4).mkdir()
-    (place.eval(6)).mkdir()
-    (place.eval(6) / "metrics.json").write_text('{"all": {"lo')
+    run_dir = RunDir(tmp_path)
+    patience = Patience(run_dir, Eval(patience=2))
+    write(run_dir, 3, {"all": {"loss": 1.0}})
+    run_dir.eval(4).mkdir()
+    (run_dir.eval(6)).mkdir()
+    (run_dir.eval(6) / "metrics.json").write_text('{"all": {"lo')
     assert not patience.over(9)
-    write(place, 4, {"all": {"loss": 1.0}})
+    write(run_dir, 4, {"all": {"loss": 1.0}})
     assert not patience.over(9)
-    write(place, 6, {"all": {"loss": 1.5}})
+    write(run_dir, 6, {"all": {"loss": 1.5}})
     assert patience.over(9) == "no better loss than that of step 3 in 2 evaluations (config.eval.patience=2)"
 
 
