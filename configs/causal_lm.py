@@ -4,13 +4,15 @@
         --config.data.train.0.path=train.jsonl --config.data.eval.0.path=validation.jsonl
     jax-it train --config causal_lm:llama-3.1-8b,lora --workdir runs/llama_lora
 
-The argument is a name of the table below. `,lora` trains adapters alone; for the two largest, above linear layers in
+The argument is a name of the table below. `,lora` trains adapters alone; for the three largest, above linear layers in
 4 bits (QLoRA). In training, all weights with gradients and optimizer state take 16 bytes a parameter:
 
     smollm2-135m     a laptop will do
     qwen2.5-0.5b     one accelerator of 16 GB or more
-    llama-3.2-3b     51 GB, split over devices; with adapters 6.4 GB
+    smollm3-3b       49 GB, split over devices; with adapters 6.2 GB
+    llama-3.2-3b     51 GB; with adapters 6.4 GB
     llama-3.1-8b     128 GB; with adapters 5.8 GB
+    gemma-2-9b       148 GB; with adapters 6.3 GB
     llama-3.1-70b    1.1 TB, over 64 chips or more; with adapters 41 GB
 """
 
@@ -34,8 +36,10 @@ class Model(NamedTuple):
 MODELS = {
     "smollm2-135m": Model("HuggingFaceTB/SmolLM2-135M-Instruct", 32, 1024, 5e-5, 5e-4, -1),
     "qwen2.5-0.5b": Model("Qwen/Qwen2.5-0.5B-Instruct", 64, 2048, 2e-5, 2e-4, -1),
+    "smollm3-3b": Model("HuggingFaceTB/SmolLM3-3B", 128, 4096, 1e-5, 2e-4, 1),
     "llama-3.2-3b": Model("meta-llama/Llama-3.2-3B-Instruct", 128, 4096, 1e-5, 2e-4, 1),
     "llama-3.1-8b": Model("meta-llama/Llama-3.1-8B-Instruct", 128, 4096, 1e-5, 2e-4, 1, "nf4"),
+    "gemma-2-9b": Model("google/gemma-2-9b-it", 128, 4096, 5e-6, 1e-4, 1, "nf4"),
     # XLA gathers weights more slowly among all chips of a slice than among half: two copies.
     "llama-3.1-70b": Model("meta-llama/Llama-3.1-70B-Instruct", 256, 4096, 5e-6, 1e-4, 2, "nf4"),
 }

@@ -66,6 +66,8 @@ def test_the_recipe_for_flan_t5_xl_holds_to_its_description():
         ("flan_t5:xxl", "google/flan-t5-xxl", 1024, -1, 0), ("flan_t5:ul2,128", "google/flan-ul2", 2048, -1, 0),
         ("causal_lm:smollm2-135m", "HuggingFaceTB/SmolLM2-135M-Instruct", 32, 1, 0),
         ("causal_lm:qwen2.5-0.5b,lora", "Qwen/Qwen2.5-0.5B-Instruct", 64, 1, 16),
+        ("causal_lm:smollm3-3b", "HuggingFaceTB/SmolLM3-3B", 128, -1, 0),
+        ("causal_lm:gemma-2-9b", "google/gemma-2-9b-it", 128, -1, 0),
         ("causal_lm:llama-3.2-3b", "meta-llama/Llama-3.2-3B-Instruct", 128, -1, 0),
         ("causal_lm:llama-3.1-8b,lora", "meta-llama/Llama-3.1-8B-Instruct", 128, -1, 16),
         ("causal_lm:llama-3.1-70b", "meta-llama/Llama-3.1-70B-Instruct", 256, -1, 0),
