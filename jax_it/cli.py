@@ -210,7 +210,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", type=_path, metavar="FILE", help="--summary: write it as JSON too")
     evaluate.add_argument("--csv", type=_path, metavar="FILE", help="--summary: write it as CSV too")
     evaluate.add_argument(
-        "--run-metric-code", action="store_true", help="run the Python that the run's own config names as a metric"
+        "--run-metric-code",
+        action="store_true",
+        help="run the Python that the run's own config names as a metric or as tasks of lm_eval",
     )
     evaluate.add_argument(
         "--run-model-code", action="store_true", help="let tasks run the programs that the model writes, under limits"

@@ -308,7 +308,10 @@ def check(config: Config, training: bool, saved: bool = False) -> None:
 
 def _is_of_task(config: Config) -> bool:
     """Return whether the score that ranks checkpoints is one of a task."""
-    return config.eval.best in [f"{task.name}/{metric}" for task in config.eval.tasks for metric in measured(task)]
+    best, tasks = config.eval.best, config.eval.tasks
+    if any(task.score == "lm_eval" and best.startswith(f"{task.name}/") for task in tasks):
+        return True  # which metrics it has is known to lm_eval alone
+    return best in [f"{task.name}/{metric}" for task in tasks for metric in measured(task)]
 
 
 def _check_sense(config: Config, training: bool) -> None:
@@ -340,7 +343,7 @@ def measured(task: Task) -> tuple[str, ...]:
     """Return the names of what a task measures over all examples, but for a user's metric that gives several."""
     names = {
         "generate": task.metrics, "multiple_choice": ("accuracy",), "perplexity": ("loss", "perplexity"),
-        "code_execution": task.metrics or ("pass@1",),
+        "code_execution": task.metrics or ("pass@1",), "lm_eval": (),
     }[task.score]  # fmt: skip
     return (*names, *(f"{name}_macro" for name in names)) if task.group_by else names
 
@@ -353,6 +356,9 @@ def _check_tasks(tasks: tuple[Task, ...]) -> None:
             raise UserError(f"{where}.name: {task.name!r} is not allowed; choose a name without '/' other than 'all'")
         if task.name in [other.name for other in tasks[:i]]:
             raise UserError(f"{where}.name: there are two tasks {task.name!r}; give each its own name")
+        if task.score == "lm_eval":
+            _check_lm_eval(task, where)
+            continue
         _check_source(task.data, f"{where}.data")
         if task.score == "multiple_choice" and not task.options:
             raise UserError(
@@ -374,18 +380,27 @@ def _check_tasks(tasks: tuple[Task, ...]) -> None:
             raise UserError(f"{where}.truncate='fewshot' needs shots; give some, or choose another")
         elif task.fewshot_by:
             raise UserError(f"{where}.fewshot_by has no effect without shots; leave it out")
-        if task.description and task.description_file:
-            raise UserError(f"{where}: description and description_file exclude each other; keep one")
         if not task.temperature and (task.samples > 1 or task.top_p < 1):
             raise UserError(f"{where}: samples and top_p need a temperature above 0: nothing is drawn without one")
         _check_answer(task.answer, f"{where}.answer")
 
 
+_OF_LM_EVAL = ("name", "score", "data", "num_fewshot", "chat", "max_prompt_length", "published")
 _GENERATING = ("generate", "code_execution")
 _ONLY_OF = {
     "options": ("multiple_choice",), "normalize": ("multiple_choice",), "metrics": _GENERATING, "answer": ("generate",),
     **dict.fromkeys(("max_new_tokens", "stop", "samples", "temperature", "top_p", "seed"), _GENERATING),
 }  # fmt: skip
+
+
+def _check_lm_eval(task: Task, where: str) -> None:
+    for field in dataclasses.fields(Task):
+        if field.name not in _OF_LM_EVAL and getattr(task, field.name) != getattr(Task(), field.name):
+            raise UserError(f"{where}.{field.name} has no effect with score='lm_eval'; leave it out")
+    if task.data != Source(path=task.data.path):
+        raise UserError(
+            f"{where}.data: score='lm_eval' reads only its path, a folder of task files; leave the rest out"
+        )
 
 
 def _check_answer(pattern: str, where: str) -> None:

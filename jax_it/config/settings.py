@@ -244,19 +244,19 @@ class Task:
     name: str = ""
     data: Source = field(default_factory=Source)  # of several templates, the first whose prompt is not too long
     # generate: metrics of generated text; rank: is the likeliest option the reference; perplexity: how likely is the
-    # (first) reference; run: do programs pass their test
-    score: Literal["generate", "multiple_choice", "perplexity", "code_execution"] = "generate"
+    # (first) reference; code_execution: do programs pass their test; lm_eval: the task of this name of the Language
+    # Model Evaluation Harness, or of the YAML files in the folder `data.path`, with its own prompts and metrics
+    score: Literal["generate", "multiple_choice", "perplexity", "code_execution", "lm_eval"] = "generate"
     options: str = ""  # of rank: Jinja text "A ||| B", or "{{ choices | join('|||') }}" of a field that is a list
     normalize: Literal["none", "tokens", "characters"] = "none"  # what an option's log-likelihood is divided by
     fewshot: Source = field(default_factory=Source)  # the examples before the question
     num_fewshot: int = 0
     fewshot_by: str = ""  # a field in which examples must agree with the record, for example "subject"
     description: str = ""  # Jinja text
-    description_file: str = ""  # or the text of this file, whose path is Jinja: "prompts/{{task}}.txt"
     fewshot_delimiter: str = "\n\n"
     target_delimiter: str = " "  # between a prompt and its answer, where both are plain text
     chat: bool = True  # by the model's chat template, if it has one: all of the prompt is one turn of the user
-    max_prompt_length: int = 0  # tokens of the longest prompt (and answer, of causal models); 0: that of `data`
+    max_prompt_length: int = 0  # tokens of a prompt (and answer, of causal models); 0: that of `data`; lm_eval: its own
     truncate: Literal["error", "fewshot", "end", "start"] = "error"  # longer ones lose few-shot examples, or tokens
     metrics: tuple[Name, ...] = ()  # of generate: as eval.metrics
     answer: str = ""  # of generate: a regular expression; its last match, or its group, is scored; "": the whole text
@@ -274,7 +274,6 @@ class Task:
         "num_shots": "num_fewshot",
         "shots_by": "fewshot_by",
         "preamble": "description",
-        "preamble_file": "description_file",
         "separator": "fewshot_delimiter",
         "delimiter": "target_delimiter",
         "length": "max_prompt_length",

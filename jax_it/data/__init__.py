@@ -50,6 +50,8 @@ def _commits(config: Config) -> dict[str, str]:
     every = [(source, f"config.data.train.{i}") for i, source in enumerate(config.data.train)]
     every += [(source, f"config.data.eval.{i}") for i, source in enumerate(config.data.eval)]
     for i, task in enumerate(config.eval.tasks):
+        if task.score == "lm_eval":  # it reads its data itself
+            continue
         every.append((task.data, f"config.eval.tasks.{i}.data"))
         if task.fewshot.path:
             every.append((task.fewshot, f"config.eval.tasks.{i}.fewshot"))

@@ -31,10 +31,10 @@ class _Question:
 
 
 def read(task: Task, where: str, data: Data, tokenizer: Tokenizer, format: Format, limit: int = 0) -> list[EvalExample]:
-    """Return the examples of a task, at most `limit` where that is not 0; `where` is its name in messages.
+    """Read the examples of a task, at most `limit` where that is not 0; `where` is its name in messages.
 
     Raises UserError that names the record: for what it lacks, an empty prompt, no reference, fewer than two options
-    or none that is the reference, too few shots, and a prompt that is too long under every template.
+    or none that is the reference, too few few-shot examples, and a prompt that is too long under every template.
     """
     shots = _Shots(task, where) if task.num_fewshot else None
     waiting: list[tuple[int, Record]] = []
@@ -76,24 +76,14 @@ def _question(task: Task, number: int, record: Record, template: str, shots: "_S
             raise UserError(f"{record.where}: the reference {references[0]!r} is not among the options: {listed}")
     if task.score == "perplexity":
         options = references[:1]
-    before = [_description(task, record)] if task.description or task.description_file else []
+    before = [templates.text(record, task.description)] if task.description else []
     before += shots.of(record)[:shown] if shots else []
     text = task.fewshot_delimiter.join([*before, asked.text])
     return _Question(number, record, (*example.turns[:-2], Turn("user", text)), references, options, shown)
 
 
-def _description(task: Task, record: Record) -> str:
-    if task.description:
-        return templates.text(record, task.description)
-    name = templates.text(record, task.description_file)
-    text = sources.read_text(name, f"{record.where}: its description_file")
-    # BIG-Bench Hard's begin with a mark for those who filter data, and a line that parts it from the prompt.
-    _, line, rest = text.partition("\n-----\n")
-    return (rest if line else text).strip()
-
-
 class _Shots:
-    """Examples with their answers, in the order of their source."""
+    """The few-shot examples with their answers, in the order of their source."""
 
     def __init__(self, task: Task, where: str):
         self._task, self._where = task, where
@@ -101,12 +91,14 @@ class _Shots:
         for record in sources.read(task.fewshot, f"{where}.fewshot"):
             example = templates.render(record, task.fewshot.template[0])
             if not example.prompt.strip() or not example.completion.strip():
-                raise UserError(f"{record.where}: a shot needs a prompt and an answer; fix or remove the record")
+                raise UserError(
+                    f"{record.where}: a few-shot example needs a prompt and an answer; fix or remove the record"
+                )
             text = f"{example.prompt}{task.target_delimiter}{example.completion.strip()}"
             self._by_value.setdefault(self._value(record), []).append((record, text))
 
     def of(self, record: Record) -> list[str]:
-        """Return the first shots that agree with the record, of which it is none itself."""
+        """Return the first few-shot examples that agree with the record, without the record itself."""
         number, value = self._task.num_fewshot, self._value(record)
         found = [text for shot, text in self._by_value.get(value, ()) if shot.fields != record.fields][:number]
         if len(found) < number:
@@ -122,7 +114,7 @@ class _Shots:
 
 
 def _value(record: Record, field: str, setting: str) -> str:
-    """Return a field as a text; the first of a list."""
+    """Return a field as text, or the first item of a list."""
     value = record.fields.get(field)
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
@@ -165,7 +157,7 @@ def _plain(question: _Question) -> str:
 
 
 def _answers(options: Sequence[tuple[_Question, str]], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompt and answer by the chat template, without what ends the turn."""
+    """Yield prompts and answers in the chat template, without the end of the turn."""
     talks = [(*question.turns, Turn("assistant", text)) for question, text in options]
     ends = chat.ends(tokenizer)
     for _, tokens, _, mask in chat.encode(talks, [question.record.where for question, _ in options], tokenizer, "last"):
@@ -180,7 +172,7 @@ def _answers(options: Sequence[tuple[_Question, str]], tokenizer: Tokenizer) -> 
 def _continuations(
     options: Sequence[tuple[_Question, str]], delimiter: str, tokenizer: Tokenizer
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompt and option of plain text, tokenized together."""
+    """Yield prompts and options of plain text, tokenized together."""
     prompts = [_plain(question).rstrip() for question, _ in options]
     alone = dict(zip(prompts, encoding.text_prompts(prompts, tokenizer), strict=True))
     whole = encoding.text_prompts(
@@ -201,7 +193,7 @@ def _fitted(
     format: Format,
     whole: bool,
 ) -> EvalExample | None:
-    """Return the example, its prompt cut where the task says so; None where it is too long and must stay whole."""
+    """Return the example, its prompt truncated if the task says so; None if it is too long and must stay whole."""
     causal = isinstance(format, CausalFormat)
     new = max((len(option.tokens) for option in made.options), default=task.max_new_tokens) if causal else 0
     room = (task.max_prompt_length or getattr(data, format.length_field)) - new
@@ -244,7 +236,7 @@ def _too_long(task: Task, where: str, question: _Question, length: int, new: int
 
 
 def _shortened(prompt: list[int], room: int, side: str, tokenizer: Tokenizer, causal: bool) -> list[int]:
-    """Return the prompt without what is too much at one end; its marks stay."""
+    """Truncate a prompt at one end; its special tokens stay."""
     if len(prompt) <= room:
         return prompt
     begins = 1 if tokenizer.start is not None and prompt[0] == tokenizer.start else 0

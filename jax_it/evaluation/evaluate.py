@@ -49,7 +49,7 @@ class EvalOptions:
         return re.sub(r"[^\w.-]+", "_", Path(file).stem + (f"-{arg}" if arg else ""))
 
     @cached_property
-    def settings(self) -> Mapping[str, Any]:
+    def file_settings(self) -> Mapping[str, Any]:
         """The settings of the config file, which runs once."""
         return settings.read(self.config) if self.config else {}
 
@@ -67,7 +67,7 @@ class EvalOptions:
         """Return a run's config with these options. Raises UserError that names the field."""
         tree = settings.to_dict(own)
         if self.config:
-            given = settings.to_dict(self.settings)  # a copy, to be changed
+            given = settings.to_dict(self.file_settings)  # a copy, to be changed
             tree["eval"] = given.get("eval", {})
             tree["data"] |= {"eval": [], "validation_size": 0}
             tree["data"] |= {
@@ -148,7 +148,7 @@ def evaluate_model(path: str, options: EvalOptions) -> Result:
     folder = files.locate(options.output)
     check_unused(folder)
     own = settings.Config(model=settings.Model(path=path))
-    if given := options.settings.get("data"):
+    if given := options.file_settings.get("data"):
         tree = settings.to_dict(own)
         own = settings.resolve(tree | {"data": tree["data"] | given}, training=False)
     config = options.resolve(own, ("eval", "data", "model.chat_template"))
@@ -188,11 +188,13 @@ def _check_metric_code(run_dir: RunDir, options: EvalOptions, own: Config, confi
 
     def code(config: Config) -> list[str]:
         lists = (config.eval.metrics, *(task.metrics for task in config.eval.tasks))
-        return [name for names in lists for name in names if metrics.is_custom(name)]
+        named = [f"as a metric, {name!r}" for names in lists for name in names if metrics.is_custom(name)]
+        folders = [task.data.path for task in config.eval.tasks if task.score == "lm_eval" and task.data.path]
+        return named + [f"as lm_eval's tasks, {folder!r}" for folder in folders]  # such a folder may hold Python
 
     if names := [name for name in code(config) if name in code(own)]:
         raise UserError(
-            f"the config of the run in {run_dir.path} names code as a metric, {names[0]!r}, and it would run here; "
+            f"the config of the run in {run_dir.path} names code {names[0]}, and it would run here; "
             "if you trust it, add --run-metric-code"
         )
 

@@ -158,7 +158,7 @@ def cell(value: float | None, name: str) -> str:
     """Return a metric's value as a table shows it."""
     if value is None:
         return ""
-    if ":" in name:  # a user's metric, on a scale of its own
+    if ":" in name or "," in name:  # a user's metric or one of lm_eval, on a scale of its own
         return f"{value:.4g}"
     return f"{value:.0f}" if name == "n" else f"{value:.4f}" if name in ("loss", "loss_macro") else f"{value:.1f}"
 

@@ -4,35 +4,21 @@ from collections.abc import Callable, Mapping
 from functools import cache
 
 from jax_it import data, metrics
-from jax_it.config import Config, Task
 from jax_it.data import tasks
 from jax_it.data.evaluation_set import EvalSet
-from jax_it.data.formats import Format
-from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import Interrupted, UserError, first_line
+from jax_it.evaluation import evaluators, lm_eval_task
 from jax_it.evaluation.code_execution import CodeExecution
-from jax_it.evaluation.evaluators import (
-    ALL,
-    TASK,
-    Evaluator,
-    Generate,
-    HeldOut,
-    MultipleChoice,
-    Perplexity,
-    Stopped,
-)
+from jax_it.evaluation.evaluators import ALL, TASK, Evaluator, Stopped
 from jax_it.metrics import Result
 from jax_it.models import Params
 from jax_it.run import Run
 from jax_it.run_checks import check_room
 
 EVALUATORS: dict[str, Callable[..., Evaluator]] = {
-    "generate": Generate, "multiple_choice": MultipleChoice, "perplexity": Perplexity, "code_execution": CodeExecution,
+    "generate": evaluators.Generate, "multiple_choice": evaluators.MultipleChoice, "perplexity": evaluators.Perplexity,
+    "code_execution": CodeExecution, "lm_eval": lm_eval_task.LmEvalTask,
 }  # fmt: skip
-
-
-def never() -> bool:
-    return False
 
 
 class Suite:
@@ -42,46 +28,37 @@ class Suite:
     """
 
     def __init__(self, run: Run, examples: Mapping[str, EvalSet]):
-        self.run, config = run, run.config
-        metrics.check(config.eval.metrics)
-        self._make: dict[str, Callable[[], Evaluator]] = {}
+        self.run, self._examples = run, examples
+        metrics.check(run.config.eval.metrics)
+        self._evaluators: dict[str, Callable[[], Evaluator]] = {}
         if ALL in examples:
-            held_out = HeldOut(examples[ALL], run)
-            self._make[ALL] = lambda: held_out
-        for number, task in enumerate(config.eval.tasks):
-            self._make[task.name] = cache(_maker(number, task, run, examples.get(task.name)))
-        self._raises = not config.eval.tasks
+            held_out = evaluators.HeldOut(examples[ALL], run)
+            self._evaluators[ALL] = lambda: held_out
+        for number, task in enumerate(run.config.eval.tasks):
+            self._evaluators[task.name] = cache(lambda number=number: self._make(number))
 
-    def __call__(self, params: Params, should_stop: Callable[[], bool] = never) -> Result:
+    def _make(self, number: int) -> Evaluator:
+        task = self.run.config.eval.tasks[number]
+        found = self._examples[task.name] if task.name in self._examples else _read_task(number, self.run)
+        return EVALUATORS[task.score](task, found.examples, self.run)
+
+    def __call__(self, params: Params, should_stop: Callable[[], bool] = lambda: False) -> Result:
         """Return the scores of all tasks. One that fails has its reason in `errors`, and does not affect the others.
 
-        Raises Stopped as its evaluators do, and what data.eval raises where there are no other tasks.
+        Raises Stopped as its evaluators do, and what data.eval raises if there are no other tasks.
         """
         result = Result({}, [])
-        for name, make in self._make.items():
+        for name, evaluator in self._evaluators.items():
             try:
-                result = result.merge(make()(params, should_stop))
+                result = result.merge(evaluator()(params, should_stop))
             except (Stopped, Interrupted):
                 raise
             except Exception as error:
-                if self._raises:
+                if not self.run.config.eval.tasks:
                     raise
                 reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
                 result = result.merge(Result({}, [], errors={name: {TASK: reason}}))
         return result
-
-
-def _maker(number: int, task: Task, run: Run, examples: EvalSet | None) -> Callable[[], Evaluator]:
-    def make() -> Evaluator:
-        found = examples or _read_task(number, task, run.config, run.tokenizer, run.format)
-        return EVALUATORS[task.score](task, found.examples, run)
-
-    return make
-
-
-def _read_task(number: int, task: Task, config: Config, tokenizer: Tokenizer, format: Format) -> EvalSet:
-    where = f"config.eval.tasks.{number}"
-    return EvalSet(tasks.read(task, where, config.data, tokenizer, format, config.eval.limit))
 
 
 def within_training(run: Run) -> Suite | None:
@@ -90,19 +67,20 @@ def within_training(run: Run) -> Suite | None:
     Everything that the config evaluates on is read either way, so that what `jax-it eval` would not find after
     training is refused before it.
     """
-    examples = read_examples(run.config, run.tokenizer, run.format)
+    examples = read_examples(run)
     return Suite(run, examples) if run.config.eval.every.value or run.config.eval.at_start else None
 
 
-def read_examples(config: Config, tokenizer: Tokenizer, format: Format) -> dict[str, EvalSet]:
+def read_examples(run: Run) -> dict[str, EvalSet]:
     """Read the examples of every task, whether it is evaluated within training or after it.
 
     Raises UserError for what is missing, empty or malformed, and for unknown metrics.
     """
+    config = run.config
     within = bool(config.eval.every.value or config.eval.at_start)
     examples: dict[str, EvalSet] = {}
     if config.data.eval or within:
-        held_out = data.build_eval(config.data, tokenizer, format, config.eval.limit)
+        held_out = data.build_eval(config.data, run.tokenizer, run.format, config.eval.limit)
         if held_out is not None:
             examples[ALL] = held_out
     if within and not examples and not config.eval.tasks:
@@ -110,24 +88,30 @@ def read_examples(config: Config, tokenizer: Tokenizer, format: Format) -> dict[
             "config.eval.every needs examples: set config.data.eval, config.data.validation_size or eval.tasks"
         )
     for number, task in enumerate(config.eval.tasks):
-        examples[task.name] = _read_task(number, task, config, tokenizer, format)
+        examples[task.name] = _read_task(number, run)
         if task.score == "generate":
             metrics.check(task.metrics, f"config.eval.tasks.{number}.metrics")
     return examples
 
 
-def after_training(run: Run, where: str) -> Suite:
+def _read_task(number: int, run: Run) -> EvalSet:
+    config = run.config
+    task, where = config.eval.tasks[number], f"config.eval.tasks.{number}"
+    if task.score == "lm_eval":  # it reads them itself
+        lm_eval_task.check(task)
+        return EvalSet([])
+    return EvalSet(tasks.read(task, where, config.data, run.tokenizer, run.format, config.eval.limit))
+
+
+def after_training(run: Run, what: str) -> Suite:
     """Return what `jax-it eval` evaluates. What cannot be read costs only its own scores.
 
-    Raises UserError where there is nothing to evaluate; `where` is what the config is that of.
+    Raises UserError, which names `what` is evaluated, where there is nothing to evaluate it on.
     """
     config = run.config
     check_room(run.model, config)
     held_out = data.build_eval(config.data, run.tokenizer, run.format, config.eval.limit, strict=False)
     if not config.eval.tasks and (held_out is None or not held_out.examples):
-        nothing = (
-            f"{where} has nothing to evaluate on: set config.data.eval, config.data.validation_size or "
-            "config.eval.tasks"
-        )
-        raise UserError("; ".join(held_out.errors.values()) if held_out else nothing)
+        nothing = f"{what} has nothing to evaluate on: set config.data.eval, config.data.validation_size or "
+        raise UserError("; ".join(held_out.errors.values()) if held_out else f"{nothing}config.eval.tasks")
     return Suite(run, {} if held_out is None else {ALL: held_out})

@@ -1,7 +1,7 @@
-"""A model of ours as lm_eval sees it: text in, log-likelihoods and texts out.
+"""Our models for lm_eval: text in, log-likelihoods and texts out.
 
 Texts become tokens as lm_eval's own Transformers model makes them, so that scores compare: special tokens as the
-tokenizer sets them unless the text begins with one, too long a text cut at its left.
+tokenizer sets them unless the text begins with one, a text that is too long truncated at its left.
 """
 
 import json
@@ -13,16 +13,16 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from tqdm import tqdm
 
-from jax_it import sharding
 from jax_it.data import chat
 from jax_it.data.templates import Turn
 from jax_it.errors import UserError
 from jax_it.generation import GREEDY, Engine, Sampling, StopStrings, generate
 from jax_it.generation.likelihood import LikelihoodRequest, Likelihoods
-from jax_it.run import load
+from jax_it.models import Params
+from jax_it.run import Run, load_run
 
-BATCH, LENGTH, NEW = 32, 2048, 256  # where nothing else is said; the last two are lm_eval's
-LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")  # what configurations call their greatest length
+BATCH, LENGTH, NEW = 32, 2048, 256  # defaults; the last two are lm_eval's
+LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")  # what configurations call their maximum length
 TOKENS = (
     "max_gen_toks",
     "max_new_tokens",
@@ -35,46 +35,33 @@ SAMPLING: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-class HarnessModel(TemplateLM):
-    """`path` is a run's folder, one in Transformers or PEFT format, or a hub name.
+class LoadedModel(TemplateLM):
+    """A model and its weights. `between_batches` is called after each batch, equally often on all hosts.
 
-    `max_length` in tokens cuts prompts, and windows of long texts; 0: as the model's configuration says.
+    `max_length` in tokens truncates prompts, and is the window of long texts; 0: as the model's configuration says.
     """
 
     def __init__(
-        self,
-        path: str = "",
-        max_length: int = 0,
-        batch_size: int | str | None = None,
-        max_batch_size: int | None = None,  # lm_eval gives all models these two, which say nothing here:
-        device: str | None = None,  # all devices of JAX are taken
-        seed: int = 0,
-        **unknown: Any,
+        self, run: Run, params: Params, name: str, max_length: int = 0, batch_size: int = BATCH, seed: int = 0
     ):
         super().__init__()
-        if unknown or not path:
-            wrong = f"does not know {', '.join(unknown)}" if unknown else "needs path=DIR"
-            raise UserError(f"--model_args of jax_it {wrong}; it takes path, max_length and seed")
-        if jax.process_count() > 1:
-            raise UserError("lm_eval's command line runs on one host; this is one of several")
-        self.path, self._seed = path, int(seed)
-        self._model, self._params, self._tokenizer = load(path)
+        self.path, self.params, self.batch_size, self._seed = name, params, batch_size, seed
+        self.between_batches: Callable[[], None] = lambda: None
+        self._model, self._tokenizer, self._mesh = run.model, run.tokenizer, run.mesh
         self.backend = "causal" if self._model.kind == "causal" else "seq2seq"
         self.tokenizer = self._tokenizer.backend  # lm_eval asks it for its chat template
-        self._mesh = sharding.make_mesh(sharding.inference_mesh(self._model.parameter_count))
-        self.batch_size = BATCH if batch_size in (None, "auto") else _positive("--batch_size", batch_size)
-        self.max_length = _positive("max_length", max_length) if max_length else self._greatest_length()
+        self.max_length = max_length or self._default_max_length()
         self._chat = False
-        self._likelihoods = Likelihoods(self._model, self._mesh, self.batch_size)
+        self._likelihoods = Likelihoods(self._model, self._mesh, batch_size)
         self._engines: dict[tuple[Sampling, int, bool], Engine] = {}
 
-    def _greatest_length(self) -> int:
+    def _default_max_length(self) -> int:
         values = self._model.values
         for name in LENGTHS:
             if isinstance(length := values.get(name), int):
                 return length
         length = self.tokenizer.model_max_length
-        return length if length < 1 << 30 else LENGTH  # what tokenizers without a limit say is beyond all
+        return length if length < 1 << 30 else LENGTH  # tokenizers without a limit say a huge number
 
     # Tokens
 
@@ -84,7 +71,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has nothing before it."""
+        """The token that a text starts with if nothing comes before it."""
         start = self.tokenizer.bos_token_id
         return self._tokenizer.end if start is None else start
 
@@ -121,7 +108,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Return the log-likelihoods in nats of (key, context, continuation), of one context together."""
+        """Score (key, context, continuation), in nats; requests with the same context are computed together."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for i, (key, context, continuation) in enumerate(requests):
             if not continuation or len(continuation) > self.max_length:
@@ -135,16 +122,17 @@ class HarnessModel(TemplateLM):
         asked = [LikelihoodRequest(context, [requests[i][2] for i in group]) for context, group in groups.items()]
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), desc="log-likelihoods", disable=disable_tqdm or None) as bar:
-            for index, likelihoods in self._likelihoods(self._params, asked):
+            for index, likelihoods in self._likelihoods(self.params, asked):
                 for i, likelihood in zip(members[index], likelihoods, strict=True):
                     answers[i] = (likelihood.log_prob, likelihood.greedy)
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
                 bar.update(len(members[index]))
+                self.between_batches()
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihoods in nats of whole texts, in windows of the greatest length."""
+        """Score whole texts, in nats, in windows of the maximum length that contain each token once."""
         windows, owners = [], []
         for i, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -161,7 +149,7 @@ class HarnessModel(TemplateLM):
     # Texts
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the text after each context, up to the first of its stop strings."""
+        """Generate the text after each context, up to the first of its stop strings."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
@@ -177,11 +165,12 @@ class HarnessModel(TemplateLM):
                 room = self.max_length - new if self.backend == "causal" else self.max_length
                 prompts = [self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in group]
                 stop = StopStrings(until, self._tokenizer.decode) if until else None
-                for output in generate(self._engine(sampling, new), self._params, prompts, stop=stop):
+                for output in generate(self._engine(sampling, new), self.params, prompts, stop=stop):
                     i = group[output.request_id]
                     texts[i] = cut(self._tokenizer.decode(output.tokens), until)
                     self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
                     bar.update()
+                    self.between_batches()
         return texts
 
     def _engine(self, sampling: Sampling, new: int) -> Engine:
@@ -192,10 +181,33 @@ class HarnessModel(TemplateLM):
         return self._engines[key]
 
 
-def read_settings(settings: Mapping[str, Any], seed: int = 0) -> tuple[Sampling, int, tuple[str, ...]]:
-    """Read how to choose tokens, how many new ones at most, and the strings that end a text, of a task's own settings.
+class HarnessModel(LoadedModel):
+    """A model for lm_eval's command line: a run's folder, one in Transformers or PEFT format, or a hub name."""
 
-    Raises UserError for one that is not known here.
+    def __init__(
+        self,
+        path: str = "",
+        max_length: int = 0,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,  # lm_eval passes these two to every model; they have no effect here:
+        device: str | None = None,  # all devices of JAX are used
+        seed: int = 0,
+        **unknown: Any,
+    ):
+        if unknown or not path:
+            wrong = f"does not know {', '.join(unknown)}" if unknown else "needs path=DIR"
+            raise UserError(f"--model_args of jax_it {wrong}; it takes path, max_length and seed")
+        if jax.process_count() > 1:
+            raise UserError("lm_eval's command line runs on one host; this is one of several")
+        run, params = load_run(path)
+        batch = BATCH if batch_size in (None, "auto") else _positive("--batch_size", batch_size)
+        super().__init__(run, params, path, _positive("max_length", max_length) if max_length else 0, batch, int(seed))
+
+
+def read_settings(settings: Mapping[str, Any], seed: int = 0) -> tuple[Sampling, int, tuple[str, ...]]:
+    """Read a task's generation settings: how to sample, how many new tokens at most, and the stop strings.
+
+    Raises UserError for an unknown setting.
     """
     rest = dict(settings)
     until = rest.pop("until", None) or ()
@@ -212,14 +224,14 @@ def read_settings(settings: Mapping[str, Any], seed: int = 0) -> tuple[Sampling,
     if unknown := [name for name, value in rest.items() if value is not None]:
         known = ", ".join(["until", *TOKENS, "do_sample", "temperature", *SAMPLING])
         raise UserError(f"a task's generation setting {unknown[0]!r} is not known; there are: {known}")
-    if not temperature:  # of these a greedy choice takes no notice
+    if not temperature:  # greedy decoding does not use these
         chosen = {name: value for name, value in chosen.items() if name not in ("top_k", "top_p", "min_p", "seed")}
     sampling = GREEDY._replace(temperature=temperature, **({"seed": seed} | chosen if temperature else chosen))
     return sampling, lengths[0] if lengths else NEW, tuple(string for string in until if string)
 
 
 def cut(text: str, until: Sequence[str]) -> str:
-    """Return the text cut at each of the strings in turn, as lm_eval's own models do it."""
+    """Cut the text at each of the strings in turn, as lm_eval's own models do."""
     for string in until:
         text = text.split(string)[0]
     return text

@@ -1,6 +1,6 @@
 """Scores of generated texts against references: ROUGE, BLEU, chrF, TER, exact matches and F1, and a user's own.
 
-`rouge`, `translation`, `answers` and `ifeval` say what each counts, and how it treats several references. A name's
+`rouge`, `translation` and `answers` say what each counts, and how it treats several references. A name's
 ending says how a text is cut into words where it is not the metric's own way: `rougeL_chars`, `bleu_zh`.
 """
 
@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 
 from jax_it.errors import UserError
-from jax_it.metrics import answers, bootstrap, custom, ifeval, rouge, translation
+from jax_it.metrics import answers, bootstrap, custom, rouge, translation
 from jax_it.metrics.answers import find_final_number
 from jax_it.metrics.custom import is_custom
 from jax_it.metrics.languages import advice, characters
@@ -44,7 +44,6 @@ METRICS: dict[str, Metric] = {
     "squad_f1_chars": answers.squad_f1(of_characters=True),
     "token_f1": answers.squad_f1(),
     "final_number": answers.final_number(),
-    **ifeval.METRICS,
 }
 
 
@@ -123,7 +122,7 @@ def measure(
 
 
 class _Own:
-    """A user's metric on some examples: called once over all, and for a group only where that does not tell."""
+    """A user's metric: called once on all examples, and on a group only if that result is not by example."""
 
     def __init__(self, name: str, predictions: Predictions, references: References):
         self._name, self._predictions, self._references = name, predictions, references
@@ -134,7 +133,7 @@ class _Own:
             self._over_all = error
 
     def over(self, chosen: list[int]) -> dict[str, float | Array]:
-        """Return the metric of the chosen examples. Raises UserError where the metric fails on them."""
+        """Return its values on the chosen examples. Raises UserError where it fails on them."""
         if chosen == list(range(len(self._predictions))):
             if isinstance(self._over_all, UserError):
                 raise self._over_all
@@ -147,7 +146,7 @@ class _Own:
 
 
 def check(names: Sequence[str], where: str = "config.eval.metrics") -> None:
-    """Refuse a metric that is unknown, or whose packages or function are missing: called before a run starts.
+    """Refuse a metric that is unknown, or whose packages or function are missing, before a run starts.
 
     `where` is the setting that names the metrics.
     """
@@ -157,18 +156,23 @@ def check(names: Sequence[str], where: str = "config.eval.metrics") -> None:
             custom.load(name)
         elif name in METRICS:
             translation.check(name)
-            ifeval.check(name)
         else:
             close = difflib.get_close_matches(name.lower(), lower, n=1)
             hint = f"did you mean {lower[close[0]]!r}? " if close else ""
-            there = f"there are: {', '.join(METRICS)}, and your own as FILE.py:FUNCTION"
-            raise UserError(f"{where}: metric {name!r} is not known; {hint}{there}")
+            known = f"there are: {', '.join(METRICS)}, and your own as FILE.py:FUNCTION"
+            raise UserError(f"{where}: metric {name!r} is not known; {hint}{known}")
 
 
 def lower_is_better(name: str) -> bool:
-    """Return whether less of a metric, or of its mean over groups, is better. Of a user's own metric, more is."""
-    name = name.removesuffix("_macro")
-    return name in ("loss", "perplexity") or (name in METRICS and METRICS[name].lower_is_better)
+    """Return whether less of a metric, or of its mean over groups, is better. Of a user's own metric, more is.
+
+    The metrics of lm_eval have a filter in their names, as "word_perplexity,none".
+    """
+    name = name.removesuffix("_macro").split(",")[0]
+    return name in _LOWER_IS_BETTER or (name in METRICS and METRICS[name].lower_is_better)
+
+
+_LOWER_IS_BETTER = ("loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score")
 
 
 def _check_examples(predictions: Predictions, references: References) -> None:

@@ -1,4 +1,4 @@
-"""What a metric is: a few numbers for each example, and a value from their sums over any of the examples.
+"""A metric is a few numbers for each example, and a value from their sums over any of the examples.
 
 `Result` is what all evaluations return.
 """
@@ -44,9 +44,9 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """A mean of examples' scores has one number for each example; BLEU has its counts of n-grams and lengths.
+    """A mean over examples has one number for each example; BLEU has its counts of n-grams and lengths.
 
-    Since only sums count, a bootstrap draws rows of numbers and never looks at the texts again.
+    Because only sums count, a bootstrap draws rows of numbers and never reads the texts again.
     """
 
     statistics: Callable[[Predictions, References], Array]  # [examples, numbers]
@@ -58,28 +58,28 @@ class Metric:
 
 
 def value(values: Values, rows: Array) -> float:
-    """Return a metric over all examples, of their `rows` of numbers [examples, numbers]."""
-    sums = np.array([[math.fsum(column) for column in rows.T]])  # exact, so the order of the examples is nothing
+    """Compute a metric over all examples from their `rows` of numbers [examples, numbers]."""
+    sums = np.array([[math.fsum(column) for column in rows.T]])  # exact, so the order of the examples has no effect
     return float(values(sums, len(rows))[0])
 
 
 def mean(sums: Array, examples: int) -> Array:
-    """`values` of a metric that is the mean over examples, whatever its scale."""
+    """Compute the mean over examples, on any scale."""
     return sums[:, 0] / examples
 
 
 def percent(sums: Array, examples: int) -> Array:
-    """`values` of a metric that is the mean over examples of scores from 0 to 1, from 0 to 100."""
+    """Compute the mean over examples of scores from 0 to 1, as a number from 0 to 100."""
     return 100 * (sums[:, 0] / examples)
 
 
 def perplexity(loss: float) -> float:
-    """Return the perplexity of so many nats a token; infinite where it is no float."""
+    """Compute the perplexity of a loss in nats per token; infinite where it overflows."""
     return math.exp(loss) if loss < 700 else math.inf if loss == loss else loss
 
 
 def best_of(score: Callable[[str, str], float]) -> Metric:
-    """Return the mean over examples of a score from 0 to 1, for the reference where it is best."""
+    """Return the mean over examples of a score from 0 to 1 of (prediction, reference), for the best reference."""
 
     def statistics(predictions: Predictions, references: References) -> Array:
         examples = zip(predictions, references, strict=True)

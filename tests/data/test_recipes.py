@@ -86,11 +86,11 @@ def test_one_recipe_serves_several_models(arg, path, batch_size, fsdp, rank):
 def test_a_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert settings.read("t0_t5_small:random") == settings.read(f"{ROOT}/configs/t0_t5_small.py:random")
-    assert settings.read("mmlu") == settings.read(f"{ROOT}/configs/benchmarks/mmlu.py")
+    assert settings.read("super_ni") == settings.read(f"{ROOT}/configs/benchmarks/super_ni.py")
 
 
 def test_a_name_that_is_not_a_recipe_lists_those_there_are():
-    with pytest.raises(UserError, match=r"there is no recipe 't0', only causal_lm, .*, mmlu, super_ni; to name a"):
+    with pytest.raises(UserError, match=r"there is no recipe 't0', only causal_lm, .*, lm_eval, super_ni; to name a"):
         settings.load("t0:random")
     with pytest.raises(UserError, match=r"config file .*quickstart\.py does not exist"):
         settings.load("quickstart.py")  # a path, though its name is a recipe's
@@ -115,7 +115,7 @@ def test_the_recipes_are_in_the_wheel(tmp_path):
     assert out == f"{site}/jax_it/__init__.py bigscience/P3\n"
     shipped = site / "jax_it" / "configs"
     assert sorted(file.name for file in shipped.glob("*.py")) == [file.name for file in RECIPES]
-    assert (shipped / "benchmarks" / "mmlu.py").is_file()
+    assert (shipped / "benchmarks" / "super_ni.py").is_file()
 
 
 # Rendering: column names, types and nesting are those of the data sets' cards

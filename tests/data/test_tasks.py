@@ -81,16 +81,6 @@ def test_a_record_is_no_shot_of_its_own(folder):
     assert read(with_shots(folder))[0].prompt.startswith("one and two a three")
 
 
-def test_a_description_may_come_from_a_file_without_the_mark_above_it(folder):
-    (folder / "sums.txt").write_text("do not train on this\n-----\nadd up\n")
-    (folder / "words.txt").write_text(" choose ")
-    found = read(task(folder, description_file=f"{folder}/{{{{subject}}}}.txt"))
-    assert [example.prompt for example in found] == ["add up\n\none and one a", "choose\n\na word a"]
-    (folder / "words.txt").unlink()
-    message = refusal(task(folder, description_file=f"{folder}/{{{{subject}}}}.txt"))
-    assert message.startswith(f"{folder}/test.jsonl, line 2: its description_file: {folder}/words.txt cannot be read")
-
-
 def test_an_encoder_decoder_s_option_ends_with_the_end_mark(folder):
     first, _ = read(task(folder, score="multiple_choice", options=OPTIONS))
     assert [(option.text, option.tokens) for option in first.options] == [
@@ -233,7 +223,7 @@ def test_too_few_shots_of_a_subject_are_refused(folder):
         "is 'words', fewer than num_fewshot=3; lower that, or add some"
     )
     write(folder / "dev.jsonl", [{**SHOTS[0], "choices": ["six", ""]}])
-    assert "dev.jsonl, line 1: a shot needs a prompt and an answer" in refusal(with_shots(folder))
+    assert "dev.jsonl, line 1: a few-shot example needs a prompt and an answer" in refusal(with_shots(folder))
     write(folder / "dev.jsonl", [{**SHOTS[0], "subject": None}])
     message = "no field 'subject', which config.eval.tasks.0.fewshot_by names"
     assert message in refusal(with_shots(folder))

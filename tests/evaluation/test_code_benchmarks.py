@@ -1,4 +1,4 @@
-"""The config files of HumanEval and IFEval, on records of their data sets' form."""
+"""The config file of HumanEval, on records of its data set's form."""
 
 import json
 from pathlib import Path
@@ -78,25 +78,3 @@ def test_humaneval_scores_what_a_model_writes(problems, finished, monkeypatch, t
     assert make_suite(model, tokenizer, None, settings, None, mesh)(params).metrics == {
         "humaneval": {"pass@1": score, "n": 1, "unfinished": 0}
     }
-
-
-def test_ifevals_references_are_what_its_metrics_read(tmp_path):
-    row = {
-        "key": 1000,
-        "prompt": "Say 'hi' <b>& more</b> ||| in 3 words.",
-        "instruction_id_list": ["punctuation:no_comma", "startend:end_checker"],
-        "kwargs": [{"num_words": None, "end_phrase": None}, {"num_words": None, "end_phrase": 'It\'s "done" <&>'}],
-    }
-    file = tmp_path / "input_data.jsonl"
-    file.write_text(f"{json.dumps(row)}\n")
-    (example,) = read(load(f"ifeval.py:{file}"))
-    assert example.prompt == row["prompt"]
-    (reference,) = example.references
-    assert json.loads(reference) == {name: row[name] for name in ("instruction_id_list", "kwargs")}
-
-
-def test_ifeval_is_the_hubs_data_set_or_a_file():
-    (task,) = load("ifeval.py").eval.tasks
-    assert (task.data.path, task.data.split, task.score, task.chat) == ("google/IFEval", "train", "generate", True)
-    assert task.metrics[0] == "ifeval" and len(task.metrics) == 5
-    assert load("ifeval.py:data/input_data.jsonl").eval.tasks[0].data.path == "data/input_data.jsonl"

@@ -177,6 +177,14 @@ def test_python_that_a_runs_config_names_as_a_metric_runs_only_where_the_user_al
     assert "add --run-metric-code" in line and not ran.exists()
 
 
+def test_a_folder_of_lm_evals_tasks_that_a_runs_config_names_is_code_too(run, capfd):
+    saved = json.loads((run / "config.json").read_text())
+    saved["config"]["eval"]["tasks"] = [{"name": "mine", "score": "lm_eval", "data": {"path": "folder"}}]
+    (run / "config.json").write_text(json.dumps(saved))
+    line = fails(capfd, "eval", "--workdir", run)
+    assert f"the run in {run} names code as lm_eval's tasks, 'folder'" in line and "add --run-metric-code" in line
+
+
 def test_python_that_the_user_names_or_allows_runs(run, ran, other, tmp_path, capfd):
     metric = f"{ran.parent}/own.py:f"
     text = other.read_text().replace("config.eval.limit", f"config.eval.metrics = ({metric!r},)\n    config.eval.limit")

@@ -255,11 +255,11 @@ def test_examples_that_fail_cost_the_tasks_nothing(parts, folder, monkeypatch):
     def fails(params, should_stop):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setitem(one._make, "all", lambda: fails)
+    monkeypatch.setitem(one._evaluators, "all", lambda: fails)
     scored = one(params)
     assert list(scored.metrics) == ["ranked"] and scored.errors == {"all": {TASK: "RuntimeError: out of memory"}}
     alone = evaluator(with_examples=True)
-    monkeypatch.setitem(alone._make, "all", lambda: fails)
+    monkeypatch.setitem(alone._evaluators, "all", lambda: fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         alone(params)
 

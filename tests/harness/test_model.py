@@ -49,7 +49,7 @@ def full_pass(model, batch):
         return model._model.logits(model._model.head(params), model._model.apply(params, batch))
 
     compiled = FULL.setdefault(model.path, jax.jit(logits))
-    return np.asarray(compiled(model._params, batch))[0]
+    return np.asarray(compiled(model.params, batch))[0]
 
 
 def by_full_pass(model, context, continuation):

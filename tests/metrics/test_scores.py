@@ -16,7 +16,6 @@ from tests.metrics.texts import PREDICTIONS, RAGGED, REFERENCES
 
 # All but those that need packages or a file of their own, and those whose references are no texts to compare with.
 EVERYWHERE = [name for name in metrics.METRICS if name not in ("bleu_ja", "bleu_ko", "bleu_flores200")]
-EVERYWHERE = [name for name in EVERYWHERE if not name.startswith("ifeval")]
 
 
 def test_scores_of_examples_are_averaged():
