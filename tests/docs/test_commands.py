@@ -64,7 +64,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the programs that pages call, of which `jax-it` is this checkout's."""
     root = tmp_path_factory.mktemp("documented")
     smollm2 = checkpoint("smollm2")
-    for name, values, tokenizer in (("causal", CAUSAL, smollm2), ("t5", T5, tokenizers.train(TEXTS, 300))):
+    for name, values, tokenizer in (
+        ("causal", CAUSAL, smollm2),
+        ("t5", T5, tokenizers.train([*TEXTS, "0 1 2 3 4 5 6 7 8 9"], 320)),
+    ):
         values = {**values, "vocab_size": tokenizer.size, "eos_token_id": tokenizer.end}
         model = models.build(values, "the test", config.Model())
         jax_it.save(root / name, model, jax.jit(model.init)(jax.random.key(0)), tokenizer)
