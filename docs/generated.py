@@ -85,7 +85,7 @@ def names() -> set[str]:
 
 def canonical(name: str) -> str:
     """The name that the reference has: "--config.data.eval.1.path" is the setting data.train.0.path."""
-    name = re.sub(r"\.\d+(?=\.)", ".0", name.removeprefix("--").removeprefix("config."))
+    name = re.sub(r"\.(\d+|N)(?=\.)", ".0", name.removeprefix("--").removeprefix("config."))
     return name.replace("data.eval.0.", "data.train.0.", 1)
 
 
