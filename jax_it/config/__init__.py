@@ -75,7 +75,7 @@ def to_dict(value: Any, where: str = "config", outer: tuple[int, ...] = ()) -> A
 
 
 def load(path: str, overrides: Mapping[str, str] | None = None) -> Config:
-    """Return the config of a file, "FILE" or "FILE:ARG", with dotted overrides such as {"train.seed": "1"}."""
+    """Return the config of a file, `FILE` or `FILE:ARG`, with dotted overrides such as {"train.seed": "1"}."""
     return resolve(override(read(path), overrides or {}))
 
 
