@@ -1,4 +1,4 @@
-"""Settings: `default`, which a config file changes, and `resolve`, which makes of it what the code works with.
+"""Settings: config files change the `default` ones, and `resolve` checks and freezes them.
 
 A config file's `get_config(arg="")` takes `default()`, an `ml_collections.ConfigDict`, and changes what it needs.
 `resolve` turns it into the frozen dataclasses of `settings`: an unknown key, a wrong type or an impossible combination
@@ -50,10 +50,10 @@ def default() -> ml_collections.ConfigDict:
 
 
 def to_dict(value: Any, where: str = "config", outer: tuple[int, ...] = ()) -> Any:
-    """Return a config, or a `ConfigDict`, as plain dicts, lists, texts and numbers: what JSON holds.
+    """Convert a config or `ConfigDict` to plain dicts, lists, strings and numbers, which JSON can hold.
 
-    Raises UserError for what contains itself, or is nested too deeply to be read back; `outer` are the ids of what
-    the value stands in.
+    `outer` holds the ids of the values that contain this one. Raises UserError for a value that contains itself or is
+    nested too deeply to be read back.
     """
     if isinstance(value, Duration):
         return str(value)
@@ -80,7 +80,7 @@ def load(path: str, overrides: Mapping[str, str] | None = None) -> Config:
 
 
 def override(tree: dict[str, Any], changes: Mapping[str, str]) -> dict[str, Any]:
-    """Return the tree, with its entries at dotted names changed."""
+    """Change the tree's entries at dotted names, and return the tree."""
     for name, text in changes.items():
         typed.override(tree, name, text, raw=("model", "architecture"))
     return tree
@@ -90,7 +90,7 @@ def read(path: str) -> dict[str, Any]:
     """Read the settings of a file or recipe, "FILE", "FILE:ARG", "NAME" or "NAME:ARG", as unchecked plain values."""
     file, _, arg = path.partition(":")
     if arg.startswith("//"):
-        files.locate_local(path, "config file")  # which refuses it
+        files.locate_local(path, "config file")  # refuses it
     is_name = bool(file) and os.sep not in file and not file.endswith(".py")
     file = recipe(file) if is_name else str(files.locate_local(file, "config file"))
     get_config = _get_config(file)
@@ -112,7 +112,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def recipe(name: str) -> str:
-    """Return the file of a recipe of jax_it. Raises UserError that lists them for a name that is not one."""
+    """Return the file of one of jax_it's recipes. Raises UserError, which lists them, for an unknown name."""
     package = Path(__file__).parents[1]  # the recipes are inside it where a wheel is installed, else beside it
     folder = next(found for found in (package / "configs", package.parent / "configs") if found.is_dir())
     found = {file.stem: str(file) for file in [*sorted(folder.glob("*.py")), *sorted(folder.glob("*/*.py"))]}
@@ -125,7 +125,7 @@ def recipe(name: str) -> str:
 
 
 def _get_config(file: str) -> Any:
-    """Return the function get_config of a file, which is run."""
+    """Run a config file and return its function get_config."""
     try:
         kind = os.stat(file).st_mode
     except (OSError, ValueError) as error:  # ValueError: of NUL in the name
@@ -172,9 +172,9 @@ def _reason(error: BaseException) -> str:
 
 
 def resolve(tree: Mapping[str, Any], training: bool = True) -> Config:
-    """Frozen, type-checked settings from nested dicts; without `training` no training data is asked for.
+    """Return frozen, type-checked settings from nested dicts; without `training`, training data is not required.
 
-    Raises UserError naming the field.
+    Raises UserError that names the field.
     """
     config = typed.build(Config, tree, "config")
     check(config, training)
@@ -185,7 +185,7 @@ def resolve(tree: Mapping[str, Any], training: bool = True) -> Config:
 def reopen(tree: Mapping[str, Any]) -> Config:
     """Return the settings that a run was saved with, perhaps by an older version.
 
-    Those that it did not know yet are at their defaults, as are those that it took and that nothing reads.
+    Settings that are missing, or that have no effect, get their defaults.
     """
     config = without_unread(typed.build(Config, tree, "config"))
     check(config, training=True, saved=True)

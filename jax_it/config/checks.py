@@ -1,4 +1,4 @@
-"""Values and combinations of settings that cannot work, each refused by the name of its field."""
+"""Checks of settings: values and combinations that cannot work raise a UserError that names the field."""
 
 import dataclasses
 import operator
@@ -11,13 +11,16 @@ from jax_it.errors import UserError
 
 INT32 = 2**31 - 1
 LENGTH = 2**20  # tokens
-EPOCHS = 10_000  # all of which are planned before the first step
+EPOCHS = 10_000  # at most: all are planned before the first step
 FLOAT32 = 3e38
-TINY = 1.2e-38  # the least that float32 holds
+TINY = 1.2e-38  # the smallest normal float32
 
 
 class _Range(NamedTuple):
-    """From `least` to `most`; `above` and `below`: without the end itself; `or_zero`: 0 too, which means none."""
+    """The numbers from `least` to `most`.
+
+    `above` and `below` exclude the ends; `or_zero` allows 0 as well, where it means none.
+    """
 
     least: float = 0
     most: float = INT32
@@ -26,7 +29,7 @@ class _Range(NamedTuple):
     or_zero: bool = False
 
     def why_not(self, value: float) -> str:
-        """Return what a value must be that is not in the range; "" for one that is."""
+        """Return what the value must be, if it is outside the range, or else ""."""
         low = value < self.least or (self.above and value == self.least)
         high = value > self.most or (self.below and value == self.most)
         if not (low or high) or (self.or_zero and value == 0):
@@ -46,11 +49,11 @@ _POSITIVE = _Range(0, FLOAT32, above=True)
 _TOKENS = _Range(0, LENGTH)
 _SHARE = _Range(0, 1)
 _BELOW_ONE = _Range(0, 1, below=True)
-_MEMORY = _Range(0, 0.999999)  # of a mean; what is nearer to 1 is 1 in float32
+_DECAY_RATE = _Range(0, 0.999999)  # of a running mean; anything nearer to 1 is 1 in float32
 _DROPOUT = _Range(1e-4, 0.99, or_zero=True)
 _SEED = _Range(-(2**31), 2**32 - 1)  # JAX's generator takes 32 bits, and others modulo that
 
-# Of every number among the settings: `check` reads this table, and a test looks for one that it lacks.
+# The range of every numeric setting. `check` reads this table, and a test checks that it is complete.
 RANGES: dict[type, dict[str, _Range]] = {
     Lora: {"rank": _Range(0, 2**16), "alpha": _POSITIVE, "dropout": _DROPOUT},
     Model: {"tokenizer_size": _Range(0, 2**22), "dropout": _DROPOUT},
@@ -63,8 +66,8 @@ RANGES: dict[type, dict[str, _Range]] = {
         "seed": _Range(-(2**63), 2**63 - 1),
     },
     Optimizer: {
-        "learning_rate": _AMOUNT, "final_lr_ratio": _SHARE, "weight_decay": _AMOUNT, "beta1": _MEMORY,
-        "beta2": _MEMORY, "epsilon": _POSITIVE,
+        "learning_rate": _AMOUNT, "final_lr_ratio": _SHARE, "weight_decay": _AMOUNT, "beta1": _DECAY_RATE,
+        "beta2": _DECAY_RATE, "epsilon": _POSITIVE,
     },
     Train: {
         "batch_size": _Range(1, 2**20), "gradient_accumulation_steps": _Range(1, 2**16), "label_smoothing": _BELOW_ONE,
@@ -90,15 +93,15 @@ RANGES: dict[type, dict[str, _Range]] = {
 
 
 class _Read(NamedTuple):
-    """Settings that only some choices of other ones have an effect of."""
+    """Settings that have an effect only with some values of other settings."""
 
     section: str
     names: str
-    by: Callable[[Config], bool]  # whether they have one
-    otherwise: str  # why not, and what to do; {c} is the config
+    by: Callable[[Config], bool]  # whether they have an effect
+    otherwise: str  # the end of the message: why not, and what to do; {c} is the config
 
     def unread(self, config: Config) -> Iterator[str]:
-        """Yield those that are set, and that nothing reads."""
+        """Yield the names of those that are set but have no effect."""
         if not self.by(config):
             section = operator.attrgetter(self.section)(config)
             default = type(section)()
@@ -112,9 +115,12 @@ class _Read(NamedTuple):
 _GENERATED = "max_new_tokens min_new_tokens num_beams length_penalty early_stopping repetition_penalty forced_bos_token"
 _FRESH = "alpha targets rank_stabilized dora dropout"
 
-# A setting that other ones make meaningless is refused, so that nobody believes that it was followed.
+# A setting that has no effect is refused, so that nobody believes it was used.
 _READ = (
-    _Read("model.lora", f"rank {_FRESH}", lambda c: not c.model.lora.path, "with lora.path, whose folder sets it"),
+    _Read(
+        "model.lora", f"rank {_FRESH}", lambda c: not c.model.lora.path,
+        "because lora.path is set and its folder defines it",
+    ),
     _Read(
         "model.lora", _FRESH, lambda c: bool(c.model.lora.rank or c.model.lora.path),
         "without adapters; set model.lora.rank",
@@ -173,7 +179,7 @@ _READ = (
     ),
 )  # fmt: skip
 
-# The same, of a model whose kind is known.
+# The same, once the kind of model is known.
 _READ_BY_KIND: dict[Kind, tuple[_Read, ...]] = {
     "causal": (
         _Read(
@@ -199,9 +205,9 @@ _READ_BY_KIND: dict[Kind, tuple[_Read, ...]] = {
 
 
 def check_read(config: Config, kind: Kind | None = None, within: str = "") -> None:
-    """Refuse settings that nothing reads; with a model's `kind`, those that only the other kind reads.
+    """Refuse settings that have no effect; with a model's `kind`, those that affect only the other kind.
 
-    Of all settings, or of those of one section.
+    `within` limits the check to names that begin with it, such as "eval.".
     """
     for read in _READ if kind is None else _READ_BY_KIND[kind]:
         for name in read.unread(config):
@@ -210,7 +216,7 @@ def check_read(config: Config, kind: Kind | None = None, within: str = "") -> No
 
 
 def without_unread(config: Config, kind: Kind | None = None) -> Config:
-    """Return the config with settings that nothing reads at their defaults, as of runs that were saved with such."""
+    """Return the config with settings that have no effect reset to their defaults, for runs saved with such."""
     for read in (*_READ, *(_READ_BY_KIND[kind] if kind else ())):
         for name in read.unread(config):
             config = _at_default(config, name.split("."))
@@ -224,7 +230,7 @@ def _at_default(section: Any, names: list[str]) -> Any:
 
 
 def sections(value: Any, where: str = "config") -> Iterator[tuple[str, Any]]:
-    """Yield every dataclass in a config with its name, but for durations."""
+    """Yield the name and value of every dataclass in a config except durations."""
     if isinstance(value, tuple):
         for i, item in enumerate(value):
             yield from sections(item, f"{where}.{i}")
@@ -243,7 +249,7 @@ def _check_numbers(config: Config) -> None:
 
 
 def _number(value: float) -> str:
-    """Return a number in a message, at no great length."""
+    """Format a number for a message, briefly."""
     if isinstance(value, int) and abs(value) >= 10**20:
         return f"a number of {len(str(abs(value))) if abs(value) < 10**4000 else 'thousands of'} digits"
     return f"{value:g}" if isinstance(value, float) and value.is_integer() and abs(value) >= 1e6 else str(value)
@@ -252,7 +258,7 @@ def _number(value: float) -> str:
 def check(config: Config, training: bool, saved: bool = False) -> None:
     """Refuse values and combinations that cannot work, before anything is read or computed.
 
-    Of a `saved` run's config an older version may have taken some that this one refuses where a run is started.
+    A `saved` run's config may have values that this version refuses only for new runs.
     """
     _check_numbers(config)
     if not saved:
@@ -287,7 +293,7 @@ def check(config: Config, training: bool, saved: bool = False) -> None:
         ("target", data.max_target_length, data.packed_target_length),
     ):
         if packed and packed < length:
-            raise UserError(f"config.data.packed_{name}_length: {packed} is less than data.{name}_length, {length}")
+            raise UserError(f"config.data.packed_{name}_length: {packed} is less than data.max_{name}_length, {length}")
     if bool(data.packed_source_length) != bool(data.packed_target_length):
         raise UserError("config.data.packed_source_length and packed_target_length are given together or not at all")
     if data.packed_source_length % data.max_source_length:
@@ -307,15 +313,15 @@ def check(config: Config, training: bool, saved: bool = False) -> None:
 
 
 def _is_of_task(config: Config) -> bool:
-    """Return whether the score that ranks checkpoints is one of a task."""
+    """Return whether checkpoints are ranked by a task's score (eval.best)."""
     best, tasks = config.eval.best, config.eval.tasks
     if any(task.score == "lm_eval" and best.startswith(f"{task.name}/") for task in tasks):
-        return True  # which metrics it has is known to lm_eval alone
+        return True  # only lm_eval knows which metrics the task has
     return best in [f"{task.name}/{metric}" for task in tasks for metric in measured(task)]
 
 
 def _check_sense(config: Config, training: bool) -> None:
-    """Refuse numbers that contradict each other, though something could be done with them."""
+    """Refuse numbers that contradict each other, even if training could run with them."""
     train, scored = config.train, config.eval
     if training and train.gradient_accumulation_steps > (most := train.batch_size):
         raise UserError(
@@ -323,7 +329,9 @@ def _check_sense(config: Config, training: bool) -> None:
             f"train.batch_size, {most}"
         )
     if training and train.duration.unit == "epochs" and train.duration.value > EPOCHS:
-        raise UserError(f"config.train.duration: {train.duration}; of epochs the most is {EPOCHS}; give it in steps")
+        raise UserError(
+            f"config.train.duration: {train.duration}; at most {EPOCHS} epochs are allowed; use steps instead"
+        )
     if scored.generate and scored.min_new_tokens > (most := scored.max_new_tokens or config.data.max_target_length):
         name = "eval.max_new_tokens" if scored.max_new_tokens else "data.max_target_length"
         raise UserError(f"config.eval.min_new_tokens: {scored.min_new_tokens} is more than {name}, {most}")
@@ -340,7 +348,7 @@ def _check_source(source: Source, where: str) -> None:
 
 
 def measured(task: Task) -> tuple[str, ...]:
-    """Return the names of what a task measures over all examples, but for a user's metric that gives several."""
+    """Return the names of a task's metrics over all examples, except those of a custom metric that returns a dict."""
     names = {
         "generate": task.metrics, "multiple_choice": ("accuracy",), "perplexity": ("loss", "perplexity"),
         "code_execution": task.metrics or ("pass@1",), "lm_eval": (),
@@ -349,7 +357,7 @@ def measured(task: Task) -> tuple[str, ...]:
 
 
 def _check_tasks(tasks: tuple[Task, ...]) -> None:
-    """Refuse tasks that cannot be scored, and settings of theirs that nothing would read."""
+    """Refuse tasks that cannot be scored, and task settings that have no effect."""
     for i, task in enumerate(tasks):
         where = f"config.eval.tasks.{i}"
         if not task.name or "/" in task.name or task.name == "all":
@@ -377,9 +385,11 @@ def _check_tasks(tasks: tuple[Task, ...]) -> None:
         if task.fewshot.path:
             _check_source(task.fewshot, f"{where}.fewshot")
         elif task.truncate == "fewshot":
-            raise UserError(f"{where}.truncate='fewshot' needs shots; give some, or choose another")
+            raise UserError(
+                f"{where}.truncate='fewshot' needs few-shot examples; set fewshot and num_fewshot, or choose another"
+            )
         elif task.fewshot_by:
-            raise UserError(f"{where}.fewshot_by has no effect without shots; leave it out")
+            raise UserError(f"{where}.fewshot_by has no effect without few-shot examples; leave it out")
         if not task.temperature and (task.samples > 1 or task.top_p < 1):
             raise UserError(f"{where}: samples and top_p need a temperature above 0: nothing is drawn without one")
         _check_answer(task.answer, f"{where}.answer")
@@ -424,7 +434,7 @@ def _check_adapters(model: Model) -> None:
 
 
 def _check_mixing(data: Data) -> None:
-    """Refuse weights that `data.mixing` does not read, and a mixture of nothing."""
+    """Refuse weights that have no effect, and a mixture in which all weights are 0."""
     weighted = [i for i, source in enumerate(data.train) if source.weight != 1]
     if data.mixing != "weights" and weighted:
         where = f"config.data.train.{weighted[0]}.weight"

@@ -4,9 +4,8 @@ A record becomes turns by a template, these become token ids and a loss mask, ex
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from jax_it import hosts
 from jax_it.config import Config, Data, Source
@@ -37,7 +36,7 @@ def pin(config: Config, commits: Mapping[str, str] | None = None) -> tuple[Confi
     known: Mapping[str, str] = commits
 
     def pinned(source: Source) -> Source:
-        return replace(source, revision=known.get(_asked(source), source.revision))
+        return replace(source, revision=known.get(_requested(source), source.revision))
 
     data, tasks = config.data, config.eval.tasks
     data = replace(data, train=tuple(map(pinned, data.train)), eval=tuple(map(pinned, data.eval)))
@@ -55,10 +54,10 @@ def _commits(config: Config) -> dict[str, str]:
         every.append((task.data, f"config.eval.tasks.{i}.data"))
         if task.fewshot.path:
             every.append((task.fewshot, f"config.eval.tasks.{i}.fewshot"))
-    return {_asked(source): commit for source, where in every if (commit := sources.commit(source, where))}
+    return {_requested(source): commit for source, where in every if (commit := sources.commit(source, where))}
 
 
-def _asked(source: Source) -> str:
+def _requested(source: Source) -> str:
     return f"{source.path}@{source.revision}"
 
 
@@ -102,15 +101,6 @@ def _tokenize(data: Data, tokenizer: Tokenizer, format: Format) -> list[list[Tok
     ]
 
 
-def texts(items: tuple[Source, ...]) -> Any:
-    """Return every prompt and completion of some sources, for training a tokenizer."""
+def texts(items: tuple[Source, ...]) -> Iterator[str]:
+    """Yield every prompt and completion of some data sets, for training a tokenizer."""
     return tokenized.prompts_and_completions(items, "config.data.train")
-
-
-def describe(built: Built) -> list[dict[str, Any]]:
-    """Return what became of each data set, as a table of plain values."""
-    return [
-        {"name": item.name, "template": item.template, **asdict(item.counts)}
-        for templates in built.tokenized
-        for item in templates
-    ]

@@ -1,7 +1,7 @@
 """Examples of a causal model: turns to token ids with a loss mask, and rows of these to batches."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -9,16 +9,8 @@ import numpy as np
 
 from jax_it.config import Data
 from jax_it.data import chat, packing
-from jax_it.data.encoding import (
-    Counts,
-    Encoded,
-    Encoding,
-    cut,
-    encode_completions,
-    for_evaluation,
-    source_text,
-    text_prompts,
-)
+from jax_it.data.encoded import Encoded
+from jax_it.data.encoding import Counts, cut, encode_completions, for_evaluation, source_text, text_prompts
 from jax_it.data.packing import Layout, RowCost, Rows, Shape, bucket
 from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
@@ -63,8 +55,10 @@ class CausalFormat:
         tokenizer: Tokenizer,
         counts: Counts,
         evaluation: bool = False,
-    ) -> Encoding:
+    ) -> Iterator[Encoded | None]:
         """Yield each example's tokens, None for one that is dropped; `locations` say where each is from.
+
+        The counts grow as it is consumed.
 
         For evaluation none is dropped or refused for its length. Raises InvalidRecord for an example that the chat
         template refuses.
@@ -147,7 +141,7 @@ class CausalFormat:
 
 def _encode_texts(
     examples: Sequence[Example], locations: Sequence[str], data: Data, tokenizer: Tokenizer, counts: Counts
-) -> Encoding:
+) -> Iterator[Encoded | None]:
     """Yield prompt, completion and end token in one sequence; the last two are trained on.
 
     Each is tokenized by itself, so that the prompt is what generation starts from. Where they are too long
@@ -193,7 +187,7 @@ def _encode_conversations(
     tokenizer: Tokenizer,
     counts: Counts,
     keep: bool,
-) -> Encoding:
+) -> Iterator[Encoded | None]:
     """Yield each conversation in one sequence, by the tokenizer's chat template; the assistant's text is trained on.
 
     One that is too long loses whole exchanges, from the end or the start; the system turn stays. Where not
@@ -270,6 +264,6 @@ def _sequence(tokens: np.ndarray, mask: np.ndarray | None) -> Encoded:
 
 def _too_long(where: str, number: int, data: Data) -> UserError:
     return UserError(
-        f"{where}: {number} tokens do not fit {data.max_seq_length}; raise config.data.max_seq_length, or choose "
-        "another config.data.truncate"
+        f"{where}: {number} tokens exceed the limit of {data.max_seq_length}; raise config.data.max_seq_length, or "
+        "choose another config.data.truncate"
     )

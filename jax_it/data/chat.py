@@ -19,11 +19,12 @@ import jinja2
 import jinja2.ext
 import numpy as np
 
+from jax_it.data.encoded import Encoded
 from jax_it.data.jinja import ImmutableEnvironment
 from jax_it.data.jinja_text import random_name
 from jax_it.data.records import InvalidRecord
 from jax_it.data.templates import Turn
-from jax_it.data.tokenizer import Encoded, Tokenizer
+from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from jax_it.files import read_text
 
@@ -118,7 +119,7 @@ def prompts(conversations: Sequence[Sequence[Turn]], locations: Sequence[str], t
 
 
 def ends(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Return the ids that end an answer: the end of text and, with a chat template, its end of turn."""
+    """Return the ids that end an answer: the end token and, with a chat template, its end-of-turn token."""
     if tokenizer.chat_template is None:
         return (tokenizer.end,)
     return tuple(sorted({tokenizer.end, *tokenizer.encode([_markup(tokenizer).end])[0]}))
@@ -138,7 +139,7 @@ def prompt_text(turns: Sequence[Turn], tokenizer: Tokenizer, where: str) -> str:
 
 
 def training_prompt_text(turns: Sequence[Turn], tokenizer: Tokenizer, where: str) -> str:
-    """Return the text that stands before an answer to turns that end with the user, in training of a causal model.
+    """Return the text before an answer to turns that end with the user, in training of a causal model.
 
     `prompts` gives its tokens.
     """
@@ -162,7 +163,8 @@ def render(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, where: s
         raise UserError(f"{where}: {_of(tokenizer)} is empty; set config.model.chat_template to 'default' or a file")
     if name := random_name(tokenizer.chat_template or ""):
         raise UserError(
-            f"{_of(tokenizer)} uses {name!r}, which gives other data each time; set another config.model.chat_template"
+            f"{_of(tokenizer)} uses {name!r}, whose result changes on every call; set another "
+            "config.model.chat_template"
         )
     try:
         return _compiled(tokenizer.chat_template or "").render(

@@ -3,21 +3,17 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jax_it.config import Data
 from jax_it.data import chat
 from jax_it.data.records import InvalidRecord
 from jax_it.data.templates import Example, Turn
-from jax_it.data.tokenizer import Encoded, Tokenizer
+from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError, shorten
 
 MAX_REASONS = 20  # why records are invalid: so many are kept
-
-
-Encoding = Iterator[Encoded | None]
-"""Each example in turn, None for one that is dropped; the counts grow as it is consumed."""
 
 
 @dataclass

@@ -5,7 +5,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,8 +13,9 @@ import numpy as np
 
 from jax_it.config import Data, Source
 from jax_it.data import sources, templates
-from jax_it.data.encoding import Counts, Encoding
-from jax_it.data.formats import CausalFormat, Encoded, Format
+from jax_it.data.encoded import Encoded
+from jax_it.data.encoding import Counts
+from jax_it.data.formats import CausalFormat, Format
 from jax_it.data.records import InvalidRecord, Record
 from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ from jax_it.errors import UserError
 class Option(NamedTuple):
     text: str
     prompt: list[int]  # what the model continues
-    tokens: list[int]  # those that count: with the end mark for an encoder-decoder, and without for a causal model
+    tokens: list[int]  # those that are scored: with the end token for an encoder-decoder, without it for a causal model
 
 
 class EvalExample(NamedTuple):
@@ -62,7 +63,7 @@ def read(
 
     A record's task is its field "task", or else its source's name. Where a source has several templates, its records
     take them in turn. References without text are skipped. A prompt that is too long is truncated also with
-    truncate="drop": a score over fewer examples would not compare.
+    truncate="drop": a score over fewer examples would not be comparable.
     """
     parts: list[EvalSet] = []
     errors: dict[str, str] = {}
@@ -149,7 +150,7 @@ def _read_one(
             if isinstance(format, CausalFormat):
                 number, what = number + counts.target_tokens - before.target_tokens, ""
             raise UserError(
-                f"{location}: {number} {what}tokens do not fit {getattr(data, format.length_field)}; "
+                f"{location}: {number} {what}tokens exceed the limit of {getattr(data, format.length_field)}; "
                 f"raise config.data.{format.length_field}, or choose another config.data.truncate"
             )
         examples.append(unencoded._replace(prompt_tokens=format.prompt_of(item), truncated=truncated, encoded=item))
@@ -163,7 +164,7 @@ def _encode(
     tokenizer: Tokenizer,
     format: Format,
     counts: Counts,
-) -> Encoding:
+) -> Iterator[Encoded | None]:
     """Yield each example's tokens; where invalid records are dropped, None for one that the chat template refuses."""
     if data.on_invalid == "error":
         yield from format.encode(rendered, locations, data, tokenizer, counts, evaluation=True)

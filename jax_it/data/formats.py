@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jax_it.data.causal import CausalBatch, CausalFormat
-from jax_it.data.encoding import Encoded
+from jax_it.data.encoded import Encoded
 from jax_it.data.packing import Layout
 from jax_it.data.seq2seq import Seq2SeqBatch, Seq2SeqFormat
 
@@ -13,7 +13,7 @@ Format = Seq2SeqFormat | CausalFormat
 Batch = Seq2SeqBatch | CausalBatch
 
 __all__ = [
-    "Batch", "CausalBatch", "CausalFormat", "Encoded", "Format", "Seq2SeqBatch", "Seq2SeqFormat", "pack_rows",
+    "Batch", "CausalBatch", "CausalFormat", "Format", "Seq2SeqBatch", "Seq2SeqFormat", "pack_rows",
 ]  # fmt: skip
 
 

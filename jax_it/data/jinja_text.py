@@ -71,8 +71,8 @@ def compile_template(text: str, prompt_only: bool = False) -> Callable[[Fields],
     environment = Environment(undefined=jinja2.StrictUndefined, finalize=_refuse_null)
     if name := random_name(text):
         raise UserError(
-            f"template {short(text)} uses {name!r}, which gives other data each time; take 'choice', "
-            "which draws by the options themselves"
+            f"template {short(text)} uses {name!r}, whose result changes on every call; use 'choice', "
+            "which is deterministic"
         )
     del environment.filters["random"]
     environment.globals["choice"] = _choice

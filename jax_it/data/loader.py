@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_it.config import Duration, Rates
-from jax_it.data.formats import Batch, Encoded, Format
+from jax_it.data.encoded import Encoded
+from jax_it.data.formats import Batch, Format
 from jax_it.data.mixture import Mixture
 from jax_it.data.packing import WINDOW, Layout, Rows, Shape
 
@@ -58,8 +59,8 @@ WHOLE = Part()
 class TrainData:
     """The rows of a run, epoch after epoch, cut into steps.
 
-    With a packed `layout` the examples of a window of the stream share rows, and the rows are
-    shuffled; without one each row is an example, and a batch is padded to its longest.
+    If `packed`, examples of a window of the stream share rows of the layout's shape, and the rows are shuffled. If not,
+    each row is one example, and a batch is padded to its longest; the layout's shape is the limit.
     """
 
     def __init__(self, mixture: Mixture, format: Format, layout: Layout, packed: bool):

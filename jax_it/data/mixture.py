@@ -1,4 +1,4 @@
-"""The endless, ordered stream of examples that a run draws from its sources, readable at any position."""
+"""The endless, ordered stream of examples that a run draws from its data sets, readable at any position."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,12 +9,12 @@ from jax_it.config import Data, Source
 from jax_it.data.tokenized import Tokenized, eligible
 from jax_it.errors import UserError
 
-COLUMNS = [  # of an example drawn from the stream
-    ("source", np.int64),  # which source
+COLUMNS = [  # of an example drawn from the stream; lengths are in tokens, including special tokens
+    ("source", np.int64),  # which data set: an index of config.data.train
     ("example", np.int64),  # which of its examples
     ("template", np.int64),  # under which of its templates
-    ("source_length", np.int64),  # tokens, special tokens included
-    ("target_length", np.int64),
+    ("source_length", np.int64),  # of the encoder's input
+    ("target_length", np.int64),  # of the decoder's output, or of a causal model's whole sequence
 ]
 
 
@@ -93,8 +93,8 @@ def mix(
     for source, rate, count in zip(sources, rates, counts, strict=True):
         if rate and not count:
             raise UserError(
-                f"data set {source.path}: its share of the mixture is less than one of {counts.sum()} examples; "
-                "raise it, or remove the data set"
+                f"data set {source.path}: its weight gives it less than one of {counts.sum()} examples; raise the "
+                "weight, or remove the data set"
             )
     return Mixture(tokenized, pools, counts, data.seed)
 

@@ -141,7 +141,7 @@ def _group_blocks(targets: list[int], shape: Shape) -> tuple[np.ndarray, np.ndar
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of packed rows and how many make a step, with what was expected of them."""
+    """The shape of rows, packed or not, and how many make a step, with how full they are expected to be."""
 
     shape: Shape
     rows: int  # in a step

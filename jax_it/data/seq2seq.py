@@ -1,6 +1,6 @@
 """Examples of an encoder-decoder: turns to source and target token ids, and rows of these to batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -8,7 +8,8 @@ import numpy as np
 
 from jax_it.config import Data
 from jax_it.data import packing
-from jax_it.data.encoding import Counts, Encoded, Encoding, cut, encode_completions, for_evaluation, source_text
+from jax_it.data.encoded import Encoded
+from jax_it.data.encoding import Counts, cut, encode_completions, for_evaluation, source_text
 from jax_it.data.packing import Layout, RowCost, Rows, Shape, bucket
 from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
@@ -52,8 +53,10 @@ class Seq2SeqFormat:
         tokenizer: Tokenizer,
         counts: Counts,
         evaluation: bool = False,
-    ) -> Encoding:
+    ) -> Iterator[Encoded | None]:
         """Yield each example's tokens, None for one that is dropped; `locations` say where each is from.
+
+        The counts grow as it is consumed.
 
         A side that is cut keeps its special tokens. For evaluation none is dropped or refused for its length.
         Raises InvalidRecord for an example that the chat template refuses.
@@ -73,9 +76,9 @@ class Seq2SeqFormat:
             if any(too_long):
                 if data.truncate == "error":
                     raise UserError(
-                        f"{where}: {len(prompt) + 1} source and {len(completion) + 1} target tokens do not fit "
-                        f"{data.max_source_length} and {data.max_target_length}; raise them, or choose another "
-                        "config.data.truncate"
+                        f"{where}: {len(prompt) + 1} source and {len(completion) + 1} target tokens exceed the limits "
+                        f"of {data.max_source_length} and {data.max_target_length}; raise "
+                        "config.data.max_source_length and max_target_length, or choose another config.data.truncate"
                     )
                 if data.truncate == "drop":
                     counts.too_long += 1

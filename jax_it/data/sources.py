@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def read(source: Source, where: str = "config.data", keep_invalid: bool = False)
         if count == source.limit:
             return
     if not count:
-        raise UserError(f"{source.path} holds no records; remove it from {where} or give it some")
+        raise UserError(f"{source.path} holds no records; remove it from {where} or add some")
 
 
 def digest(source: Source, where: str = "config.data") -> str:
@@ -57,7 +58,7 @@ def digest(source: Source, where: str = "config.data") -> str:
         parts.update(repr((source.path, source.split)).encode())
     else:
         for file in _files(source, where):
-            # Commas and tabs are told apart by the ending, and tasks by the name.
+            # The suffix tells commas from tabs, and the name becomes the field "task".
             parts.update((file.name if source.records else suffix_of(file)).encode())
             try:
                 with files.open_binary(file) as stream:
@@ -77,25 +78,33 @@ def commit(source: Source, where: str = "config.data") -> str:
         return ""
     try:
         return huggingface_hub.HfApi().dataset_info(source.path, revision=source.revision or None).sha or ""
-    except Exception as error:  # of a dozen types: it is not there, not for this user, or not to be reached
+    except Exception as error:  # any of a dozen types: it does not exist, is private or cannot be reached
         raise _not_loaded(source, where, error) from error
 
 
 def _read_all(source: Source, where: str) -> Iterator[Record]:
     kind = _kind(source, where)
     _check_settings(source, kind, where)
-    if kind == "builtin":
-        if source.path != _BUILTIN:
-            raise UserError(f"{where}: there is no built-in data set {source.path}; the only one is {_BUILTIN}")
-        for i, fields in enumerate(builtin.records(source.split)):
-            yield Record(fields, f"{source.path}, record {i + 1}")
-    elif kind == "datasets":
-        for i, fields in enumerate(_load_dataset(source, where)):
-            yield Record(fields, f"{source.path} ({source.split}), row {i + 1}")
-    else:
-        for file in _files(source, where):
-            records = read_object(file, source.records) if source.records else _READERS[kind](file)
-            yield from itertools.islice(records, source.max_per_file or None)
+    found = KINDS[kind]
+    if found.read is not None:
+        yield from found.read(source, where)
+        return
+    assert found.read_file is not None
+    for file in _files(source, where):
+        records = read_object(file, source.records) if source.records else found.read_file(file)
+        yield from itertools.islice(records, source.max_per_file or None)
+
+
+def _read_builtin(source: Source, where: str) -> Iterator[Record]:
+    if source.path != _BUILTIN:
+        raise UserError(f"{where}: there is no built-in data set {source.path}; the only one is {_BUILTIN}")
+    for i, fields in enumerate(builtin.records(source.split)):
+        yield Record(fields, f"{source.path}, record {i + 1}")
+
+
+def _read_dataset(source: Source, where: str) -> Iterator[Record]:
+    for i, fields in enumerate(_load_dataset(source, where)):
+        yield Record(fields, f"{source.path} ({source.split}), row {i + 1}")
 
 
 def _kind(source: Source, where: str) -> str:
@@ -116,27 +125,20 @@ def _kind(source: Source, where: str) -> str:
     kinds = {_SUFFIXES.get(suffix_of(file), "") for file in _files(source, where)}
     if len(kinds) != 1 or "" in kinds:
         raise UserError(
-            f"{where}: cannot tell the format of {source.path} by its name; use {', '.join(_SUFFIXES)} "
+            f"{where}: cannot tell the format of {source.path} from its name; use {', '.join(_SUFFIXES)} "
             "(.gz and .zst may follow), or set the source's format"
         )
     return kinds.pop()
-
-
-_READ_BY = {  # settings that not every kind of source reads
-    "records": ("json",), "file_list": ("json", "csv", "parquet"), "max_per_file": ("json", "csv", "parquet"),
-    "subset": ("datasets",), "revision": ("datasets",), "split": ("datasets", "builtin"),
-}  # fmt: skip
 
 
 def _check_settings(source: Source, kind: str, where: str) -> None:
     """Refuse settings that nothing would read, and a name that cannot be printed."""
     if not source.name.isprintable():
         raise UserError(f"{where}.name: {source.name!r} has characters that cannot be printed; choose another")
-    for name, kinds in _READ_BY.items():
-        if kind not in kinds and getattr(source, name) != getattr(Source(), name):
-            what = {"datasets": "hub data sets", "builtin": "the built-in data set"}
-            known = " and ".join(what.get(kind, f"{kind} files") for kind in kinds)
-            raise UserError(f"{where}.{name} is for {known}, not for {what.get(kind, f'{kind} files')}; leave it out")
+    for name in dict.fromkeys(name for found in KINDS.values() for name in found.settings):
+        if name not in KINDS[kind].settings and getattr(source, name) != getattr(Source(), name):
+            known = " and ".join(found.what for found in KINDS.values() if name in found.settings)
+            raise UserError(f"{where}.{name} is for {known}, not for {KINDS[kind].what}; leave it out")
 
 
 def _files(source: Source, where: str) -> list[epath.Path]:
@@ -185,10 +187,10 @@ def _what(file: epath.Path) -> str:
 
 
 def _listed(folder: epath.Path, names: str, where: str) -> list[epath.Path]:
-    """Return the files of a folder that a text file names, one a line, without their ending."""
+    """Return the files of a folder that a text file lists: one per line, without extension."""
     lines = read_text(names, f"{where}.file_list").split()
     if not lines:
-        raise UserError(f"{where}.file_list: {names} names no file; give each a line")
+        raise UserError(f"{where}.file_list: {names} lists no files; write one per line")
     found = []
     for line in lines:
         there = [folder / f"{line}{suffix}{packed}" for suffix in _SUFFIXES for packed in ("", ".gz", ".zst")]
@@ -226,9 +228,28 @@ def _not_loaded(source: Source, where: str, error: Exception) -> UserError:
     )
 
 
-_READERS: dict[str, Callable[[epath.Path], Iterator[Record]]] = {
-    "json": read_json,
-    "csv": read_csv,
-    "parquet": read_parquet,
+@dataclass(frozen=True)
+class Kind:
+    """A kind of data source, which `config.data.train.0.format` names.
+
+    Sources of files have `suffixes` and `read_file`, others `read`, and a branch of their own in `digest`.
+    """
+
+    what: str  # in messages
+    settings: tuple[str, ...]  # of config.Source, those that not every kind has
+    suffixes: tuple[str, ...] = ()
+    read_file: Callable[[epath.Path], Iterator[Record]] | None = None
+    read: Callable[[Source, str], Iterator[Record]] | None = None  # of the source and its name in the config
+
+
+_OF_FILES = ("file_list", "max_per_file")
+
+# A new kind is an entry here and a value of `config.Source.format`.
+KINDS = {
+    "json": Kind("json files", ("records", *_OF_FILES), (".jsonl", ".json"), read_json),
+    "csv": Kind("csv files", _OF_FILES, (".csv", ".tsv"), read_csv),
+    "parquet": Kind("parquet files", _OF_FILES, (".parquet",), read_parquet),
+    "datasets": Kind("hub data sets", ("subset", "revision", "split"), read=_read_dataset),
+    "builtin": Kind("the built-in data set", ("split",), read=_read_builtin),
 }
-_SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_SUFFIXES = {suffix: name for name, kind in KINDS.items() for suffix in kind.suffixes}

@@ -258,7 +258,8 @@ def _auto(fields: Fields) -> Example:
     if not fitting:
         fitting = [name for name, needed in _NEEDED.items() if any(key in fields for key in needed)]
     if not fitting:
-        raise MissingField("none of the fields " + ", ".join(repr(key) for keys in _NEEDED.values() for key in keys))
+        needed_fields = ", ".join(repr(key) for keys in _NEEDED.values() for key in keys)
+        raise MissingField(f"has none of the fields {needed_fields}")
     example = TEMPLATES[fitting[0]](fields)
     if fitting[:2] == ["messages", "prompt_completion"]:
         asked = next(turn.text for turn in example.turns if turn.role == "user")

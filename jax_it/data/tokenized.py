@@ -25,7 +25,8 @@ import numpy as np
 from jax_it import files, hosts
 from jax_it.config import Data, Source
 from jax_it.data import sources, templates
-from jax_it.data.encoding import Counts, Encoded
+from jax_it.data.encoded import Encoded
+from jax_it.data.encoding import Counts
 from jax_it.data.formats import Format
 from jax_it.data.records import InvalidRecord, Record
 from jax_it.data.templates import Example
@@ -58,12 +59,6 @@ class Tokenized:
         target = self.target_tokens[self.target_ends[i] : self.target_ends[i + 1]]
         mask = target < 0
         return Encoded(source, np.where(mask, ~target, target), 0, mask) if mask.any() else Encoded(source, target)
-
-    def source(self, i: int) -> np.ndarray:
-        return self.example(i).source
-
-    def target(self, i: int) -> np.ndarray:
-        return self.example(i).target
 
     @property
     def source_lengths(self) -> np.ndarray:
@@ -156,7 +151,7 @@ def _write(
     try:
         with files.new_folder(folder.parent, ".part-") as part:
             counts = Counts()
-            _write_tokens(part, _encode(source, where, template, data, tokenizer, format, counts))
+            _write_tokens(part, _tokenize_records(source, where, template, data, tokenizer, format, counts))
             counts.check_invalid(sources.name_of(source), data)
             checksums = {array: _checksum(_map(part, array)) for array in _ARRAYS}
             content = json.dumps({"counts": asdict(counts), "checksums": checksums})
@@ -179,7 +174,7 @@ def _write_tokens(folder: Path, examples: Iterable[Encoded | None]) -> None:
         for example in examples:
             source, target, _, mask = example or _NOTHING
             if mask is not None:
-                target = np.where(mask, ~target, target)
+                target = np.where(mask, ~target, target)  # trained tokens are negative on disk; see Tokenized
             for tokens, end, file in zip((source, target), ends, (sources, targets), strict=True):
                 file.write(tokens.astype(np.int32).tobytes())
                 end.append(end[-1] + len(tokens))
@@ -199,7 +194,7 @@ def _open(folder: Path, name: str, template: str, digest: str) -> Tokenized:
     except (OSError, ValueError):
         whole = False
     if not whole:
-        raise UserError(f"the cached data set {folder} is damaged; remove it, and it will be made again")
+        raise UserError(f"the cached data set {folder} is damaged; delete it and it will be rebuilt")
     return Tokenized(name, template, Counts(**index["counts"]), **arrays, digest=digest)
 
 
@@ -215,18 +210,18 @@ def _checksum(array: np.ndarray) -> int:
     return checksum
 
 
-def _encode(
+def _tokenize_records(
     source: Source, where: str, template: str, data: Data, tokenizer: Tokenizer, format: Format, counts: Counts
 ) -> Iterator[Encoded | None]:
     """Yield the tokens of every record, None for one that is dropped; counts as it goes."""
     records = sources.read(source, where, keep_invalid=True)
     with Bar(f"tokenizing {sources.name_of(source)}", unit="examples") as bar:
         while chunk := list(islice(records, _CHUNK)):
-            yield from _encode_chunk(chunk, template, data, tokenizer, format, counts)
+            yield from _tokenize_chunk(chunk, template, data, tokenizer, format, counts)
             bar.update(len(chunk))
 
 
-def _encode_chunk(
+def _tokenize_chunk(
     records: Sequence[Record], template: str, data: Data, tokenizer: Tokenizer, format: Format, counts: Counts
 ) -> list[Encoded | None]:
     """Return the tokens of each record, None for one that is dropped, and add what became of them to the counts."""
@@ -267,7 +262,7 @@ def _check_limits(item: Tokenized, data: Data) -> None:
         dropped = f"{counts.invalid} invalid, {dropped}"
     if not counts.kept:
         reasons = f": {counts.shown_reasons(most=3)}" if counts.invalid else ""
-        raise UserError(f"data set {item.name}: no example is left of {counts.examples}: {dropped}{reasons}")
+        raise UserError(f"data set {item.name}: none of its {counts.examples} examples is left: {dropped}{reasons}")
     vanished = counts.vanished
     shares = (
         ("max_dropped", counts.dropped, counts.examples, f"examples dropped ({dropped})"),
@@ -293,11 +288,11 @@ def _check_limits(item: Tokenized, data: Data) -> None:
             )
 
 
-def shown_characters(counted: Mapping[str, int], most: int = 5) -> str:
-    """Return characters and how often each occurs, the most frequent first."""
+def shown_characters(counted: Mapping[str, int]) -> str:
+    """Return the five most frequent characters and how often each occurs."""
     ranked = sorted(counted.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{character!a} {number} times" for character, number in ranked[:most]]
-    return ", ".join([*shown, *([f"{len(ranked) - most} others"] if len(ranked) > most else [])])
+    shown = [f"{character!a} {number} times" for character, number in ranked[:5]]
+    return ", ".join([*shown, *([f"{len(ranked) - 5} others"] if len(ranked) > 5 else [])])
 
 
 def prompts_and_completions(items: Iterable[Source], where: str) -> Iterator[str]:

@@ -1,28 +1,16 @@
-"""A tokenizer, which turns text into token ids and back, and an example as these ids."""
+"""A tokenizer, which turns text into token ids and back."""
 
 import copy
 import hashlib
 from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tokenizers
 
 from jax_it.errors import UserError
-
-
-class Encoded(NamedTuple):
-    """An example as token ids, int32, with the special tokens around them.
-
-    An example of a causal model is all target, with a source of no token and a loss mask.
-    """
-
-    source: np.ndarray
-    target: np.ndarray
-    block: int = 0  # of a packed row: the block that holds the source
-    loss_mask: np.ndarray | None = None  # bool, of the target: which tokens are trained on
 
 
 class Tokenizer:
@@ -35,7 +23,7 @@ class Tokenizer:
 
     def __init__(self, backend: Any, source: str):
         if backend.eos_token_id is None:
-            raise UserError(f"tokenizer {source} has no end-of-text token; jax_it needs one")
+            raise UserError(f"tokenizer {source} has no end token (eos_token); jax_it needs one")
         templates = backend.chat_template
         templates = templates if isinstance(templates, dict) else {"default": templates}
         if not all(isinstance(template, str | None) for template in templates.values()):

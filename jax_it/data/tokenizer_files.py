@@ -36,7 +36,7 @@ def load(path: str) -> Tokenizer:
     try:
         if is_local:
             return _from_files(path)
-        with hosts.first_then_others():  # one fetches it from the hub
+        with hosts.first_then_others():  # one downloads it from the hub
             return _from_files(path)
     except (UserError, Interrupted):
         raise
@@ -104,13 +104,15 @@ def _check_complete(path: str, backend: Any, config_file: Path | None) -> None:
         converted = any(_find(path, name) for name in ("tokenizer.model", "tekken.json", "tiktoken.model"))
         if (missing or not parts) and not converted:
             also = f", and so is {' or '.join(missing)}" if missing else ""
-            raise UserError(f"{path}/tokenizer.json is missing{also}: the tokenizer has no vocabulary; fetch it again")
+            raise UserError(
+                f"{path}/tokenizer.json is missing{also}: the tokenizer has no vocabulary; download it again"
+            )
     elif config_file is None:
         own = tokenizers.Tokenizer.from_file(str(whole)).get_vocab_size(with_added_tokens=True)
         if len(backend) > own:
             raise UserError(
                 f"{path}/tokenizer_config.json is missing: without it Transformers adds {len(backend) - own} tokens "
-                "that are not in tokenizer.json; fetch it again"
+                "that are not in tokenizer.json; download it again"
             )
 
 

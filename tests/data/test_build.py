@@ -94,18 +94,18 @@ def test_the_digest_is_that_of_all_training_data(tmp_path):
 
 
 def test_what_became_of_each_data_set_is_described(tmp_path):
-    described = chain.describe(build(settings(tmp_path)))
-    assert [(item["name"], item["template"], item["examples"]) for item in described] == [
+    described = [item for templates in build(settings(tmp_path)).tokenized for item in templates]
+    assert [(item.name, item.template, item.counts.examples) for item in described] == [
         ("a", "auto", 40), ("b", "auto", 10), ("b", "{{prompt}}? ||| {{completion}}", 10),
     ]  # fmt: skip
-    assert [item["unknown_tokens"] for item in described] == [0, 0, 10]
+    assert [item.counts.unknown_tokens for item in described] == [0, 0, 10]
 
 
 def test_a_fault_in_the_data_names_its_place(tmp_path):
     data = settings(tmp_path)
     path = Path(data.train[1].path)
     path.write_text(path.read_text() + '{"question": "x"}\n')
-    with pytest.raises(UserError, match=rf"^{path}, line 11: none of the fields 'messages'"):
+    with pytest.raises(UserError, match=rf"^{path}, line 11: has none of the fields 'messages'"):
         build(data)
 
 

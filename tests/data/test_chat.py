@@ -9,7 +9,7 @@ import pytest
 
 from jax_it.data import chat
 from jax_it.data import tokenizer_files as tokenizer
-from jax_it.data.formats import Encoded
+from jax_it.data.encoded import Encoded
 from jax_it.data.templates import Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
@@ -56,7 +56,7 @@ def talk(*answers: str, system: str = "") -> list[Turn]:
 
 def test_a_chat_template_that_would_give_other_data_each_time_is_refused():
     it = made(KINDS["llama2"], "{{ ['a', 'b'] | random }}" + chat.DEFAULT)
-    with pytest.raises(UserError, match="uses 'random', which gives other data each time"):
+    with pytest.raises(UserError, match="uses 'random', whose result changes on every call"):
         encode(talk("x"), it)
 
 

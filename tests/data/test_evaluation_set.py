@@ -74,7 +74,7 @@ def test_drop_cuts_here_and_refuse_names_the_line(tmp_path):
     path = write(tmp_path / "a.jsonl", pairs("abc>x", "abcdefgh>x"))
     assert len(read(Source(path), truncate="drop").examples) == 2
     with pytest.raises(
-        UserError, match=rf"^{path}, line 2: 9 source tokens do not fit 8; raise config\.data\.max_source_len"
+        UserError, match=rf"^{path}, line 2: 9 source tokens exceed the limit of 8; raise config\.data\.max_source_len"
     ):
         read(Source(path), truncate="error")
 
@@ -138,7 +138,7 @@ def test_a_causal_prompt_is_cut_as_in_training_and_counted(tmp_path, truncate, p
     found = read(source, format=CausalFormat(0), max_seq_length=8, truncate=truncate)
     assert [example.prompt_tokens for example in found.examples] == [ids(prompt), ids("abc")]
     assert truncated(found) == 1 and found.examples[0].prompt == "abcdefgh"
-    with pytest.raises(UserError, match=r"line 1: 10 tokens do not fit 8; raise config\.data\.max_seq_length"):
+    with pytest.raises(UserError, match=r"line 1: 10 tokens exceed the limit of 8; raise config\.data\.max_seq_length"):
         read(source, format=CausalFormat(0), max_seq_length=8, truncate="error")
 
 

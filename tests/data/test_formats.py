@@ -9,8 +9,9 @@ import pytest
 from jax_it import data as chain
 from jax_it.config import Data, Duration, Source
 from jax_it.data import chat, tokenized
+from jax_it.data.encoded import Encoded
 from jax_it.data.encoding import Counts
-from jax_it.data.formats import CausalBatch, CausalFormat, Encoded, Seq2SeqFormat, pack_rows
+from jax_it.data.formats import CausalBatch, CausalFormat, Seq2SeqFormat, pack_rows
 from jax_it.data.loader import WHOLE, Part
 from jax_it.data.packing import Layout, Shape
 from jax_it.data.templates import Example, Turn
@@ -109,7 +110,9 @@ def test_the_mark_of_beginning_stays_where_a_prompt_is_cut_at_its_start():
 
 def test_refuse_names_the_first_line_that_does_not_fit():
     texts = [example("abcdefgh", "xyz"), example("abcdefghi", "xyz")]
-    with pytest.raises(UserError, match=r"^line 2: 13 tokens do not fit 12; raise config\.data\.max_seq_length, or"):
+    with pytest.raises(
+        UserError, match=r"^line 2: 13 tokens exceed the limit of 12; raise config\.data\.max_seq_length, or"
+    ):
         encoded(texts, Letters(), truncate="error")
 
 
@@ -198,7 +201,7 @@ def test_a_conversation_of_which_no_exchange_fits_is_dropped_and_counted():
     found, counts = encoded([TALK], it, max_seq_length=whole - 1, truncate="drop")
     assert found == [None] and counts.too_long == 1
     with pytest.raises(
-        UserError, match=rf"^line 1: {whole} tokens do not fit {whole - 1}; raise config\.data\.max_seq"
+        UserError, match=rf"^line 1: {whole} tokens exceed the limit of {whole - 1}; raise config\.data\.max_seq"
     ):
         encoded([TALK], it, max_seq_length=whole - 1, truncate="error")
 
@@ -387,7 +390,7 @@ def test_conversations_that_the_chat_template_refuses_are_dropped_and_the_others
     assert [reason.split(": ")[0] for reason in sorted(item.counts.reasons)] == [
         f"{source.path}, line {n}" for n in (2, 5)
     ]
-    texts = [it.text(item.target(i)) for i in range(6)]
+    texts = [it.text(item.example(i).target) for i in range(6)]
     assert [text.endswith(f"{answer}<|im_end|>\n") for text, answer in zip(texts, answers, strict=True)] == [
         True, False, True, True, False, True,
     ]  # fmt: skip

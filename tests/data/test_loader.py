@@ -9,7 +9,8 @@ import pytest
 
 from jax_it.config import Data, Duration, Source
 from jax_it.data import loader
-from jax_it.data.formats import Encoded, Seq2SeqBatch, Seq2SeqFormat
+from jax_it.data.encoded import Encoded
+from jax_it.data.formats import Seq2SeqBatch, Seq2SeqFormat
 from jax_it.data.loader import Part, Step, TrainData
 from jax_it.data.mixture import mix
 from jax_it.data.packing import Layout, Shape, bucket, pack
@@ -52,7 +53,7 @@ def all_examples(data: TrainData, epoch: int) -> Counter[Example]:
     drawn, found = data.mixture.epoch(epoch), Counter()
     for source, example, template in zip(drawn.source, drawn.example, drawn.template, strict=True):
         item = data.mixture.tokenized[source][template]
-        found[tuple(item.source(example).tolist()), tuple(item.target(example).tolist())] += 1
+        found[tuple(item.example(example).source.tolist()), tuple(item.example(example).target.tolist())] += 1
     return found
 
 
@@ -178,7 +179,7 @@ def test_rows_are_not_trained_on_in_the_order_in_which_they_were_packed(monkeypa
     row_of = {}
     for row in range(len(packed)):
         i = packed.members[packed.ends[row]]  # its first example, whose tokens no other has
-        row_of[tuple(data.mixture.tokenized[drawn.source[i]][0].source(drawn.example[i]).tolist())] = row
+        row_of[tuple(data.mixture.tokenized[drawn.source[i]][0].example(drawn.example[i]).source.tolist())] = row
     steps = data.read(0, Duration(1, "epochs"), loader.WHOLE)
     places = [row_of[tuple(rows_of(step.batch)[0][0][0])] for step in steps]
     assert sorted(places) == list(range(len(packed)))
@@ -237,7 +238,7 @@ def test_an_epoch_trains_on_every_example_exactly_once(packed, rows):
 def test_it_is_told_where_the_examples_of_a_step_are_from(packed):
     data = made(packed, templates=2)
     origin = {  # no token occurs twice
-        tuple(item.target(i).tolist()): (item.name, i + 1)
+        tuple(item.example(i).target.tolist()): (item.name, i + 1)
         for templates in data.mixture.tokenized
         for item in templates
         for i in range(item.counts.examples)

@@ -72,7 +72,7 @@ def test_lengths_are_those_of_the_example_under_its_template():
     epoch = mixture(*made).epoch(2)
     for number, index, template, source_length, target_length in zip(*rows(epoch), strict=True):
         item = made[number][template]
-        assert (len(item.source(index)), len(item.target(index))) == (source_length, target_length)
+        assert (len(item.example(index).source), len(item.example(index).target)) == (source_length, target_length)
 
 
 def test_the_stream_depends_on_the_seed_alone_and_can_be_read_anywhere():
@@ -143,7 +143,7 @@ def test_weights_are_honoured_exactly_in_every_epoch(items):
     made = [source(f"s{i}", size) for i, size in enumerate(sizes)]
     given_ = {"weights": [float(weight) for weight in weights], "mixing": "weights"}
     if any(weight and not count for weight, count in zip(weights, expected, strict=True)):
-        with pytest.raises(UserError, match="its share of the mixture is less than one of"):
+        with pytest.raises(UserError, match="its weight gives it less than one of"):
             mixture(*made, **given_)
         return
     mixed = mixture(*made, **given_)
@@ -199,7 +199,7 @@ def test_a_source_of_no_weight_is_not_drawn_and_one_too_small_to_be_drawn_is_ref
     mixed = mixture(*made, mixing="weights", weights=[0.0, 2.0])
     assert set(mixed.epoch(0).source.tolist()) == {1} and mixed.epoch_examples == 60
     with pytest.raises(
-        UserError, match="data set a: its share of the mixture is less than one of 60 examples; raise it"
+        UserError, match="data set a: its weight gives it less than one of 60 examples; raise the weight"
     ):
         mixture(*made, mixing="weights", weights=[0.001, 2.0])
 

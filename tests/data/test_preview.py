@@ -55,7 +55,7 @@ WSD = {"warmup": "4 steps", "decay": "5 steps", "schedule": "wsd"}
         ),
         ("train", {"duration": "1e12 steps"}, "duration: 1000000000000 steps is too long; a run has at most 21474836"),
         ("train", {"duration": "1e17 tokens"}, "duration: 1e+17 tokens ("),
-        ("train", {"duration": "10001 epochs"}, "duration: 10001 epochs; of epochs the most is 10000; give it in s"),
+        ("train", {"duration": "10001 epochs"}, "duration: 10001 epochs; at most 10000 epochs are allowed; use ste"),
         (
             "train", {"optimizer": {"warmup": "9 steps"}, "duration": 8},
             "optimizer.warmup: 9 steps is longer than the run of 8 steps; shorten it",

@@ -9,7 +9,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pyarrow
 import pyarrow.parquet
@@ -281,7 +281,7 @@ def test_a_parquet_file_that_is_none_is_refused(write):
 )  # fmt: skip
 def test_an_empty_file_is_refused_with_the_name_of_its_setting(write, name, content):
     path = write(name, content)
-    assert refusal(path) == f"{path} holds no records; remove it from config.data.train.0 or give it some"
+    assert refusal(path) == f"{path} holds no records; remove it from config.data.train.0 or add some"
 
 
 def test_an_absent_file_is_refused_and_not_looked_for_on_the_hub(tmp_path):
@@ -300,7 +300,7 @@ def test_an_absent_file_is_refused_and_not_looked_for_on_the_hub(tmp_path):
 def test_an_unknown_suffix_is_refused_with_the_known_ones(write):
     path = write("a.txt", jsonl(RECORDS))
     assert refusal(path).startswith(
-        f"config.data.train.0: cannot tell the format of {path} by its name; use .jsonl, .json, .csv, .tsv, .parquet"
+        f"config.data.train.0: cannot tell the format of {path} from its name; use .jsonl, .json, .csv, .tsv, .parquet"
     )
 
 
@@ -387,7 +387,7 @@ def test_a_name_that_no_file_can_have_is_refused(write, tmp_path):
         assert refusal(f"{tmp_path}/{name}.jsonl", format="json").startswith("config.data.train.0.path ")
         listed = write("names.txt", name.encode(errors="surrogatepass"))
         assert refusal(tmp_path, file_list=str(listed)).startswith("config.data.train.0.file_list: ")
-    assert refusal(tmp_path, file_list=str(write("names.txt", b"\n"))).endswith("names no file; give each a line")
+    assert refusal(tmp_path, file_list=str(write("names.txt", b"\n"))).endswith("lists no files; write one per line")
 
 
 @pytest.mark.parametrize("suffix, pack", [("gz", gzip.compress), ("zst", zst)])
@@ -611,3 +611,8 @@ def test_the_digest_depends_on_which_records_are_read(tmp_path):
         for given in ({}, {"records": "Instances"}, {"records": "Instances", "max_per_file": 1})
     }
     assert len(digests) == 3
+
+
+def test_every_format_of_the_settings_is_a_kind_of_source():
+    formats = get_args(get_type_hints(Source)["format"])
+    assert {"auto", *sources.KINDS} == set(formats)

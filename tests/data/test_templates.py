@@ -200,12 +200,12 @@ def test_a_system_message_stands_before_the_prompt():
         ("messages", {"messages": [USER, {**ASSISTANT, "content": ""}, USER, ASSISTANT]}, "turn 2, the assistant's"),
         ("messages", {"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "message 2 calls a tool, which"),
         ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}, "field 'content' or 'value' is"),
-        ("auto", {"question": "a", "answer": "b"}, "none of the fields 'messages', 'conversations', "
+        ("auto", {"question": "a", "answer": "b"}, "has none of the fields 'messages', 'conversations', "
          "'prompt', 'instruction', 'Definition', which template 'auto' needs; its fields: question, answer; "
          "try a template such as '{{question}} ||| {{answer}}'"),
         ("auto", {"messages": [USER, ASSISTANT], "prompt": "Bye", "completion": "b"}, "it has both 'messages' and "
          "'prompt', and they differ; set the template to 'messages' or 'prompt_completion'"),
-        ("auto", {}, "none of the fields 'messages', 'conversations', 'prompt', 'instruction', 'Definition', which "
+        ("auto", {}, "has none of the fields 'messages', 'conversations', 'prompt', 'instruction', 'Definition', which "
          "template 'auto' needs; its fields: none"),
     ],
 )  # fmt: skip
@@ -357,7 +357,7 @@ def test_an_object_s_address_in_a_record_or_a_template_is_text_like_any_other():
     ],
 )  # fmt: skip
 def test_a_template_that_would_give_other_data_each_time_is_refused(template, name):
-    assert f" uses {name!r}, which gives other data each time; take 'choice'" in refusal(template, q="x")
+    assert f" uses {name!r}, whose result changes on every call; use 'choice'" in refusal(template, q="x")
     assert example("{{random}} | random ||| {{lipsum_}}", random="a", lipsum_="b") == pair("a | random", "b")
 
 

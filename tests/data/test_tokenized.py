@@ -34,7 +34,7 @@ def cache(tmp_path: Path) -> Path:
 
 
 def read(item: Tokenized) -> list[tuple[list[int], list[int]]]:
-    return [(item.source(i).tolist(), item.target(i).tolist()) for i in range(item.counts.examples)]
+    return [(item.example(i).source.tolist(), item.example(i).target.tolist()) for i in range(item.counts.examples)]
 
 
 def run(path: str, cache: Path | str, tokenizer: Any = None, **settings: Any) -> Tokenized:
@@ -52,7 +52,7 @@ def refusal(path: str, cache: Path | str, tokenizer: Any = None, **settings: Any
 
 def test_limits_that_cannot_be_raised_are_not_offered(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", pairs("a>", "b>"))
-    message = "data set a: no example is left of 2: 2 with an empty completion, 0 too long"
+    message = "data set a: none of its 2 examples is left: 2 with an empty completion, 0 too long"
     assert refusal(path, cache, max_dropped=0.5) == refusal(path, cache, max_dropped=1.0) == message
 
 
@@ -91,14 +91,14 @@ def test_both_sides_end_with_their_mark_and_are_cut_as_the_config_says(tmp_path,
     assert read(item) == [marked(*pair) if pair else ([], []) for pair in expected]
     assert item.source_lengths.tolist() == [len(pair[0]) + 1 if pair else 0 for pair in expected]
     assert item.target_lengths.tolist() == [len(pair[1]) + 1 if pair else 0 for pair in expected]
-    assert item.source(0).dtype == item.target(0).dtype == np.int32
+    assert item.example(0).source.dtype == item.example(0).target.dtype == np.int32
 
 
 def test_refuse_names_the_first_line_that_does_not_fit(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", pairs("abc>xy", "abcdefgh>x", "abcdefghi>x"))
     assert refusal(path, cache, truncate="error") == (
-        f"{path}, line 2: 9 source and 2 target tokens do not fit 8 and 4; raise them, or choose another "
-        "config.data.truncate"
+        f"{path}, line 2: 9 source and 2 target tokens exceed the limits of 8 and 4; raise "
+        "config.data.max_source_length and max_target_length, or choose another config.data.truncate"
     )
     assert run(path, cache, truncate="error", max_source_length=10).counts.kept == 3
 
@@ -209,7 +209,7 @@ def test_a_data_set_without_a_valid_record_says_why(tmp_path, cache):
     assert "; 27 more (invalid records in data set a: 30 of 30; fix them" in refusal(path, cache)
     message = refusal(path, cache, on_invalid="drop", max_dropped=1.0)
     assert message.startswith(
-        "data set a: no example is left of 30: 30 invalid, 0 with an empty completion, 0 too long"
+        "data set a: none of its 30 examples is left: 30 invalid, 0 with an empty completion, 0 too long"
     )
     assert "its fields: question, answer; try a template such as '{{question}} ||| {{answer}}'" in message
 
@@ -256,7 +256,7 @@ def test_the_share_that_a_refusal_names_is_enough(tmp_path, cache):
 
 def test_a_data_set_of_which_nothing_is_left_is_refused_whatever_the_limits(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", pairs("a>", "abcdefgh>x"))
-    expected = "data set a: no example is left of 2: 1 with an empty completion, 1 too long"
+    expected = "data set a: none of its 2 examples is left: 1 with an empty completion, 1 too long"
     assert refusal(path, cache, truncate="drop") == expected
 
 
@@ -415,7 +415,7 @@ def cached(tmp_path: Path, cache: Path) -> tuple[str, Path]:
 
 
 def damaged(path: str, folder: Path) -> bool:
-    said = f"the cached data set {folder} is damaged; remove it, and it will be made again"
+    said = f"the cached data set {folder} is damaged; delete it and it will be rebuilt"
     return refusal(path, folder.parent) == said
 
 

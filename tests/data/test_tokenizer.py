@@ -130,7 +130,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_mark_and_names_no_end_mar
     assert (found.pad, found.end, found.unknown, found.start) == (0, 0, None, None) and found.chat_template is None
     assert made(Kind("llama3", "<e>", (), "<b>", True), None).start == 0
     backend.eos_token = None
-    with pytest.raises(UserError, match=r"^tokenizer gpt2 has no end-of-text token; jax_it needs one$"):
+    with pytest.raises(UserError, match=r"^tokenizer gpt2 has no end token \(eos_token\); jax_it needs one$"):
         Tokenizer(backend, "gpt2")
 
 

@@ -35,7 +35,7 @@ def test_the_reference_has_every_setting_with_its_default():
         assert [setting.name for setting in generated.settings_of(name)] == [f"{where}.{field}" for field in fields]
     found = {setting.name: setting for name in sections for setting in generated.settings_of(name)}
     assert found["train.batch_size"].default == "128" and found["train.batch_size"].comment.startswith(
-        "examples a step"
+        "examples per step"
     )
     assert found["train.optimizer.warmup"].default == '"5%"'
     assert found["train.max_spike"].comment.startswith("A step is skipped"), "the comment above a setting is its own"

@@ -9,7 +9,8 @@ import pytest
 
 from jax_it import config as settings
 from jax_it import data, evaluate, metrics, sharding
-from jax_it.data.formats import Encoded, Seq2SeqFormat
+from jax_it.data.encoded import Encoded
+from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.packing import Layout, Shape
 from jax_it.errors import UserError
 from jax_it.evaluation import table

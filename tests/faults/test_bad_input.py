@@ -69,7 +69,7 @@ def test_a_template_that_does_not_exist_is_named_with_those_that_do(refused):
 def test_data_without_any_target_is_refused_whatever_its_limits(refused):
     rows = [{"prompt": f"add {i}", "completion": ""} for i in range(5)]
     for options in ((), ("--config.data.max_dropped=1",)):
-        has(refused(rows, *options, command="preview"), "no example is left of 5", "5 with an empty completion")
+        has(refused(rows, *options, command="preview"), "none of its 5 examples is left", "5 with an empty completion")
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(refused):

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from jax_it import config, pretrained, sharding
-from jax_it.data.formats import CausalFormat, Encoded, Seq2SeqFormat
+from jax_it.data.encoded import Encoded
+from jax_it.data.formats import CausalFormat, Seq2SeqFormat
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError
 from jax_it.models import build

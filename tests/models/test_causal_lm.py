@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jax_it import config, sharding
-from jax_it.data.formats import CausalFormat, Encoded
+from jax_it.data.encoded import Encoded
+from jax_it.data.formats import CausalFormat
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError
 from jax_it.generation import Engine, Sampling, generate

@@ -9,7 +9,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jax_it import config
-from jax_it.data.formats import Encoded, Seq2SeqFormat
+from jax_it.data.encoded import Encoded
+from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.packing import Shape
 from jax_it.models import build, fast_attention
 from tests.parity import cases

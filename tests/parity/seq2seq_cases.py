@@ -4,7 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_it.data.formats import Encoded, Seq2SeqBatch, Seq2SeqFormat
+from jax_it.data.encoded import Encoded
+from jax_it.data.formats import Seq2SeqBatch, Seq2SeqFormat
 from jax_it.data.packing import Shape
 from tests.parity.case import Case, Shapes, centred
 

@@ -10,7 +10,8 @@ import pytest
 
 from jax_it import config, pretrained, sharding
 from jax_it.config import Duration, Optimizer, Train
-from jax_it.data.formats import CausalBatch, Encoded, Seq2SeqFormat
+from jax_it.data.encoded import Encoded
+from jax_it.data.formats import CausalBatch, Seq2SeqFormat
 from jax_it.data.packing import Shape
 from jax_it.training.optimizer import make_optimizer, make_schedule
 from jax_it.training.state import start, state_shardings

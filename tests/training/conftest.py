@@ -9,7 +9,8 @@ import pytest
 
 from jax_it import config as settings
 from jax_it import pretrained
-from jax_it.data.formats import CausalBatch, CausalFormat, Encoded, Format, Seq2SeqBatch, Seq2SeqFormat, pack_rows
+from jax_it.data.encoded import Encoded
+from jax_it.data.formats import CausalBatch, CausalFormat, Format, Seq2SeqBatch, Seq2SeqFormat, pack_rows
 from jax_it.data.packing import Layout, Shape
 from jax_it.models import Model, Params, build
 from tests.parity import causal_cases
