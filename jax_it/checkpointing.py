@@ -48,7 +48,7 @@ class Checkpoints:
         self.folder = files.absolute(folder)
         writing = max_to_keep > 0
         if files.is_there(self.folder) and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is not a folder; remove it, or restore it from a copy")
+            raise UserError(f"{self.folder} is not a folder; remove it, or restore it from a backup")
         self._check_metadata()
         if writing and hosts.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class Checkpoints:
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # of a _CHECKPOINT_METADATA, which it reads
             raise UserError(
                 f"the metadata of a checkpoint in {self.folder} is damaged ({_reason(error)}); remove that "
-                "checkpoint, or restore it from a copy"
+                "checkpoint, or restore it from a backup"
             ) from error
 
     def _check_metadata(self) -> None:
@@ -80,7 +80,7 @@ class Checkpoints:
             files.check_all_regular(self.folder, "*/*")
         except OSError as error:
             raise UserError(
-                f"{error.filename} cannot be read: {error.strerror}; remove it, or restore its checkpoint from a copy"
+                f"{error.filename} cannot be read: {error.strerror}; remove it, or restore its checkpoint from a backup"
             ) from None
 
     def __enter__(self) -> "Checkpoints":
@@ -151,7 +151,7 @@ class Checkpoints:
             raise UserError(
                 f"none of the checkpoints in {self.folder} can be read: "
                 + "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
-                + "; restore one from a copy, or start over in another --workdir"
+                + "; restore one from a backup, or start over in another --workdir"
             )
         return None
 

@@ -1,7 +1,7 @@
 """Published figures of accelerators: of one chip, as its maker states them.
 
 TPUs: the "System architecture" pages of Cloud TPU's documentation. A link's rate is the stated interconnect
-bandwidth of a chip over its number of links, one way; that of the data-centre network is a pod's over its chips.
+bandwidth of a chip over its number of links, one way; that of the data-center network is a pod's over its chips.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Token losses, each a sum and a weight: they are divided once, over everything, by the training step.
 
-Logits are made and used up in chunks of the target's positions, so that no [B, T, V] array lives.
+Logits are computed in chunks of the target's positions, so that no [B, T, V] array is ever in memory.
 """
 
 from collections.abc import Callable
@@ -57,8 +57,8 @@ def chunked_sum(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the weighted sum of token losses and the sum of their weights, both float32.
 
-    `logits(head, states)` gives float32 logits; at most `chunk` positions of all rows on a device, or one of each,
-    have theirs at a time. Gradients are taken chunk by chunk in the forward pass: no logits wait for a backward one.
+    `logits(head, states)` gives float32 logits. Each device holds logits for at most `chunk` positions (or one per row)
+    at a time. Gradients are taken chunk by chunk in the forward pass, so no logits are kept for the backward pass.
     A head that is not trained has none.
     """
     total = _sum_over_chunks(loss, logits, chunk, head_trained, head_VD, states_BTD, targets_BT, weights_BT)

@@ -65,8 +65,8 @@ def find_changes(
         if name not in CHANGEABLE:
             others = ", ".join(each for each in CHANGEABLE if not each.startswith("train.optimizer."))
             raise UserError(
-                f"--allow-change {name}: this cannot change within a run; {others} and the settings of train.optimizer "
-                "other than its name can"
+                f"--allow-change {name}: this cannot change during a run. You can change: {others}, and the settings "
+                "of train.optimizer other than its name"
             )
     changes: Changes = {}
     old, new = (flatten(_as_mapping(settings.to_dict(settings.without_unread(each, kind)))) for each in (saved, config))

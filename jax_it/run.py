@@ -86,8 +86,8 @@ class Run:
             assert self.resolved and self.run_dir
             if fingerprint(find_folder(config.model.path)) != self.resolved.base_digest:
                 raise UserError(
-                    f"the weights in {config.model.path} are not those that the run in {self.run_dir.path} was started "
-                    "from; restore them"
+                    f"the weights in {config.model.path} have changed since the run in {self.run_dir.path} was "
+                    "started; restore them"
                 )
         return pretrained.load_base(config.model, self.mesh, config.train.seed)[1]
 
@@ -185,7 +185,7 @@ def load_run(path: str) -> tuple[Run, Params]:
             params = run.load_params(run_dir.choose_step("latest", ""))
         except Unreadable as error:
             reason = str(error).removesuffix("; name another with --checkpoint")
-            raise UserError(f"{reason}; remove it, or give the folder of another that jax-it export writes") from error
+            raise UserError(f"{reason}; remove it, or export another checkpoint and pass that folder") from error
     else:
         config, tokenizer_path = settings.Model(path=path), path
         if peft.is_folder(path):

@@ -1,4 +1,4 @@
-"""What only the model, its tokenizer or the data can tell of a config: settings that do not fit them are refused."""
+"""Checks of a config that need the model, tokenizer or data."""
 
 from collections.abc import Mapping
 from typing import NoReturn

@@ -37,7 +37,7 @@ from jax_it.pretrained.folder import find_folder
 from jax_it.resolved_run import Changes, ResolvedRun
 from jax_it.typed import shown
 
-CREATING = ".creating"  # while the folder is being made: what a start that is killed leaves can then be told from a run
+CREATING = ".creating"  # while the directory is being made, so that leftovers of a killed start are recognizable
 # Of a run's folder: it changes with the names of settings or of weights in checkpoints.
 FORMAT = 3
 # The parts of a run, and whether they are folders.
@@ -98,10 +98,7 @@ class RunDir:
     def check_new(self) -> None:
         """Refuse to start a run in a directory that has parts of another one. All hosts must call it."""
         if parts := self._parts():
-            raise UserError(
-                f"{self.path} has {_listed(parts)} of a run and no config.json; restore that from a copy, "
-                "or name another --workdir"
-            )
+            raise UserError(f"{_lacks_config(self.path, parts)}, or name another --workdir")
 
     def _parts(self) -> list[str]:
         """Return the parts of a run that are here, except what a start that was killed left half-made."""
@@ -118,7 +115,7 @@ class RunDir:
             part = self.path / name
             if is_there(part) and not (part.is_dir() if folder else files.is_regular(part)):
                 expected = "folder" if folder else "regular file"
-                raise UserError(f"{part} is not a {expected}; remove it, or restore it from a copy")
+                raise UserError(f"{part} is not a {expected}; remove it, or restore it from a backup")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -165,7 +162,7 @@ class RunDir:
         if not self.holds_a_run():
             raise UserError(
                 f"this host does not see {self.path}, which another one has made: "
-                "name a --workdir that all hosts share, on a network's disk or in an object store"
+                "name a --workdir that all hosts share, on a network drive or in an object store"
             )
 
     def _create(
@@ -224,9 +221,7 @@ class RunDir:
             saved = files.read_json(file)
         except (FileNotFoundError, NotADirectoryError):
             if parts := self._parts():
-                raise UserError(
-                    f"{self.path} has {_listed(parts)} of a run and no config.json; restore that from a copy"
-                ) from None
+                raise UserError(_lacks_config(self.path, parts)) from None
             raise UserError(f"{self.path} holds no run (no config.json); start one with jax-it train") from None
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}; restore it, or name another --workdir") from None
@@ -236,14 +231,14 @@ class RunDir:
             raise _damaged(file, "it is not an object")
         if _is_changed(saved):
             raise UserError(
-                f"{file} has been changed since the run was started; restore it, or remove its line with the checksum "
-                "if the change is meant"
+                f"{file} has been changed since the run was started; restore it, or delete the checksum line "
+                "if the change is intentional"
             )
         found = saved.get("format", 1)
         if {"config", "resolved"} <= saved.keys() and found != FORMAT:
             raise UserError(
                 f"{file} is of a run in format {shown(found)}, and this version of jax_it has format {FORMAT}: "
-                "settings and weights have other names; continue or export the run with the version that started it"
+                "settings and weights were renamed; continue or export the run with the version that started it"
             )
         return saved
 
@@ -255,13 +250,13 @@ class RunDir:
                 files.check_regular(self.path / part / name)
             found = files.digests(self.path / part)
         except OSError as error:
-            raise UserError(f"{error.filename} cannot be read ({error.strerror}); restore it from a copy") from None
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}); restore it from a backup") from None
         except (TypeError, ValueError, AttributeError) as error:
             raise _damaged(self.path / "config.json", f"{type(error).__name__}: {error}") from None
         for name, digest in expected.items():
             if found.get(name) != digest:
                 raise UserError(
-                    f"{self.path / part / name} is not the file that the run was started with; restore it from a copy"
+                    f"{self.path / part / name} is not the file that the run was started with; restore it from a backup"
                 )
 
     def check_same(self, config: Config, allow: Sequence[str] = ()) -> Changes:
@@ -410,7 +405,8 @@ class RunDir:
             return max(scores, key=lambda step: scores[step])
         if which not in map(str, steps):
             raise UserError(
-                f"--checkpoint {shorten(which)}: {self.path} has {', '.join(map(str, steps))}, latest and best"
+                f"--checkpoint: no checkpoint {shorten(which)} in {self.path}; "
+                f"choose {', '.join(map(str, steps))}, latest or best"
             )
         return int(which)
 
@@ -458,7 +454,9 @@ def read_scores(folder: Any) -> dict[str, dict[str, Any]]:
     found = files.read_json(folder / SCORES)
     # A task can have this name, and its scores are no text; an older version wrote no checksum.
     if isinstance(found, dict) and isinstance(found.get("checksum"), str) and _is_changed(found):
-        raise ValueError("it has been changed; evaluate again, or remove its line with the checksum if that is meant")
+        raise ValueError(
+            "it has been changed; evaluate again, or delete the checksum line if the change is intentional"
+        )
     if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
         raise ValueError("it is not an object of objects")
     return found
@@ -484,8 +482,8 @@ def _step_of(line: str) -> float:
     return step if type(step) is int else math.inf
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:-1]) + " and " * (len(names) > 1) + names[-1]
+def _lacks_config(path: epath.Path, parts: Sequence[str]) -> str:
+    return f"{path} contains parts of a run ({', '.join(parts)}) but no config.json; restore it from a backup"
 
 
 def _damaged(file: epath.Path, reason: str) -> UserError:

@@ -54,8 +54,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     across = sizes[config.across_slices]
     if across % len(slices):
         raise UserError(
-            f"config.mesh.{config.across_slices}: {across} devices cannot be shared out to {len(slices)} slices; make "
-            f"it a multiple of {len(slices)}, or name the axis that is one with config.mesh.across_slices"
+            f"config.mesh.{config.across_slices}: {across} devices cannot be divided evenly among {len(slices)} "
+            f"slices; make it a multiple of {len(slices)}, or set config.mesh.across_slices to an axis that is"
         )
     # As mesh_utils.create_hybrid_device_mesh, which does not take the slices of devices that do not tell theirs (CPUs).
     inner = sizes | {config.across_slices: across // len(slices)}
@@ -91,11 +91,11 @@ def _slices(number: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]
     told = sorted({getattr(device, "slice_index", 0) for device in devices})
     if len(told) > 1:
         if number not in (0, len(told)):
-            raise UserError(f"config.mesh.slices: {number}, but the devices lie in {len(told)} slices; leave it at 0")
+            raise UserError(f"config.mesh.slices: {number}, but the devices form {len(told)} slices; leave it at 0")
         return [[device for device in devices if getattr(device, "slice_index", 0) == index] for index in told]
     number = number or 1
     if len(devices) % number:
-        raise UserError(f"config.mesh.slices: {len(devices)} devices cannot be shared out to {number} slices")
+        raise UserError(f"config.mesh.slices: {len(devices)} devices cannot be divided evenly among {number} slices")
     each = len(devices) // number
     return [list(devices[i * each : (i + 1) * each]) for i in range(number)]
 

@@ -174,7 +174,7 @@ def test_the_latest_the_best_or_a_numbered_checkpoint_is_chosen(run_dir):
 
 @pytest.mark.parametrize("which", ["7", "-3", "newest", "", "3.0", "³", "3" * 5000])
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(run_dir, which):
-    with pytest.raises(UserError, match=r"has 3, 5, 10, latest and best"):
+    with pytest.raises(UserError, match=r"choose 3, 5, 10, latest or best"):
         run_dir.choose_step(which, "loss")
 
 
@@ -218,7 +218,7 @@ def test_a_config_that_was_changed_is_refused_unless_the_change_is_meant(run_dir
     file = run_dir.path / "config.json"
     text = file.read_text().replace('"total_steps": 100', '"total_steps": 101')
     file.write_text(text)
-    with pytest.raises(UserError, match=r"run/config.json has been changed .*restore it, or remove its line with the"):
+    with pytest.raises(UserError, match=r"run/config.json has been changed .*restore it, or delete the checksum line"):
         run_dir.open()
     file.write_text(json.dumps({key: value for key, value in json.loads(text).items() if key != "checksum"}))
     assert run_dir.open()[1].total_steps == 101
@@ -263,7 +263,9 @@ def test_a_folder_with_a_part_of_a_run_and_no_config_is_refused(run_dir, left):
         item.unlink() if item.is_file() else shutil.rmtree(item)
     (run_dir.path / left).mkdir() if PARTS[left] else (run_dir.path / left).touch()
     for refusing in (run_dir.check_new, run_dir.open):
-        with pytest.raises(UserError, match=rf"run has {left} of a run and no config.json; restore that from a copy"):
+        with pytest.raises(
+            UserError, match=rf"contains parts of a run \({left}\) but no config.json; restore it from a backup"
+        ):
             refusing()
 
 
@@ -451,7 +453,7 @@ def test_a_base_model_with_other_weights_than_the_run_was_started_from_is_refuse
     with pytest.raises(UserError) as error:
         open_run(run_dir).load_frozen()
     line = str(error.value)
-    assert str(base) in line and f"not those that the run in {run_dir.path} was started from; restore them" in line
+    assert str(base) in line and f"have changed since the run in {run_dir.path} was started; restore them" in line
 
 
 def test_a_run_of_another_format_is_refused_by_its_file(run_dir):

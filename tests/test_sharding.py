@@ -62,7 +62,7 @@ def test_only_the_axis_across_slices_leaves_a_slice(across, slices):
 def test_devices_that_tell_their_slice_are_grouped_by_it():
     devices = [SimpleNamespace(id=i, slice_index=i % 2) for i in range(8)]
     assert [[d.id for d in part] for part in sharding._slices(0, devices)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    with pytest.raises(UserError, match=r"config\.mesh\.slices: 4, but the devices lie in 2"):
+    with pytest.raises(UserError, match=r"config\.mesh\.slices: 4, but the devices form 2"):
         sharding._slices(4, devices)
 
 
@@ -71,9 +71,9 @@ def test_devices_that_tell_their_slice_are_grouped_by_it():
     [
         (
             Mesh(data=1, fsdp=8, slices=2),
-            r"config\.mesh\.data: 1 devices cannot be shared out to 2 slices.*across_slices",
+            r"config\.mesh\.data: 1 devices cannot be divided evenly among 2 slices.*across_slices",
         ),
-        (Mesh(data=8, slices=3), r"config\.mesh\.slices: 8 devices cannot be shared out to 3"),
+        (Mesh(data=8, slices=3), r"config\.mesh\.slices: 8 devices cannot be divided evenly among 3"),
     ],
 )
 def test_slices_that_do_not_fit_are_refused(mesh, text):

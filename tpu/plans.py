@@ -61,14 +61,14 @@ def lines(folder: Path) -> Iterator[str]:
     plans = load(MODELS, folder)
     yield from _head(
         "model chips mesh rows_a_step GiB_a_chip seconds_at_least arithmetic memory collectives_beside_it that_wait "
-        "utilisation_at_most"
+        "utilization_at_most"
     )
     for row, found in plans:
         mesh = " × ".join(f"{axis}={size}" for axis, size in found["mesh"].items()) or "data=1"
         size = _gib(found) + ("" if found["fits"] else ", DOES NOT FIT")
         seconds = [f"{seconds:.2f}" for seconds in (found["seconds"], *found["time"].values())]
         rows = f"{found['rows']} of {found['row']}"
-        yield _line(row.title, found["topology"], mesh, rows, size, *seconds, f"{found['utilisation']:.0%}")
+        yield _line(row.title, found["topology"], mesh, rows, size, *seconds, f"{found['utilization']:.0%}")
     yield ""
     yield "What stands between these bounds and the peak, as shares of the step's time:"
     yield ""
@@ -84,13 +84,13 @@ def lines(folder: Path) -> Iterator[str]:
     yield "Weak scaling, 16 rows a chip:"
     yield ""
     yield from _head(
-        "model chips GiB_a_chip GB_sent_beside_compute that_wait a_step_takes_at_least utilisation_at_most"
+        "model chips GiB_a_chip GB_sent_beside_compute that_wait a_step_takes_at_least utilization_at_most"
     )
     for row, found in load(SCALING, folder):
         sent = {True: 0.0, False: 0.0}
         for each in found["traffic"]:
             sent[each["overlapped"]] += each["bytes"] / 1e9
-        bound = f"{found['seconds']:.2f}", f"{found['utilisation']:.0%}"
+        bound = f"{found['seconds']:.2f}", f"{found['utilization']:.0%}"
         yield _line(row.title, found["topology"], _gib(found), f"{sent[True]:.1f}", f"{sent[False]:.1f}", *bound)
     yield ""
     yield "Layers are one loop, however many there are. Compiling took, in seconds of one processor core:"

@@ -28,7 +28,7 @@ def pad(prompts: Sequence[Sequence[int]], rows: int, width: int) -> tuple[np.nda
 def choose(lengths: Sequence[int], rows: int, compiled: Collection[int] = ()) -> list[int]:
     """Return a width for each batch of `rows` prompts; `lengths`, ascending, are those of each batch's longest prompt.
 
-    The widths minimise the cost of padding and compiling together; widths in `compiled` cost no compiling.
+    The widths minimize the cost of padding and compiling together; widths in `compiled` cost no compiling.
     """
     if not lengths:
         return []

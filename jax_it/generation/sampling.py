@@ -23,7 +23,7 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
     seed: int = 0
     num_beams: int = 1
-    length_penalty: float = 1.0  # of beams: above 0 favours longer texts
+    length_penalty: float = 1.0  # of beams: above 0 favors longer texts
     early_stopping: bool | Literal["never"] = False  # of beams: when a prompt is done; see generation/beam_search.py
     min_p: float = 0.0  # tokens of less than this share of the likeliest one's probability are not drawn
     repetition_penalty: float = 1.0  # divides positive logits of tokens that occurred before, multiplies negative ones

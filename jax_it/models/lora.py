@@ -65,7 +65,7 @@ class Adapter:
             b = jnp.zeros((weight.shape[0], target.rank, *columns), jnp.float32)
             leaves |= {f"{target.path}.a": a, f"{target.path}.b": b}
             if self.dora:
-                # Of the weight alone, as B is zero. XLA's CPU compiler (jaxlib 0.10.2 to 0.12.0) reads uninitialised
+                # Of the weight alone, as B is zero. XLA's CPU compiler (jaxlib 0.10.2 to 0.12.0) reads uninitialized
                 # memory for A times constant zeros: for a dot with a broadcast scalar, fused with a sum (__ynn_fusion).
                 leaves[f"{target.path}.magnitude"] = jax.lax.map(partial(column_norm, inputs=len(inputs)), weight)
         return unflatten(leaves)

@@ -1,4 +1,4 @@
-"""Plans: a run's real step, compiled for chips that are not there."""
+"""Plans: a run's real step, compiled for hardware that you don't have."""
 
 from jax_it.plan.plan import Plan, plan
 from jax_it.plan.text import text, to_json

@@ -73,7 +73,7 @@ class Plan:
     regions: list[cost.RegionTime]
     unknown_trip_counts: list[str]  # loops that count once
     seconds: float  # the bound; 0 if the chip's rates are not known
-    utilisation: float
+    utilization: float
     compile_seconds: float
     compile_work: float  # seconds summed over processor cores
     tries: list[Try]
@@ -106,7 +106,7 @@ def plan(config: Config, topology: Topology, rows: int = 0, hlo_file: Path | epa
         hardware_flops=len(devices) * sum(region.flops * region.runs for region in program.regions),
         memory_bytes=sum(region.memory_bytes * region.runs for region in program.regions),
         traffic=traffic, regions=regions, unknown_trip_counts=program.unknown_trip_counts, seconds=seconds,
-        utilisation=model_flops / (seconds * len(devices) * topology.chip.flops) if seconds else 0.0,
+        utilization=model_flops / (seconds * len(devices) * topology.chip.flops) if seconds else 0.0,
         compile_seconds=compiled.seconds if compiled else 0.0, compile_work=compiled.cpu_seconds if compiled else 0.0,
         tries=[] if memory.fits else list(_search(step, topology, rows, mesh)),
     )  # fmt: skip

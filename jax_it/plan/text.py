@@ -8,7 +8,7 @@ from typing import Any
 from jax_it.plan.cost import Traffic
 from jax_it.plan.plan import Plan
 
-GOAL = 0.6  # of the peak: below this utilisation a plan says what stands in the way
+GOAL = 0.6  # of the peak: below this utilization a plan names the bottlenecks
 
 
 def text(plan: Plan) -> str:
@@ -47,7 +47,7 @@ def times(plan: Plan) -> dict[str, float]:
 
 
 def obstacles(plan: Plan) -> Iterator[str]:
-    """Yield what keeps the utilisation below the peak and its share of a step's time, the largest first."""
+    """Yield what keeps the utilization below the peak and its share of a step's time, the largest first."""
     seconds: defaultdict[str, float] = defaultdict(float)
     if plan.hardware_flops:
         seconds["arithmetic that the model's FLOPs do not count, such as layers that are computed again (remat)"] = (
@@ -99,9 +99,9 @@ def _lines(plan: Plan) -> Iterator[str]:
     if plan.seconds:
         yield f"a step takes at least       {plan.seconds:.3f} s, at published peak rates"
         yield from (f"  {name:<28}{seconds:8.3f} s" for name, seconds in times(plan).items())
-        yield f"utilisation at most         {plan.utilisation:.0%} of the peak, for the model's FLOPs"
-        if plan.utilisation < GOAL:
-            yield "what stands in the way"
+        yield f"utilization at most         {plan.utilization:.0%} of the peak, for the model's FLOPs"
+        if plan.utilization < GOAL:
+            yield "bottlenecks"
             yield from (f"  {line}" for line in obstacles(plan))
         yield ""
     if plan.unknown_trip_counts:

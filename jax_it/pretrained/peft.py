@@ -34,7 +34,7 @@ _READ = frozenset(
 )
 _MAX_RANK = 1 << 16
 _MAX_ALPHA = 1e30  # the scale of what an adapter adds is a float32
-# These initialisations leave the base model's weights as they are.
+# These initializations leave the base model's weights as they are.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -133,7 +133,9 @@ def _check_tensors(model: Model, tensors: TensorReader) -> None:
                 "the adapter is for another base model"
             )
     if extra := sorted(there - wanted.keys()):
-        raise UserError(f"{file}: {extra[0]} is of no module of this base model: the adapter is for another one")
+        raise UserError(
+            f"{file}: {extra[0]} does not belong to any module of this base model: the adapter is for another one"
+        )
 
 
 def _with_own_ranks(model: Model, tensors: TensorReader) -> tuple[Model, dict[str, tuple[int, int]]]:
@@ -320,7 +322,7 @@ def _check_base(wanted: str, name: str, folder: Path) -> None:
     revision = _read_values(folder).get("revision")
     if on_hub(name) and revision not in (None, "", "main"):
         raise UserError(
-            f"{folder / CONFIG}: the adapter is for revision {shown(revision)} of {wanted}; fetch that one into a "
+            f"{folder / CONFIG}: the adapter is for revision {shown(revision)} of {wanted}; download that one into a "
             "folder and name the folder as the base model"
         )
 
@@ -329,7 +331,7 @@ def _read_values(folder: Path) -> dict[str, Any]:
     try:
         return read_json_object(folder / CONFIG)
     except FileNotFoundError:
-        raise UserError(f"{folder / CONFIG} is missing: {folder} is no adapter in PEFT's format") from None
+        raise UserError(f"{folder / CONFIG} is missing: {folder} is not an adapter in PEFT's format") from None
 
 
 def _number(value: float) -> float:

@@ -41,13 +41,15 @@ class TensorReader:
                     pass  # it is whole, and its header is right
                 found = _map(folder / file)
             except FileNotFoundError:
-                raise UserError(f"{folder / file} is missing, but {INDEX} names it; fetch the folder again") from None
+                raise UserError(
+                    f"{folder / file} is missing, but {INDEX} names it; download the folder again"
+                ) from None
             except OSError as error:
                 raise UserError(f"{folder / file} cannot be read: {error.strerror or error}") from None
             except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-                raise UserError(f"{folder / file} is damaged ({first_line(error)}); fetch it again") from None
+                raise UserError(f"{folder / file} is damaged ({first_line(error)}); download it again") from None
             if twice := sorted(found.keys() & self._entries.keys()):
-                raise UserError(f"{folder / file}: {twice[0]} is in another file of the folder too; fetch it again")
+                raise UserError(f"{folder / file}: {twice[0]} is in another file of the folder too; download it again")
             self._entries |= found
 
     def __enter__(self) -> "TensorReader":
@@ -66,7 +68,7 @@ class TensorReader:
         if self._single == SINGLE and (index.exists() or index.is_symlink()):
             files = read_json_object(index).get("weight_map")
             if not isinstance(files, dict) or not files:
-                raise UserError(f"{index} is damaged: it has no weight_map; fetch it again")
+                raise UserError(f"{index} is damaged: it has no weight_map; download it again")
             for file in files.values():
                 # Another folder's file could be anything. Links may lead out of this one: hub caches have them.
                 if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\0" in file:

@@ -32,22 +32,22 @@ class Skips:
         text, loss = _text(examples), measured["loss"]
         values = {"loss": loss, "grad_norm": norm, "grad_norm_mean": measured["grad_norm_mean"]}
         self._log.skipped(step, values | {"reason": f"{reason} (loss {loss:.4g})", "examples": examples})
-        self._log.warn(f"step {step} is skipped: {reason} (loss {loss:.4g}); it has {text}")
+        self._log.warn(f"step {step} is skipped: {reason} (loss {loss:.4g}); its examples: {text}")
         if in_a_row > self._config.max_skipped:
             raise UserError(
-                f"{in_a_row} steps in a row were skipped, up to step {step}: {reason}; look at its data ({text}) and "
-                f"that of the others in skipped.jsonl, lower config.train.optimizer.learning_rate, or raise "
+                f"{in_a_row} steps in a row were skipped, up to step {step}: {reason}; check the examples of these "
+                f"steps (its own: {text}; all: skipped.jsonl), lower config.train.optimizer.learning_rate, or raise "
                 "config.train.max_skipped or max_spike"
             )
 
 
 def _text(examples: list[dict]) -> str:
-    """Return "records 3, 17 of say; record 2 of names", with as many records as a line holds."""
+    """Return "records 3, 17 of 'say'; record 2 of 'names'", with as many records as a line holds."""
     parts, left = [], SHOWN
     for source in examples:
         shown = source["records"][:left]
         left -= len(shown)
         if shown:
-            parts.append(f"record{'s' * (len(shown) > 1)} {', '.join(map(str, shown))} of {source['source']}")
+            parts.append(f"record{'s' * (len(shown) > 1)} {', '.join(map(str, shown))} of {source['source']!r}")
     more = sum(len(source["records"]) for source in examples) - (SHOWN - left)
     return "; ".join(parts) + (f"; {more} more" if more else "")

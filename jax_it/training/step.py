@@ -105,7 +105,7 @@ def make_train_step(
             "weight": weight,  # that the loss is a mean over
             "grad_norm": norm,
             "grad_norm_mean": state.norms.mean,
-            # The optimizer counts the steps that it takes, and its memory of a skipped one is thrown away.
+            # The optimizer counts the steps that it takes; its state from a skipped step is discarded.
             "learning_rate": jnp.asarray(schedule(state.step - state.skipped), jnp.float32),
             "skipped": new.skipped,
             "skipped_in_a_row": new.skipped_in_a_row,
@@ -191,7 +191,7 @@ def _balance(model: Model, state: TrainState, batch: Any, parts: Any, coefficien
 
     The balancing loss (Shazeer et al. 2017, Fedus et al. 2021) is X * sum over experts of (share of tokens *
     mean probability), over all tokens and layers of the step, as in Transformers. The shares have no gradient,
-    so once they are known it is a sum over tokens. To know them takes a forward pass before the step's own.
+    so once they are known it is a sum over tokens. Computing them takes an extra forward pass.
     """
     params = model.join(state.params, state.frozen)
 

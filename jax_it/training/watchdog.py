@@ -15,7 +15,7 @@ from jax_it.run_dir import RunDir
 from jax_it.stopping import CODE
 from jax_it.training.phases import Phases
 
-LONGER = 10  # times the limit of a step, for a phase that takes longer in good health
+LONGER = 10  # times the limit of a step, for phases that are normally slow
 LONG = ("starting", "compiling", "saving", "evaluating")
 
 
@@ -55,7 +55,7 @@ def _end(phases: Phases, still: float, run_dir: RunDir) -> None:
         thread = threading.Thread(target=_write, args=(report, said + "\n" + stacks), daemon=True)
         thread.start()
         thread.join(30)
-        said += f"where each thread stands is above and in {report}; "
+        said += f"the stack of every thread is printed above and saved in {report}; "
     print(f"{said}run the same command to continue from the last checkpoint", file=sys.stderr, flush=True)
     os._exit(CODE)  # the main thread may be where no exception reaches it
 

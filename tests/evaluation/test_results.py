@@ -99,7 +99,7 @@ def test_a_digit_that_has_changed_is_noticed_and_a_file_of_an_older_version_is_r
     assert place.choose_step("best", "loss") == 3 and capfd.readouterr().err == ""
     file = place.eval(3) / "metrics.json"
     file.write_text(file.read_text().replace("1.25", "1.26"))
-    with pytest.raises(ValueError, match="it has been changed; evaluate again, or remove its line with the checksum"):
+    with pytest.raises(ValueError, match="it has been changed; evaluate again, or delete the checksum line"):
         read(place.eval(3))
     assert place.measured(3, "loss") is None and place.choose_step("best", "loss") == 4
     assert capfd.readouterr().err.startswith(f"{file} cannot be read: it has been changed; ")

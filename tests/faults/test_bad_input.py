@@ -165,7 +165,7 @@ def test_a_folder_without_a_run_or_checkpoint_is_named(capfd, finished, tmp_path
     nowhere = tmp_path / "nowhere"
     has(fails(capfd, command, "--workdir", nowhere, *options), nowhere, "holds no run", "jax-it train")
     line = fails(capfd, command, "--workdir", finished, "--checkpoint", 7, *options)
-    has(line, "--checkpoint 7", "45, 60, latest and best")
+    has(line, "--checkpoint 7", "45, 60, latest or best")
     has(fails(capfd, command, "--workdir", finished, "--checkpoint", "best", *options), finished, "jax-it eval")
     run = copy(finished, tmp_path / "run")
     shutil.rmtree(run / "checkpoints")

@@ -203,7 +203,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused(capfd, config, finis
     for step in ("45", "60"):
         shutil.rmtree(run / "checkpoints" / step / "training")
     line = fails(capfd, "train", "--config", config, "--workdir", run)
-    assert "none of the checkpoints" in line and "restore one from a copy, or start over in another --workdir" in line
+    assert "none of the checkpoints" in line and "restore one from a backup, or start over in another --workdir" in line
     assert sorted(f.name for f in (run / "checkpoints").iterdir()) == ["45", "60"]
     assert losses(run) == losses(finished)
 

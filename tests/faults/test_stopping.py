@@ -149,7 +149,7 @@ def test_gradients_that_are_not_finite_end_the_run_past_a_limit_and_name_the_dat
         assert len(records) == logged["examples"] and logged["skipped"] == line["step"] - 19
         assert all(0 < record <= {"say": 36, "names": 12}[source] for source, record in records)
         numbers = ", ".join(str(record) for record in line["examples"][0]["records"])
-        assert f"step {line['step']} is skipped: its gradient is not finite (loss nan); it has record" in output
+        assert f"step {line['step']} is skipped: its gradient is not finite (loss nan); its examples: record" in output
         assert f"{numbers} of {line['examples'][0]['source']}" in output
 
     # The fault is mended: the run continues from the checkpoint before it, as if nothing had happened.

@@ -382,7 +382,7 @@ ENDLESS = "(.|..|...)+[!?]"  # for a name of some thirty characters
         ({"rank_pattern": {"model.layers.1.mlp.up_proj": 1}}, "another rank or alpha in some layers"),
         ({"target_modules": ["c_attn"]}, "'c_attn' matches no weight"),
         ({"r": 3}, "the adapter is for another base model"),
-        ({"target_modules": ["q_proj"]}, "is of no module of this base model"),
+        ({"target_modules": ["q_proj"]}, "does not belong to any module of this base model"),
     ],
 )
 def test_an_adapter_that_cannot_be_read_faithfully_is_refused(changes, problem, adapter, base, folders):

@@ -324,7 +324,7 @@ def test_a_described_slice_has_its_chips_and_rings(name, slices, shape, chip, ri
 @needs_libtpu
 def test_a_step_compiles_for_a_slice_that_is_not_there():
     found = plan(make_config(mesh__data=1, mesh__fsdp=4, mesh__tensor=1), find("v5e:2x2"))
-    assert found.fits and found.devices == 4 and 0 < found.utilisation < 1
+    assert found.fits and found.devices == 4 and 0 < found.utilization < 1
     assert found.hardware_flops == pytest.approx(found.model_flops, rel=0.02)
     assert {t.network for t in found.traffic} == {"ICI"}
     # Each chip must at least be sent the weights that it lacks, in bfloat16, and send its gradients as such.

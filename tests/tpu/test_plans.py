@@ -26,7 +26,7 @@ PLAN = Plan(
         Traffic("all-reduce", "DCN", "f32", 128, 1, 4 * 10**9, 0.25, False, False, True),
         Traffic("all-reduce", "ICI", "f32", 64, 1, 1000, 0.0, False, False, False),
     ],
-    regions=[RegionTime("loop", 24, 1.0, 0.5, 0.75, 0.25)], unknown_trip_counts=[], seconds=1.25, utilisation=0.6,
+    regions=[RegionTime("loop", 24, 1.0, 0.5, 0.75, 0.25)], unknown_trip_counts=[], seconds=1.25, utilization=0.6,
     compile_seconds=9.0, compile_work=90.0, tries=[],
 )  # fmt: skip
 

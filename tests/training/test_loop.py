@@ -214,7 +214,8 @@ def test_what_may_not_change_within_a_run_is_refused_by_name(finished):
     config, run, _ = finished
     for name in ("data.train", "train.batch_size", "model.architecture", "train.optimizer", "duration"):
         with pytest.raises(
-            UserError, match=rf"--allow-change {name}: this cannot change within a run; train.duration, "
+            UserError,
+            match=rf"--allow-change {name}: this cannot change during a run. You can change: train.duration, ",
         ):
             train(config, run, [name])
 

@@ -109,7 +109,7 @@ def test_rates_are_over_the_time_of_training_alone(clock):
     assert throughput.report()["seconds_per_step"] == 2
 
 
-def test_there_is_no_utilisation_of_a_peak_that_nobody_has_published(clock):
+def test_there_is_no_utilization_of_a_peak_that_nobody_has_published(clock):
     throughput = Throughput(None, Phases(clock.time()))
     clock.seconds += 1
     throughput._phases.enter("stepping")
