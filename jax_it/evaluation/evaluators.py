@@ -66,7 +66,7 @@ class Loss:
         self._batches = pack_rows(run.format, encoded, layout, sharding.round_up_to_shards(layout.rows, self._mesh))
 
         def loss_sum(params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
-            states_BTD, head_VD = model.apply(params, batch), model.head(params)
+            states_BTD, head_VD = model.hidden_states(params, batch)[0], model.head(params)
             return losses.chunked_sum(
                 losses.cross_entropy, model.logits, run.config.train.loss_chunk, head_VD, states_BTD, batch.targets_BT,
                 batch.weights_BT,

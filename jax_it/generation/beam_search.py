@@ -63,9 +63,9 @@ class BeamSearch:
     def num_beams(self) -> int:
         return self.sampling.num_beams
 
-    def begin(self, first_B: jax.Array, text_id_B: jax.Array, seen_BV: jax.Array | None) -> BeamState:
+    def begin(self, token_B: jax.Array, text_id_B: jax.Array, seen_BV: jax.Array | None) -> BeamState:
         """Return beams without a token; as they are all alike, only one of them is extended first."""
-        slots, beams = first_B.shape[0], self.num_beams
+        slots, beams = token_B.shape[0], self.num_beams
         tokens_BWT = jnp.full((slots, beams, self.max_new_tokens), self.eos_ids[0], jnp.int32)
         log_probs_BWT = jnp.zeros(tokens_BWT.shape, jnp.float32)
         nothing_BW = jnp.full((slots, beams), NEVER, jnp.float32)

@@ -1,4 +1,7 @@
-"""Greedy decoding of one prompt, as plainly as it can be written: what `slots.py` does for many prompts at a time."""
+"""Greedy decoding of one prompt, as plainly as it can be written: what `slots.py` does for many prompts at a time.
+
+Users do not run this: a greedy search is a `Sampler` with temperature 0, in the engine's slots.
+"""
 
 from collections.abc import Collection, Sequence
 

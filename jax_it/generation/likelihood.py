@@ -152,19 +152,19 @@ def _decode(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sums of log-probabilities [B, C], and whether every token is the likeliest [B, C]."""
     rows, number, length = tokens_BCT.shape
-    first_B, start_B, cache = model.prefill(params, prompts_BS, segments_BS, length)
+    token_B, position_B, cache = model.prefill(params, prompts_BS, segments_BS, length)
     step = partial(model.decode_step, model.prepare_for_decoding(params))
-    logits_BV, cache = step(first_B, start_B, cache)
+    logits_BV, cache = step(token_B, position_B, cache)
     found = _of_tokens(logits_BV, tokens_BCT[:, :, 0])
     if length == 1:
         return _counted((found[0][..., None], found[1][..., None]), lengths_BC)
     cache = take_rows(cache, jnp.repeat(jnp.arange(rows), number))
-    positions_B = jnp.repeat(start_B, number) + 1
+    positions_B = jnp.repeat(position_B, number) + 1
 
     def advance(carry: tuple, pair_2BC: jax.Array) -> tuple:
         done, cache = carry
-        last_B, next_BC = pair_2BC[0].reshape(-1), pair_2BC[1]
-        logits_BV, cache = step(last_B, positions_B + done, cache)
+        token_B, next_BC = pair_2BC[0].reshape(-1), pair_2BC[1]
+        logits_BV, cache = step(token_B, positions_B + done, cache)
         found = _of_tokens(logits_BV, next_BC.reshape(-1, 1))
         return (done + 1, cache), (found[0].reshape(rows, number), found[1].reshape(rows, number))
 
@@ -242,7 +242,7 @@ def _forward(
     lengths_BC: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Do what `_decode` does in one forward pass. Logits exist for one position of all rows at a time."""
-    states_BTD, head_VD = model.apply(params, batch), model.head(params)
+    states_BTD, head_VD = model.hidden_states(params, batch)[0], model.head(params)
     rows, last = jnp.arange(first_B.shape[0]), states_BTD.shape[1] - 1
 
     def at(item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -148,9 +148,9 @@ class Sampler:
 
     num_beams = 1  # rows of the cache for each slot
 
-    def begin(self, first_B: jax.Array, text_id_B: jax.Array, seen_BV: jax.Array | None) -> SamplerState:
-        """Return texts without a token; `first_B` are the tokens that their first steps take."""
-        shape = (first_B.shape[0], self.max_new_tokens)
+    def begin(self, token_B: jax.Array, text_id_B: jax.Array, seen_BV: jax.Array | None) -> SamplerState:
+        """Return texts without a token; `token_B` are the tokens that their first steps take."""
+        shape = (token_B.shape[0], self.max_new_tokens)
         return SamplerState(
             jnp.full(shape, self.eos_ids[0], jnp.int32), jnp.zeros(shape, jnp.float32), text_id_B, seen_BV
         )

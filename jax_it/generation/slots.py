@@ -26,7 +26,7 @@ class SlotState(NamedTuple):
     """
 
     cache: kv_cache.KVCache
-    last_B: jax.Array  # the token that the next step takes, one for each row of the cache
+    token_B: jax.Array  # the token that the next step takes, one for each row of the cache
     start_B: jax.Array  # that token's position at the first step, one for each slot
     number_B: jax.Array  # new tokens so far, the end token among them
     limit_B: jax.Array  # new tokens at most
@@ -55,15 +55,15 @@ def init_slots(model: Model, strategy: Strategy, params: Params, slots: int, cap
 
 def prefill(model: Model, strategy: Strategy, params: Params, batch: PrefillBatch) -> SlotState:
     """Return texts with no token yet: the cache of the Q prompts, and everything else for the Y slots."""
-    first_Q, start_Q, cache = model.prefill(params, batch.tokens_QS, batch.segments_QS, strategy.max_new_tokens)
-    first_Y, start_Y = first_Q[batch.prompts_Y], start_Q[batch.prompts_Y]
+    token_Q, position_Q, cache = model.prefill(params, batch.tokens_QS, batch.segments_QS, strategy.max_new_tokens)
+    token_Y, start_Y = token_Q[batch.prompts_Y], position_Q[batch.prompts_Y]
     seen_YV = None
     if strategy.sampling.repetition_penalty != 1:
-        seen_YV = _seen(model, batch, first_Q)[batch.prompts_Y]
+        seen_YV = _seen(model, batch, token_Q)[batch.prompts_Y]
     none_Y = jnp.zeros_like(start_Y)
-    last_Y = jnp.repeat(first_Y, strategy.num_beams)
-    texts = strategy.begin(first_Y, batch.text_ids_Y, seen_YV)
-    return SlotState(cache, last_Y, start_Y, none_Y, batch.limits_Y, none_Y > 0, texts)
+    next_Y = jnp.repeat(token_Y, strategy.num_beams)
+    texts = strategy.begin(token_Y, batch.text_ids_Y, seen_YV)
+    return SlotState(cache, next_Y, start_Y, none_Y, batch.limits_Y, none_Y > 0, texts)
 
 
 def insert(strategy: Strategy, state: SlotState, new: SlotState, batch: PrefillBatch) -> SlotState:
@@ -74,15 +74,15 @@ def insert(strategy: Strategy, state: SlotState, new: SlotState, batch: PrefillB
 
     cache = kv_cache.grow(new.cache, state.cache.prompt_capacity - new.cache.prompt_capacity)
     cache = kv_cache.insert(state.cache, cache, batch.slots_Y, batch.prompts_Y, strategy.num_beams)
-    last_B = put(kv_cache.rows_of(batch.slots_Y, strategy.num_beams), state.last_B, new.last_B)
-    return _sharded(SlotState(cache, last_B, *put(batch.slots_Y, tuple(state[2:]), tuple(new[2:]))))
+    token_B = put(kv_cache.rows_of(batch.slots_Y, strategy.num_beams), state.token_B, new.token_B)
+    return _sharded(SlotState(cache, token_B, *put(batch.slots_Y, tuple(state[2:]), tuple(new[2:]))))
 
 
 def decode_step(model: Model, strategy: Strategy, weights: DecodingWeights, state: SlotState) -> SlotState:
     """Return the slots after one more token in each that is not done."""
     positions_B = jnp.repeat(state.start_B + state.number_B, strategy.num_beams)
-    logits_BV, cache = model.decode_step(weights, state.last_B, positions_B, state.cache)
-    texts, last_B, rows_B, ended_B = strategy.advance(
+    logits_BV, cache = model.decode_step(weights, state.token_B, positions_B, state.cache)
+    texts, token_B, rows_B, ended_B = strategy.advance(
         state.texts, logits_BV, state.number_B, state.limit_B, state.done_B
     )
     if rows_B is not None:
@@ -90,7 +90,7 @@ def decode_step(model: Model, strategy: Strategy, weights: DecodingWeights, stat
     # The number of a slot that is done stays; what it still writes to its own rows of the cache is never read.
     number_B = jnp.where(state.done_B, state.number_B, state.number_B + 1)
     done_B = state.done_B | ended_B
-    return _sharded(SlotState(cache, last_B, state.start_B, number_B, state.limit_B, done_B, texts))
+    return _sharded(SlotState(cache, token_B, state.start_B, number_B, state.limit_B, done_B, texts))
 
 
 def decode(
@@ -126,17 +126,17 @@ def grow(state: SlotState, by: int) -> SlotState:
 def resize(strategy: Strategy, state: SlotState, slots_B: Any) -> SlotState:
     """Return the state of these slots, in this order."""
     cache = kv_cache.select(state.cache, slots_B, strategy.num_beams)
-    last_B = state.last_B[kv_cache.rows_of(slots_B, strategy.num_beams)]
-    return _sharded(SlotState(cache, last_B, *jax.tree.map(lambda array: array[slots_B], tuple(state[2:]))))
+    token_B = state.token_B[kv_cache.rows_of(slots_B, strategy.num_beams)]
+    return _sharded(SlotState(cache, token_B, *jax.tree.map(lambda array: array[slots_B], tuple(state[2:]))))
 
 
-def _seen(model: Model, batch: PrefillBatch, first_Q: jax.Array) -> jax.Array:
+def _seen(model: Model, batch: PrefillBatch, token_Q: jax.Array) -> jax.Array:
     """Return which tokens [Q, V] a repetition penalty is for: a causal model's prompt, or the start token."""
-    times_QV = jnp.zeros((len(first_Q), model.config.vocab_size), jnp.int32)
-    rows_Q1 = jnp.arange(len(first_Q))[:, None]
+    times_QV = jnp.zeros((len(token_Q), model.config.vocab_size), jnp.int32)
+    rows_Q1 = jnp.arange(len(token_Q))[:, None]
     if model.kind == "causal":
         return times_QV.at[rows_Q1, batch.tokens_QS].add(batch.segments_QS) > 0
-    return times_QV.at[rows_Q1, first_Q[:, None]].add(1) > 0
+    return times_QV.at[rows_Q1, token_Q[:, None]].add(1) > 0
 
 
 def _sharded(state: SlotState) -> SlotState:

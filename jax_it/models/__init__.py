@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_it.config import Kind
 from jax_it.config import Model as ModelConfig
 from jax_it.errors import UserError
 from jax_it.models.config import CausalLMConfig, ComputeOptions, EncoderDecoderConfig
 from jax_it.models.dropout import split_key
 from jax_it.models.experts import Routing
 from jax_it.models.families import FAMILIES
-from jax_it.models.family import Family, Kind, Module
+from jax_it.models.family import Family, Module
 from jax_it.models.kv_cache import KVCache
 from jax_it.models.lora import Adapter
 from jax_it.models.quantized import Quantized
@@ -135,14 +136,15 @@ class Model:
     def trained_count(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(self.trained_shapes))
 
-    def apply(self, params: Params, batch: Any, key: jax.Array | None = None) -> jax.Array:
-        """Return the states before the head [B, T, D] of every target position; a key is for dropout."""
-        return self.states(params, batch, key)[0]
+    def hidden_states(
+        self, params: Params, batch: Any, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Routing | None]:
+        """Return the states before the head [B, T, D] of every target position, and the routing.
 
-    def states(self, params: Params, batch: Any, key: jax.Array | None = None) -> tuple[jax.Array, Routing | None]:
-        """Return those states, and how a mixture of experts sends the tokens, summed over layers."""
+        The routing is how a mixture of experts sends the tokens, summed over layers. A key is for dropout.
+        """
         model_key, adapter_key = split_key(key, 2)
-        return self._module(params, adapter_key).states(batch, self.options, model_key)
+        return self._module(params, adapter_key).hidden_states(batch, self.options, model_key)
 
     def head(self, params: Params) -> jax.Array:
         """Return the weights that `logits` takes, [V, D]."""
@@ -155,15 +157,16 @@ class Model:
     def prefill(
         self, params: Params, prompts_BS: jax.Array, segments_BS: jax.Array, max_new_tokens: int
     ) -> tuple[jax.Array, jax.Array, KVCache]:
-        """Return (the tokens [B] that the first step takes, their positions [B], the cache).
+        """Return (each row's last prompt token [B], its position [B], the cache of the tokens before it).
 
-        The cache has capacity for `max_new_tokens` new tokens in each row; segment 0 is padding.
+        These are what the first `decode_step` takes; an encoder-decoder's first token is the start token. The cache has
+        capacity for `max_new_tokens` new tokens in each row; segment 0 is padding.
         """
         module = self._module(params)
-        first_B, start_B, cache = module.prefill(prompts_BS, segments_BS, max_new_tokens, self.options)
+        token_B, position_B, cache = module.prefill(prompts_BS, segments_BS, max_new_tokens, self.options)
         if self.options.unrolled:
             cache = unstack_layers(cache, module.decoder.sections)
-        return first_B, start_B, cache
+        return token_B, position_B, cache
 
     def prepare_for_decoding(self, params: Params) -> DecodingWeights:
         """Prepare weights for many steps of `decode_step`: call it once, outside of loops."""

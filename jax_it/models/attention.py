@@ -19,12 +19,12 @@ class Scores(NamedTuple):
 
     scale: float = 1.0
     softcap: float = 0.0  # Gemma 2: squashed into (-softcap, softcap); 0: not
-    dropout: float = 0.0  # the rate of the weights, if a key is given
+    dropout: float = 0.0  # the rate of the weights, if a dropout key is given
 
 
-def attend_by_head(
+def plain_attention(
     query_BTNH: jax.Array, key_BKHS: jax.Array, value_BKSH: jax.Array, scores: Scores, mask_BTS: jax.Array,
-    bias: jax.Array | None = None, key: jax.Array | None = None,
+    bias: jax.Array | None = None, dropout_key: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """Attend in plain JAX, all scores at once, to keys and values in the order of a cache."""
     rows, length, heads, head_dim = query_BTNH.shape
@@ -44,7 +44,7 @@ def attend_by_head(
     powers_BNTS = jnp.exp(scores_BNTS - jax.lax.stop_gradient(scores_BNTS.max(-1, keepdims=True)))
     # The softmax's sum divides the result: H numbers in place of S.
     sum_BNT1 = powers_BNTS.sum(-1, keepdims=True)
-    powers_BNTS = dropout(powers_BNTS, scores.dropout, key).astype(value_BKSH.dtype)
+    powers_BNTS = dropout(powers_BNTS, scores.dropout, dropout_key).astype(value_BKSH.dtype)
     powers_BKMTS = powers_BNTS.reshape(scores_BKMTS.shape)
     attended_BKMTH = jnp.einsum("BKMTS,BKSH->BKMTH", powers_BKMTS, value_BKSH, preferred_element_type=jnp.float32)
     attended_BNTH = attended_BKMTH.reshape(rows, heads, length, -1) / sum_BNT1

@@ -34,7 +34,7 @@ class CausalLM(Stack):
         """The model itself: it is its own stack, so that its weights' paths begin with `layers`."""
         return self
 
-    def states(
+    def hidden_states(
         self, batch: Any, options: ComputeOptions, key: jax.Array | None = None
     ) -> tuple[jax.Array, Routing | None]:
         mask_BTS = causal_mask(batch.segments_BT, batch.prefix_BT)
@@ -51,10 +51,10 @@ class CausalLM(Stack):
         self, tokens_BS: jax.Array, segments_BS: jax.Array, max_new_tokens: int, options: ComputeOptions
     ) -> tuple[jax.Array, jax.Array, KVCache]:
         """Read prompts. The first step takes a prompt's last token, whose state it computes again."""
-        last_B = jnp.maximum((segments_BS > 0).sum(1) - 1, 0)
-        cache = self._read(tokens_BS, segments_BS, last_B, options)
-        first_B = jnp.take_along_axis(tokens_BS, last_B[:, None], axis=1)[:, 0]
-        return first_B, last_B, kv_cache.grow(cache, max_new_tokens)
+        position_B = jnp.maximum((segments_BS > 0).sum(1) - 1, 0)
+        cache = self._read(tokens_BS, segments_BS, position_B, options)
+        token_B = jnp.take_along_axis(tokens_BS, position_B[:, None], axis=1)[:, 0]
+        return token_B, position_B, kv_cache.grow(cache, max_new_tokens)
 
     def decode_step(
         self, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache, options: ComputeOptions
@@ -65,18 +65,18 @@ class CausalLM(Stack):
         return self.step(x_BTD, positions_B, cache, options)
 
     def _read(
-        self, tokens_BS: jax.Array, segments_BS: jax.Array, last_B: jax.Array, options: ComputeOptions
+        self, tokens_BS: jax.Array, segments_BS: jax.Array, position_B: jax.Array, options: ComputeOptions
     ) -> KVCache:
-        """Compute all positions of texts that end at `last_B`, and return the cache that holds them."""
+        """Compute all positions of texts whose last one is `position_B`, and return the cache that holds them."""
         positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
         mask_BTS = causal_mask(segments_BS, segments_BS if options.prefix_lm else None)
         _, groups, _ = self(
             self._embed(tokens_BS, positions_BS, options), positions_BS, segments_BS, mask_BTS, options,
-            lengths_BT=last_B[:, None] + 1, cache_to_B=last_B,
+            lengths_BT=position_B[:, None] + 1, cache_to_B=position_B,
         )  # fmt: skip
         long_texts = None
         if self.config.recompute_longrope and self.config.longrope_length:
-            long_texts = LongTexts(tokens_BS, last_B >= self.config.longrope_length)
+            long_texts = LongTexts(tokens_BS, position_B >= self.config.longrope_length)
         return KVCache(tuple(groups), tokens_BS.shape[1], self.windows(), long_texts=long_texts)
 
     def _recompute_grown(

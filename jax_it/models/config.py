@@ -83,7 +83,7 @@ class StackConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     relative_bias: RelativeBias | None = None
-    bidirectional: bool = False  # an encoder; its windows are as wide to either side, the token itself counted in both
+    bidirectional: bool = False  # an encoder; its windows extend `window - 1` positions to each side
     encoder_dim: int = 0  # of the states that cross-attention reads; 0: no cross-attention
     attn_scale: float | None = None  # None: H ** -0.5
     attn_logit_softcap: float = 0.0
@@ -160,7 +160,7 @@ class EncoderDecoderConfig:
     decoder_start_token_id: int
     pad_token_id: int
     eos_token_ids: tuple[int, ...]
-    experts: None = None
+    experts: None = None  # as this and the next are in CausalLMConfig
     positions: int = 0
 
     @property

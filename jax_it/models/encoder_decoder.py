@@ -30,7 +30,9 @@ class EncoderDecoder(nnx.Module):
         self.encoder = Stack(c.encoder, rngs=rngs)
         self.decoder = Stack(c.decoder, rngs=rngs)
 
-    def states(self, batch: Any, options: ComputeOptions, key: jax.Array | None = None) -> tuple[jax.Array, None]:
+    def hidden_states(
+        self, batch: Any, options: ComputeOptions, key: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
         encoder_key, decoder_key, last_key = split_key(key, 3)
         encoded_BSD = self.encode(
             batch.source_BGS, batch.source_segments_BGS, batch.source_positions_BGS, options, encoder_key
@@ -69,8 +71,8 @@ class EncoderDecoder(nnx.Module):
         encoded_BSD = self.encode(source_BS[:, None], segments_BS[:, None], positions_BS[:, None], options)
         source = Source(self.decoder.encode_cross_kv(encoded_BSD), segments_BS)
         cache = self.decoder.init_cache(rows, max_new_tokens, options.dtype, source)
-        first_B = jnp.full(rows, self.config.decoder_start_token_id, jnp.int32)
-        return first_B, jnp.zeros_like(first_B), cache
+        token_B = jnp.full(rows, self.config.decoder_start_token_id, jnp.int32)
+        return token_B, jnp.zeros_like(token_B), cache
 
     def decode_step(
         self, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache, options: ComputeOptions

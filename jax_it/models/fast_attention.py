@@ -1,17 +1,16 @@
 """Attention of all positions at once: one call, `attend`, over implementations chosen by shape and platform.
 
-Each computes what `attention.attend_by_head` does: that itself, JAX's splash attention on TPUs, and for long rows block
-by block of queries, so that not all scores are in memory at once.
+Each computes what `attention.plain_attention` does: that itself, JAX's splash attention on TPUs, and for long rows
+block by block of queries, so that not all scores are in memory at once.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from jax_it.models import splash_attention
-from jax_it.models.attention import Scores, attend_by_head, by_head
+from jax_it.models.attention import Scores, by_head, plain_attention
 from jax_it.models.dropout import split_key
 from jax_it.sharding import parts_of
 
@@ -27,18 +26,19 @@ MIN_BLOCK, MAX_BLOCKS = 128, 8
 def attend(
     query_BTNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, scores: Scores, *,
     mask_BTS: jax.Array, segments_BT: jax.Array | None = None, causal: bool = False, window: int = 0,
-    splash: splash_attention.Splash = False, bias: jax.Array | None = None, key: jax.Array | None = None,
+    splash: splash_attention.Splash = False, bias: jax.Array | None = None, dropout_key: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """Attend from queries to keys, and return [B, T, N, H].
 
     `mask_BTS` says which pairs are allowed; with a `window`, T = S and only keys less than `window` positions away are,
     before the query or after it.
     `causal`: the mask allows no key after its query, so those are not read. `bias`, [N, T, S] or [B, N, T, S], is added
-    to the scores. `key` is for dropout.
+    to the scores. Dropout needs a `dropout_key`.
     """
     length, heads, head_dim = query_BTNH.shape[1:]
     if (
-        splash and causal and bias is None and segments_BT is not None and not (scores.dropout and key is not None)
+        splash and causal and bias is None and segments_BT is not None
+        and not (scores.dropout and dropout_key is not None)
         and splash_attention.fits(length, heads, key_BSKH.shape[2], head_dim)
     ):  # fmt: skip
         return splash_attention.attend(
@@ -50,34 +50,37 @@ def attend(
         mask_BTS = mask_BTS & (jnp.abs(distance_TS) < window)
     keys_values = by_head(key_BSKH, value_BSKH)
     if causal and parts_of("T") == 1 and length > MIN_BLOCK:
-        return _attend_causal_blocks(query_BTNH, *keys_values, scores, mask_BTS, bias, key)
+        return _attend_causal_blocks(query_BTNH, *keys_values, scores, mask_BTS, bias, dropout_key)
     if length > MAX_QUERIES * parts_of("T"):
-        return _attend_in_chunks(query_BTNH, *keys_values, scores, mask_BTS, bias, key)
-    return attend_by_head(query_BTNH, *keys_values, scores, mask_BTS, bias, key)
+        return _attend_in_chunks(query_BTNH, *keys_values, scores, mask_BTS, bias, dropout_key)
+    return plain_attention(query_BTNH, *keys_values, scores, mask_BTS, bias, dropout_key)
 
 
 def _attend_causal_blocks(
     query_BTNH: jax.Array, key_BKHS: jax.Array, value_BKSH: jax.Array, scores: Scores, mask_BTS: jax.Array,
-    bias: jax.Array | None, key: jax.Array | None,
+    bias: jax.Array | None, dropout_key: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
     """Attend block by block of queries, each to the keys up to its last query."""
     length = query_BTNH.shape[1]
     size = min(max(MIN_BLOCK, -(-length // MAX_BLOCKS)), MAX_QUERIES)
     starts = range(0, length, size)
-    block = _with_scores(scores)
-    block = jax.checkpoint(block) if length > MAX_QUERIES else block
+    checkpoint = jax.checkpoint if length > MAX_QUERIES else (lambda block: block)
+    block = checkpoint(partial(plain_attention, scores=scores))
     attended = []
-    for start, block_key in zip(starts, split_key(key, len(starts)), strict=True):
+    for start, block_key in zip(starts, split_key(dropout_key, len(starts)), strict=True):
         end = min(start + size, length)
-        near = None if bias is None else bias[..., start:end, :end]
-        seen = key_BKHS[..., :end], value_BKSH[:, :, :end]
-        attended.append(block(*seen, query_BTNH[:, start:end], mask_BTS[:, start:end, :end], near, block_key))
+        attended_BTNH = block(
+            query_BTNH[:, start:end], key_BKHS[..., :end], value_BKSH[:, :, :end],
+            mask_BTS=mask_BTS[:, start:end, :end], bias=None if bias is None else bias[..., start:end, :end],
+            dropout_key=block_key,
+        )  # fmt: skip
+        attended.append(attended_BTNH)
     return jnp.concatenate(attended, axis=1)
 
 
 def _attend_in_chunks(
     query_BTNH: jax.Array, key_BKHS: jax.Array, value_BKSH: jax.Array, scores: Scores, mask_BTS: jax.Array,
-    bias: jax.Array | None, key: jax.Array | None,
+    bias: jax.Array | None, dropout_key: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
     """Attend chunk by chunk of queries. A chunk has every n-th query, so that all devices have a share of it."""
     rows, length, heads, _ = query_BTNH.shape
@@ -95,13 +98,15 @@ def _attend_in_chunks(
         split(query_BTNH, 1),
         split(jnp.broadcast_to(mask_BTS, (rows, *mask_BTS.shape[1:])), 1),
         split(bias, -2),
-        None if key is None else jax.random.split(key, chunks),
+        None if dropout_key is None else jax.random.split(dropout_key, chunks),
     )
-    chunk = partial(jax.checkpoint(_with_scores(scores)), key_BKHS, value_BKSH)
-    _, attended = jax.lax.scan(lambda _, x: (None, chunk(*x)), None, xs)
+    chunk = jax.checkpoint(partial(plain_attention, scores=scores))
+
+    def step(_: None, x: tuple) -> tuple[None, jax.Array]:
+        query_BTNH, mask_BTS, bias, chunk_key = x
+        return None, chunk(
+            query_BTNH, key_BKHS, value_BKSH, mask_BTS=mask_BTS, bias=bias, dropout_key=chunk_key
+        )  # fmt: skip
+
+    _, attended = jax.lax.scan(step, None, xs)
     return jnp.moveaxis(attended, 0, 2).reshape(rows, -1, heads, attended.shape[-1])[:, :length]
-
-
-def _with_scores(scores: Scores) -> Callable[..., jax.Array]:
-    """Return `attend_by_head` as a function of arrays alone: keys, values, queries, mask, bias, key."""
-    return lambda key, value, query, *rest: attend_by_head(query, key, value, scores, *rest)

@@ -1,9 +1,9 @@
 """The key-value cache: what decoding carries from step to step, for encoder-decoders and causal models alike.
 
 Keys are stored as K H S and values as K S H: a step reads them head by head, and both of its products go along rows of
-memory. Layers are cached in groups: layers j, j + p, j + 2p … of the whole periods together, one after another
-along L, and each remaining layer, or each layer if decoding is unrolled, by itself. A layer with a window keeps only
-the window's positions: position t is stored at t % capacity.
+memory. Layers are cached in groups: the layers of one run, over all repeats of its section, share one group, in order
+along L (see `sections.py`); in unrolled decoding each layer is its own group. A layer with a window keeps only the
+window's positions: position t is stored at t % capacity.
 """
 
 import dataclasses
@@ -56,7 +56,10 @@ class LongTexts:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Row b holds the tokens before its position. With n times as many rows as sources, row b reads source b // n."""
+    """Row b caches the tokens before the one being decoded.
+
+    With n times as many rows as sources, row b reads source b // n.
+    """
 
     groups: tuple[KeyValue, ...]
     capacity: int = field(metadata={"static": True})  # positions of a row
@@ -91,7 +94,10 @@ class LayerCache(NamedTuple):
         return self.cross.key[self.index], self.cross.value[self.index]
 
     def mask(self) -> jax.Array:
-        """Return which entries the token may see, [B, 1, T]: all that hold a position, its own the last."""
+        """Return which entries the token may see, [B, 1, T]: all that hold a position, its own the last.
+
+        A sliding window needs no mask of its own: its layers have no capacity for positions outside of it.
+        """
         position_B1, capacity = self.positions_B[:, None], self.group.key.shape[-1]
         held_BT = position_B1 - (position_B1 - jnp.arange(capacity)) % capacity
         return held_BT[:, None] >= 0
@@ -115,10 +121,10 @@ def init_group(layers: int, rows: int, kv_heads: int, head_dim: int, capacity: i
     return KeyValue(jnp.swapaxes(value, 3, 4), value)
 
 
-def from_prompt(key_BTKH: jax.Array, value_BTKH: jax.Array, last_B: jax.Array, window: int) -> KeyValue:
-    """Cache a layer's keys and values of prompts, without an axis L; of a window, those seen from position `last_B`."""
+def from_prompt(key_BTKH: jax.Array, value_BTKH: jax.Array, position_B: jax.Array, window: int) -> KeyValue:
+    """Cache a layer's keys and values of prompts, without an axis L; of a window, those seen from `position_B`."""
     if 0 < window < key_BTKH.shape[1]:
-        at_BT = last_B[:, None] - (last_B[:, None] - jnp.arange(window)) % window
+        at_BT = position_B[:, None] - (position_B[:, None] - jnp.arange(window)) % window
         at_BT11 = jnp.maximum(at_BT, 0)[:, :, None, None]  # what is below 0 is never read
         key_BTKH, value_BTKH = (jnp.take_along_axis(x, at_BT11, axis=1) for x in (key_BTKH, value_BTKH))
     return KeyValue(*by_head(key_BTKH, value_BTKH))

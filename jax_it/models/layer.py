@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jax_it.models.attention import Scores, attend_by_head, gather_kv
+from jax_it.models.attention import Scores, gather_kv, plain_attention
 from jax_it.models.config import ComputeOptions, LayerKind, StackConfig
 from jax_it.models.dropout import dropout, split_key
 from jax_it.models.experts import ExpertsMlp, Routing
@@ -24,7 +24,7 @@ from jax_it.sharding import constrain
 
 
 class Context(NamedTuple):
-    """What all layers of a stack read beside their input. With a cache, the cache says what attention may see."""
+    """What all layers of a stack read beside their input. When decoding, the mask comes from the cache."""
 
     options: ComputeOptions
     scores: Scores
@@ -66,7 +66,7 @@ class Attention(nnx.Module):
         key_BSKH = self.key_norm(key_BSKH) if self.key_norm else key_BSKH
         return gather_kv(rotate(key_BSKH, cos_sin), rows), gather_kv(value_BSKH, rows)
 
-    def project(self, attended_BTNH: jax.Array) -> jax.Array:
+    def output_projection(self, attended_BTNH: jax.Array) -> jax.Array:
         """Return [B, T, D]."""
         return project(attended_BTNH, self.output, "BTNH,NHD->BTD", self.output_bias)
 
@@ -81,14 +81,14 @@ class Mlp(nnx.Module):
         self.up, self.up_bias = linear(rngs, outer, inner, c.mlp_bias)
         self.down, self.down_bias = linear(rngs, inner, outer, c.mlp_bias)
 
-    def __call__(self, x_BTD: jax.Array, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, rate: float = 0.0, dropout_key: jax.Array | None = None) -> jax.Array:
         """Return [B, T, D]. Dropout acts on the hidden layer."""
         act, h_BTF = ACTIVATIONS[self.activation], project(x_BTD, self.up, "BTD,DF->BTF", self.up_bias)
         if self.gate is None:
             h_BTF = act(h_BTF)
         else:
             h_BTF *= act(project(x_BTD, self.gate, "BTD,DF->BTF", self.gate_bias))
-        return project(dropout(constrain(h_BTF, "B T F"), rate, key), self.down, "BTF,FD->BTD", self.down_bias)
+        return project(dropout(constrain(h_BTF, "B T F"), rate, dropout_key), self.down, "BTF,FD->BTD", self.down_bias)
 
 
 class Layer(nnx.Module):
@@ -110,14 +110,14 @@ class Layer(nnx.Module):
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, kind: LayerKind, cache: LayerCache | None = None,
-        key: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, Any, Routing | None]:  # fmt: skip
         """Return the states [B, T, D], the cache, and how experts were chosen, if there are any.
 
-        Without a cache all positions are computed, and what is returned for it is what the mixer would cache. With
-        one, T is 1: the position is added to the cache. A key is for dropout.
+        Without a cache, compute all positions and return the keys and values to cache in its place. With one, T is 1:
+        the position is added to the cache.
         """
-        c, rate, keys, routing = self.config, context.options.dropout, split_key(key, 6), None
+        c, rate, keys, routing = self.config, context.options.dropout, split_key(dropout_key, 6), None
         mixed_BTD, kept = MIXERS[kind.mixer](self, self._norm("attention", x_BTD), context, kind, cache, keys[0])
         h_BTD = self._add("attention", x_BTD, mixed_BTD, rate, keys[1])
         if self.cross:
@@ -134,48 +134,53 @@ class Layer(nnx.Module):
         norm = getattr(self, f"{part}_norm", None)
         return norm(x_BTD) if norm else x_BTD
 
-    def _add(self, part: str, x_BTD: jax.Array, added_BTD: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    def _add(
+        self, part: str, x_BTD: jax.Array, added_BTD: jax.Array, rate: float, dropout_key: jax.Array | None
+    ) -> jax.Array:
         norm = getattr(self, f"{part}_post_norm", None)
         added_BTD = norm(added_BTD) if norm else added_BTD
         if self.config.residual_scale != 1:
             added_BTD = scale_by(added_BTD, self.config.residual_scale)
-        return constrain(x_BTD + dropout(added_BTD, rate, key), "B T D")
+        return constrain(x_BTD + dropout(added_BTD, rate, dropout_key), "B T D")
 
 
 def _self_attend(
-    layer: Layer, x_BTD: jax.Array, context: Context, kind: LayerKind, cache: LayerCache | None, key: jax.Array | None
-) -> tuple[jax.Array, Any]:
+    layer: Layer, x_BTD: jax.Array, context: Context, kind: LayerKind, cache: LayerCache | None,
+    dropout_key: jax.Array | None,
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """Return the states [B, T, D], and the cache or, without one, keys and values [B, T, K, H]."""
     attention, cos_sin, bias = layer.attention, context.cos_sin.get(kind.rope), context.bias_of(layer)
     query_BTNH, keys_values = attention.queries(x_BTD, cos_sin), attention.keys_values(x_BTD, len(x_BTD), cos_sin)
     if cache is not None:
         cache = cache.write(*keys_values)
-        attended_BTNH = attend_by_head(query_BTNH, *cache.keys_values, context.scores, cache.mask(), bias)
-        return attention.project(attended_BTNH), cache
+        attended_BTNH = plain_attention(query_BTNH, *cache.keys_values, context.scores, cache.mask(), bias)
+        return attention.output_projection(attended_BTNH), cache
     assert context.mask_BTS is not None
     attended_BTNH = attend(
         query_BTNH, *keys_values, context.scores, mask_BTS=context.mask_BTS, segments_BT=context.segments_BT,
-        causal=context.causal, window=kind.window, splash=context.options.splash, bias=bias, key=key,
+        causal=context.causal, window=kind.window, splash=context.options.splash, bias=bias, dropout_key=dropout_key,
     )  # fmt: skip
-    return attention.project(attended_BTNH), keys_values
+    return attention.output_projection(attended_BTNH), keys_values
 
 
 def _cross_attend(
-    cross: Attention, x_BTD: jax.Array, context: Context, cache: LayerCache | None, key: jax.Array | None
+    cross: Attention, x_BTD: jax.Array, context: Context, cache: LayerCache | None, dropout_key: jax.Array | None
 ) -> jax.Array:
     query_BTNH = cross.queries(x_BTD)
     if cache is None:
         assert context.encoded_BSD is not None and context.cross_mask_BTS is not None
         keys_values = cross.keys_values(context.encoded_BSD, len(x_BTD))
-        attended_BTNH = attend(query_BTNH, *keys_values, context.scores, mask_BTS=context.cross_mask_BTS, key=key)
-        return cross.project(attended_BTNH)
+        attended_BTNH = attend(
+            query_BTNH, *keys_values, context.scores, mask_BTS=context.cross_mask_BTS, dropout_key=dropout_key
+        )
+        return cross.output_projection(attended_BTNH)
     assert cache.source_segments_BS is not None
     # The rows that read one source, if several, are taken as its query positions.
     mask_BTS = cache.source_segments_BS[:, None] > 0
     by_source = query_BTNH.reshape(len(mask_BTS), -1, *query_BTNH.shape[2:])
-    attended_BTNH = attend_by_head(by_source, *cache.cross_keys_values, context.scores, mask_BTS)
-    return cross.project(attended_BTNH.reshape(query_BTNH.shape))
+    attended_BTNH = plain_attention(by_source, *cache.cross_keys_values, context.scores, mask_BTS)
+    return cross.output_projection(attended_BTNH.reshape(query_BTNH.shape))
 
 
-# How a layer mixes positions, by its kind: (layer, x_BTD, context, kind, cache, key) -> x_BTD, what is cached.
+# How a layer mixes positions, by its kind: (layer, x_BTD, context, kind, cache, dropout_key) -> x_BTD, what is cached.
 MIXERS: dict[str, Callable[..., tuple[jax.Array, Any]]] = {"attention": _self_attend}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_it.errors import UserError
-from jax_it.models.settings import LARGEST, Settings, is_int
+from jax_it.models.config_json import LARGEST, ConfigReader, is_int
 from jax_it.typed import shown
 
 Frequencies = tuple[float, ...]  # radians a position, of each pair of entries that is rotated
@@ -82,7 +82,7 @@ def rotate(x_BTNH: jax.Array, cos_sin: CosSin | None) -> jax.Array:
 
 
 def read(
-    settings: Settings,
+    reader: ConfigReader,
     head_dim: int,
     *,
     theta: float = 10000.0,
@@ -98,68 +98,66 @@ def read(
     `original_max_position_embeddings` beside them before the one in them. `share` is the part of each head that a
     family's layers rotate by default, None where they rotate whole heads alone.
     """
-    values = {"rope_theta": settings.positive(theta_key, theta)}
-    values["partial_rotary_factor"] = settings.positive(share_key, 1.0 if share is None else share)
-    scaling, parameters = settings.get("rope_scaling", dict, {}), settings.get("rope_parameters", dict, {})
+    values = {"rope_theta": reader.positive(theta_key, theta)}
+    values["partial_rotary_factor"] = reader.positive(share_key, 1.0 if share is None else share)
+    scaling, parameters = reader.get("rope_scaling", dict, {}), reader.get("rope_parameters", dict, {})
     values |= scaling or parameters
-    if settings.has(ORIGINAL) or original:
-        original = settings.size(ORIGINAL, original or 1)
+    if reader.has(ORIGINAL) or original:
+        original = reader.size(ORIGINAL, original or 1)
         kind = _kind(values)
         if isinstance(kind, str) and ORIGINAL in KEYS.get(kind, ()):
             values[ORIGINAL] = original
     field = "rope_scaling" if scaling else "rope_parameters"
     if share is None and values["partial_rotary_factor"] != 1:
         raise UserError(
-            f"{settings.where}: {share_key}, there or in {field}, is {shown(values['partial_rotary_factor'])}; it must "
+            f"{reader.where}: {share_key}, there or in {field}, is {shown(values['partial_rotary_factor'])}; it must "
             "be 1.0, for in this family all of a head rotates"
         )
-    return make(settings, field, values, head_dim, kinds)
+    return make(reader, field, values, head_dim, kinds)
 
 
 def read_by_layer_type(
-    settings: Settings, head_dim: int, *, full_theta: float, sliding_theta: float
+    reader: ConfigReader, head_dim: int, *, full_theta: float, sliding_theta: float
 ) -> tuple["Rope", "Rope"]:
     """Read the ropes of full and of sliding layers, in either form of config.json.
 
     `rope_scaling` is that of full layers, and `rope_parameters` has one mapping for each of the two, which may replace
     the given thetas.
     """
-    scaling, nested = settings.get("rope_scaling", dict, {}), settings.get("rope_parameters", dict, {})
+    scaling, nested = reader.get("rope_scaling", dict, {}), reader.get("rope_parameters", dict, {})
     thetas = {"full_attention": full_theta, "sliding_attention": sliding_theta}
     if nested.keys() - thetas.keys() or not all(isinstance(each, dict | None) for each in nested.values()):
-        raise settings.bad("rope_parameters", f"it must have {' and '.join(thetas)} alone, each a mapping of its own")
-    settings.expect(partial_rotary_factor=1.0)
+        raise reader.bad("rope_parameters", f"it must have {' and '.join(thetas)} alone, each a mapping of its own")
+    reader.expect(partial_rotary_factor=1.0)
     if "type" in scaling and "rope_type" not in scaling:  # Transformers reads no `type` here
-        raise settings.bad("rope_scaling", "in this family its type is called rope_type")
+        raise reader.bad("rope_scaling", "in this family its type is called rope_type")
 
     def one(kind: str, scaling: Mapping[str, Any]) -> Rope:
         field = "rope_scaling" if scaling else f"{kind} of rope_parameters"
         values = {"rope_theta": thetas[kind], "partial_rotary_factor": 1.0, **(nested.get(kind) or {}), **scaling}
         if values["partial_rotary_factor"] != 1 or "truncate" in values:
             raise UserError(
-                f"{settings.where}: partial_rotary_factor and truncate of {field} have no effect in this family; "
+                f"{reader.where}: partial_rotary_factor and truncate of {field} have no effect in this family; "
                 "remove them"
             )
-        return make(settings, field, values, head_dim)
+        return make(reader, field, values, head_dim)
 
     return one("full_attention", scaling), one("sliding_attention", {})
 
 
 def make(
-    settings: Settings, field: str, values: Mapping[str, Any], head_dim: int, kinds: tuple[str, ...] = tuple(KEYS)
+    reader: ConfigReader, field: str, values: Mapping[str, Any], head_dim: int, kinds: tuple[str, ...] = tuple(KEYS)
 ) -> Rope:
     """Return the rope of the values of one `rope_parameters` mapping, which stands in `field`."""
     kind = _kind(values)
     if kind not in kinds:
-        raise UserError(f"{settings.where}: rope_type {shown(kind)} of {field} is not one of {', '.join(kinds)}")
+        raise UserError(f"{reader.where}: rope_type {shown(kind)} of {field} is not one of {', '.join(kinds)}")
     # A default rope may carry what another type would read, as Transformers saves it.
     known = _ANY.union(*KEYS.values()) if kind == "default" else _ANY.union(KEYS[kind])
     if unknown := sorted(values.keys() - known):
-        raise UserError(
-            f"{settings.where}: {field}, a {kind} rope, has {shown(unknown)}, not known to jax_it; remove it"
-        )
+        raise UserError(f"{reader.where}: {field}, a {kind} rope, has {shown(unknown)}, not known to jax_it; remove it")
     values = dict(values)
-    length = settings.get("max_position_embeddings", int, 0)
+    length = reader.get("max_position_embeddings", int, 0)
     if ORIGINAL in KEYS[kind] and length > 0:
         original = values.setdefault(ORIGINAL, length)
         open_factor = kind == "longrope" or (kind == "yarn" and "factor" in values)
@@ -171,19 +169,19 @@ def make(
             continue
         if value is None:
             beside = ", nor is max_position_embeddings beside it" if key == ORIGINAL else ""
-            raise UserError(f"{settings.where}: {field}, a {kind} rope, has no {key}{beside}")
+            raise UserError(f"{reader.where}: {field}, a {kind} rope, has no {key}{beside}")
         if must := _wrong(key, value):
-            raise UserError(f"{settings.where}: {key} of {field} is {shown(value)}; it must be {must}")
+            raise UserError(f"{reader.where}: {key} of {field} is {shown(value)}; it must be {must}")
     size = int(head_dim * values["partial_rotary_factor"])
     if size % 2 or not 0 < size <= head_dim:
         raise UserError(
-            f"{settings.where}: {size} of a head's {head_dim} dimensions would rotate (head_dim, or hidden_size / "
+            f"{reader.where}: {size} of a head's {head_dim} dimensions would rotate (head_dim, or hidden_size / "
             f"num_attention_heads, times partial_rotary_factor); it must be an even number, from 2 to {head_dim}"
         )
     for key in ("short_factor", "long_factor"):
         if key in KEYS[kind] and len(values[key]) != size // 2:
             raise UserError(
-                f"{settings.where}: {key} of {field} has {len(values[key])} numbers; it must have {size // 2}, one for "
+                f"{reader.where}: {key} of {field} has {len(values[key])} numbers; it must have {size // 2}, one for "
                 "each pair of a head's dimensions"
             )
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
@@ -194,7 +192,7 @@ def make(
         except (ArithmeticError, ValueError):
             rope = None
     if rope is None or not np.isfinite([*rope.frequencies, *rope.long_frequencies, rope.scale]).all():
-        raise UserError(f"{settings.where}: the values of {field}, a {kind} rope, give no finite frequencies")
+        raise UserError(f"{reader.where}: the values of {field}, a {kind} rope, give no finite frequencies")
     return rope
 
 

@@ -18,7 +18,7 @@ from jax_it.models.kv_cache import KVCache
 from jax_it.models.layer import Layer
 
 
-class Run(NamedTuple):
+class LayerRun(NamedTuple):
     """Neighbouring layers of one kind."""
 
     kind: LayerKind
@@ -29,14 +29,14 @@ class Section(NamedTuple):
     """Runs of layers that are repeated. Over all repeats, the layers of a run are a group: they are cached together."""
 
     repeats: int
-    runs: tuple[Run, ...]
+    runs: tuple[LayerRun, ...]
 
 
 def scanned(c: StackConfig) -> tuple[Section, ...]:
     """Return the sections of a stack that is computed by scans: whole periods, and the layers left over."""
 
-    def runs(kinds: tuple[LayerKind, ...]) -> tuple[Run, ...]:
-        return tuple(Run(kind, len(list(layers))) for kind, layers in groupby(kinds))
+    def runs(kinds: tuple[LayerKind, ...]) -> tuple[LayerRun, ...]:
+        return tuple(LayerRun(kind, len(list(layers))) for kind, layers in groupby(kinds))
 
     periods, left_over = divmod(c.num_layers, len(c.layer_kinds))
     rest = (Section(1, runs(c.layer_kinds[:left_over])),) if left_over else ()
@@ -49,7 +49,7 @@ def unrolled(c: StackConfig) -> tuple[Section, ...]:
     It compiles more slowly than a scan, which copies a layer's weights whenever it comes to it.
     """
     kinds = c.layer_kinds
-    return (Section(1, tuple(Run(kinds[i % len(kinds)], 1) for i in range(c.num_layers))),)
+    return (Section(1, tuple(LayerRun(kinds[i % len(kinds)], 1) for i in range(c.num_layers))),)
 
 
 def cut(tree: Any, sections: Sequence[Section]) -> list[Any]:

@@ -23,17 +23,17 @@ from jax_it.models.linear import normal
 from jax_it.models.norm import Norm
 from jax_it.models.relative_bias import RelativeBias
 from jax_it.models.rope import CosSin, Rope
-from jax_it.models.sections import Run, cut, group_layers, scanned
+from jax_it.models.sections import LayerRun, cut, group_layers, scanned
 from jax_it.sharding import constrain
 
 
-class Place(NamedTuple):
+class LayerRef(NamedTuple):
     """Which layer of a stack is computed."""
 
     kind: LayerKind
     group: int  # of the cache
     index: Any  # in the group
-    key: Any  # for dropout, or None
+    dropout_key: Any  # or None
 
 
 class Stack(nnx.Module):
@@ -55,9 +55,10 @@ class Stack(nnx.Module):
     ) -> tuple[jax.Array, list[KeyValue], Routing | None]:  # fmt: skip
         """Compute all positions at once.
 
-        Return normed states [B, T, D]; the groups of a cache that holds each row up to its position `cache_to_B`, if
-        that is given; and the routing summed over layers. `lengths_BT` is how many positions each one's text has in
-        all, which LongRoPE depends on.
+        Return three values: the states after the final norm [B, T, D]; if `cache_to_B` is given, the cache's groups,
+        which hold each row up to that position; and the routing summed over layers.
+
+        `lengths_BT` is the length of the text that each position belongs to, which LongRoPE depends on.
         """
         c, length = self.config, x_BTD.shape[1]
         context = Context(
@@ -68,23 +69,23 @@ class Stack(nnx.Module):
             cross_mask_BTS=cross_mask_BTS,
         )  # fmt: skip
 
-        def compute(x_BTD: jax.Array, layer: Layer, place: Place) -> tuple:
-            x_BTD, (key_BTKH, value_BTKH), routing = layer(x_BTD, context, place.kind, key=place.key)
+        def compute(x_BTD: jax.Array, layer: Layer, ref: LayerRef) -> tuple:
+            x_BTD, (key_BTKH, value_BTKH), routing = layer(x_BTD, context, ref.kind, dropout_key=ref.dropout_key)
             if cache_to_B is None:
                 return x_BTD, (None, routing)
-            return x_BTD, (kv_cache.from_prompt(key_BTKH, value_BTKH, cache_to_B, place.kind.window), routing)
+            return x_BTD, (kv_cache.from_prompt(key_BTKH, value_BTKH, cache_to_B, ref.kind.window), routing)
 
         embedding_key, layers_key = split_key(key, 2)
         keys = None if layers_key is None else jax.random.split(layers_key, c.num_layers)
         x_BTD = dropout(x_BTD, options.dropout, embedding_key)
-        x_BTD, outputs = self._run(compute, x_BTD, keys, remat=options.remat)
+        x_BTD, outputs = self._compute_layers(compute, x_BTD, keys, remat=options.remat)
         routing = jax.tree.map(lambda *groups: sum(x.sum(0) for x in groups), *(routing for _, routing in outputs))
         return self.norm(x_BTD), [group for group, _ in outputs], routing
 
     def step(
         self, x_BTD: jax.Array, positions_B: jax.Array, cache: KVCache, options: ComputeOptions
     ) -> tuple[jax.Array, KVCache]:
-        """Compute one more token a row, T = 1, at its own position: normed states [B, D], and the new cache."""
+        """Compute one more token a row, T = 1, at its own position. Return normed states [B, D] and the new cache."""
         source, distance_BS = cache.source, jnp.arange(cache.capacity) - positions_B[:, None]
         context = Context(
             options, self._scores(options), self._cos_sin(positions_B[:, None], positions_B[:, None] + 1),
@@ -92,25 +93,25 @@ class Stack(nnx.Module):
             real_BT=jnp.ones(x_BTD.shape[:2], bool),
         )  # fmt: skip
 
-        def compute(carry: tuple, layer: Layer, place: Place) -> tuple:
-            (x_BTD, groups), group = carry, place.group
+        def compute(carry: tuple, layer: Layer, ref: LayerRef) -> tuple:
+            (x_BTD, groups), group = carry, ref.group
             cross = (source.groups[group], source.segments) if source else ()
-            layer_cache = LayerCache(groups[group], place.index, positions_B, *cross)
-            x_BTD, layer_cache, _ = layer(x_BTD, context, place.kind, layer_cache)
+            layer_cache = LayerCache(groups[group], ref.index, positions_B, *cross)
+            x_BTD, layer_cache, _ = layer(x_BTD, context, ref.kind, layer_cache)
             return (x_BTD, (*groups[:group], layer_cache.group, *groups[group + 1 :])), None
 
-        (x_BTD, groups), _ = self._run(compute, (x_BTD, cache.groups))
+        (x_BTD, groups), _ = self._compute_layers(compute, (x_BTD, cache.groups))
         return self.norm(x_BTD[:, 0]), dataclasses.replace(cache, groups=groups)
 
     def encode_cross_kv(self, states_BSD: jax.Array) -> tuple[CrossKeyValue, ...]:
         """Make a source's keys and values for cross-attention in every layer, once for all steps."""
 
-        def compute(_: None, layer: Layer, place: Place) -> tuple:
+        def compute(_: None, layer: Layer, ref: LayerRef) -> tuple:
             assert layer.cross is not None
             keys_values = layer.cross.keys_values(states_BSD, len(states_BSD))
             return None, CrossKeyValue(*kv_cache.by_head(*keys_values))
 
-        return tuple(self._run(compute, None)[1])
+        return tuple(self._compute_layers(compute, None)[1])
 
     def init_cache(self, rows: int, capacity: int, dtype: Any, source: Source | None = None) -> KVCache:
         """Return a cache that holds no token yet."""
@@ -126,11 +127,11 @@ class Stack(nnx.Module):
         """Return the window of each group of layers; 0: none."""
         return tuple(run.kind.window for section in self.sections for run in section.runs)
 
-    def _run(
-        self, compute: Callable[[Any, Layer, Place], tuple], carry: Any, keys: jax.Array | None = None,
+    def _compute_layers(
+        self, compute: Callable[[Any, Layer, LayerRef], tuple], carry: Any, keys: jax.Array | None = None,
         remat: bool = False,
     ) -> tuple[Any, list[Any]]:  # fmt: skip
-        """Call `carry, output = compute(carry, layer, place)` for all layers in turn; `keys` has one for each.
+        """Call `carry, output = compute(carry, layer, ref)` for all layers in turn; `keys` has one for each.
 
         Return the last carry, and each group's outputs with a leading axis L.
         """
@@ -139,9 +140,9 @@ class Stack(nnx.Module):
 
         def compute_layer(kind: LayerKind, group: int, carry: Any, xs: tuple) -> tuple:
             index, weights, key = xs
-            return compute(carry, nnx.merge(graph, weights), Place(kind, group, index, key))
+            return compute(carry, nnx.merge(graph, weights), LayerRef(kind, group, index, key))
 
-        def compute_runs(runs: tuple[Run, ...], first: int, carry: Any, xs: list[tuple]) -> tuple:
+        def compute_runs(runs: tuple[LayerRun, ...], first: int, carry: Any, xs: list[tuple]) -> tuple:
             outputs = []
             for group, (run, run_xs) in enumerate(zip(runs, xs, strict=True), first):
                 carry, output = _scan(partial(compute_layer, run.kind, group), carry, run_xs, remat)

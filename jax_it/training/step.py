@@ -63,7 +63,7 @@ def loss_fn(
     A key is for dropout. `balance_X` is what a unit of each expert's router probability costs, if that is balanced.
     """
     params = model.join(trained, frozen)
-    states_BTD, routing = model.states(params, batch, key)
+    states_BTD, routing = model.hidden_states(params, batch, key)
     total, weight = losses.chunked_sum(
         token_loss(config), model.logits, config.loss_chunk, model.head(params), states_BTD, batch.targets_BT,
         batch.weights_BT, head_trained=model.adapter is None,
@@ -196,7 +196,7 @@ def _balance(model: Model, state: TrainState, batch: Any, parts: Any, coefficien
     params = model.join(state.params, state.frozen)
 
     def add(counts_X: jax.Array, part: Any) -> tuple[jax.Array, None]:
-        _, routing = model.states(params, part)
+        _, routing = model.hidden_states(params, part)
         assert routing is not None
         return counts_X + routing.counts_X, None
 

@@ -85,7 +85,7 @@ def test_predictions_are_those_of_greedy_decoding_one_token_after_another(evalua
 
     @jax.jit
     def next_token(batch, place):
-        return model.logits(model.head(params), model.apply(params, batch)[0, place]).argmax()
+        return model.logits(model.head(params), model.hidden_states(params, batch)[0][0, place]).argmax()
 
     rows = read(evaluated[0] / "eval" / "60" / "predictions.jsonl")
     for row, example in zip(rows, examples.examples, strict=True):
@@ -103,7 +103,7 @@ def test_the_loss_is_that_of_every_example_alone(evaluated, parts):
 
     @jax.jit
     def log_probabilities(batch):
-        return jax.nn.log_softmax(model.logits(model.head(params), model.apply(params, batch)[0]))
+        return jax.nn.log_softmax(model.logits(model.head(params), model.hidden_states(params, batch)[0][0]))
 
     total, count = 0.0, 0
     for example in examples.examples:

@@ -23,8 +23,8 @@ from jax_it.data.formats import CausalFormat, Seq2SeqFormat
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError
 from jax_it.models import build
+from jax_it.models.config_json import HARMLESS
 from jax_it.models.families import FAMILIES
-from jax_it.models.settings import HARMLESS
 from jax_it.pretrained import hf
 from tests.fuzz.commands import Kind
 from tests.fuzz.seeds import fuzz_cases
@@ -277,7 +277,7 @@ def our_logits(model: Any, params: Any, vocabulary: int) -> np.ndarray:
         placed = [Encoded(np.zeros(0, np.int32), text, 0, np.ones(len(text), bool)) for text in sources]
         batch = CausalFormat(0).batch([placed], Shape(0, 0, 32))
     with jax.disable_jit():  # operation by operation: these are compiled once for all mutants
-        logits = model.logits(model.head(params), model.apply(params, batch))
+        logits = model.logits(model.head(params), model.hidden_states(params, batch)[0])
     return np.asarray(logits)[0, : sum(map(len, targets if model.kind == "seq2seq" else sources))]
 
 

@@ -87,7 +87,7 @@ def _forward(model: models.Model) -> Any:
 
         @jax.jit
         def forward(params: models.Params, batch: Any, places_BT: jax.Array) -> jax.Array:
-            hidden_BSD = model.apply(params, batch)
+            hidden_BSD = model.hidden_states(params, batch)[0]
             return model.logits(
                 model.head(params), jnp.take_along_axis(hidden_BSD, jnp.asarray(places_BT)[:, :, None], axis=1)
             )

@@ -258,7 +258,7 @@ def test_the_beams_of_a_t5_are_those_of_a_plain_search_that_recomputes_each_text
             ones_T,
             None,
         )
-        return tiny.model.logits(tiny.model.head(tiny.params), tiny.model.apply(tiny.params, batch))[0]
+        return tiny.model.logits(tiny.model.head(tiny.params), tiny.model.hidden_states(tiny.params, batch)[0])[0]
 
     def log_probabilities(source: list[int], text: list[int]) -> np.ndarray:
         padded = np.array([tiny.model.config.decoder_start_token_id, *text, *[END] * length][:length])
@@ -280,7 +280,7 @@ def test_the_beams_of_a_causal_model_are_those_of_a_plain_search_that_recomputes
         places_T = jnp.arange(len(tokens_T))
         segments_T = (places_T <= last).astype(jnp.int32)
         batch = CausalBatch(tokens_T[None], None, None, segments_T[None], places_T[None], None)
-        hidden_TD = llama.model.apply(llama.params, batch)[0]
+        hidden_TD = llama.model.hidden_states(llama.params, batch)[0][0]
         return llama.model.logits(llama.model.head(llama.params), hidden_TD[last])
 
     def log_probabilities(prompt: list[int], text: list[int]) -> np.ndarray:

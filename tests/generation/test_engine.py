@@ -50,7 +50,9 @@ def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass_at_each_step(t
         ones_BT = jnp.ones((rows, LENGTH), jnp.int32)
         positions = np.broadcast_to(np.arange(width), segments.shape)[:, None]
         batch = Seq2SeqBatch(source[:, None], segments[:, None], positions, tokens_BT, ones_BT, ones_BT, ones_BT, None)
-        return tiny.model.logits(tiny.model.head(tiny.params), tiny.model.apply(tiny.params, batch)).argmax(-1)
+        return tiny.model.logits(tiny.model.head(tiny.params), tiny.model.hidden_states(tiny.params, batch)[0]).argmax(
+            -1
+        )
 
     tokens_BT = np.full((rows, LENGTH + 1), tiny.model.config.decoder_start_token_id)
     for position in range(LENGTH):
@@ -175,7 +177,7 @@ def likeliest(tiny, length, ends):
         segments_BT, prompt_BT = places_BT <= last_B[:, None], places_BT < starts[:, None]
         prefix_BT = prompt_BT.astype(jnp.int32) if tiny.model.options.prefix_lm else None
         batch = CausalBatch(tokens_BT, None, None, segments_BT.astype(jnp.int32), places_BT, prefix_BT)
-        hidden_BTD = tiny.model.apply(tiny.params, batch)
+        hidden_BTD = tiny.model.hidden_states(tiny.params, batch)[0]
         return tiny.model.logits(tiny.model.head(tiny.params), hidden_BTD[jnp.arange(len(starts)), last_B]).argmax(-1)
 
     for number in range(length):

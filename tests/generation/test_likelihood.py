@@ -49,7 +49,7 @@ def expected(small, requests) -> list[list[tuple[float, bool]]]:
 
     @jax.jit
     def logits(params, batch):
-        return model.logits(model.head(params), model.apply(params, batch))[0]
+        return model.logits(model.head(params), model.hidden_states(params, batch)[0])[0]
 
     def of(prompt: list[int], continuation: list[int]) -> tuple[float, bool]:
         if model.kind == "causal":
@@ -177,7 +177,7 @@ def test_a_prefix_lm_s_prompt_is_read_both_ways_either_way(llama, how):
         np.ones((1, 15), np.float32), np.ones((1, 15), np.int32), np.arange(15)[None],
         np.array([[1] * 12 + [0] * 3]),
     )  # fmt: skip
-    logits = np.asarray(model.logits(model.head(llama.params), model.apply(llama.params, batch))[0])
+    logits = np.asarray(model.logits(model.head(llama.params), model.hidden_states(llama.params, batch)[0])[0])
     log_probs = np.asarray(jax.nn.log_softmax(logits))
     assert found[0][0].log_prob == pytest.approx(float(sum(log_probs[11 + i, 3 + i] for i in range(3))), rel=1e-5)
     assert found[0][0].log_prob != pytest.approx(scored(llama, requests)[0][0][0].log_prob, rel=1e-3)

@@ -46,7 +46,7 @@ def full_pass(model, batch):
     """Logits [T, V] of a row."""
 
     def logits(params, batch):
-        return model._model.logits(model._model.head(params), model._model.apply(params, batch))
+        return model._model.logits(model._model.head(params), model._model.hidden_states(params, batch)[0])
 
     compiled = FULL.setdefault(model.path, jax.jit(logits))
     return np.asarray(compiled(model.params, batch))[0]

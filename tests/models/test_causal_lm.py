@@ -145,7 +145,7 @@ def test_longrope_generates_by_the_length_that_the_text_has_then():
     params = jax.tree.map(lambda leaf: leaf * 3, params)  # far from ties, and from one token over and over
     mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
     prompts = [example(7 + length, length, 0).target.tolist() for length in (4, 12, 15, 16, 17, 20)]  # of 16
-    compute = jax.jit(lambda params, batch: model.logits(model.head(params), model.apply(params, batch)))
+    compute = jax.jit(lambda params, batch: model.logits(model.head(params), model.hidden_states(params, batch)[0]))
 
     def likeliest(tokens: list[int]) -> int:
         text = Encoded(np.zeros(0, np.int32), np.array(tokens, np.int32), 0, np.ones(len(tokens), bool))

@@ -7,7 +7,7 @@ import pytest
 from jax_it.models import kv_cache, sections
 from jax_it.models.config import LayerKind
 from jax_it.models.kv_cache import CrossKeyValue, KeyValue, KVCache, LayerCache, LongTexts, Source
-from jax_it.models.sections import Run, Section
+from jax_it.models.sections import LayerRun, Section
 
 ROWS, HEADS, DIM = 2, 3, 4
 
@@ -154,7 +154,7 @@ def test_each_array_comes_with_its_own_axes():
 
 def test_unstacked_layers_come_in_the_order_of_layers():
     local, full = LayerKind(5), LayerKind()
-    layout = (Section(2, (Run(local, 2), Run(full, 1))), Section(1, (Run(local, 1),)))
+    layout = (Section(2, (LayerRun(local, 2), LayerRun(full, 1))), Section(1, (LayerRun(local, 1),)))
     # Each layer's entries are its number: layers 0, 1, 3, 4 and then 2, 5 in the period's runs, 6 is left over.
     groups = tuple(
         KeyValue(*(jnp.float32(numbers)[:, None, None, None, None] for _ in range(2)))

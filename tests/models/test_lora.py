@@ -63,7 +63,7 @@ def shaken(model: Model, params: Params) -> Params:
 
 def logits(model: Model, params: Params, name: str) -> np.ndarray:
     batch = cases.batch(cases.BY_NAME[name], cases.inputs(cases.BY_NAME[name]))
-    compute = jax.jit(lambda params: model.logits(model.head(params), model.apply(params, batch)))
+    compute = jax.jit(lambda params: model.logits(model.head(params), model.hidden_states(params, batch)[0]))
     there = batch.segments_BT > 0
     return np.asarray(compute(params))[there]
 
@@ -104,7 +104,7 @@ def test_gradients_are_those_of_finite_differences(name, folders):
     @jax.jit
     def loss(trained):
         params = model.join(trained, frozen)
-        states, head = model.apply(params, batch), model.head(params)
+        states, head = model.hidden_states(params, batch)[0], model.head(params)
         return losses.chunked_sum(
             losses.cross_entropy, model.logits, 8, head, states, batch.targets_BT, batch.weights_BT, head_trained=False
         )[0]
@@ -176,7 +176,10 @@ def test_a_training_key_drops_and_none_does_not(folders):
     model, params = load(folders("llama3"), lora=config.Lora(rank=2, dropout=0.5))
     params = shaken(model, params)
     batch = cases.batch(cases.BY_NAME["llama3"], cases.inputs(cases.BY_NAME["llama3"]))
-    states = [np.asarray(model.apply(params, batch, key)) for key in (None, None, jax.random.key(0), jax.random.key(1))]
+    states = [
+        np.asarray(model.hidden_states(params, batch, key)[0])
+        for key in (None, None, jax.random.key(0), jax.random.key(1))
+    ]
     np.testing.assert_array_equal(states[0], states[1])
     assert not np.array_equal(states[0], states[2]) and not np.array_equal(states[2], states[3])
 

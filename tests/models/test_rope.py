@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from jax_it.models import rope
+from jax_it.models.config_json import ConfigReader
 from jax_it.models.rope import CosSin, Rope, rotate
-from jax_it.models.settings import Settings
 
 HEAD_DIM, THETA, ORIGINAL = 32, 1e4, 256
 
 
 def read(**scaling):
     values = {"rope_theta": THETA, "max_position_embeddings": 4 * ORIGINAL, "rope_scaling": scaling}
-    return rope.read(Settings(values, "the test"), HEAD_DIM)
+    return rope.read(ConfigReader(values, "the test"), HEAD_DIM)
 
 
 def plain():

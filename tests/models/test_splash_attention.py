@@ -112,7 +112,7 @@ def test_a_model_whose_layers_differ_in_rope_or_window_takes_it_and_learns_the_s
         other = dataclasses.replace(model, options=model.options._replace(splash=splash))
 
         def loss(params):
-            states, head = other.apply(params, batch), other.head(params)
+            states, head = other.hidden_states(params, batch)[0], other.head(params)
             return losses.chunked_sum(
                 losses.cross_entropy, other.logits, 64, head, states, batch.targets_BT, batch.weights_BT
             )[0]

@@ -116,7 +116,9 @@ def test_recomputing_layers_gives_the_same_gradients(t5_1_1):
 
     def gradient(remat):
         with_remat = dataclasses.replace(model, options=model.options._replace(remat=remat))
-        traced = jax.jit(jax.grad(lambda params: jnp.square(with_remat.apply(params, batch)).sum())).trace(params)
+        traced = jax.jit(jax.grad(lambda params: jnp.square(with_remat.hidden_states(params, batch)[0]).sum())).trace(
+            params
+        )
         assert ("remat" in str(traced.jaxpr) or "checkpoint" in str(traced.jaxpr)) == remat
         return jax.tree.leaves(traced.lower().compile()(params))
 
@@ -129,7 +131,7 @@ def test_dropout_depends_on_the_key_alone(t5_1_1, apply):
     model, params = t5_1_1
     batch = packed([1, 2, 3])
     assert model.options.dropout == 0.1
-    drop = jax.jit(lambda key: model.apply(params, batch, key))
+    drop = jax.jit(lambda key: model.hidden_states(params, batch, key)[0])
     first, again, second = (np.asarray(drop(jax.random.key(seed))) for seed in (0, 0, 1))
     there = batch.segments_BT > 0
     np.testing.assert_array_equal(first, again)
@@ -163,7 +165,7 @@ def forward(values, blocks, source_length, target_length):
     model = build(values, "test", config.Model())
     batch = FORMAT.batch([[]], Shape(blocks, source_length, target_length))
     shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), batch)
-    function = jax.jit(lambda params, batch: model.logits(model.head(params), model.apply(params, batch)))
+    function = jax.jit(lambda params, batch: model.logits(model.head(params), model.hidden_states(params, batch)[0]))
     return model, function.trace(model.shapes, shapes)
 
 

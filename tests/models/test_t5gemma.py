@@ -135,7 +135,9 @@ def test_recomputing_layers_gives_the_same_gradients_with_dropout_too(folder):
 
     def gradient(remat):
         with_remat = dataclasses.replace(model, options=model.options._replace(remat=remat))
-        traced = jax.jit(jax.grad(lambda params: jnp.square(with_remat.apply(params, batch, key)).sum())).trace(params)
+        traced = jax.jit(
+            jax.grad(lambda params: jnp.square(with_remat.hidden_states(params, batch, key)[0]).sum())
+        ).trace(params)
         assert ("remat" in str(traced.jaxpr) or "checkpoint" in str(traced.jaxpr)) == remat
         return jax.tree.leaves(traced.lower().compile()(params))
 
@@ -147,7 +149,7 @@ def test_recomputing_layers_gives_the_same_gradients_with_dropout_too(folder):
 def test_dropout_depends_on_the_key_alone(folder, apply):
     model, params = cases.load(folder, dropout=0.1)
     batch = packed([1, 2, 3])
-    drop = jax.jit(lambda key: model.apply(params, batch, key))
+    drop = jax.jit(lambda key: model.hidden_states(params, batch, key)[0])
     first, again, second = (np.asarray(drop(jax.random.key(seed))) for seed in (0, 0, 1))
     there = batch.segments_BT > 0
     np.testing.assert_array_equal(first, again)
@@ -200,7 +202,9 @@ def test_adapters_stand_beside_the_linear_layers_of_both_halves(folder):
     assert {target.path for target in model.adapter.targets} == wanted
     batch = packed([1, 2, 3])
     trained, frozen = model.split(params)
-    loss = jax.jit(jax.grad(lambda trained: jnp.square(model.apply(model.join(trained, frozen), batch)).sum()))
+    loss = jax.jit(
+        jax.grad(lambda trained: jnp.square(model.hidden_states(model.join(trained, frozen), batch)[0]).sum())
+    )
     for path, gradient in flatten(loss(trained)).items():
         assert np.abs(gradient).max() > 0 or path.endswith(".a"), path  # B is 0 at first, so A's gradient is too
 

@@ -84,7 +84,7 @@ def results(model: Model, params: Params, arrays: CausalBatch | Seq2SeqBatch) ->
     @jax.jit
     def compute(params: Params) -> Any:
         def loss_of(params: Params) -> Any:
-            hidden_BTD = model.apply(params, arrays)
+            hidden_BTD = model.hidden_states(params, arrays)[0]
             head = model.head(params)
             loss, weight = losses.chunked_sum(
                 losses.cross_entropy, model.logits, 16, head, hidden_BTD, arrays.targets_BT, arrays.weights_BT

@@ -33,7 +33,7 @@ TARGETS = {"phi3": ["qkv_proj", "down_proj"], "gpt2": ["c_attn"], "mixtral": ["q
 def logits(model: Model, params: Params, name: str) -> np.ndarray:
     case = cases.BY_NAME[name]
     batch = cases.batch(case, cases.inputs(case))
-    compute = jax.jit(lambda params: model.logits(model.head(params), model.apply(params, batch)))
+    compute = jax.jit(lambda params: model.logits(model.head(params), model.hidden_states(params, batch)[0]))
     return np.asarray(compute(params))
 
 

@@ -30,7 +30,7 @@ def routed(tiny, batch):
 
     with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
         patch.setattr(Routing, "of", watch)
-        tiny.model.states(tiny.params, batch)
+        tiny.model.hidden_states(tiny.params, batch)
     assert len(seen) == tiny.model.config.num_layers
     real = batch.segments_BT > 0
     return tuple(np.concatenate([arrays[real] for arrays in both]) for both in zip(*seen, strict=True))
@@ -68,7 +68,7 @@ def expected(tiny_mixtral, probabilities_IX, without):
     @jax.jit
     @jax.grad
     def gradient(params):
-        _, routing = model.states(params, batch)
+        _, routing = model.hidden_states(params, batch)
         return len(share_X) * jnp.dot(share_X.astype(np.float32), routing.probabilities_X) / len(probabilities_IX)
 
     added = jax.tree.map(lambda g, b: g + COEFFICIENT * np.asarray(b), without[1], gradient(params))

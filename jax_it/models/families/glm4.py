@@ -6,8 +6,8 @@ from typing import Any
 
 from jax_it.models import rope
 from jax_it.models.config import CausalLMConfig, LayerKind
+from jax_it.models.config_json import ConfigReader
 from jax_it.models.families import llama, phi3
-from jax_it.models.settings import Settings
 from jax_it.models.weights import WeightSpec
 
 EOS_TOKEN_IDS = (151329, 151336, 151338)
@@ -20,18 +20,18 @@ NORMS = {
 
 
 def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
-    settings = Settings(values, where)
-    common = llama.read_common(settings, kv_heads=2, head_dim=128, epsilon=1.5625e-7, marks=(None, None, 151329))
+    reader = ConfigReader(values, where)
+    common = llama.read_common(reader, kv_heads=2, head_dim=128, epsilon=1.5625e-7, special_tokens=(None, None, 151329))
     if not common["eos_token_ids"]:
         common["eos_token_ids"] = tuple(token for token in EOS_TOKEN_IDS if token < common["vocab_size"])
-    rotation = rope.read(settings, common["head_dim"], share=0.5)
+    rotation = rope.read(reader, common["head_dim"], share=0.5)
     config = CausalLMConfig(
         **common,
         norm_placement="sandwich_norm",
-        attention_bias=settings.get("attention_bias", bool, True),
+        attention_bias=reader.get("attention_bias", bool, True),
         layer_kinds=(LayerKind(rope=dataclasses.replace(rotation, interleaved=True)),),
     )
-    settings.finish()
+    reader.finish()
     return config
 
 

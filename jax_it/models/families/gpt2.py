@@ -4,50 +4,50 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_it.models.config import CausalLMConfig
+from jax_it.models.config_json import ConfigReader
 from jax_it.models.families import llama
 from jax_it.models.linear import ACTIVATIONS
-from jax_it.models.settings import Settings
 from jax_it.models.weights import WeightSpec
 
 
 def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
-    settings = Settings(values, where)
-    width, heads = settings.size("n_embd"), settings.size("n_head")
+    reader = ConfigReader(values, where)
+    width, heads = reader.size("n_embd"), reader.size("n_head")
     if width % heads:
-        raise settings.bad("n_embd", f"n_head, {heads}, must divide it")
-    vocab_size = settings.size("vocab_size")
-    activation = settings.choose("activation_function", list(ACTIVATIONS), "gelu_new")
-    rate = settings.rate("resid_pdrop", 0.1)
+        raise reader.bad("n_embd", f"n_head, {heads}, must divide it")
+    vocab_size = reader.size("vocab_size")
+    activation = reader.choose("activation_function", list(ACTIVATIONS), "gelu_new")
+    rate = reader.rate("resid_pdrop", 0.1)
     for key in ("embd_pdrop", "attn_pdrop"):
-        if settings.get(key, float, 0.1) != rate:
-            settings.refuse(key, [f"{rate}, the rate of resid_pdrop"])
-    settings.expect(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+        if reader.get(key, float, 0.1) != rate:
+            reader.refuse(key, [f"{rate}, the rate of resid_pdrop"])
+    reader.expect(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     config = CausalLMConfig(
-        model_type=settings.need("model_type", str),
+        model_type=reader.need("model_type", str),
         vocab_size=vocab_size,
         embed_dim=width,
-        num_layers=settings.size("n_layer"),
+        num_layers=reader.size("n_layer"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=width // heads,
-        mlp_dim=settings.size("n_inner", 4 * width),
+        mlp_dim=reader.size("n_inner", 4 * width),
         activation=activation,
-        norm_eps=settings.positive("layer_norm_epsilon", 1e-5),
-        tied=settings.get("tie_word_embeddings", bool, True),
-        **llama.read_marks(settings, vocab_size, (50256, 50256, None)),
+        norm_eps=reader.positive("layer_norm_epsilon", 1e-5),
+        tied=reader.get("tie_word_embeddings", bool, True),
+        **llama.read_special_tokens(reader, vocab_size, (50256, 50256, None)),
         gated_mlp=False,
         norm="layer",
         attention_bias=True,
         output_bias=True,
         mlp_bias=True,
-        positions=settings.size("n_positions", 1024),
+        positions=reader.size("n_positions", 1024),
         dropout=rate,
     )
     # Of a head for summaries, which a language model does not have.
     for name, default in {"type": "", "use_proj": True, "activation": "", "proj_to_labels": True}.items():
-        settings.get(f"summary_{name}", type(default), default)
-    settings.get("summary_first_dropout", float, 0.1)
-    settings.finish(ignored=("n_ctx", "reorder_and_upcast_attn"))
+        reader.get(f"summary_{name}", type(default), default)
+    reader.get("summary_first_dropout", float, 0.1)
+    reader.finish(ignored=("n_ctx", "reorder_and_upcast_attn"))
     return config
 
 

@@ -5,44 +5,44 @@ from typing import Any
 
 from jax_it.models import rope
 from jax_it.models.config import CausalLMConfig, LayerKind
+from jax_it.models.config_json import ConfigReader
 from jax_it.models.families import llama
 from jax_it.models.linear import ACTIVATIONS
-from jax_it.models.settings import Settings
 from jax_it.models.weights import WeightSpec
 
 
 def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
-    settings = Settings(values, where)
-    width, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
+    reader = ConfigReader(values, where)
+    width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     if width % heads:
-        raise settings.bad("hidden_size", f"num_attention_heads, {heads}, must divide it")
-    vocab_size = settings.size("vocab_size")
-    activation = settings.choose("hidden_act", list(ACTIVATIONS), "gelu")
-    settings.expect(attention_dropout=0.0, hidden_dropout=0.0)
+        raise reader.bad("hidden_size", f"num_attention_heads, {heads}, must divide it")
+    vocab_size = reader.size("vocab_size")
+    activation = reader.choose("hidden_act", list(ACTIVATIONS), "gelu")
+    reader.expect(attention_dropout=0.0, hidden_dropout=0.0)
     rotation = rope.read(
-        settings, width // heads, share=0.25, theta_key="rotary_emb_base", share_key="rotary_pct"
+        reader, width // heads, share=0.25, theta_key="rotary_emb_base", share_key="rotary_pct"
     )  # fmt: skip
     config = CausalLMConfig(
-        model_type=settings.need("model_type", str),
+        model_type=reader.need("model_type", str),
         vocab_size=vocab_size,
         embed_dim=width,
-        num_layers=settings.size("num_hidden_layers"),
+        num_layers=reader.size("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=width // heads,
-        mlp_dim=settings.size("intermediate_size"),
+        mlp_dim=reader.size("intermediate_size"),
         activation=activation,
-        norm_eps=settings.positive("layer_norm_eps", 1e-5),
-        tied=settings.get("tie_word_embeddings", bool, False),
-        **llama.read_marks(settings, vocab_size, (0, 2, None)),
+        norm_eps=reader.positive("layer_norm_eps", 1e-5),
+        tied=reader.get("tie_word_embeddings", bool, False),
+        **llama.read_special_tokens(reader, vocab_size, (0, 2, None)),
         gated_mlp=False,
         norm="layer",
-        norm_placement="parallel" if settings.get("use_parallel_residual", bool, True) else "pre_norm",
-        **llama.read_bias(settings, True),
+        norm_placement="parallel" if reader.get("use_parallel_residual", bool, True) else "pre_norm",
+        **llama.read_bias(reader, True),
         mlp_bias=True,
         layer_kinds=(LayerKind(rope=rotation),),
     )
-    settings.finish(ignored=("classifier_dropout", "is_decoder", "rope_theta", "partial_rotary_factor"))
+    reader.finish(ignored=("classifier_dropout", "is_decoder", "rope_theta", "partial_rotary_factor"))
     return config
 
 

@@ -8,16 +8,16 @@ from typing import Any
 
 from jax_it.models import causal_lm, rope
 from jax_it.models.config import CausalLMConfig, LayerKind, StackConfig
+from jax_it.models.config_json import ConfigReader
 from jax_it.models.family import Family
 from jax_it.models.linear import ACTIVATIONS
-from jax_it.models.settings import Settings
 from jax_it.models.weights import WeightSpec
 
-Marks = tuple[int | None, int | None, int | None]  # the tokens that begin, end and fill texts
+SpecialTokens = tuple[int | None, int | None, int | None]  # the tokens that begin, end and fill texts
 
 
 def read_common(
-    settings: Settings,
+    reader: ConfigReader,
     *,
     tied: bool = False,
     act: tuple[str, str] = ("hidden_act", "silu"),
@@ -25,62 +25,68 @@ def read_common(
     null_kv_heads: bool = False,
     head_dim: int = 0,
     epsilon: float = 1e-6,
-    marks: Marks = (None, None, None),
+    special_tokens: SpecialTokens = (None, None, None),
     whole_heads: bool = False,
 ) -> dict[str, Any]:
     """Return the values that families with Llama's settings share, as arguments of `CausalLMConfig`.
+
+    It reads the keys model_type, vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
+    num_key_value_heads, head_dim, rms_norm_eps, tie_word_embeddings, the activation, and those of special tokens. Rope,
+    windows, biases and whatever is the family's own are left to the caller.
 
     The keyword arguments are the family's defaults; 0 means that a value follows from others. `act` is the activation's
     key and its default. `null_kv_heads`: null in `num_key_value_heads` means as many as heads, not the default.
     `whole_heads`: Transformers refuses a width that the heads do not divide even if `head_dim` is
     given.
     """
-    activation = settings.choose(act[0], list(ACTIVATIONS), act[1])
-    settings.expect(attention_dropout=0.0, is_encoder_decoder=False, add_cross_attention=False)
-    settings.expect(is_decoder=False, chunk_size_feed_forward=0)
-    width, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
-    if null_kv_heads and settings.is_null("num_key_value_heads"):
+    activation = reader.choose(act[0], list(ACTIVATIONS), act[1])
+    reader.expect(attention_dropout=0.0, is_encoder_decoder=False, add_cross_attention=False)
+    reader.expect(is_decoder=False, chunk_size_feed_forward=0)
+    width, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
+    if null_kv_heads and reader.is_null("num_key_value_heads"):
         kv_heads = 0
-    kv_heads = settings.size("num_key_value_heads", kv_heads or heads)
+    kv_heads = reader.size("num_key_value_heads", kv_heads or heads)
     if heads % kv_heads:
-        raise settings.bad("num_key_value_heads", f"it must be there and divide num_attention_heads, {heads}")
-    head_dim = head_dim or (settings.size("head_dim") if settings.has("head_dim") else 0)
+        raise reader.bad("num_key_value_heads", f"it must be there and divide num_attention_heads, {heads}")
+    head_dim = head_dim or (reader.size("head_dim") if reader.has("head_dim") else 0)
     if (whole_heads or not head_dim) and width % heads:
-        raise settings.bad("hidden_size", f"num_attention_heads, {heads}, must divide it")
-    vocab_size = settings.size("vocab_size")
-    norm_eps = settings.get("rms_norm_eps", float, epsilon)
+        raise reader.bad("hidden_size", f"num_attention_heads, {heads}, must divide it")
+    vocab_size = reader.size("vocab_size")
+    norm_eps = reader.get("rms_norm_eps", float, epsilon)
     if norm_eps < 0:
-        raise settings.bad("rms_norm_eps", "it must not be negative")
+        raise reader.bad("rms_norm_eps", "it must not be negative")
     return {
-        "model_type": settings.need("model_type", str),
+        "model_type": reader.need("model_type", str),
         "vocab_size": vocab_size,
         "embed_dim": width,
-        "num_layers": settings.size("num_hidden_layers"),
+        "num_layers": reader.size("num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "head_dim": settings.size("head_dim", head_dim or width // heads),
-        "mlp_dim": settings.size("intermediate_size"),
+        "head_dim": reader.size("head_dim", head_dim or width // heads),
+        "mlp_dim": reader.size("intermediate_size"),
         "activation": activation,
         "norm_eps": norm_eps,
-        "tied": settings.get("tie_word_embeddings", bool, tied),
-        **read_marks(settings, vocab_size, marks),
+        "tied": reader.get("tie_word_embeddings", bool, tied),
+        **read_special_tokens(reader, vocab_size, special_tokens),
     }
 
 
-def read_marks(settings: Settings, vocab_size: int, defaults: Marks = (None, None, None)) -> dict[str, Any]:
+def read_special_tokens(
+    reader: ConfigReader, vocab_size: int, defaults: SpecialTokens = (None, None, None)
+) -> dict[str, Any]:
     """Read the tokens that begin, end and fill texts, as arguments of `CausalLMConfig`.
 
     Null means none; without a key it is the family's default, if the vocabulary has it.
     """
 
     def default(key: str, token: int | None) -> int | None:
-        return None if settings.is_null(key) or token is None or token >= vocab_size else token
+        return None if reader.is_null(key) or token is None or token >= vocab_size else token
 
     start, end, pad = (
         default(f"{name}_token_id", token) for name, token in zip(("bos", "eos", "pad"), defaults, strict=True)
     )
-    given = {name: settings.get_token(f"{name}_token_id", vocab_size) for name in ("bos", "pad")}
-    ends = settings.get_tokens("eos_token_id", vocab_size)
+    given = {name: reader.get_token(f"{name}_token_id", vocab_size) for name in ("bos", "pad")}
+    ends = reader.get_tokens("eos_token_id", vocab_size)
     return {
         "eos_token_ids": ends or (() if end is None else (end,)),
         "pad_token_id": pad if given["pad"] is None else given["pad"],
@@ -88,43 +94,49 @@ def read_marks(settings: Settings, vocab_size: int, defaults: Marks = (None, Non
     }
 
 
-def read_bias(settings: Settings, default: bool = False) -> dict[str, Any]:
+def read_bias(reader: ConfigReader, default: bool = False) -> dict[str, Any]:
     """Read `attention_bias`, of all four linear layers of attention, as arguments of `CausalLMConfig`."""
-    bias = settings.get("attention_bias", bool, default)
+    bias = reader.get("attention_bias", bool, default)
     return {"attention_bias": bias, "output_bias": bias}
 
 
-def read_window(settings: Settings, default: int = 0) -> int:
+def read_window(reader: ConfigReader, default: int = 0) -> int:
     """Read `sliding_window`: how many positions a token sees; 0 for all, which null means."""
-    if settings.has("sliding_window"):
-        return settings.size("sliding_window")
-    return 0 if settings.is_null("sliding_window") else default
+    if reader.has("sliding_window"):
+        return reader.size("sliding_window")
+    return 0 if reader.is_null("sliding_window") else default
 
 
-def read_windows(settings: Settings, number: int, window: int, every: tuple[str, ...] = ()) -> tuple[int, ...]:
-    """Return each layer's window, by `layer_types`, or else by the repeating pattern `every`; 0 for full attention."""
-    kinds = settings.get_list("layer_types", str)
+def read_windows(
+    reader: ConfigReader, number: int, window: int, default_pattern: tuple[str, ...] = ()
+) -> tuple[int, ...]:
+    """Return each layer's window; 0: full attention.
+
+    `layer_types` says which layers have one, or else the repeating `default_pattern`; without either none has.
+    """
+    kinds = reader.get_list("layer_types", str)
     if kinds is None:
-        kinds = [every[i % len(every)] for i in range(number)] if every else ["full_attention"] * number
+        pattern = default_pattern or ("full_attention",)
+        kinds = [pattern[i % len(pattern)] for i in range(number)]
     known = {"sliding_attention": window, "full_attention": 0}
     if len(kinds) != number or not set(kinds) <= set(known):
-        raise settings.bad("layer_types", f"it must be a list of {number} of {', '.join(known)}")
+        raise reader.bad("layer_types", f"it must be a list of {number} of {', '.join(known)}")
     if "sliding_attention" in kinds and not window:
-        raise settings.bad("sliding_window", "it must be there and used, for layer_types has layers with a window")
+        raise reader.bad("sliding_window", "it must be there and used, for layer_types has layers with a window")
     return tuple(known[kind] for kind in kinds)
 
 
 def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
-    settings = Settings(values, where)
-    common = read_common(settings, marks=(1, 2, None), whole_heads=True)
+    reader = ConfigReader(values, where)
+    common = read_common(reader, special_tokens=(1, 2, None), whole_heads=True)
     config = CausalLMConfig(
         **common,
-        **read_bias(settings),
-        mlp_bias=settings.get("mlp_bias", bool, False),
-        layer_kinds=(LayerKind(rope=rope.read(settings, common["head_dim"])),),
+        **read_bias(reader),
+        mlp_bias=reader.get("mlp_bias", bool, False),
+        layer_kinds=(LayerKind(rope=rope.read(reader, common["head_dim"])),),
     )
-    settings.expect(rope_interleaved=False)
-    settings.finish(ignored=("is_llama_config", "transformers.js_config"))
+    reader.expect(rope_interleaved=False)
+    reader.finish(ignored=("is_llama_config", "transformers.js_config"))
     return config
 
 
@@ -157,7 +169,10 @@ def weight_table(c: CausalLMConfig, norms: Mapping[str, str] | None = None) -> d
 
 
 def attention_weights(c: StackConfig, ours: str, theirs: str) -> dict[str, WeightSpec]:
-    """Return the weights of one kind of attention."""
+    """Return the weights of one kind of attention, at our path `ours` and the path `theirs` in Transformers.
+
+    With `qk_norm` the norms of queries and keys are among them, named `q_norm` and `k_norm`.
+    """
     table = {}
     for path, name, heads in (("query", "q_proj", "N"), ("key", "k_proj", "K"), ("value", "v_proj", "K")):
         table[f"{ours}.{path}"] = WeightSpec(f"L D {heads} H", f"{theirs}.{name}.weight", f"({heads} H) D")

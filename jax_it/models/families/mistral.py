@@ -5,19 +5,19 @@ from typing import Any
 
 from jax_it.models import rope
 from jax_it.models.config import CausalLMConfig, LayerKind
+from jax_it.models.config_json import ConfigReader
 from jax_it.models.families import llama
-from jax_it.models.settings import Settings
 
 
 def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
-    settings = Settings(values, where)
-    common = llama.read_common(settings, kv_heads=8, marks=(1, 2, None))
-    window = llama.read_window(settings, 4096)
+    reader = ConfigReader(values, where)
+    common = llama.read_common(reader, kv_heads=8, special_tokens=(1, 2, None))
+    window = llama.read_window(reader, 4096)
     config = CausalLMConfig(
         **common,
-        layer_kinds=(LayerKind(window, rope.read(settings, common["head_dim"])),),
+        layer_kinds=(LayerKind(window, rope.read(reader, common["head_dim"])),),
     )
-    settings.finish()
+    reader.finish()
     return config
 
 

@@ -5,35 +5,35 @@ from typing import Any
 
 from jax_it.models import rope
 from jax_it.models.config import CausalLMConfig, LayerKind
+from jax_it.models.config_json import ConfigReader
 from jax_it.models.experts import Experts
 from jax_it.models.families import llama
-from jax_it.models.settings import Settings
 from jax_it.models.weights import WeightSpec
 
 
 def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
-    settings = Settings(values, where)
-    common = llama.read_common(settings, kv_heads=8, epsilon=1e-5, marks=(1, 2, None))
-    window = llama.read_window(settings)
-    settings.expect(router_jitter_noise=0.0)
+    reader = ConfigReader(values, where)
+    common = llama.read_common(reader, kv_heads=8, epsilon=1e-5, special_tokens=(1, 2, None))
+    window = llama.read_window(reader)
+    reader.expect(router_jitter_noise=0.0)
     # Of the other scalings Transformers makes no model without a head_dim.
-    kinds = tuple(rope.KEYS) if settings.has("head_dim") else ("default", "linear", "llama3")
+    kinds = tuple(rope.KEYS) if reader.has("head_dim") else ("default", "linear", "llama3")
     config = CausalLMConfig(
         **common,
-        layer_kinds=(LayerKind(window, rope.read(settings, common["head_dim"], theta=1e6, kinds=kinds)),),
-        experts=read_experts(settings, "num_local_experts", 8, 2, common["mlp_dim"], normalized=True),
+        layer_kinds=(LayerKind(window, rope.read(reader, common["head_dim"], theta=1e6, kinds=kinds)),),
+        experts=read_experts(reader, "num_local_experts", 8, 2, common["mlp_dim"], normalized=True),
     )
-    settings.finish()
+    reader.finish()
     return config
 
 
 def read_experts(
-    settings: Settings, key: str, number: int, per_token: int, mlp_dim: int, *, normalized: bool
+    reader: ConfigReader, key: str, number: int, per_token: int, mlp_dim: int, *, normalized: bool
 ) -> Experts:
     """Read the experts of a layer, whose number is under `key`; numbers are the family's defaults."""
-    number, per_token = settings.size(key, number), settings.size("num_experts_per_tok", per_token)
+    number, per_token = reader.size(key, number), reader.size("num_experts_per_tok", per_token)
     if per_token > number:
-        raise settings.bad("num_experts_per_tok", f"it must be at most {key}, {number}")
+        raise reader.bad("num_experts_per_tok", f"it must be at most {key}, {number}")
     return Experts(number, per_token, mlp_dim, normalized)
 
 

@@ -5,21 +5,21 @@ from typing import Any
 
 from jax_it.models import rope
 from jax_it.models.config import CausalLMConfig, LayerKind
+from jax_it.models.config_json import ConfigReader
 from jax_it.models.families import llama
-from jax_it.models.settings import Settings
 
 
 def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
-    settings = Settings(values, where)
-    common = llama.read_common(settings, epsilon=1e-5, marks=(None, 50279, 1))
+    reader = ConfigReader(values, where)
+    common = llama.read_common(reader, epsilon=1e-5, special_tokens=(None, 50279, 1))
     config = CausalLMConfig(
         **common,
         norm_placement="post_norm",
         qk_norm="all_heads",
-        **llama.read_bias(settings),
-        layer_kinds=(LayerKind(rope=rope.read(settings, common["head_dim"])),),
+        **llama.read_bias(reader),
+        layer_kinds=(LayerKind(rope=rope.read(reader, common["head_dim"])),),
     )
-    settings.finish()
+    reader.finish()
     return config
 
 

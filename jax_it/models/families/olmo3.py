@@ -5,29 +5,29 @@ from typing import Any
 
 from jax_it.models import rope
 from jax_it.models.config import CausalLMConfig, LayerKind, shortest_period
+from jax_it.models.config_json import ConfigReader
 from jax_it.models.families import llama
-from jax_it.models.settings import Settings
 
 THETA = 500000.0
 
 
 def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
-    settings = Settings(values, where)
-    common = llama.read_common(settings, epsilon=1e-5, marks=(None, 50279, 1))
+    reader = ConfigReader(values, where)
+    common = llama.read_common(reader, epsilon=1e-5, special_tokens=(None, 50279, 1))
     pattern = ("sliding_attention",) * 3 + ("full_attention",)
-    windows = llama.read_windows(settings, common["num_layers"], llama.read_window(settings, 4096), pattern)
+    windows = llama.read_windows(reader, common["num_layers"], llama.read_window(reader, 4096), pattern)
     # Transformers reads `rope_theta` for full layers alone.
     full, sliding = rope.read_by_layer_type(
-        settings, common["head_dim"], full_theta=settings.positive("rope_theta", THETA), sliding_theta=THETA
+        reader, common["head_dim"], full_theta=reader.positive("rope_theta", THETA), sliding_theta=THETA
     )
     config = CausalLMConfig(
         **common,
         norm_placement="post_norm",
         qk_norm="all_heads",
-        **llama.read_bias(settings),
+        **llama.read_bias(reader),
         layer_kinds=shortest_period([LayerKind(window, sliding if window else full) for window in windows]),
     )
-    settings.finish()
+    reader.finish()
     return config
 
 

@@ -5,24 +5,24 @@ from typing import Any
 
 from jax_it.models import rope
 from jax_it.models.config import CausalLMConfig, LayerKind
+from jax_it.models.config_json import ConfigReader
 from jax_it.models.families import llama
-from jax_it.models.settings import Settings
 from jax_it.models.weights import WeightSpec
 
 
 def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
-    settings = Settings(values, where)
-    common = llama.read_common(settings, epsilon=1e-5, marks=(1, 32000, 32000))
-    settings.expect(resid_pdrop=0.0, embd_pdrop=0.0, attention_bias=False, mlp_bias=False, lm_head_bias=False)
-    window = llama.read_window(settings)
-    rotation = rope.read(settings, common["head_dim"], share=1.0, original=4096, kinds=("default", "longrope"))
+    reader = ConfigReader(values, where)
+    common = llama.read_common(reader, epsilon=1e-5, special_tokens=(1, 32000, 32000))
+    reader.expect(resid_pdrop=0.0, embd_pdrop=0.0, attention_bias=False, mlp_bias=False, lm_head_bias=False)
+    window = llama.read_window(reader)
+    rotation = rope.read(reader, common["head_dim"], share=1.0, original=4096, kinds=("default", "longrope"))
     config = CausalLMConfig(
         **common,
         layer_kinds=(LayerKind(window, rotation),),
         recompute_longrope=True,
     )
     # The code of its own that a checkpoint brings computes what this family does.
-    settings.finish(ignored=("auto_map", "full_attn_mod", "interpolate_factor"))
+    reader.finish(ignored=("auto_map", "full_attn_mod", "interpolate_factor"))
     return config
 
 

@@ -5,39 +5,39 @@ from typing import Any
 
 from jax_it.models import rope
 from jax_it.models.config import CausalLMConfig, LayerKind, shortest_period
+from jax_it.models.config_json import ConfigReader
 from jax_it.models.experts import Experts
 from jax_it.models.families import llama
 from jax_it.models.families.mixtral import read_experts
-from jax_it.models.settings import Settings
 from jax_it.models.weights import WeightSpec
 
 
-def _read_windows(settings: Settings, number: int) -> tuple[int, ...]:
+def _read_windows(reader: ConfigReader, number: int) -> tuple[int, ...]:
     """Read the windows of the layers from `max_window_layers` on, where `use_sliding_window` is set."""
-    window, first = llama.read_window(settings, 4096), settings.get("max_window_layers", int, 28)
-    if not settings.get("use_sliding_window", bool, False):
+    window, first = llama.read_window(reader, 4096), reader.get("max_window_layers", int, 28)
+    if not reader.get("use_sliding_window", bool, False):
         window = 0
     default = tuple("sliding_attention" if window and i >= first else "full_attention" for i in range(number))
-    return llama.read_windows(settings, number, window, default)
+    return llama.read_windows(reader, number, window, default)
 
 
 def read_qwen2(values: Mapping[str, Any], where: str) -> CausalLMConfig:
-    settings = Settings(values, where)
-    common = llama.read_common(settings, kv_heads=32, null_kv_heads=True)
-    windows = _read_windows(settings, common["num_layers"])
-    rotation = rope.read(settings, common["head_dim"])
+    reader = ConfigReader(values, where)
+    common = llama.read_common(reader, kv_heads=32, null_kv_heads=True)
+    windows = _read_windows(reader, common["num_layers"])
+    rotation = rope.read(reader, common["head_dim"])
     kinds = shortest_period([LayerKind(window, rotation) for window in windows])
     config = CausalLMConfig(**common, attention_bias=True, layer_kinds=kinds)
-    settings.expect(use_mrope=False)
-    settings.finish()
+    reader.expect(use_mrope=False)
+    reader.finish()
     return config
 
 
 def read_qwen3(values: Mapping[str, Any], where: str) -> CausalLMConfig:
-    settings = Settings(values, where)
-    common = llama.read_common(settings, kv_heads=32, null_kv_heads=True, head_dim=128)
-    config = _make_qwen3(settings, common, _read_windows(settings, common["num_layers"]))
-    settings.finish()
+    reader = ConfigReader(values, where)
+    common = llama.read_common(reader, kv_heads=32, null_kv_heads=True, head_dim=128)
+    config = _make_qwen3(reader, common, _read_windows(reader, common["num_layers"]))
+    reader.finish()
     return config
 
 
@@ -46,32 +46,32 @@ def read_qwen3_moe(values: Mapping[str, Any], where: str) -> CausalLMConfig:
 
     `use_sliding_window` puts a window into every layer, and there is no `layer_types`.
     """
-    settings = Settings(values, where)
-    number = "num_local_experts" if settings.has("num_local_experts") else "num_experts"
-    inner, normalized = settings.size("moe_intermediate_size", 768), settings.get("norm_topk_prob", bool, False)
-    experts = read_experts(settings, number, 128, 8, inner, normalized=normalized)
-    settings.expect(decoder_sparse_step=1, mlp_only_layers=[])
-    common = llama.read_common(settings, kv_heads=4)
-    window = llama.read_window(settings, 4096)
-    if not settings.get("use_sliding_window", bool, False):
+    reader = ConfigReader(values, where)
+    number = "num_local_experts" if reader.has("num_local_experts") else "num_experts"
+    inner, normalized = reader.size("moe_intermediate_size", 768), reader.get("norm_topk_prob", bool, False)
+    experts = read_experts(reader, number, 128, 8, inner, normalized=normalized)
+    reader.expect(decoder_sparse_step=1, mlp_only_layers=[])
+    common = llama.read_common(reader, kv_heads=4)
+    window = llama.read_window(reader, 4096)
+    if not reader.get("use_sliding_window", bool, False):
         window = 0
     windows = (window,) * common["num_layers"]
-    if settings.has("layer_types"):  # a note beside that: the layers do not read it
-        kinds = llama.read_windows(settings, common["num_layers"], window)
+    if reader.has("layer_types"):  # Transformers writes it; the layers do not read it
+        kinds = llama.read_windows(reader, common["num_layers"], window)
         if set(kinds) != {window}:
-            raise settings.bad("layer_types", "in this family use_sliding_window decides, for all layers at once")
-    config = _make_qwen3(settings, common, windows, experts)
-    settings.finish(ignored=("num_experts", "max_window_layers"))
+            raise reader.bad("layer_types", "in this family use_sliding_window decides, for all layers at once")
+    config = _make_qwen3(reader, common, windows, experts)
+    reader.finish(ignored=("num_experts", "max_window_layers"))
     return config
 
 
 def _make_qwen3(
-    settings: Settings, common: dict[str, Any], windows: tuple[int, ...], experts: Experts | None = None
+    reader: ConfigReader, common: dict[str, Any], windows: tuple[int, ...], experts: Experts | None = None
 ) -> CausalLMConfig:
-    rotation = rope.read(settings, common["head_dim"])
+    rotation = rope.read(reader, common["head_dim"])
     return CausalLMConfig(
         **common,
-        **llama.read_bias(settings),
+        **llama.read_bias(reader),
         qk_norm="head",
         layer_kinds=shortest_period([LayerKind(window, rotation) for window in windows]),
         experts=experts,

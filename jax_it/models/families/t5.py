@@ -10,46 +10,46 @@ from typing import Any
 
 from jax_it.models import encoder_decoder
 from jax_it.models.config import EncoderDecoderConfig, StackConfig
+from jax_it.models.config_json import ConfigReader
 from jax_it.models.family import Family
 from jax_it.models.linear import ACTIVATIONS
 from jax_it.models.relative_bias import RelativeBias
-from jax_it.models.settings import Settings
 from jax_it.models.weights import WeightSpec
 
 
 def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
     """Read a T5-like `config.json`. Raises UserError for a value that is not implemented."""
-    settings = Settings(values, where)
-    kind = settings.choose("model_type", ["t5", "mt5", "umt5"])
-    projection = settings.get("feed_forward_proj", str, "relu" if kind == "t5" else "gated-gelu")
+    reader = ConfigReader(values, where)
+    kind = reader.choose("model_type", ["t5", "mt5", "umt5"])
+    projection = reader.get("feed_forward_proj", str, "relu" if kind == "t5" else "gated-gelu")
     activation = projection.removeprefix("gated-")
     if projection == "gated-gelu":
         activation = "gelu_new"  # Transformers' reading of this name
     if activation not in ACTIVATIONS:
-        settings.refuse("feed_forward_proj", [*ACTIVATIONS, *(f"gated-{a}" for a in ACTIVATIONS)])
-    encoder_layers = settings.size("num_layers", 6 if kind == "t5" else 8)
-    tie = settings.get("tie_word_embeddings", bool, True)
+        reader.refuse("feed_forward_proj", [*ACTIVATIONS, *(f"gated-{a}" for a in ACTIVATIONS)])
+    encoder_layers = reader.size("num_layers", 6 if kind == "t5" else 8)
+    tie = reader.get("tie_word_embeddings", bool, True)
     # Transformers 5 lets `tie_word_embeddings` decide T5's scaling, never scales mT5 and always umT5.
-    scaled = settings.get("scale_decoder_outputs", bool, tie)
-    settings.expect(is_encoder_decoder=True, is_decoder=False, chunk_size_feed_forward=0)
-    settings.expect(is_gated_act=projection.startswith("gated-"), dense_act_fn=activation)  # written beside it
-    buckets = settings.size("relative_attention_num_buckets", 32)
+    scaled = reader.get("scale_decoder_outputs", bool, tie)
+    reader.expect(is_encoder_decoder=True, is_decoder=False, chunk_size_feed_forward=0)
+    reader.expect(is_gated_act=projection.startswith("gated-"), dense_act_fn=activation)  # written beside it
+    buckets = reader.size("relative_attention_num_buckets", 32)
     if buckets < 4 or buckets % 2:
-        raise settings.bad(
+        raise reader.bad(
             "relative_attention_num_buckets",
             "it must be an even number, at least 4: in the encoder each side has half",
         )
-    max_distance = settings.size("relative_attention_max_distance", 128)
+    max_distance = reader.size("relative_attention_max_distance", 128)
     if max_distance <= buckets // 2:
-        raise settings.bad(
+        raise reader.bad(
             "relative_attention_max_distance",
             f"it must be above {buckets // 2}, half of relative_attention_num_buckets, which are of one distance each",
         )
-    vocab_size = settings.size("vocab_size", 32128 if kind == "t5" else 250112)
-    pad = settings.get_token("pad_token_id", vocab_size) or 0
-    start = settings.get_token("decoder_start_token_id", vocab_size)
-    embed_dim, rate = settings.size("d_model", 512), settings.rate("dropout_rate", 0.1)
-    num_heads = settings.size("num_heads", 8 if kind == "t5" else 6)
+    vocab_size = reader.size("vocab_size", 32128 if kind == "t5" else 250112)
+    pad = reader.get_token("pad_token_id", vocab_size) or 0
+    start = reader.get_token("decoder_start_token_id", vocab_size)
+    embed_dim, rate = reader.size("d_model", 512), reader.rate("dropout_rate", 0.1)
+    num_heads = reader.size("num_heads", 8 if kind == "t5" else 6)
     is_scaled = {"t5": scaled, "mt5": False, "umt5": True}[kind]
 
     def half(num_layers: int, *, is_encoder: bool) -> StackConfig:
@@ -59,10 +59,10 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_heads,
-            head_dim=settings.size("d_kv", 64),
-            mlp_dim=settings.size("d_ff", 2048 if kind == "t5" else 1024),
+            head_dim=reader.size("d_kv", 64),
+            mlp_dim=reader.size("d_ff", 2048 if kind == "t5" else 1024),
             activation=activation,
-            norm_eps=settings.positive("layer_norm_epsilon", 1e-6),
+            norm_eps=reader.positive("layer_norm_epsilon", 1e-6),
             gated_mlp=projection.startswith("gated-"),
             relative_bias=RelativeBias(buckets, max_distance, is_encoder, per_layer=kind == "umt5"),
             bidirectional=is_encoder,
@@ -76,16 +76,16 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
     config = EncoderDecoderConfig(
         model_type=kind,
         encoder=half(encoder_layers, is_encoder=True),
-        decoder=half(settings.size("num_decoder_layers", encoder_layers), is_encoder=False),
+        decoder=half(reader.size("num_decoder_layers", encoder_layers), is_encoder=False),
         tied=tie,
         shared_embedding=True,
         dropout=rate,
         decoder_start_token_id=pad if start is None else start,
         pad_token_id=pad,
-        eos_token_ids=settings.get_tokens("eos_token_id", vocab_size) or (1,),
+        eos_token_ids=reader.get_tokens("eos_token_id", vocab_size) or (1,),
     )
     # The last is umT5's, and nothing reads it.
-    settings.finish(ignored=("initializer_factor", "classifier_dropout", "scalable_attention"))
+    reader.finish(ignored=("initializer_factor", "classifier_dropout", "scalable_attention"))
     return config
 
 

@@ -11,12 +11,12 @@ from typing import Any
 from jax_it.errors import UserError
 from jax_it.models import encoder_decoder
 from jax_it.models.config import CausalLMConfig, EncoderDecoderConfig, LayerKind
+from jax_it.models.config_json import ConfigReader
 from jax_it.models.families import gemma, llama
 from jax_it.models.family import Family
-from jax_it.models.settings import Settings
 from jax_it.models.weights import WeightSpec
 
-# Of `T5GemmaModuleConfig`, where Gemma 2's reader has others or none.
+# Of `T5GemmaModuleConfig`, where Gemma 2's config.json has others or none.
 _DEFAULTS = {
     "model_type": "t5_gemma_module",
     "vocab_size": 256000,
@@ -35,33 +35,33 @@ _OVERWRITTEN = {"is_decoder", "dropout_rate", "attention_dropout", "classifier_d
 
 
 def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
-    settings = Settings(values, where)
-    encoder, target = (_read_half(settings, name) for name in ("encoder", "decoder"))
+    reader = ConfigReader(values, where)
+    encoder, target = (_read_half(reader, name) for name in ("encoder", "decoder"))
     # In Transformers the encoder's window is of tokens to either side, beside the token itself.
     kinds = tuple(LayerKind(kind.window and kind.window + 1, kind.rope) for kind in encoder.layer_kinds)
     if target.bos_token_id is None or target.pad_token_id is None:
         raise UserError(f"{where}: decoder: bos_token_id and pad_token_id must be tokens of its vocabulary")
-    pad = settings.get_token("pad_token_id", target.vocab_size)
+    pad = reader.get_token("pad_token_id", target.vocab_size)
     config = EncoderDecoderConfig(
-        model_type=settings.choose("model_type", ["t5gemma"]),
+        model_type=reader.choose("model_type", ["t5gemma"]),
         encoder=dataclasses.replace(encoder, bidirectional=True, layer_kinds=kinds),
         decoder=dataclasses.replace(target, encoder_dim=encoder.embed_dim),
-        tied=settings.get("tie_word_embeddings", bool, True),
+        tied=reader.get("tie_word_embeddings", bool, True),
         shared_embedding=False,
-        dropout=settings.rate("dropout_rate", 0.0),
+        dropout=reader.rate("dropout_rate", 0.0),
         decoder_start_token_id=target.bos_token_id,
         pad_token_id=target.pad_token_id if pad is None else pad,
-        eos_token_ids=settings.get_tokens("eos_token_id", target.vocab_size) or target.eos_token_ids,
+        eos_token_ids=reader.get_tokens("eos_token_id", target.vocab_size) or target.eos_token_ids,
     )
-    settings.expect(is_encoder_decoder=True, is_decoder=False, attention_dropout=0.0, chunk_size_feed_forward=0)
-    settings.expect(decoder_start_token_id=config.decoder_start_token_id)
-    settings.size("vocab_size", 1)  # the halves have their own
-    settings.finish(ignored=("classifier_dropout_rate",))
+    reader.expect(is_encoder_decoder=True, is_decoder=False, attention_dropout=0.0, chunk_size_feed_forward=0)
+    reader.expect(decoder_start_token_id=config.decoder_start_token_id)
+    reader.size("vocab_size", 1)  # the halves have their own
+    reader.finish(ignored=("classifier_dropout_rate",))
     return config
 
 
-def _read_half(settings: Settings, name: str) -> CausalLMConfig:
-    values, where = settings.need(name, dict), f"{settings.where}: {name}"
+def _read_half(reader: ConfigReader, name: str) -> CausalLMConfig:
+    values, where = reader.need(name, dict), f"{reader.where}: {name}"
     given = _DEFAULTS | {
         key: value
         for key, value in values.items()

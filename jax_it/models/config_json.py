@@ -30,20 +30,20 @@ LARGEST = 2**31 - 1  # of a config.json's integers: more than any model has of a
 LARGEST_FLOAT, SMALLEST_FLOAT = 3e38, 1e-37  # of numbers of 32 bits
 
 
-class Settings:
-    """The values of a config.json, which must all have been asked for by the time of `finish`.
+class ConfigReader:
+    """The values of a config.json, which must all have been read by the time of `finish`.
 
-    `null` and an absent key both mean the default, unless the reader asks `is_null`.
+    `null` and an absent key both mean the default, unless the family asks `is_null`.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str):
         self.where = where
         self._values = values
-        self._asked: set[str] = set()
+        self._read: set[str] = set()
 
     def get(self, key: str, kind: type[T], default: T) -> T:
         """Return the value, of the given type."""
-        self._asked.add(key)
+        self._read.add(key)
         value = self._values.get(key)
         if value is None:
             return default
@@ -58,8 +58,8 @@ class Settings:
         return value
 
     def has(self, key: str) -> bool:
-        """Return whether there is a value; it counts as asked for."""
-        self._asked.add(key)
+        """Return whether there is a value; it counts as read."""
+        self._read.add(key)
         return self._values.get(key) is not None
 
     def is_null(self, key: str) -> bool:
@@ -67,7 +67,7 @@ class Settings:
         return key in self._values and self._values[key] is None
 
     def need(self, key: str, kind: type[T]) -> T:
-        """Return a value without which there is no model."""
+        """Return a required value."""
         if self._values.get(key) is None:
             raise UserError(f"{self.where}: {key} is missing")
         return self.get(key, kind, self._values[key])
@@ -103,7 +103,7 @@ class Settings:
 
     def get_tokens(self, key: str, vocab_size: int) -> tuple[int, ...]:
         """Return one token id of the vocabulary or several; empty where there is none."""
-        self._asked.add(key)
+        self._read.add(key)
         value = self._values.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(map(is_int, ids)):
@@ -140,8 +140,8 @@ class Settings:
                 raise UserError(f"{self.where}: {key}={shown(self._values[key])} is not supported; only {value!r} is")
 
     def finish(self, ignored: Sequence[str] = ()) -> None:
-        """Refuse keys that nobody asked for and that are not known to be harmless."""
-        unknown = sorted(set(self._values) - self._asked - HARMLESS - set(ignored))
+        """Refuse keys that were not read and are not known to be harmless."""
+        unknown = sorted(set(self._values) - self._read - HARMLESS - set(ignored))
         unknown = [key for key in unknown if not key.startswith("_")]  # private notes of some version's
         if unknown:
             names = ", ".join(key if key.isprintable() else repr(key) for key in unknown)
