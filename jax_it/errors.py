@@ -1,9 +1,9 @@
-"""What ends a run that is no fault of ours, and what other libraries' errors say, in one line."""
+"""Errors caused by the user or by a signal, and texts and values in one line for messages."""
 
 import os
 import sys
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
@@ -25,9 +25,18 @@ class Interrupted(Exception):
 
 
 def shorten(text: str, length: int = 80) -> str:
-    """Shorten a text to one line of at most that many characters."""
+    """Put a text on one line of at most that many characters, leaving out its middle."""
     text = " ".join(text.split())
     return text if len(text) <= length else f"{text[: length // 2]}…{text[1 - length // 2 :]}"
+
+
+def shown(value: Any, length: int = 100) -> str:
+    """Show a value, such as a setting, in a message: its repr on one line of at most that many characters."""
+    try:
+        text = repr(value)
+    except Exception as error:  # of a repr that fails, or of an integer with more digits than Python writes
+        return f"a value of type {type(value).__name__} ({error})"
+    return shorten(text, length)
 
 
 def first_line(error: BaseException) -> str:

@@ -28,14 +28,13 @@ from jax_it import files, follower_heartbeat, hosts, metrics, resolved_run
 from jax_it.checkpointing import Checkpoints, disk_error
 from jax_it.config import Config
 from jax_it.data import tokenizer_files as tokenizers
-from jax_it.errors import Interrupted, UserError, first_line, shorten
+from jax_it.errors import Interrupted, UserError, first_line, shorten, shown
 from jax_it.files import Appending, is_there, remedy, to_json, write_atomically
 from jax_it.models import Model, build, with_tied_head
 from jax_it.models.families import FAMILIES
 from jax_it.pretrained import hf
 from jax_it.pretrained.folder import find_folder
 from jax_it.resolved_run import Changes, ResolvedRun
-from jax_it.typed import shown
 
 CREATING = ".creating"  # while the directory is being made, so that leftovers of a killed start are recognizable
 # Of a run's folder: it changes with the names of settings or of weights in checkpoints.

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shown
 
 Name = Annotated[str, "name"]  # of something; a text of several with commas between them is a list of names
 MOST_DEPTH = 50  # of lists and mappings within each other, in a value
@@ -20,16 +20,6 @@ MOST_DEPTH = 50  # of lists and mappings within each other, in a value
 def parts(name: str) -> list[str]:
     """Return the parts of a dotted name: "data.train[0].path" and "data.train.0.path" are the same."""
     return re.sub(r"\[(\d+)\]", r".\1", name).split(".")
-
-
-def shown(value: Any) -> str:
-    """Show a value in a message: on one line, and not too long."""
-    try:
-        text = repr(value)
-    except Exception as error:  # whose repr fails, or a whole number of more digits than Python writes
-        return f"a value of type {type(value).__name__} ({error})"
-    text = " ".join(text.split())
-    return text if len(text) <= 120 else f"{text[:80]} … {text[-20:]}"
 
 
 def shown_name(name: Any) -> str:

@@ -34,7 +34,7 @@ from jax_it.config.settings import (
     Train,
     Unit,
 )
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shorten, shown
 
 __all__ = [
     "Config", "Data", "Duration", "Eval", "Kind", "Lora", "Mesh", "Model", "Optimizer", "Rates", "Source", "Task",
@@ -118,8 +118,7 @@ def recipe(name: str) -> str:
     found = {file.stem: str(file) for file in [*sorted(folder.glob("*.py")), *sorted(folder.glob("*/*.py"))]}
     if name not in found:
         raise UserError(
-            f"there is no recipe {typed.shown(name)}, only {', '.join(found)}; to name a config file, write its "
-            "ending, .py"
+            f"there is no recipe {shown(name)}, only {', '.join(found)}; to name a config file, write its ending, .py"
         )
     return found[name]
 
@@ -131,7 +130,7 @@ def _get_config(file: str) -> Any:
     except (OSError, ValueError) as error:  # ValueError: of NUL in the name
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         reason = "does not exist" if missing else f"cannot be read: {getattr(error, 'strerror', error)}"
-        name = file if file.isprintable() and len(file) <= 300 else typed.shown(file)
+        name = file if file.isprintable() and len(file) <= 300 else shown(file)
         raise UserError(f"config file {name} {reason}") from None
     if not stat.S_ISREG(kind):
         raise UserError(
@@ -167,8 +166,7 @@ def _reason(error: BaseException) -> str:
         text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     except Exception:
         text = ""
-    text = " ".join(text.split())
-    return f"{kind}: {text if len(text) <= 500 else text[:500] + ' …'}"
+    return f"{kind}: {shorten(text, 500)}"
 
 
 def resolve(tree: Mapping[str, Any], training: bool = True) -> Config:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from jax_it.errors import UserError
-from jax_it.typed import Name, shown
+from jax_it.errors import UserError, shown
+from jax_it.typed import Name
 
 Kind = Literal["causal", "seq2seq"]  # the two kinds of model
 CAUSAL_NEW_TOKENS = 128

@@ -25,7 +25,7 @@ from jax_it.data.jinja_text import random_name
 from jax_it.data.records import InvalidRecord
 from jax_it.data.templates import Turn
 from jax_it.data.tokenizer import Tokenizer
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shorten, shown
 from jax_it.files import read_text
 
 _PLACEHOLDER = "Hello"  # an answer, where there is none yet
@@ -175,7 +175,7 @@ def render(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, where: s
             **tokenizer.backend.special_tokens_map,
         )
     except Exception as error:  # a template may run any expression on any text
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = shorten(str(error), 300) or type(error).__name__
         raise InvalidRecord(f"{where}: {_of(tokenizer)} does not take this conversation: {reason}") from None
 
 
@@ -229,7 +229,7 @@ def _render(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, train_on: s
     for turn in turns:
         if turn.role != "assistant" and turn.text.strip() not in text:
             raise InvalidRecord(
-                f"{where}: {_of(tokenizer)} leaves out or changes the {turn.role} turn {_short(turn.text)}"
+                f"{where}: {_of(tokenizer)} leaves out or changes the {turn.role} turn {shown(turn.text, 40)}"
                 + ("; put its text into the first user turn" if turn.role == "system" else "")
             )
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
@@ -238,7 +238,7 @@ def _render(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, train_on: s
     for i in answers:
         if markup.end in turns[i].text:
             raise InvalidRecord(
-                f"{where}: the assistant's turn {_short(turns[i].text)} contains {markup.end!r}, which would end it"
+                f"{where}: the assistant's turn {shown(turns[i].text, 40)} contains {markup.end!r}, which would end it"
             )
     found_spans = _answer_spans(turns, answers, text, tokenizer, where)
     spans = []
@@ -246,7 +246,7 @@ def _render(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, train_on: s
         blank = len(text[stop:]) - len(text[stop:].lstrip())
         if not text.startswith(markup.end, stop + blank):
             raise InvalidRecord(
-                f"{where}: {_of(tokenizer)} does not end the assistant's turn {_short(turns[i].text)} with "
+                f"{where}: {_of(tokenizer)} does not end the assistant's turn {shown(turns[i].text, 40)} with "
                 f"{markup.end!r}: the model would not learn to stop"
             )
         space = markup.space and text[:start].endswith(" ")
@@ -308,10 +308,6 @@ def _unused(turns: Sequence[Turn], text: str) -> tuple[str, str]:
     seen = set(text).union(*(turn.text for turn in turns))
     free = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in seen)
     return next(free), next(free)
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")
 
 
 @functools.lru_cache(maxsize=8)

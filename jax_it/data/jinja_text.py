@@ -12,8 +12,8 @@ from typing import Any
 import jinja2
 
 from jax_it.data.jinja import Environment, render_before
-from jax_it.data.records import Fields, shown
-from jax_it.errors import UserError, first_line
+from jax_it.data.records import Fields
+from jax_it.errors import UserError, first_line, shorten, shown
 
 
 class Malformed(Exception):
@@ -26,11 +26,6 @@ class MissingField(Malformed):
 
 class RenderError(Malformed):
     """Raised for Jinja text that cannot be computed from a record's fields."""
-
-
-def short(template: str) -> str:
-    """Return a template, quoted and shortened, for messages."""
-    return repr(template if len(template) <= 60 else template[:57] + "...")
 
 
 # What "|||" in a template is rendered as, so that bars in a record's own text separate nothing.
@@ -71,7 +66,7 @@ def compile_template(text: str, prompt_only: bool = False) -> Callable[[Fields],
     environment = Environment(undefined=jinja2.StrictUndefined, finalize=_refuse_null)
     if name := random_name(text):
         raise UserError(
-            f"template {short(text)} uses {name!r}, whose result changes on every call; use 'choice', "
+            f"template {shown(text, 60)} uses {name!r}, whose result changes on every call; use 'choice', "
             "which is deterministic"
         )
     del environment.filters["random"]
@@ -82,8 +77,8 @@ def compile_template(text: str, prompt_only: bool = False) -> Callable[[Fields],
         template = environment.from_string(text.replace("|||", _DIVIDES))
     except Exception as error:  # of Jinja, and of Python, whose code Jinja makes of it
         deep = isinstance(error, (RecursionError, MemoryError))
-        reason = "nested too deeply" if deep else shown([first_line(error)], length=200)
-        raise UserError(f"template {short(text)} is not valid Jinja: {reason}") from None
+        reason = "nested too deeply" if deep else shorten(first_line(error), 200)
+        raise UserError(f"template {shown(text, 60)} is not valid Jinja: {reason}") from None
 
     def make(fields: Fields) -> list[str]:
         copied = copy.deepcopy(fields)  # which a template may change
@@ -92,7 +87,7 @@ def compile_template(text: str, prompt_only: bool = False) -> Callable[[Fields],
         except jinja2.UndefinedError as error:
             raise MissingField(str(error).replace("' is undefined", "' is missing")) from None
         except Exception as error:  # a template may run any expression on any data
-            raise RenderError(f"{type(error).__name__} ({shown([first_line(error)], length=200)})") from None
+            raise RenderError(f"{type(error).__name__} ({shorten(first_line(error), 200)})") from None
         if " at 0x" in rendered:
             for address in set(_ADDRESS.findall(rendered)):
                 if address not in text and address not in str(fields):

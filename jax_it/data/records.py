@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from jax_it import files
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shorten
 
 Fields = dict[str, Any]
 LONGEST_LINE = 1 << 26  # characters of a line: a small archive can unpack to one line that fills the memory
@@ -197,7 +197,7 @@ def read_object(file: epath.Path, field: str) -> Iterator[Record]:
         if not isinstance(whole, dict):
             raise UserError(f"{file}: expected an object with fields, got {type(whole).__name__}")
         if not isinstance(whole.get(field), list):
-            raise UserError(f"{file}: no list of records in the field {field!r}; its fields: {shown(whole)}")
+            raise UserError(f"{file}: no list of records in the field {field!r}; its fields: {listed(whole)}")
         shared = {"task": _stem(file)} | {name: value for name, value in whole.items() if name != field}
         for i, fields in enumerate(whole[field], 1):
             record = _record(fields, f"{file}, {field} {i}")
@@ -222,14 +222,13 @@ def _object(pairs: list[tuple[str, Any]]) -> Fields:
 
 
 def repeated(names: Sequence[str]) -> str:
-    return shown(repr(name) for name, number in Counter(names).items() if number > 1)
+    return listed(repr(name) for name, number in Counter(names).items() if number > 1)
 
 
-def shown(names: Iterable[Any], most: int = 20, length: int = 60) -> str:
-    """Return names for a message, of which there may be any number of any length."""
-    texts = [str(name) for name in names]
-    texts = [text if len(text) <= length else f"{text[: length - 3]}..." for text in texts]
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+def listed(names: Iterable[Any]) -> str:
+    """Return names for a message, which may be many and long, with commas between them."""
+    texts = [shorten(str(name), 60) for name in names]
+    return ", ".join(texts[:20]) + (f" and {len(texts) - 20} more" if len(texts) > 20 else "")
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_object)

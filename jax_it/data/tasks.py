@@ -69,7 +69,7 @@ def _question(task: Task, number: int, record: Record, template: str, shots: "_S
     options: tuple[str, ...] = ()
     if task.score == "multiple_choice":
         options = tuple(templates.texts(record, task.options))
-        listed = records.shown(map(repr, options))
+        listed = records.listed(map(repr, options))
         if len(options) < 2 or not all(options):
             raise UserError(f"{record.where}: two options or more are needed, none of them empty; it has {listed}")
         if references[0] not in options:
@@ -119,7 +119,7 @@ def _value(record: Record, field: str, setting: str) -> str:
     if isinstance(value, (list, tuple)):
         value = value[0] if value else None
     if value is None or not str(value).strip():
-        fields = records.shown(record.fields)
+        fields = records.listed(record.fields)
         raise UserError(f"{record.where}: no field {field!r}, which {setting} names; its fields: {fields}")
     return str(value).strip()
 

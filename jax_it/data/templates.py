@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-from jax_it.data.jinja_text import Malformed, MissingField, RenderError, compile_template, short
-from jax_it.data.records import Fields, InvalidRecord, Record, shown
-from jax_it.errors import UserError
+from jax_it.data.jinja_text import Malformed, MissingField, RenderError, compile_template
+from jax_it.data.records import Fields, InvalidRecord, Record, listed
+from jax_it.errors import UserError, shorten, shown
 
 
 class Turn(NamedTuple):
@@ -102,14 +102,14 @@ def _with_empty_completion(fields: Fields) -> Fields:
 def _invalid(error: Malformed, record: Record, template: str) -> InvalidRecord:
     """Return the error with the record's place and, where fields are at fault, with those that it has."""
     if isinstance(error, RenderError):
-        fields = shown(f"{str(name)[:50]} ({type(value).__name__})" for name, value in record.fields.items())
+        fields = listed(f"{shorten(str(name), 50)} ({type(value).__name__})" for name, value in record.fields.items())
         return InvalidRecord(
-            f"{record.where}: template {short(template)} fails: {error}; its fields: {fields or 'none'}"
+            f"{record.where}: template {shown(template, 60)} fails: {error}; its fields: {fields or 'none'}"
         )
     if not isinstance(error, MissingField):
         return InvalidRecord(f"{record.where}: {error}")
-    fields = shown(record.fields) or "none"
-    message = f"{record.where}: {error}, which template {short(template)} needs; its fields: {fields}"
+    fields = listed(record.fields) or "none"
+    message = f"{record.where}: {error}, which template {shown(template, 60)} needs; its fields: {fields}"
     printable = [name for name, value in record.fields.items() if name.isidentifier() and isinstance(value, str | int)]
     if template in TEMPLATES and len(printable) > 1:
         message += f"; try a template such as '{{{{{printable[0]}}}}} ||| {{{{{printable[1]}}}}}'"
@@ -208,7 +208,7 @@ def _turn(message: dict[str, Any], number: int) -> Turn:
         raise MissingField(f"field 'role' is {type(role).__name__}, not text")
     role = _ROLES.get(role, role)
     if role not in ("system", "user", "assistant"):
-        raise Malformed(f"message {number} has the role {short(role)}, not system, user (human) or assistant (gpt)")
+        raise Malformed(f"message {number} has the role {shown(role, 60)}, not system, user (human) or assistant (gpt)")
     if message.get("tool_calls") or message.get("function_call"):
         raise Malformed(f"message {number} calls a tool, which jax_it does not render")
     content = _field(message, "content", "value")
@@ -231,10 +231,10 @@ def _super_ni(examples: int) -> Callable[[Fields], Example]:
         if isinstance(definition, list):
             definition = definition[0] if definition else ""
         parts = [_ended(f"Definition: {_text(definition, 'Definition').strip()}") + "\n\n"]
-        shown = fields.get("Positive Examples") or [] if examples else []
-        if not isinstance(shown, list) or not all(isinstance(item, dict) for item in shown):
+        given_examples = fields.get("Positive Examples") or [] if examples else []
+        if not isinstance(given_examples, list) or not all(isinstance(item, dict) for item in given_examples):
             raise Malformed("the field 'Positive Examples' is not a list of examples with input and output")
-        for number, item in enumerate(shown[:examples], 1):
+        for number, item in enumerate(given_examples[:examples], 1):
             given = _ended(f"Input: {_text(_field(item, 'input'), 'input').strip()}")
             answer = _ended(f" Output: {_text(_field(item, 'output'), 'output').strip()}")
             parts.append(f" Positive Example {number} -\n{given}\n{answer}\n\n")
@@ -294,7 +294,7 @@ TEMPLATES: dict[str, Callable[[Fields], Example]] = {
 def _jinja(text: str, prompt_only: bool = False) -> Callable[[Fields], Example]:
     if "|||" not in text:
         known = ", ".join(TEMPLATES)
-        raise UserError(f"template {short(text)} is not one of {known}, nor Jinja text with '|||' in it")
+        raise UserError(f"template {shown(text, 60)} is not one of {known}, nor Jinja text with '|||' in it")
     parts_of = compile_template(text, prompt_only)
 
     def make(fields: Fields) -> Example:

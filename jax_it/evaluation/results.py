@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from jax_it import hosts, tensorboard
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shorten
 from jax_it.evaluation.evaluators import ALL, TASK, TRUNCATED, UNFINISHED, WITHOUT_REFERENCE
 from jax_it.files import remedy, to_json, write_atomically, written_locally
 from jax_it.metrics import Result
@@ -163,24 +163,22 @@ def cell(value: float | None, name: str) -> str:
     return f"{value:.0f}" if name == "n" else f"{value:.4f}" if name in ("loss", "loss_macro") else f"{value:.1f}"
 
 
-def examples_text(result: Result, each: int = 1) -> str:
-    """Return the first few predictions of each task with their references."""
-    shown: dict[str, int] = {}
-    lines = []
+def examples_text(result: Result) -> str:
+    """Return the first prediction of each task with its reference."""
+    first: dict[str, dict[str, Any]] = {}
     for row in result.predictions:
-        if shown.setdefault(row["task"], 0) == each:
-            continue
-        shown[row["task"]] += 1
-        lines.append(f"[{row['task']}] {_short(row['prompt'])}")
+        first.setdefault(row["task"], row)
+    lines = []
+    for task, row in first.items():
+        lines.append(f"[{task}] {_one_line(row['prompt'])}")
         if "prediction" in row:
             prediction = row["prediction"]
             prediction = prediction if isinstance(prediction, str) else next(iter(prediction), "")  # of several samples
-            lines.append(f"    prediction: {_short(str(prediction))}")
+            lines.append(f"    prediction: {_one_line(str(prediction))}")
         if row["references"]:
-            lines.append(f"    reference:  {_short(row['references'][0])}")
+            lines.append(f"    reference:  {_one_line(row['references'][0])}")
     return "\n".join(lines)
 
 
-def _short(text: str, length: int = 200) -> str:
-    text = text.replace("\n", "\\n")
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _one_line(text: str) -> str:
+    return shorten(text.replace("\n", "\\n"), 200)

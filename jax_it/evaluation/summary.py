@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_it import files
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shorten
 from jax_it.evaluation.evaluate import OWN, EvalOptions
 from jax_it.evaluation.evaluators import ALL, TRUNCATED, UNFINISHED, WITHOUT_REFERENCE
 from jax_it.evaluation.results import cell, read
@@ -80,7 +80,7 @@ def text(summary: Summary) -> str:
     table = [["", "step", *(("* " if step == summary.best else "  ") + str(step) for step in summary.scores)]]
     over = ""
     for number, (task, name) in enumerate(columns):
-        head = "" if number and columns[number - 1][0] == task else _short(task)
+        head = "" if number and columns[number - 1][0] == task else shorten(task, NAME)
         table.append([head, name, *(_shown(scores.get(task, {}), name) for scores in summary.scores.values())])
         if sum(_width(column) + 2 for column in table) > WIDTH and task != ALL:
             table.pop()
@@ -93,10 +93,6 @@ def text(summary: Summary) -> str:
 
 def _width(column: list[str]) -> int:
     return max(map(len, column))
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= NAME else f"{name[: NAME // 2]}…{name[1 - NAME // 2 :]}"
 
 
 def _notes(summary: Summary, over: str) -> list[str]:

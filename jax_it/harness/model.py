@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from jax_it.data import chat
 from jax_it.data.templates import Turn
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shown
 from jax_it.generation import GREEDY, Engine, Sampling, StopStrings, generate
 from jax_it.generation.likelihood import LikelihoodRequest, Likelihoods
 from jax_it.models import Params
@@ -115,7 +115,9 @@ class LoadedModel(TemplateLM):
                 what = (
                     f"{len(continuation)} tokens are more than" if continuation else "no token of its own is no part of"
                 )
-                raise UserError(f"a task's continuation {_short(key)}: {what} the model's {self.max_length}")
+                raise UserError(
+                    f"a task's continuation {shown(key[1] if key else '', 60)}: {what} the model's {self.max_length}"
+                )
             room = self.max_length + 1 - len(continuation) if self.backend == "causal" else self.max_length
             groups.setdefault(tuple(context[-room:]), []).append(i)
         members = list(groups.values())
@@ -245,8 +247,3 @@ def _positive(name: str, value: int | str | None) -> int:
     if number < 1:
         raise UserError(f"{name} {value}: expected a positive number" + (", or auto" if "batch" in name else ""))
     return number
-
-
-def _short(key: Any) -> str:
-    text = repr(key[1] if key else "")
-    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jax_it import files
-from jax_it.errors import UserError, shorten
+from jax_it.errors import UserError, shorten, shown
 from jax_it.metrics.metric import Array, Predictions, References
 
 LARGEST = 3e38  # TensorBoard's numbers are float32, and sums of larger ones may be infinite
@@ -77,7 +77,7 @@ def call(name: str, predictions: Predictions, references: References) -> dict[st
     if not isinstance(result, dict):
         return {name: _numbers(name, result, len(predictions))}
     if not result or not all(isinstance(key, str) and key for key in result):
-        raise UserError(f"metric {name!r} returned {_short(result)}; a dict needs names as keys, and one at least")
+        raise UserError(f"metric {name!r} returned {shown(result)}; a dict needs names as keys, and one at least")
     return {f"{name}.{key}": _numbers(f"{name}.{key}", value, len(predictions)) for key, value in result.items()}
 
 
@@ -91,7 +91,7 @@ def _numbers(name: str, value: Any, examples: int) -> float | Array:
         array = array.astype(float)
     except Exception:  # an object of the user's may raise anything
         expected = "expected a number, a number for each example, or a dict of such"
-        raise UserError(f"metric {name!r} returned {_short(value)}; {expected}") from None
+        raise UserError(f"metric {name!r} returned {shown(value)}; {expected}") from None
     too_large = np.isfinite(array) & (np.abs(array) > LARGEST)
     if too_large.any():
         raise UserError(f"metric {name!r} returned {array[too_large].flat[0]}; expected {LARGEST} at most")
@@ -134,12 +134,5 @@ def _reason(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     file, line = (Path(frames[-1].filename), frames[-1].lineno) if frames else (Path(__file__), None)
     where = "" if file == Path(__file__) else f" ({file.name}, line {line})"
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}{': ' if text else ''}{text[:300]}{where}"
-
-
-def _short(value: Any) -> str:
-    try:
-        return shorten(repr(value))
-    except Exception:  # as above
-        return f"a {type(value).__name__}"
+    text = shorten(str(error), 300)
+    return f"{type(error).__name__}{': ' if text else ''}{text}{where}"

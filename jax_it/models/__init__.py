@@ -12,7 +12,7 @@ from flax import nnx
 
 from jax_it.config import Kind
 from jax_it.config import Model as ModelConfig
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shown
 from jax_it.models.config import CausalLMConfig, ComputeOptions, EncoderDecoderConfig
 from jax_it.models.dropout import split_key
 from jax_it.models.experts import Routing
@@ -23,7 +23,6 @@ from jax_it.models.lora import Adapter
 from jax_it.models.quantized import Quantized
 from jax_it.models.sections import group_layers, unrolled, unstack_layers
 from jax_it.models.weights import WeightSpec, flatten, is_matrix, unflatten
-from jax_it.typed import shown
 
 Params = dict[str, Any]  # nested dicts of arrays
 

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from jax_it.errors import UserError
-from jax_it.typed import shown
+from jax_it.errors import UserError, shown
 
 T = TypeVar("T")
 

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import regex
 
 from jax_it.config import Lora
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shown
 from jax_it.models.linear import Adapted, column_norm, dense, merge
 from jax_it.models.weights import WeightSpec, flatten, is_matrix, unflatten
-from jax_it.typed import shown
 
 ALL_LINEAR = "all-linear"
 # Of a pattern and one name: seconds, and characters once its {n} are written out, as `regex` compiles them.

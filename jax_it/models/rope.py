@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shown
 from jax_it.models.config_json import LARGEST, ConfigReader, is_int
-from jax_it.typed import shown
 
 Frequencies = tuple[float, ...]  # radians a position, of each pair of entries that is rotated
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shown
 from jax_it.files import read_json_object
 from jax_it.models import Model, Params
 from jax_it.models.lora import Adapter, Target, choose_targets, is_linear, matches, module_name, split_axes
@@ -20,7 +20,6 @@ from jax_it.models.weights import WeightSpec, flatten, split_layout, tensor_shap
 from jax_it.pretrained.folder import find_folder
 from jax_it.pretrained.safetensors import DTYPES, TensorReader
 from jax_it.pretrained.sharded import gather, gather_tensors, read_params
-from jax_it.typed import shown
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

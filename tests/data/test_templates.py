@@ -372,7 +372,9 @@ def test_jinja_that_python_cannot_compile_is_refused_in_one_line(text):
 
 
 def test_a_long_template_is_shortened_in_messages():
-    assert "which template '" + "x" * 57 + "...' needs" in refusal("x" * 100 + "{{q}} ||| {{a}}")
+    assert "which template '" + "x" * 29 + "…" + "x" * 13 + "{{q}} ||| {{a}}' needs" in refusal(
+        "x" * 100 + "{{q}} ||| {{a}}"
+    )
 
 
 @pytest.mark.parametrize(
