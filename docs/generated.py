@@ -98,7 +98,7 @@ def looks_like_a_setting(name: str) -> bool:
 
 def commands_page() -> str:
     """The reference of commands, in MyST."""
-    parser = cli._parser()
+    parser = cli.make_parser()
     (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     parts = [f"```{{program}} {parser.prog}\n```\n", *_options(parser)]
     for name, command in commands.choices.items():

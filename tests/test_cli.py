@@ -15,6 +15,7 @@ import jax_it
 from jax_it import cli
 from jax_it import config as settings
 from jax_it.cli import main
+from jax_it.commands.generate import stop_string
 from jax_it.errors import Interrupted, UserError
 from tests import tiny_run
 from tests.tiny_run import fails
@@ -114,7 +115,7 @@ def test_a_value_may_look_like_anything_but_an_option():
 
 
 def test_escapes_in_stop_strings_are_read():
-    read = [cli._stop(text) for text in (r"\n\n", r"a\tb\r", r"\\n", "\n", r"\begin", "\\")]
+    read = [stop_string(text) for text in (r"\n\n", r"a\tb\r", r"\\n", "\n", r"\begin", "\\")]
     assert read == ["\n\n", "a\tb\r", r"\n", "\n", r"\begin", "\\"]
 
 
@@ -158,7 +159,7 @@ def test_a_fault_of_ours_is_1_and_shows_its_traceback(capsys, raising, error):
     assert exit_code(*COMMAND) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):" and type(error).__name__ in lines[-2]
-    assert lines[-1] == "jax-it export: this is a fault of jax_it; please report the lines above"
+    assert lines[-1] == "jax-it export: this is a bug in jax_it; please report the lines above"
 
 
 def test_a_run_that_stopped_and_goes_on_with_the_same_command_is_75_and_one_line(capsys, raising):
@@ -230,7 +231,7 @@ def test_text_that_the_terminal_cannot_show_is_escaped(capfd, monkeypatch):
 
 def test_too_little_memory_is_2_and_one_line(capfd, raising):
     raising(MemoryError())
-    assert "export: not enough memory (MemoryError); take smaller batches" in fails(capfd, *COMMAND)
+    assert "export: not enough memory (MemoryError); use smaller batches" in fails(capfd, *COMMAND)
     raising(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"))
     assert "not enough memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)" in fails(capfd, *COMMAND)
 

@@ -117,13 +117,13 @@ def test_every_command_on_a_page_can_be_parsed(page):
 def check(words: list[str], names: set[str]) -> None:
     with_config = [word for word in words if not word.startswith("--config.")]
     try:
-        options, rest = cli._parser().parse_known_args(with_config)
+        options, rest = cli.make_parser().parse_known_args(with_config)
     except SystemExit:
         # A form, such as "generate --output", is not a whole command: its options exist at least.
         if [word for word in with_config[1:] if not word.startswith("--")]:
             raise
         options, rest = None, []
-        known = cli._parser()._subparsers._group_actions[0].choices[words[0]]._option_string_actions
+        known = cli.make_parser()._subparsers._group_actions[0].choices[words[0]]._option_string_actions
         assert set(with_config[1:]) <= set(known), words
     assert not rest, f"{words}: there is no {rest}"
     for name in (word.partition("=")[0] for word in words if word.startswith("--config.")):
