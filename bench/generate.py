@@ -2,15 +2,15 @@
 
     python bench/generate.py --data data/t0/train.jsonl.gz --t5-tokenizer google/t5-v1_1-small \
         --causal HuggingFaceTB/SmolLM2-135M [--json FILE]
-    python bench/generate.py … --models t5 --prompts 16 --rounds 1 --batch-sizes 4,16     # a look in two minutes
+    python bench/generate.py … --models t5 --prompts 16 --rounds 1 --batch-sizes 4,16     # a quick look, two minutes
 
 T0's prompts, cut at 512 tokens, go through T5 1.1 small (random weights) and a causal model, greedily, in float32 on
 all cores of the CPU. Either each text has 32 new tokens (`fixed`), or as many as the prompt's own completion, at most
-128 (`drawn`): jax_it is told each limit, and the peer's batch runs to its longest and is cut. End marks are barred by
-`min_new_tokens`. The peer sorts prompts by length, pads each batch to its longest, and has the batch size that is
-fastest on a sample of these batches.
+128 (`drawn`): jax_it is told each limit, and the peer's batch runs to its longest and is cut. End tokens are
+suppressed by `min_new_tokens`. The peer sorts prompts by length, pads each batch to its longest, and has the batch
+size that is fastest on a sample of these batches.
 
-Each side has a process of its own, and only one works at a time. Both are warm before rounds begin, jax_it by a pass
+Each side has its own process, and only one works at a time. Both are warmed up before rounds begin, jax_it by a pass
 over all prompts, in which it compiles; rounds alternate, and the median counts. The bound is the matmul FLOPs of each
 text's own tokens (no padding; the head for new tokens alone; attention scores that the mask leaves) over the rate of
 float32 matmuls of 2048 x 2048, each side's own library, measured in every round.
@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 
 LONGEST, FIXED, LONGEST_NEW = 512, 32, 128  # tokens of a prompt, and new ones
-SIZE = 2048  # of the matmuls whose rate bounds both
+SIZE = 2048  # of the matmuls whose rate is the bound of both
 TIE = 4  # float errors
 SETTINGS = {
     "fixed": f"{FIXED} new tokens each",
@@ -48,7 +48,7 @@ NAMES = {"t5": "T5 1.1 small, random weights", "causal": "causal"}
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be generated: prompts in the order in which they were drawn."""
+    """The texts to generate: prompts in random order."""
 
     prompts: list[list[int]]
     limits: list[int]  # new tokens of each
@@ -62,7 +62,7 @@ class Request:
 
 
 def generator(model: Any, mesh: Any, first: Request) -> Callable[[Any, Request], list[list[int]]]:
-    """jax_it's half: texts of a request, at the settings that suit two cores."""
+    """Return jax_it's function from a request to its texts, with settings for two cores."""
     from jax_it.generation import Engine, Sampling, generate
 
     new, slots = first.new_tokens, min(64, len(first.prompts))
@@ -116,7 +116,7 @@ class Ours:
 
 
 class Theirs:
-    """Transformers: the model, and the batch size that is its best for each setting."""
+    """Transformers: the model, and its fastest batch size for each setting."""
 
     def __init__(self, folder: str):
         import torch
@@ -157,7 +157,7 @@ class Theirs:
         return texts, time.perf_counter() - begin
 
     def _batches(self, request: Request, size: int) -> list[list[int]]:
-        """Prompts' numbers, longest first: of equal width as nearly as may be."""
+        """Return batches of prompt numbers, longest first, so that widths in a batch are similar."""
         order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
         return [order[start : start + size] for start in range(0, len(order), size)]
 

@@ -2,8 +2,8 @@
 
     python bench/packing.py --config configs/t0_t5_small.py:random --steps 5 [--config.x.y=v …]
 
-Steps of the two alternate in one process, so that a machine whose speed drifts slows both. A step whose
-shape is new is taken once before it is timed.
+Steps of the two alternate in one process, so that a machine whose speed drifts slows both. A step with a
+new shape runs once before it is timed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from jax_it.training.step import make_train_step
 
 
 class Side:
-    """One of the two: its data, and a step with a state of its own."""
+    """Packed or padded: its data, and its own step and state."""
 
     def __init__(self, name: str, config: Config, model: Any, params: Any, mesh: Any):
         self.name = name

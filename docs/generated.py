@@ -1,6 +1,6 @@
-"""The parts of the documentation that the code says: settings from jax_it/config/settings.py, options from the parser.
+"""The parts of the documentation generated from code: settings from jax_it/config/settings.py, options from the parser.
 
-`PARTS` maps a mark, which stands in a page, to the function whose Markdown replaces it.
+`PARTS` maps a marker in a page to the function whose Markdown replaces it.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from jax_it import cli
 from jax_it.config import settings
 from jax_it.config import to_dict as plain
 
-# Where each class of settings.py stands in a config, and what its heading says.
+# The place of each class of settings.py in a config, and its heading.
 SECTIONS = {
     "Model": ("model", "Model"),
     "Lora": ("model.lora", "Adapters"),

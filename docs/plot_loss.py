@@ -2,7 +2,7 @@
 
     make quickstart && .venv/bin/python docs/plot_loss.py runs/quickstart docs/quickstart.svg
 
-The picture has no background and its colours are readable on white and on black, so one file serves light and dark.
+The picture has no background and its colors are readable on white and on black, so one file serves light and dark.
 """
 
 import json

@@ -7,7 +7,6 @@ from contextlib import closing, contextmanager, suppress
 
 import jax
 
-from jax_it import sharding
 from jax_it.data import chat
 from jax_it.data.templates import Turn
 from jax_it.data.tokenizer import Tokenizer
@@ -15,14 +14,14 @@ from jax_it.errors import UserError
 from jax_it.generation import GREEDY, Engine, Request, RequestOutput, Sampling, Scheduler, StopStrings
 from jax_it.models import Model, Params
 from jax_it.predict import check_length, encode
-from jax_it.run import load, make_format
+from jax_it.run import inference_mesh, load, make_format
 from jax_it.status import activity
 
 RESET = "/reset"
 
 
 class ChatSession:
-    """A conversation with a model that has a chat template; `turns` is what both have said so far.
+    """A conversation with a model that has a chat template; `turns` has everything said so far.
 
     Raises UserError for a model without a chat template.
     """
@@ -42,8 +41,7 @@ class ChatSession:
                 f"{tokenizer.name} has no chat template, so the model was not trained on conversations; use --prompt, "
                 "or train it with config.model.chat_template='default'"
             )
-        mesh = sharding.make_mesh(sharding.inference_mesh(model.parameter_count))
-        engine = Engine(model, mesh, max_new_tokens, 1, sampling, chat.ends(tokenizer))
+        engine = Engine(model, inference_mesh(model), max_new_tokens, 1, sampling, chat.ends(tokenizer))
         self._scheduler = Scheduler(engine.load(params), stream_interval=1)
         self._model, self._tokenizer, self._format = model, tokenizer, make_format(model, tokenizer)
         self._max_new_tokens = max_new_tokens
@@ -74,7 +72,9 @@ class ChatSession:
             while self._scheduler.has_unfinished:
                 for output in self._scheduler.step():
                     if output.finish_reason == "error":
-                        raise UserError("the model's logits are not finite: its weights are broken")
+                        raise UserError(
+                            "the model's logits are not finite, so its weights are damaged; use another checkpoint"
+                        )
                     answer, self.is_cut = self._decode(output), output.finish_reason == "length"
                     if answer.startswith(shown):
                         yield answer[len(shown) :]
@@ -87,7 +87,7 @@ class ChatSession:
                 self.turns = (*turns, Turn("assistant", answer))
 
     def _decode(self, output: RequestOutput) -> str:
-        """Return the text of an answer so far, without an end that more tokens may change."""
+        """Return the text of an answer so far, without trailing characters that the next tokens may change."""
         text = self._tokenizer.decode(output.tokens)
         if self._stop:
             text = self._stop.cut(text)
@@ -109,10 +109,10 @@ def run(
     """Answer each line of standard input on standard output, until its end; "/reset" starts a new conversation.
 
     Ctrl-C stops an answer and, at the prompt, ends the conversation. Raises UserError as `ChatSession` does; on a
-    terminal, one about what the user said is printed instead.
+    terminal, an error about what the user said is printed instead.
     """
     if jax.process_count() > 1:
-        raise UserError("--chat runs on one host; this is one of several")
+        raise UserError("--chat does not run on several hosts; start it on one, or use --input")
     model, params, tokenizer = load(model_path)
     if forced_bos_token:
         sampling = sampling._replace(forced_bos_token=tokenizer.id_of(forced_bos_token, "--forced-bos-token"))
@@ -120,7 +120,7 @@ def run(
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if is_terminal:
         print(f"Ctrl-C stops an answer, {RESET} starts a new conversation, Ctrl-D ends", file=sys.stderr)
-    with activity(lambda: ""):  # a line about progress would stand in the middle of an answer
+    with activity(lambda: ""):  # a progress line would appear in the middle of an answer
         for line in _lines(is_terminal):
             if line.strip() == RESET:
                 session.reset()
@@ -148,7 +148,7 @@ def _lines(is_terminal: bool) -> Iterator[str]:
                 raise
             break
         except UnicodeDecodeError:
-            raise UserError("standard input is not UTF-8 text") from None
+            raise UserError("standard input is not UTF-8 text; convert it to UTF-8") from None
         yield line
     if is_terminal:
         print()
@@ -172,7 +172,7 @@ def _print_answer(session: ChatSession, text: str) -> None:
 
 @contextmanager
 def _counted_interrupts() -> Iterator[list[int]]:
-    """Collect Ctrl-C in a list: an exception amid a step on the devices would lose the engine's state.
+    """Collect Ctrl-C in a list: an exception during a step on the devices would lose the engine's state.
 
     A second Ctrl-C raises KeyboardInterrupt.
     """

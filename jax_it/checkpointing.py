@@ -32,9 +32,9 @@ class Unreadable(UserError):
 class Checkpoints:
     """The checkpoints of one run, each a folder named by its step.
 
-    `params` can be restored alone; `training` is the rest of the state; `position` says where in the
-    data the run stands. Kept are the `max_to_keep` newest, the `keep_best` with the best scores and those that
-    `waiting` names of the steps that there are. Leaving its `with` block waits until what was started is on disk.
+    `params` can be restored alone; `training` is the rest of the state; `position` is the position in the data.
+    The `max_to_keep` newest are kept, the `keep_best` with the best scores, and those that `waiting` chooses from all
+    steps. Leaving its `with` block waits until everything started is on disk.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Checkpoints:
         self._check_metadata()
         if writing and hosts.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._clean()  # what a killed process had not finished
+            self._clean()  # left by a killed process
         if writing:
             hosts.barrier("checkpoints")
         policy = (
@@ -68,14 +68,14 @@ class Checkpoints:
         )
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # of a _CHECKPOINT_METADATA, which it reads
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # from a damaged _CHECKPOINT_METADATA
             raise UserError(
                 f"the metadata of a checkpoint in {self.folder} is damaged ({_reason(error)}); remove that "
                 "checkpoint, or restore it from a backup"
             ) from error
 
     def _check_metadata(self) -> None:
-        """Refuse pipes and the like, on which Orbax's manager, which reads these files, would hang."""
+        """Refuse pipes and the like: Orbax's manager reads these files and would hang."""
         try:
             files.check_all_regular(self.folder, "*/*")
         except OSError as error:
@@ -89,7 +89,7 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
             self.wait()
-        with suppress(Exception):  # the error that is on its way says more, or `wait` has said it
+        with suppress(Exception):  # `error` says more, or `wait` has raised it
             self._manager.close()
 
     def steps(self) -> list[int]:
@@ -98,8 +98,8 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, params: Any, training: Any, position: dict[str, Any]) -> None:
-        """Start writing a checkpoint; an error of the one before is raised now."""
-        position = copy.deepcopy(position)  # it is written while the loop counts on
+        """Start writing a checkpoint. Raises the error of the previous one if that failed."""
+        position = copy.deepcopy(position)  # written in the background while the loop changes it
         checksums = {"params": int(_checksum(params)), "training": int(_checksum(training))}
         checksums |= {"position": _checksum_of_json(position), "step": step}
         items = ocp.args.Composite(
@@ -111,7 +111,7 @@ class Checkpoints:
         self._guard(lambda: self._manager.save(step, args=items))
 
     def wait(self) -> None:
-        """Return when all that was started is on disk."""
+        """Wait until everything started is on disk."""
         self._guard(self._manager.wait_until_finished)
 
     def restore_params(self, step: int, abstract: Any) -> Any:
@@ -122,14 +122,15 @@ class Checkpoints:
             raise
         except Exception as error:
             raise Unreadable(
-                f"checkpoint {self.folder / str(step)} cannot be read: {_reason(error)}; name another with --checkpoint"
+                f"checkpoint {self.folder / str(step)} cannot be read: {_reason(error)}; "
+                "choose another with --checkpoint"
             ) from error
 
     def restore_newest(self, params: Any, training: Any) -> tuple[int, Any, Any, dict[str, Any]] | None:
         """Return (step, params, training, position) of the newest checkpoint that can be read; None if there is none.
 
-        Damaged ones are passed over with a line on standard error, and set aside, so that the run can
-        write those steps again. Raises UserError where all are damaged.
+        Damaged ones are reported on standard error and moved aside, so that the run can write those steps
+        again. Raises UserError if all are damaged.
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
@@ -158,7 +159,7 @@ class Checkpoints:
     def _restore(self, step: int, **abstract: Any) -> dict[str, Any]:
         """Return the items of a checkpoint. Raises ValueError if they are not those that were saved at that step.
 
-        It raises on all hosts, or on none. Orbax's manager would wait for a host that could not read its part.
+        Raises on all hosts or on none: Orbax's manager would wait for ever for a host that cannot read its part.
         """
         found: dict[str, Any] = {}
         failure: Exception | None = None
@@ -175,12 +176,12 @@ class Checkpoints:
             raise failure or ValueError("another host cannot read its part")
         position, checksums = found["position"], found["checksums"]
         if not isinstance(checksums, dict):
-            raise ValueError("its checksums are no object")
+            raise ValueError("its checksums are not an object")
         # Checkpoints of older versions lack these two.
         if checksums.get("position", expected := _checksum_of_json(position)) != expected:
             raise ValueError("its position differs from what was saved")
         if checksums.get("step", step) != step:
-            raise ValueError(f"it is that of step {checksums.get('step')}")
+            raise ValueError(f"it belongs to step {checksums.get('step')}")
         for name in abstract:
             if int(_checksum(found[name])) != checksums.get(name):
                 raise ValueError(f"its {name} differ from what was saved")
@@ -196,7 +197,7 @@ class Checkpoints:
         return aside
 
     def _clean(self) -> None:
-        """Remove what Orbax has not finished writing."""
+        """Remove unfinished checkpoints."""
         for part in self.folder.glob("*.orbax-checkpoint-tmp*"):
             files.remove(part)
 
@@ -218,9 +219,9 @@ class Checkpoints:
 
 @cache
 def _teach_orbax_s3() -> ocp.options.AtomicityOptions:
-    """Have Orbax write arrays to s3:// by TensorStore, as it does to gs://; otherwise it takes that for a local path.
+    """Make Orbax write arrays to s3:// through TensorStore, as to gs://; it would take s3:// for a local path.
 
-    Returns the options of checkpoints that are not renamed when they are whole, but get a file that says so.
+    Returns the options with which a checkpoint is marked complete by a file, not by renaming it.
     """
     try:
         from orbax.checkpoint._src.path import gcs_utils
@@ -270,7 +271,7 @@ class _NewestAndBest(preservation_policy.PreservationPolicy):
 def _checksum(tree: Any) -> jax.Array:
     """Return a number that depends on every bit of every array and its position, the same on any mesh.
 
-    Orbax and TensorStore notice a file that is lost or cut, but not a byte that is changed.
+    Orbax and TensorStore detect a lost or truncated file, but not a changed byte.
     """
     total = jnp.uint32(0)
     for number, leaf in enumerate(jax.tree.leaves(tree)):
@@ -295,7 +296,7 @@ def abstract(tree: Any, shardings: Any) -> Any:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the operating system's word for an error, or the error's first line."""
+    """Return the operating system's message for an error, or the error's first line."""
     text = str(error)
     if "tree structures do not match" in text:
         names = re.findall(r"^([^\s:]+):$", text, re.MULTILINE)

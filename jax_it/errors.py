@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 
 class UserError(Exception):
-    """Bad input, said in one line: what is wrong, where (file, line, field) and how to fix it.
+    """Bad input, in one line: what is wrong, where (file, line, field) and how to fix it.
 
     The command line prints it to standard error without a traceback and exits with code 2.
     """

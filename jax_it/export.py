@@ -29,7 +29,7 @@ CARD = "README.md"
 def export(
     workdir: str | Path, output: str | Path, checkpoint: str = "latest", dtype: str = "", adapter_only: bool = False
 ) -> int:
-    """Write a checkpoint of a run, with a model card, to `output`, which must not exist yet. Return its step.
+    """Write a checkpoint of a run, with a model card, to a new folder `output`. Return the checkpoint's step.
 
     Adapters are merged into the model's weights or, with `adapter_only`, written alone in PEFT's format.
     """
@@ -45,7 +45,7 @@ def export(
     params = run.load_params(step)
     try:
         scores = read_scores(run_dir.eval(step))
-    except (OSError, ValueError):  # not evaluated, or not any more
+    except (OSError, ValueError):  # not evaluated, or the scores are damaged
         scores = None
     card = model_card(output.name, run, step, scores, adapter_only)
     if adapter_only:
@@ -66,7 +66,7 @@ def save(
 ) -> None:
     """Write config.json, weights, tokenizer and generation settings: whole or not at all. Adapters are merged.
 
-    `extras` is a folder whose generation settings and model card are kept; without a card there, it is `card`.
+    `extras` is a folder whose generation settings and model card are copied; if it has no card, `card` is written.
     """
     model, params = model.merge(params)
 
@@ -135,7 +135,7 @@ def _write_whole(output: Path, write: Callable[[Path], None]) -> None:
 
 def _check_free(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists already; name another folder, or remove it")
+        raise UserError(f"{output} already exists; name another folder, or remove it")
     if reason := files.unwritable(output.parent):
         raise UserError(f"cannot write to {output.parent}: {reason}; name another folder")
 
@@ -145,7 +145,7 @@ def _share(folder: Path) -> None:
     mode = stat.S_IMODE(min(folder.glob("*config.json")).stat().st_mode)
     for file in folder.glob("*.*"):
         file.chmod(mode)
-    folder.chmod(mode | (mode & 0o444) >> 2)  # who may read may enter
+    folder.chmod(mode | (mode & 0o444) >> 2)  # whoever may read may enter
 
 
 def _compare(folder: Path, single: str, tensors_of: Callable[[Any], Iterable[tuple[str, np.ndarray]]]) -> None:
@@ -157,6 +157,8 @@ def _compare(folder: Path, single: str, tensors_of: Callable[[Any], Iterable[tup
         dtype = written.read(min(written.names()), ()).dtype
         for name, tensor in tensors_of(dtype):
             if not np.isfinite(tensor).all():
-                raise UserError(f"{name} holds NaN or infinity, so nothing was exported; name an earlier --checkpoint")
+                raise UserError(
+                    f"{name} holds NaN or infinity, so nothing was exported; choose an earlier --checkpoint"
+                )
             if written.read(name, tuple(slice(0, n) for n in tensor.shape)).tobytes() != tensor.tobytes():
                 raise UserError(f"{folder}: {name} does not read back as it was written; export again")

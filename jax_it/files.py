@@ -31,10 +31,10 @@ from etils import epath
 from jax_it.errors import UserError, shorten
 
 BACKENDS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # scheme: package, and our extra that installs it
-FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))  # of a disk without space
-NAME = 255  # bytes of a file's name
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can escape one, and UTF-8 has none
-UPLOAD = 30  # seconds between what others see of a growing file in an object store
+FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))  # the disk is full
+NAME = 255  # bytes in a file name at most
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can escape it, UTF-8 cannot encode it
+UPLOAD = 30  # seconds between uploads of a growing file to an object store
 
 
 def locate(path: str | os.PathLike[str], option: str = "") -> epath.Path:
@@ -62,13 +62,13 @@ def locate(path: str | os.PathLike[str], option: str = "") -> epath.Path:
         raise UserError(f"{shown} names no bucket; give {scheme}://BUCKET/FOLDER")
     from fsspec.config import conf  # slow to import, and needed for object stores alone
 
-    # By default a process never sees what others add to a folder that it has listed once.
+    # By default a process never sees files that others add to a folder after it listed it.
     conf.setdefault(scheme, {})["use_listings_cache"] = False
     return epath.Path(text)
 
 
 def locate_local(path: str | os.PathLike[str], option: str) -> Path:
-    """Do the same where only a local folder or file will do. Raises UserError for one in an object store."""
+    """Return the path of a local folder or file. Raises UserError for one in an object store."""
     text = os.fspath(path)
     if scheme := _scheme(text):
         shown = f"{option} {shorten(text, 200)}".strip()
@@ -77,7 +77,7 @@ def locate_local(path: str | os.PathLike[str], option: str) -> Path:
 
 
 def local(path: os.PathLike[str]) -> Path | None:
-    """Return a local path, for what only the operating system can do with it; None for one in an object store."""
+    """Return a local path, for operations that need the operating system; None for one in an object store."""
     text = os.fspath(path)
     return None if "://" in text else Path(text)  # a path has no // inside
 
@@ -106,11 +106,11 @@ def _local(text: str, shown: str) -> Path:
     if home.startswith("~"):
         user = text.partition("/")[0]
         raise UserError(
-            f"{shown}: {user} is nobody's home folder; write ./{shorten(text, 200)} for a file of that name"
+            f"{shown}: {user} is not a known home folder; write ./{shorten(text, 200)} for a file of that name"
         )
     try:
         text.encode()
-    except UnicodeEncodeError:  # the libraries that read and write files take no other names
+    except UnicodeEncodeError:  # the libraries that read and write files accept only UTF-8
         raise UserError(f"{shown}: this name is not UTF-8; give another path") from None
     if max(len(os.fsencode(part)) for part in (*Path(home).parts, ".")) > NAME:
         raise UserError(f"{shown}: {os.strerror(errno.ENAMETOOLONG)}; give another path")
@@ -137,14 +137,14 @@ def matches(pattern: epath.Path) -> list[epath.Path]:
 
 
 def write_atomically(file: Path | epath.Path, content: Any) -> None:
-    """Write JSON (or text, as it is): whole or not at all.
+    """Write JSON, or a string as it is: whole or not at all.
 
     What a symbolic link points to is replaced, not the link. A device or a pipe is written to as it is.
     """
     text = content if isinstance(content, str) else to_json(content, indent=2) + "\n"
-    encoded = text.encode("utf-8", errors="backslashreplace")  # half a surrogate pair, as JSON has it
+    encoded = text.encode("utf-8", errors="backslashreplace")  # half a surrogate pair is escaped as in JSON
     if local(file) is None:
-        file.write_bytes(encoded)  # which puts the object there when all of it has come
+        file.write_bytes(encoded)  # the object appears only when it is complete
         return
     if is_stream(file):
         with _open_stream(file) as stream:
@@ -164,9 +164,9 @@ def write_atomically(file: Path | epath.Path, content: Any) -> None:
 
 @contextmanager
 def new_folder(parent: Path, prefix: str) -> Iterator[Path]:
-    """Make a new folder with a name of its own, to be filled and renamed; remove it at the end if it is still there.
+    """Make a new folder with a unique name, to be filled and renamed; remove it at the end if it is still there.
 
-    Those that killed processes have left are removed as well.
+    Also removes those left by killed processes.
     """
     folder = Path(tempfile.mkdtemp(prefix=_own_names(parent, prefix), dir=parent))
     try:
@@ -177,7 +177,7 @@ def new_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 def _own_names(folder: Path, prefix: str) -> str:
     """Return how names of this process's temporary files begin; remove those of processes that were killed."""
-    # So much of the name that the longest one still fits into 255 bytes.
+    # Cut so that the whole name fits into 255 bytes.
     here = f"{os.fsdecode(os.fsencode(prefix)[:120])}{platform.node()[:64]}."
     for other in folder.glob(f"{glob.escape(here)}*"):
         process = other.name.removeprefix(here).partition(".")[0]
@@ -187,7 +187,7 @@ def _own_names(folder: Path, prefix: str) -> str:
 
 
 def is_stream(file: os.PathLike[str]) -> bool:
-    """Return whether it is there and neither a regular file nor a folder: a device or a pipe, such as /dev/stdout."""
+    """Return whether this exists and is neither a regular file nor a folder: a device or a pipe, as /dev/stdout is."""
     if local(file) is None:
         return False
     if _descriptor(file) is not None:
@@ -200,28 +200,28 @@ def is_stream(file: os.PathLike[str]) -> bool:
 
 
 def _descriptor(file: os.PathLike[str]) -> int | None:
-    """Return the number of the open file that /dev/stdout and its like stand for, which may be a regular one."""
+    """Return the file descriptor that /dev/stdout and the like stand for, which may be that of a regular file."""
     names = {"/dev/stdout": "1", "/dev/stderr": "2"}
     text = names.get(os.fspath(file)) or (re.match(r"/(?:dev|proc/self)/fd/(\d+)$", os.fspath(file)) or ["", ""])[1]
     return int(text) if text and len(text) < 10 else None
 
 
 def _open_stream(file: os.PathLike[str]) -> BinaryIO:
-    """Raise OSError for a pipe that nobody reads, which would be waited for."""
+    """Open a device or pipe. Raises OSError for a pipe without a reader, which would block."""
     descriptor = _descriptor(file)
     if descriptor is None:
         opened = os.open(file, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
         os.set_blocking(opened, True)
     else:
-        sys.stdout.flush()  # what was printed before comes before
+        sys.stdout.flush()  # earlier output comes first
         opened = os.dup(descriptor)
     return os.fdopen(opened, "wb")
 
 
 def locate_output(path: str | os.PathLike[str], option: str) -> epath.Path:
-    """Return the file that an option names to be written, before the work whose result it gets.
+    """Return the output file that an option names, before the work whose result it gets.
 
-    Raises UserError where it could not be written.
+    Raises UserError if it cannot be written.
     """
     file = locate(path, option)
     if local(file) is None or is_stream(file):
@@ -235,7 +235,7 @@ def locate_output(path: str | os.PathLike[str], option: str) -> epath.Path:
 
 
 def unwritable(folder: Path | epath.Path) -> str:
-    """Say why a local folder cannot be written to, or made, "" if it can; it is not made."""
+    """Return why a local folder cannot be written to or created, "" if it can; nothing is created."""
     if local(folder) is None:
         return ""
     there = Path(os.path.realpath(folder))
@@ -249,9 +249,9 @@ def unwritable(folder: Path | epath.Path) -> str:
 
 
 def write_output(file: Path | epath.Path, content: Any, option: str) -> None:
-    """Write what `locate_output` has returned, and say so where it takes the place of another file.
+    """Write a file that `locate_output` returned, and print a line if it replaces another.
 
-    Raises UserError where that fails.
+    Raises UserError if that fails.
     """
     replaced = not is_stream(file) and file.is_file()
     try:
@@ -260,16 +260,16 @@ def write_output(file: Path | epath.Path, content: Any, option: str) -> None:
         reason = error.strerror or str(error)
         raise UserError(f"{option}: cannot write {file}: {reason}; {remedy(reason)} or name another file") from error
     if replaced:
-        print(f"{option}: {file} was there and has been replaced", file=sys.stderr)
+        print(f"{option}: {file} existed and has been replaced", file=sys.stderr)
 
 
 def remedy(reason: object) -> str:
-    """Return what to do about a file that could not be written, for what the operating system said of it."""
+    """Return how to fix a file that could not be written, given the operating system's reason."""
     return "free space" if str(reason) in FULL else "fix that"
 
 
 def to_json(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
-    """JSON text, as of `json.dumps`, in which numbers that are not finite are null: JSON has none for them."""
+    """Return JSON as `json.dumps` does, with null for numbers that are not finite, which JSON cannot represent."""
     return json.dumps(_with_nulls(value), indent=indent, ensure_ascii=False, allow_nan=False, default=default)
 
 
@@ -282,14 +282,14 @@ def _with_nulls(value: Any) -> Any:
 
 
 def open_binary(file: Path | epath.Path, mode: str = "rb") -> io.BufferedIOBase:
-    """Open a file of bytes; epath's own method is declared to open one of text."""
+    """Open a binary file; epath's own method is declared to open a text file."""
     stream: Any = file.open(mode)
     return stream
 
 
 def read_text(file: Path | epath.Path) -> str:
-    """Return the text of a file. Raises OSError, also where it is not a regular file (reading a FIFO never ends), and
-    ValueError where it is not UTF-8.
+    """Return the text of a file. Raises OSError, also if it is not a regular file (reading a FIFO never ends), and
+    ValueError if it is not UTF-8.
     """
     check_regular(file)
     return file.read_text(encoding="utf-8")
@@ -329,7 +329,7 @@ def is_regular(file: epath.Path) -> bool:
 
 
 def is_there(path: epath.Path) -> bool:
-    """Return whether there is anything of this name, even a link to nowhere."""
+    """Return whether anything has this name, even a broken link."""
     return path.exists() if local(path) is None else os.path.lexists(path)
 
 
@@ -368,7 +368,7 @@ def read_json_object(file: Path | epath.Path) -> dict[str, Any]:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{file} is not valid JSON: {reason}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file} holds no JSON object")
+        raise UserError(f"{file} is not a JSON object")
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -483,7 +483,7 @@ class Appending:
 
 @contextmanager
 def locked(file: epath.Path, refusal: str, advice: str) -> Iterator[None]:
-    """Lock a file for this process, and write into it who that is; do nothing in an object store.
+    """Lock a file for this process, and write the process into it; do nothing in an object store.
 
     The lock is the operating system's: it ends with the process, however that ends. Raises UserError where another
     process holds it (who that is, and the `refusal`), and with the `advice` where the file cannot be written.
@@ -507,13 +507,13 @@ def locked(file: epath.Path, refusal: str, advice: str) -> Iterator[None]:
             stream.seek(0)
             owner = stream.read() or "another process"
             raise UserError(f"{owner} {refusal}") from None
-        except OSError:  # a file system without locks, or a full one, which the next file will tell
+        except OSError:  # a file system without locks, or a full one, which the next write will report
             pass
         yield
 
 
 def lines(file: epath.Path) -> Iterator[str]:
-    """Yield the lines of a text file, with their ends; what is no UTF-8 is replaced."""
+    """Yield the lines of a text file, with their ends; what is not UTF-8 is replaced."""
     with open_binary(file) as stream:
         for line in stream:
             yield line.decode("utf-8", errors="replace")

@@ -20,15 +20,15 @@ TIMEOUT = 600.0  # seconds since the last write after which a process counts as 
 def waiting(folder: epath.Path, steps: Sequence[int], most: int) -> Sequence[int]:
     """Return the first `most` of these steps that a running process has yet to read; `folder` has the files."""
     needed: set[int] = set()
-    for first in _positions(folder):
+    for first in _first_steps(folder):
         needed |= {step for step in steps if step >= first}
     return sorted(needed)[:most]
 
 
-def _positions(folder: epath.Path) -> Iterator[int]:
+def _first_steps(folder: epath.Path) -> Iterator[int]:
     try:
         files = [file for file in folder.iterdir() if file.name.endswith(".json")]
-    except Exception:  # it does not exist; each object store's library has its own errors
+    except Exception:  # it does not exist: each object store's library raises its own errors
         return
     for file in files:
         with suppress(Exception):  # gone, or damaged
@@ -37,7 +37,7 @@ def _positions(folder: epath.Path) -> Iterator[int]:
                 yield int(found["step"])
 
 
-class Position:
+class Heartbeat:
     """Write this process's file. If that fails, checkpoints may be deleted before they are scored."""
 
     def __init__(self, file: epath.Path):
@@ -67,11 +67,11 @@ class Position:
 
 
 @contextmanager
-def position(file: epath.Path) -> Iterator[Position]:
+def heartbeat(file: epath.Path) -> Iterator[Heartbeat]:
     """Keep the file up to date within the block, even while the process is busy; it starts from step 0."""
-    found = Position(file)
+    found = Heartbeat(file)
     found.write()
-    threading.Thread(target=found.beat, daemon=True, name="follows").start()
+    threading.Thread(target=found.beat, daemon=True, name="heartbeat").start()
     try:
         yield found
     finally:

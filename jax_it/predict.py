@@ -1,4 +1,4 @@
-"""Generates text for prompts: a list of them, or a file of rows that come back with `prediction` added."""
+"""Generates text for a list of prompts, or for a file of rows, which are written with a `prediction` added."""
 
 import sys
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jax_it import files, generation, hosts, sharding
+from jax_it import files, generation, hosts
 from jax_it.config import Source
 from jax_it.data import chat, sources, templates
 from jax_it.data.formats import Format
@@ -16,7 +16,7 @@ from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from jax_it.generation import GREEDY, Engine, Sampling, StopStrings
 from jax_it.models import Model, Params
-from jax_it.run import load, make_format
+from jax_it.run import inference_mesh, load, make_format
 from jax_it.status import Bar
 
 Prompt = str | Sequence[Turn]
@@ -24,7 +24,7 @@ Prompt = str | Sequence[Turn]
 
 class Prediction(NamedTuple):
     text: str
-    finished: bool  # False: it was cut at `max_new_tokens`
+    finished: bool  # False: it reached `max_new_tokens`
     logprobs: list[float] | None  # of each token in nats, by the model, and of the end token if one ended the text
 
 
@@ -67,7 +67,7 @@ def predict(
     """
     if not prompts:
         return []
-    mesh = mesh or sharding.make_mesh(sharding.inference_mesh(model.parameter_count))
+    mesh = mesh or inference_mesh(model)
     encoded = encode(make_format(model, tokenizer), tokenizer, prompts, raw)
     check_length(model, encoded, max_new_tokens)
     stopping = StopStrings(stop, tokenizer.decode) if stop else None
@@ -109,7 +109,7 @@ def encode(format: Format, tokenizer: Tokenizer, prompts: Sequence[Prompt], raw:
     for i, tokens in zip(conversations, format.prompts(list(conversations.values()), tokenizer, places), strict=True):
         encoded[i] = tokens
     if empty := [i + 1 for i, tokens in enumerate(encoded) if not tokens]:
-        raise UserError(f"prompt {empty[0]} is empty, and the tokenizer has no token to begin with; give it some text")
+        raise UserError(f"prompt {empty[0]} is empty, and the tokenizer has no token to begin with; add some text")
     return encoded
 
 
@@ -141,7 +141,7 @@ def read_prompts(
 
 def _prompt(record: Record, template: str, system: str, raw: bool) -> Prompt:
     if "prediction" in record.fields:
-        raise UserError(f"{record.where}: the row has a field 'prediction' already; rename or remove it")
+        raise UserError(f"{record.where}: the row already has a field 'prediction'; rename or remove it")
     turns = templates.prompt(record, template)
     if system and turns[0].role != "system":
         turns = (Turn("system", system), *turns)
@@ -173,7 +173,7 @@ def generate_file(
     """
     file = None if output is None else files.locate_output(output, "--output")
     if file is not None and file.exists() and not files.is_stream(file):
-        raise UserError(f"{output} is there already; name another --output, or remove it")
+        raise UserError(f"{output} already exists; name another --output, or remove it")
     model, params, tokenizer = load(model_path)
     if forced_bos_token:
         sampling = sampling._replace(forced_bos_token=tokenizer.id_of(forced_bos_token, "--forced-bos-token"))
@@ -189,7 +189,7 @@ def generate_file(
     texts = [text for several in found for text in several]
     has_template = tokenizer.chat_template is not None
     if has_template and not raw:
-        _report("prompts are rendered with the model's chat template; --raw leaves them as they are")
+        _report("prompts are rendered with the model's chat template; --raw leaves them unchanged")
     if cut := sum(not text.finished for text in texts):
         _report(f"{cut} of {len(texts)} texts reached --max-new-tokens {max_new_tokens} before they ended")
     if empty := sum(not text.text.strip() for text in texts):
@@ -199,7 +199,7 @@ def generate_file(
 
 
 def _fields(texts: list[Prediction], logprobs: bool) -> dict[str, Any]:
-    """Return what a row gets: one value, or a list of several."""
+    """Return the fields added to a row: one value each, or a list of several."""
     values: dict[str, list[Any]] = {"prediction": [text.text for text in texts]}
     if logprobs:
         values["logprobs"] = [text.logprobs for text in texts]

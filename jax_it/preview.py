@@ -1,4 +1,4 @@
-"""What the model will see: text, tokens, loss mask, packing, and what became of each data set."""
+"""Shows what the model will see: text, tokens, loss mask, packing; and what happens to each data set."""
 
 from itertools import islice
 
@@ -12,7 +12,6 @@ from jax_it.data.encoding import Counts
 from jax_it.data.formats import CausalBatch, CausalFormat, Seq2SeqBatch
 from jax_it.data.tokenized import shown_characters
 from jax_it.data.tokenizer import Tokenizer
-from jax_it.errors import UserError
 from jax_it.evaluation import within_training
 from jax_it.run import start_run
 
@@ -22,8 +21,6 @@ def preview(config: Config, number: int) -> str:
 
     Raises UserError for whatever training would refuse before its first step, except its mesh and its weights.
     """
-    if number < 0:
-        raise UserError(f"--num {number} must be at least 0")
     metrics.check(config.eval.metrics)
     # The run's mesh may be that of another machine.
     sizes = {axis: max(getattr(config.mesh, axis), 1) for axis in sharding.AXES}
@@ -34,7 +31,7 @@ def preview(config: Config, number: int) -> str:
 
 
 def report(config: Config, built: data.Built, tokenizer: Tokenizer, number: int) -> str:
-    """Return the same for data that is built."""
+    """Return the report for data that has been built."""
     parts = [_data_sets(built), _rows(config, built)]
     if tokenizer.chat_template is not None and isinstance(built.train.format, CausalFormat):
         parts.append(_generation(tokenizer))
@@ -97,7 +94,7 @@ def _rows(config: Config, built: data.Built) -> str:
 
 def _examples(built: data.Built, tokenizer: Tokenizer, number: int) -> str:
     batch = built.train.batch(0).batch
-    lines = ["First examples of the first batch: tokens that the loss counts stand in [brackets]"]
+    lines = ["First examples of the first batch: tokens that the loss counts are shown in [brackets]"]
     rows = range(len(batch.targets_BT))
     places = ((row, s) for row in rows for s in range(1, int(batch.segments_BT[row].max()) + 1))
     for row, segment in islice(places, number):
@@ -145,16 +142,16 @@ def _generation(tokenizer: Tokenizer) -> str:
         f"  an answer ends with {' or '.join(tokenizer.show(chat.ends(tokenizer)))}",
     ]
     if (differing := chat.generation_prompt(tokenizer)) is None:
-        lines.append("  the template's generation prompt is what stands before an answer in training")
+        lines.append("  the template's generation prompt is the text before an answer in training")
     else:
         ours, theirs = map(repr, differing)
         lines += [
-            "  the template's generation prompt differs from what stands before an answer in training",
+            "  the template's generation prompt differs from the text before an answer in training",
             f"    in training       {_short(ours)}",
             f"    generation prompt {_short(theirs)}",
         ]
     return "\n".join(lines)
 
 
-def _short(text: str, length: int = 600) -> str:
-    return text if len(text) <= length else f"{text[: length // 2]} … {text[-length // 2 :]}"
+def _short(text: str) -> str:
+    return text if len(text) <= 600 else f"{text[:300]} … {text[-300:]}"

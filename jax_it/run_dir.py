@@ -37,7 +37,7 @@ from jax_it.pretrained.folder import find_folder
 from jax_it.resolved_run import Changes, ResolvedRun
 
 CREATING = ".creating"  # while the directory is being made, so that leftovers of a killed start are recognizable
-# Of a run's folder: it changes with the names of settings or of weights in checkpoints.
+# Changes when settings, or weights in checkpoints, are renamed.
 FORMAT = 3
 # The parts of a run, and whether they are folders.
 PARTS = {
@@ -45,7 +45,7 @@ PARTS = {
     "metrics.jsonl": False, "skipped.jsonl": False, "goodput.json": False, "ended.json": False, "wandb.json": False,
 }  # fmt: skip
 BEGUN = ("model", "tokenizer")  # the parts that are written before config.json
-SCORES = "metrics.json"  # of a step's evaluation, whose presence says that it is scored
+SCORES = "metrics.json"  # the scores of a step; a step that has this file is scored
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class RunDir:
         return [name for name in PARTS if name in names and name not in begun]
 
     def check_parts(self) -> None:
-        """Refuse a run with a file where there should be a folder, or the other way round."""
+        """Refuse a run with a file where a folder should be, or vice versa."""
         for name, folder in PARTS.items():
             part = self.path / name
             if is_there(part) and not (part.is_dir() if folder else files.is_regular(part)):
@@ -120,8 +120,7 @@ class RunDir:
     def locked(self) -> Iterator[None]:
         """Hold the directory for one training process. Raises UserError if another one trains in it.
 
-        A directory that has not become a run is left as it was found. A run that fails before its first step is not
-        one.
+        A directory in which no run was created is left as it was. A run that fails before its first step is removed.
         """
         if not hosts.is_first():  # the first host's lock is that of the run
             yield
@@ -154,7 +153,7 @@ class RunDir:
     def create(self, config: Config, resolved: ResolvedRun, model: Model, tokenizer: tokenizers.Tokenizer) -> None:
         """Write the files of a new run; config.json comes last and makes it one. All hosts must call it."""
         came_from = find_folder(config.model.path) if config.model.path else None
-        hosts.barrier("no run yet")  # all have seen that
+        hosts.barrier("no run yet")  # every host has checked
         with hosts.first_then_others():
             if hosts.is_first():
                 self._create(config, resolved, model, tokenizer, came_from)
@@ -202,7 +201,7 @@ class RunDir:
             files.remove(self.path / part)
 
     def open(self) -> tuple[Config, ResolvedRun]:
-        """Read the run's config, as it was written, and what was resolved. Raises UserError if there is no run."""
+        """Read the run's config, unchanged, and what was resolved. Raises UserError if there is no run."""
         saved = self._read()
         file = self.path / "config.json"
         try:
@@ -236,8 +235,8 @@ class RunDir:
         found = saved.get("format", 1)
         if {"config", "resolved"} <= saved.keys() and found != FORMAT:
             raise UserError(
-                f"{file} is of a run in format {shown(found)}, and this version of jax_it has format {FORMAT}: "
-                "settings and weights were renamed; continue or export the run with the version that started it"
+                f"{file} has format {shown(found)}, and this version of jax_it reads format {FORMAT}: settings and "
+                "weights were renamed; continue or export the run with the version that started it"
             )
         return saved
 
@@ -271,7 +270,10 @@ class RunDir:
         Raises UserError if the run is past that already.
         """
         if total_steps < step:
-            raise UserError(f"config.train.duration: the run in {self.path} is at step {step}, past {total_steps}")
+            raise UserError(
+                f"config.train.duration: the run in {self.path} is at step {step}, past {total_steps}; "
+                "choose a longer duration"
+            )
         with hosts.first_then_others():
             if not hosts.is_first():
                 return
@@ -306,7 +308,7 @@ class RunDir:
         try:
             values = files.read_json(file)
         except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read ({error}); restore it") from None
+            raise UserError(f"{file} cannot be read ({error}); restore it from a backup") from None
         model = with_tied_head(build(values, str(file), config.model), resolved.tied)
         return dataclasses.replace(model, adapter=resolved.adapter)
 
@@ -381,13 +383,13 @@ class RunDir:
             return None
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        raise UserError(f"{file} is damaged, so it does not tell whether training has ended; restore it or remove it")
+        raise UserError(f"{file} is damaged, so it does not say whether training has ended; restore or remove it")
 
     def choose_step(self, which: str, metric: str) -> int:
         """Return the step of checkpoint "latest", "best" or a number. Raises UserError that lists what there is."""
         steps = self.checkpoints().steps()
         if not steps:
-            raise UserError(f"{self.path} has no checkpoint yet")
+            raise UserError(f"{self.path} has no checkpoint yet; wait for one, or continue the run with jax-it train")
         if which == "latest":
             return steps[-1]
         if which == "best":
@@ -416,7 +418,10 @@ class RunDir:
             except (FileNotFoundError, NotADirectoryError):  # not scored yet
                 pass
             except (OSError, ValueError) as error:
-                print(f"{self.eval(step) / SCORES} cannot be read: {error}; it counts as none", file=sys.stderr)
+                print(
+                    f"{self.eval(step) / SCORES} cannot be read: {error}; the step counts as not scored",
+                    file=sys.stderr,
+                )
 
     def rewind_metrics(self, step: int) -> None:
         """Drop logged steps after `step`, which a resumed run will take again, and lines that were cut off.
@@ -486,7 +491,7 @@ def _lacks_config(path: epath.Path, parts: Sequence[str]) -> str:
 
 
 def _damaged(file: epath.Path, reason: str) -> UserError:
-    return UserError(f"{file} is not that of a run, or damaged ({reason}); restore it, or name another --workdir")
+    return UserError(f"{file} is damaged or does not belong to a run ({reason}); restore it, or name another --workdir")
 
 
 def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:

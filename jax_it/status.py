@@ -1,4 +1,4 @@
-"""What a long command is doing: a bar on a terminal, elsewhere a line whenever nothing was printed for a while."""
+"""Shows what a long command is doing: a bar on a terminal, elsewhere a line when nothing was printed for a while."""
 
 import sys
 import threading
@@ -9,14 +9,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-INTERVAL = 30.0  # seconds without a line, after which there is one
+INTERVAL = 30.0  # seconds without output after which a line is printed
 
-_activities: list[Callable[[], str]] = []  # what is being done, the innermost last
+_activities: list[Callable[[], str]] = []  # the current activities, innermost last
 _said = time.monotonic()
 
 
 class Bar(tqdm):
-    """tqdm's bar on a terminal; elsewhere it only counts, and `lines` says how far it is."""
+    """tqdm's bar on a terminal; elsewhere it only counts, and `lines` prints the progress."""
 
     def __init__(self, what: str, total: int | None = None, unit: str = "steps"):
         super().__init__(desc=what, total=total, unit=f" {unit}", disable=None, leave=False)
@@ -36,7 +36,7 @@ class Bar(tqdm):
 
 @contextmanager
 def activity(text: Callable[[], str]) -> Iterator[None]:
-    """Let `text` tell what is being done within the block; nothing is printed while it is empty."""
+    """Let `text` describe the activity within the block; nothing is printed while it returns ""."""
     _activities.append(text)
     try:
         yield
@@ -45,14 +45,14 @@ def activity(text: Callable[[], str]) -> Iterator[None]:
 
 
 def said() -> None:
-    """Tell that a line was printed just now."""
+    """Record that a line was printed just now."""
     global _said
     _said = time.monotonic()
 
 
 @contextmanager
 def lines(command: str, stream: Any = None) -> Iterator[None]:
-    """Print a line to standard error whenever there was none for INTERVAL seconds, unless that is a terminal."""
+    """Print a line to standard error after every INTERVAL seconds without one, unless that is a terminal."""
     stream = stream or sys.stderr
     over = threading.Event()
     if not stream.isatty():

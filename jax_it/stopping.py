@@ -1,6 +1,6 @@
-"""Stop a command at a signal: what is worth saving is saved, and the command ends with `Interrupted`.
+"""Stops a command at a signal: progress is saved, and the command ends with `Interrupted`.
 
-SIGTERM announces a pre-emption, SIGHUP the end of a terminal, SIGINT is Ctrl-C. A second Ctrl-C ends the process at
+SIGTERM announces preemption, SIGHUP that the terminal closed, SIGINT is Ctrl-C. A second Ctrl-C ends the process at
 once. A signal that is ignored when the command starts, as SIGHUP under nohup, stays ignored.
 """
 
@@ -20,22 +20,22 @@ from jax.experimental import multihost_utils
 from jax_it import hosts
 from jax_it.errors import Interrupted
 
-CODE = 75  # the exit code of Interrupted, for a process that cannot come to its end in order
+CODE = 75  # the exit code of Interrupted
 CODES: dict[int, int] = {signal.SIGTERM: CODE, signal.SIGHUP: CODE, signal.SIGINT: 130}
-PATIENCE = 3.0  # seconds for an end in order, where nothing has to be saved
-# Seconds in which a second SIGINT is the same Ctrl-C: a terminal sends it to a wrapper too, which may pass it on.
+GRACE_PERIOD = 3.0  # seconds for an orderly exit when nothing has to be saved
+# A second SIGINT within this many seconds is the same Ctrl-C: a terminal sends it to a wrapper too, which may relay it.
 SAME = 0.5
 
 
 class _AtOnce(BaseException):
-    """End what the main thread does. No `except Exception` on its way may take it for a fault."""
+    """Interrupt the main thread; not an Exception, so that no `except Exception` catches it."""
 
 
 class Stopping:
-    """Tell, once a step and once a batch in an evaluation, whether the command stops here.
+    """Called once per step and per evaluation batch, says whether to stop now.
 
-    On several hosts all must call it equally often, and all stop at the same call, whichever of them got the
-    signal. Where nothing is held the signal ends the command at once, with `message` on standard error.
+    All hosts must call it equally often, and all stop at the same call, whichever of them got the signal. Unless
+    `hold` was called, a signal ends the command at once, with `message` on standard error.
     """
 
     def __init__(self, command: str, message: str) -> None:
@@ -52,7 +52,7 @@ class Stopping:
         return bool(self._received)
 
     def interrupted(self, text: str) -> Interrupted:
-        """Return the error with which the command ends: "stopped by SIGTERM" and `text`, from " " or ";" on."""
+        """Return the error that ends the command: "stopped by SIGTERM" and then `text`, such as "; nothing is lost"."""
         names = {0: "a signal to another host", signal.SIGINT: "Ctrl-C"}
         name = names.get(self._received) or signal.Signals(self._received).name
         return Interrupted(f"stopped by {name}{text}", CODES.get(self._received, CODE))
@@ -61,7 +61,7 @@ class Stopping:
         return self.interrupted(self._message)
 
     def hold(self, holding: bool = True) -> None:
-        """Tell whether there is something to finish before the command may end."""
+        """Say whether there is something to finish before the command may end."""
         self._holding = holding
         if not holding and self._received:
             raise _AtOnce
@@ -75,7 +75,7 @@ class Stopping:
         self._over.set()
 
     def follow(self, signals: int) -> None:
-        """End the process if the main thread does not see the signal because it is not in Python: it compiles, say."""
+        """End the process if the main thread cannot see the signal because it is outside Python, such as compiling."""
         first = 0.0
         with os.fdopen(signals, "rb", buffering=0) as stream:
             while number := stream.read(1):
@@ -89,7 +89,7 @@ class Stopping:
                     threading.Thread(target=self._end_soon, args=(number[0],), daemon=True).start()
 
     def _end_soon(self, number: int) -> None:
-        if not self._over.wait(PATIENCE) and not self._holding:
+        if not self._over.wait(GRACE_PERIOD) and not self._holding:
             self._received = self._received or number
             self._exit(self.at_once())
 
@@ -97,14 +97,14 @@ class Stopping:
         print(f"\njax-it {self._command}: {error}", file=sys.stderr, flush=True)
         with suppress(SystemExit):
             hosts.leave(error.code, "was stopped")
-        os._exit(error.code)  # the main thread may be where no exception reaches it
+        os._exit(error.code)  # no exception may reach the main thread
 
 
 @contextmanager
 def on_signals(command: str, at_once: str) -> Iterator[Stopping]:
     """Let a signal within the block stop the command; `at_once` is the message if it does so immediately.
 
-    In another thread than the main one signals are the caller's affair.
+    Does nothing outside the main thread: signals are up to the caller there.
     """
     stopping = Stopping(command, at_once)
     if threading.current_thread() is not threading.main_thread():
@@ -113,7 +113,7 @@ def on_signals(command: str, at_once: str) -> Iterator[Stopping]:
     c_library = ctypes.CDLL(None)
     c_library.signal.argtypes, c_library.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     before = {number: signal.getsignal(number) for number in CODES}
-    # jax.distributed has a handler of its own for SIGTERM, which tells the other hosts. Python does not know it.
+    # jax.distributed has its own handler for SIGTERM, set from C, which notifies the other hosts.
     theirs = c_library.signal(signal.SIGTERM, int(signal.SIG_DFL))
 
     def receive(number: int, frame: Any) -> None:
@@ -126,7 +126,7 @@ def on_signals(command: str, at_once: str) -> Iterator[Stopping]:
             signal.signal(number, receive)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # written to when the signal comes, by C
+    wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # C writes to it when the signal arrives
     threading.Thread(target=stopping.follow, args=(reading,), daemon=True, name="signals").start()
     try:
         yield stopping
@@ -135,7 +135,7 @@ def on_signals(command: str, at_once: str) -> Iterator[Stopping]:
     finally:
         stopping.end()
         for number, handler in before.items():
-            if handler is not None:  # set by C, which Python cannot set back
+            if handler is not None:  # None was set by C: Python cannot restore it
                 signal.signal(number, handler)
         c_library.signal(signal.SIGTERM, theirs)
         with suppress(ValueError):

@@ -28,7 +28,7 @@ class Events:
         self._write(b"\x10" + _varint(step) + _text(5, b"".join(summary)))
 
     def restart(self, step: int) -> None:
-        """Hide what an earlier process has written from this step on."""
+        """Hide what an earlier process wrote for this step and later ones."""
         self._write(b"\x10" + _varint(step) + _text(7, b"\x08\x01"))
 
     def flush(self) -> None:

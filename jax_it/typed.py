@@ -1,4 +1,4 @@
-"""Frozen dataclasses from plain values, strictly: an unknown name or a wrong type is an error that names the field."""
+"""Builds frozen dataclasses from plain values, strictly: an unknown name or a wrong type raises an error."""
 
 import ast
 import dataclasses
@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 from jax_it.errors import UserError, shown
 
-Name = Annotated[str, "name"]  # of something; a text of several with commas between them is a list of names
-MOST_DEPTH = 50  # of lists and mappings within each other, in a value
+Name = Annotated[str, "name"]  # where a list of names is expected, "a,b" is split at the commas
+MAX_DEPTH = 50  # of nested lists and mappings
 
 
 def parts(name: str) -> list[str]:
@@ -23,14 +23,14 @@ def parts(name: str) -> list[str]:
 
 
 def shown_name(name: Any) -> str:
-    """Show a setting's name, or what was given for one, in a message."""
+    """Show a setting's name, or a value given in its place, in a message."""
     return name if isinstance(name, str) and name.isprintable() and len(name) <= 60 else shown(name)
 
 
 def override(tree: dict[str, Any], name: str, text: str, raw: tuple[str, ...]) -> None:
     """Set `tree`'s entry at a dotted name. Numbers index lists (data.train.0.path); the next one appends to a list.
 
-    Texts stay texts, which `build` reads as the types ask; those below `raw`, which has no types, are read now.
+    Text stays text, which `build` converts to the declared type; below `raw`, which has no types, it is converted now.
     """
     *parents, last = parts(name)
     node: Any = tree
@@ -70,7 +70,7 @@ def _suggest(name: str, known: list[str]) -> str:
 
 
 def build(kind: Any, value: Any, where: str) -> Any:
-    """Return `value` as the declared type `kind`. Texts, which the command line gives, are read as the type asks.
+    """Return `value` as the declared type `kind`. Text from the command line is converted to that type.
 
     A type with a `parse(text, where)` reads its own text. Raises UserError that names the field.
     """
@@ -78,7 +78,7 @@ def build(kind: Any, value: Any, where: str) -> Any:
         if isinstance(value, kind):
             return value
         if not isinstance(value, (str, int, float)):
-            raise UserError(f"{where}: expected a {kind.__name__.lower()} as a text or a number, got {shown(value)}")
+            raise UserError(f"{where}: expected a {kind.__name__.lower()} as text or a number, got {shown(value)}")
         return kind.parse(value if isinstance(value, str) else shown(value), where)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(typing.cast(type, kind), value, where)
@@ -100,7 +100,7 @@ def build(kind: Any, value: Any, where: str) -> Any:
                 value = listed
             elif args[0] == Name:
                 value = [name.strip() for name in value.split(",")]
-            elif args[0] is str:  # one text is a list of one; a Jinja template too may begin with a bracket
+            elif args[0] is str:  # one text is a list of one, also if it begins with a bracket, as a Jinja template may
                 value = [value]
         if not isinstance(value, (list, tuple)):
             raise UserError(f"{where}: expected a list, got {shown(value)}")
@@ -113,7 +113,7 @@ def build(kind: Any, value: Any, where: str) -> Any:
     return _build_scalar(kind, value, where)
 
 
-_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
 def _build_scalar(kind: type, value: Any, where: str) -> Any:
@@ -146,13 +146,13 @@ def _check_text(text: str, where: str) -> None:
 
 
 def _json_value(value: Any, where: str, depth: int) -> Any:
-    """Return a value without a declared type, which must be one that JSON can hold."""
-    if depth > MOST_DEPTH:
-        raise UserError(f"{where} is nested more than {MOST_DEPTH} levels deep")
+    """Return a value without a declared type, which must be one that JSON can represent."""
+    if depth > MAX_DEPTH:
+        raise UserError(f"{where} is nested more than {MAX_DEPTH} levels deep")
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise UserError(f"{where}: expected texts as names, got {shown(key)}")
+                raise UserError(f"{where}: expected names to be text, got {shown(key)}")
             _check_text(key, where)
         return {key: _json_value(item, f"{where}.{shown_name(key)}", depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -160,11 +160,11 @@ def _json_value(value: Any, where: str, depth: int) -> Any:
     if isinstance(value, str):
         _check_text(value, where)
     elif isinstance(value, int) and abs(value) >= 2**63:
-        raise UserError(f"{where}: {shown(value)} is more than 64 bits hold")
+        raise UserError(f"{where}: {shown(value)} does not fit into 64 bits")
     elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}: {value} is not a finite number")
     elif value is not None and not isinstance(value, (bool, int, float)):
-        raise UserError(f"{where}: {shown(value)} is of type {type(value).__name__}, which JSON does not hold")
+        raise UserError(f"{where}: {shown(value)} is of type {type(value).__name__}, which JSON cannot represent")
     return value
 
 
@@ -173,9 +173,9 @@ def _literal(text: str) -> Any:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:
-        with warnings.catch_warnings(action="ignore"):  # Python's, of "\\d" in a text
+        with warnings.catch_warnings(action="ignore"):  # about "\\d" in a text
             return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # of a list as a key; of deep nesting
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # a list as a key; deep nesting
         return text
 
 

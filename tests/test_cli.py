@@ -89,7 +89,10 @@ def exit_code(*arguments):
         (("generate", "--model", "x", "--prompt", "y", "--input", "z"), "not allowed with"),
         (("export", "--workdir", "x", "--output", "y", "--dtype", "int8"), "'int8' (choose from"),
         (("train", "--config", "x", "--workdir", ""), "train: argument --workdir: a path is empty; name a folder"),
-        (("train", "--config", "x", "--workdir", "~nouser/x"), "argument --workdir: ~nouser/x: ~nouser is nobody's"),
+        (
+            ("train", "--config", "x", "--workdir", "~nouser/x"),
+            "argument --workdir: ~nouser/x: ~nouser is not a known home",
+        ),
         (("plan", "--config", "x", "--topology", "y", "--json", ""), "argument --json: a path is empty"),
         (("plan", "--config", "x", "--topology", "y", "--rows", "²"), "argument --rows: '²' is not a whole number"),
         (("preview", "--config", "x", "--num", "-5"), "argument --num: -5 is not from 0 to 2147483647"),

@@ -54,7 +54,7 @@ def test_an_export_is_the_checkpoint_and_transformers_reads_it(capfd, run, tmp_p
     text = "say red 3"
     assert transformers.AutoTokenizer.from_pretrained(folder)(text)["input_ids"][:-1] == tokenizer.encode([text])[0]
     assert (folder / "model.safetensors").is_file() and model.config.vocab_size == 120
-    assert "exists already" in fails(capfd, "export", "--workdir", run, "--output", folder)
+    assert "already exists" in fails(capfd, "export", "--workdir", run, "--output", folder)
 
 
 def test_an_earlier_checkpoint_can_be_named(capfd, run, tmp_path):

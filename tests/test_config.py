@@ -389,7 +389,7 @@ def test_an_override_is_read_as_its_field_s_type_asks(file, name, text, read, va
         ("train.seed", "-" * 100_000 + "1", "config.train.seed: expected a whole number, got '---"),
         ("data.train", "[" * 60 + "]" * 60, "config.data.train.0: expected a section with fields, got [[["),
         ("model.architecture.deep", "[" * 60 + "]" * 60, "config.model.architecture.deep.0.0.0"),
-        ("model.architecture", "{1: 2}", "config.model.architecture: expected texts as names, got 1"),
+        ("model.architecture", "{1: 2}", "config.model.architecture: expected names to be text, got 1"),
         ("model.architecture.d_model", "1e999", "config.model.architecture.d_model: inf is not a finite number"),
         ("model.architecture.d_model", "9" * 400, "config.model.architecture.d_model: 999"),
         ("model.architecture.d_model", "b'x'", "config.model.architecture.d_model: b'x' is of type bytes, which JSON"),
@@ -680,7 +680,7 @@ def test_a_config_file_s_argument_follows_a_colon(file):
         ),
         (
             "def get_config(arg): return {{'model': {{'path': 'a', 'architecture': {{'x': {{1}}}}}}}}",
-            "config.model.architecture.x: {{1}} is of type set, which JSON does not hold",
+            "config.model.architecture.x: {{1}} is of type set, which JSON cannot represent",
         ),
     ],
 )  # fmt: skip

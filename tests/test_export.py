@@ -164,7 +164,7 @@ def test_an_output_that_exists_is_refused_before_anything_is_read(capfd, run, ou
     monkeypatch.setattr("jax_it.run.Run.load_params", None)
     for place in (output, output / "precious"):
         line = fails(capfd, "export", "--workdir", run, "--output", place)
-        assert line == f"jax-it export: {place} exists already; name another folder, or remove it"
+        assert line == f"jax-it export: {place} already exists; name another folder, or remove it"
     assert (output / "precious").read_text() == "mine"
 
 

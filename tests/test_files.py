@@ -53,10 +53,10 @@ def test_a_name_without_a_bucket_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     ("name", "wanted"),
     [
         ("", "--workdir is empty; name a folder or a file"),
-        ("~nouser", "--workdir ~nouser: ~nouser is nobody's home folder; write ./~nouser for a file of that name"),
+        ("~nouser", "--workdir ~nouser: ~nouser is not a known home folder; write ./~nouser for a file of that name"),
         (
             "~nouser/x",
-            "--workdir ~nouser/x: ~nouser is nobody's home folder; write ./~nouser/x for a file of that name",
+            "--workdir ~nouser/x: ~nouser is not a known home folder; write ./~nouser/x for a file of that name",
         ),
         ("gs:/bucket/run", "--workdir gs:/bucket/run: write gs://bucket/run for the object store"),
         ("az://bucket", "--workdir az://bucket: unknown scheme az://; give a local folder, gs:// or s3://"),
@@ -132,7 +132,7 @@ def test_an_output_is_refused_before_the_work_and_its_failure_afterwards_is_one_
     assert json.loads(long.read_text()) == [1] and list(tmp_path.iterdir()) == [long]
     assert capsys.readouterr().err == ""
     files.write_output(long, [2], "--json")
-    assert capsys.readouterr().err == f"--json: {long} was there and has been replaced\n"
+    assert capsys.readouterr().err == f"--json: {long} existed and has been replaced\n"
     with pytest.raises(UserError, match="--json: cannot write /dev/full: No space left on device; free space or name"):
         files.write_output(Path("/dev/full"), "x", "--json")
     with pytest.raises(UserError, match="Is a directory; fix that or name another file"):

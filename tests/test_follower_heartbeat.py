@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jax_it import follower_heartbeat
 from jax_it.checkpointing import Checkpoints
-from jax_it.follower_heartbeat import position, waiting
+from jax_it.follower_heartbeat import heartbeat, waiting
 
 STEPS = [1, 2, 3, 4, 5]
 
@@ -16,12 +16,12 @@ STEPS = [1, 2, 3, 4, 5]
 def test_what_a_running_process_has_yet_to_read_is_kept_up_to_a_limit(tmp_path):
     folder = tmp_path / "followers"
     assert waiting(folder, STEPS, 2) == []
-    with position(folder / "a.json") as own:
+    with heartbeat(folder / "a.json") as own:
         assert waiting(folder, STEPS, 2) == [1, 2]
         own.move(3)
         assert waiting(folder, STEPS, 2) == [3, 4] and waiting(folder, STEPS, 9) == [3, 4, 5]
         assert waiting(folder, STEPS, 0) == []
-        with position(folder / "b.json") as other:
+        with heartbeat(folder / "b.json") as other:
             other.move(2)
             assert waiting(folder, STEPS, 2) == [2, 3]
         own.move(6)
@@ -46,7 +46,7 @@ def test_a_damaged_file_is_passed_over(tmp_path):
 
 def test_a_process_that_is_busy_is_heard_of_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(follower_heartbeat, "INTERVAL", 0.01)
-    with position(tmp_path / "a.json"):
+    with heartbeat(tmp_path / "a.json"):
         first = json.loads((tmp_path / "a.json").read_text())["at"]
         until = time.monotonic() + 10
         while json.loads((tmp_path / "a.json").read_text())["at"] == first and time.monotonic() < until:
@@ -56,7 +56,7 @@ def test_a_process_that_is_busy_is_heard_of_all_the_same(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_to_is_no_reason_to_stop(tmp_path):
     (tmp_path / "file").write_text("")
-    with position(tmp_path / "file" / "a.json") as own:
+    with heartbeat(tmp_path / "file" / "a.json") as own:
         own.move(3)
     assert waiting(tmp_path / "file", STEPS, 9) == []
 
@@ -69,7 +69,7 @@ def test_a_checkpoint_waits_for_its_score_and_may_then_be_the_best(tmp_path):
     def waiting_of(steps):
         return waiting(folder, steps, 2)
 
-    with position(folder / "a.json") as own, Checkpoints(tmp_path / "c", 1, 1, scores.get, waiting_of) as checkpoints:
+    with heartbeat(folder / "a.json") as own, Checkpoints(tmp_path / "c", 1, 1, scores.get, waiting_of) as checkpoints:
 
         def save(step):
             checkpoints.save(step, params, {"step": jnp.int32(step)}, {"step": step})

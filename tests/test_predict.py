@@ -102,7 +102,7 @@ def test_a_conversation_is_not_taken_raw(tmp_path):
         ({"prompt": ["a"]}, "field 'prompt' is list, not text"),
         ({"prompt": None}, "field 'prompt' is missing or null"),
         ({"prompt": "b"} | messages(("user", "a")), "it has both 'messages' and 'prompt', and they differ; set the"),
-        ({"prompt": "a", "prediction": "b"}, "the row has a field 'prediction' already; rename or remove it"),
+        ({"prompt": "a", "prediction": "b"}, "the row already has a field 'prediction'; rename or remove it"),
         ({"prompt": None, "messages": []}, "there is no message of the user or the assistant (roles: none)"),
         (messages(("user", "a"), ("user", "b")), "two user messages in a row, the second of which is turn 2"),
         (
@@ -171,7 +171,7 @@ def test_the_command_and_python_render_a_prompt_alike_and_the_command_says_so(ca
     assert jax_it.generate(model, params, tokenizer, [turns], 6) == [rendered] != [raw]
     (told,) = jax_it.generate(model, params, tokenizer, [(Turn("system", "Be kind."), *turns)], 6)
     command = ("generate", "--model", chat_model, "--max-new-tokens", 6)
-    note = "jax-it generate: prompts are rendered with the model's chat template; --raw leaves them as they are\n"
+    note = "jax-it generate: prompts are rendered with the model's chat template; --raw leaves them unchanged\n"
     for options, text in (((), rendered), (("--raw",), raw), (("--system", "Be kind."), told)):
         with pytest.raises(SystemExit) as exit:
             main([str(word) for word in (*command, "--prompt", "Say hello", *options)])
@@ -296,7 +296,7 @@ def test_a_first_token_that_the_tokenizer_has_not_is_refused(capfd, run, tmp_pat
 def test_a_file_that_is_there_is_not_written_over(capfd, run, tmp_path):
     file = write_rows(tmp_path / "in.jsonl", [{"prompt": "say red 3"}])
     line = fails(capfd, "generate", "--model", run, "--input", file, "--output", file)
-    assert f"{file} is there already; name another --output" in line
+    assert f"{file} already exists; name another --output" in line
     assert json.loads(file.read_text()) == {"prompt": "say red 3"}
 
 

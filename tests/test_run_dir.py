@@ -201,7 +201,9 @@ def test_the_only_checkpoint_that_has_a_score_is_not_taken_for_the_best(run_dir)
 )
 def test_a_damaged_config_is_named(run_dir, content):
     (run_dir.path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=r"run/config.json is not that of a run, or damaged .*name another --workdir"):
+    with pytest.raises(
+        UserError, match=r"run/config.json is damaged or does not belong to a run .*name another --workdir"
+    ):
         run_dir.open()
 
 
@@ -344,7 +346,7 @@ def test_a_new_run_that_fails_before_its_first_step_leaves_nothing(tmp_path, err
 def test_a_damaged_end_is_named(run_dir, content):
     assert run_dir.ended() is None
     (run_dir.path / "ended.json").write_text(content)
-    with pytest.raises(UserError, match=r"run/ended.json is damaged, so it does not tell whether training has ended"):
+    with pytest.raises(UserError, match=r"run/ended.json is damaged, so it does not say whether training has ended"):
         run_dir.ended()
 
 
@@ -462,9 +464,9 @@ def test_a_run_of_another_format_is_refused_by_its_file(run_dir):
     del saved["checksum"]
     for change in ({"format": FORMAT + 1}, {"format": None}):
         file.write_text(json.dumps(saved | change))
-        with pytest.raises(UserError, match=rf"^{file} is of a run in format \S+, .*; continue or export the run"):
+        with pytest.raises(UserError, match=rf"^{file} has format \S+, .*; continue or export the run"):
             run_dir.open()
     del saved["format"]  # a run that was started before there were formats
     file.write_text(json.dumps(saved))
-    with pytest.raises(UserError, match=f"is of a run in format 1, and this version of jax_it has format {FORMAT}"):
+    with pytest.raises(UserError, match=f"has format 1, and this version of jax_it reads format {FORMAT}"):
         run_dir.open()

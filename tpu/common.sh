@@ -64,7 +64,7 @@ show_help() {
     awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$1"
 }
 
-# A run's exit code from those of its processes: 0 done, 2 the user must fix it, 1 a fault of jax_it, 75 start again.
+# A run's exit code from those of its processes: 0 done, 2 the user must fix it, 1 a bug in jax_it, 75 start again.
 # Where one process was killed, another one's 1 may only say that it lost its peer.
 verdict() {
     local code result=0

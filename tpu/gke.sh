@@ -4,7 +4,7 @@
 #   tpu/gke.sh VERB --name NAME [OPTIONS] [-- JAX-IT OPTIONS]
 #
 # Verbs:
-#   run      apply, then watch, or only watch where it is there already. Exit code: 0 done; 1 a fault of jax_it; 2 for
+#   run      apply, then watch, or only watch if it already exists. Exit code: 0 done; 1 a bug in jax_it; 2 for
 #            you to fix; 75 gave up
 #   render   print the JobSet          apply    hand it to the cluster
 #   watch    until the run ends        status   the JobSet and its pods
@@ -67,7 +67,7 @@ options() {
                 value=$1
                 shift
                 ;;
-            *) fail "unknown word $option; options for jax-it stand after --" ;;
+            *) fail "unknown word $option; options for jax-it go after --" ;;
         esac
         case $option in
             --name) NAME=$value ;; --context) CONTEXT=$value ;; --namespace) NAMESPACE=$value ;; --type) TYPE=$value ;;
@@ -102,7 +102,7 @@ check_options() {
     need "$IMAGE" --image
     need "$CONFIG" --config
     need "$WORKDIR" --workdir
-    [[ $WORKDIR == *://* ]] || fail "--workdir=$WORKDIR: a pod's disk ends with it; name a bucket, as gs://BUCKET/RUN"
+    [[ $WORKDIR == *://* ]] || fail "--workdir=$WORKDIR: a pod's disk dies with it; name a bucket, as gs://BUCKET/RUN"
     case $TYPE in
         v4) ACCELERATOR=tpu-v4-podslice ;;
         v5e) ACCELERATOR=tpu-v5-lite-podslice ;;
@@ -123,7 +123,7 @@ check_options() {
     esac
     CHIPS=${CHIPS:-$((chips < 4 ? chips : 4))}
     need_number "$CHIPS" --chips-per-host 1
-    ((chips && chips % CHIPS == 0)) || fail "--topology=$TOPOLOGY: $chips chips are no multiple of $CHIPS a host"
+    ((chips && chips % CHIPS == 0)) || fail "--topology=$TOPOLOGY: $chips chips are not a multiple of $CHIPS a host"
     HOSTS=$((chips / CHIPS))
     ((SLICES == 1 || HOSTS > 1)) || fail "--slices=$SLICES: GKE joins only slices of several hosts; $TOPOLOGY has one"
     for name in "${ENVIRONMENT_WORDS[@]}"; do
@@ -204,7 +204,7 @@ do_apply() {
         do_render
     fi
     # create, not apply: a JobSet of this name that has ended would stay as it is
-    kube create -f - < <(do_render) || fail "the JobSet could not be created; kubectl says above why"
+    kube create -f - < <(do_render) || fail "the JobSet could not be created; kubectl's reason is above"
 }
 
 PODS="jobset.sigs.k8s.io/jobset-name"
@@ -218,7 +218,7 @@ do_watch() {
     fi
     while :; do
         if ! state=$(kube get jobset "$NAME" "--output=jsonpath={.status.terminalState} {.status.restarts}" 2>&1); then
-            [[ $state != *NotFound* ]] || fail "there is no JobSet $NAME"
+            [[ $state != *NotFound* ]] || fail "no JobSet is named $NAME"
             ((++failed < PATIENCE)) || fail "kubectl does not answer: $(tail -n 1 <<<"$state")"
             state=" "
         else
@@ -240,7 +240,7 @@ do_watch() {
                 ((codes)) || codes=75 # failed, and no pod is left to say how
                 return "$codes"
                 ;;
-            *) say "$NAME: under way, ${restarts:-0} restarts" ;;
+            *) say "$NAME: running, ${restarts:-0} restarts" ;;
         esac
         sleep "$POLL"
     done
@@ -263,7 +263,7 @@ do_delete() {
 do_run() {
     if [[ ! $DRY_RUN ]] && kubectl ${CONTEXT:+"--context=$CONTEXT"} ${NAMESPACE:+"--namespace=$NAMESPACE"} \
         get jobset "$NAME" >/dev/null 2>&1; then
-        say "$NAME is there already: it is watched"
+        say "$NAME already exists: watching it"
     else
         do_apply
     fi

@@ -1,6 +1,6 @@
 """The tables of plans in tpu/README.md: `python tpu/plans.py tpu/README.md [--plans FOLDER] [--made]`.
 
-Each plan is compiled once and kept as JSON in the folder, so a command that was interrupted continues where it stopped.
+Each plan is compiled once and kept as JSON in the folder, so an interrupted command continues where it stopped.
 """
 
 import argparse
@@ -30,7 +30,7 @@ class Row:
     config: str
     topology: str
     rows: int = 0  # per step; 0 for the config's batch_size
-    model: str = ""  # instead of the config's
+    model: str = ""  # replaces the config's
 
 
 # One row of 4096 tokens per chip: what packing makes of several short conversations.
@@ -70,7 +70,7 @@ def lines(folder: Path) -> Iterator[str]:
         rows = f"{found['rows']} of {found['row']}"
         yield _line(row.title, found["topology"], mesh, rows, size, *seconds, f"{found['utilization']:.0%}")
     yield ""
-    yield "What stands between these bounds and the peak, as shares of the step's time:"
+    yield "Bottlenecks: what keeps these bounds below the peak, as shares of the step's time:"
     yield ""
     for row, found in plans:
         yield f"- {row.title} on {found['topology']}: {'; '.join(' '.join(o.split()) for o in found['obstacles'])}."
@@ -143,8 +143,10 @@ def _traffic_lines(row: Row, found: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("readme", type=Path)
-    parser.add_argument("--plans", type=Path, default=Path("runs/plans"), help="where plans are kept as JSON")
-    parser.add_argument("--made", action="store_true", help="compile nothing: only tables of the plans in the folder")
+    parser.add_argument("--plans", type=Path, default=Path("runs/plans"), help="the folder of the plans, as JSON")
+    parser.add_argument(
+        "--made", action="store_true", help="compile nothing; only make tables of the plans in the folder"
+    )
     options = parser.parse_args()
     for row in [] if options.made else [*MODELS, *SCALING, *(row for pair in COMPILED for row in pair)]:
         file = options.plans / f"{row.name}.json"

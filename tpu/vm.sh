@@ -4,8 +4,8 @@
 #   tpu/vm.sh VERB --name NAME --zone ZONE [OPTIONS] [-- JAX-IT OPTIONS]
 #
 # Verbs:
-#   run      all of it: create, wait, set up, start, watch; again after a pre-emption; fetch the logs, delete. Called
-#            again it continues the run. Exit code: 0 done; 1 a fault of jax_it; 2 something you can fix; 75 gave up.
+#   run      all of it: create, wait, set up, start, watch; again after a preemption; fetch the logs, delete. Called
+#            again it continues the run. Exit code: 0 done; 1 a bug in jax_it; 2 something you can fix; 75 gave up.
 #   create   ask for the TPU                        wait     until it is there
 #   setup    install jax_it on all workers          start    start the run on all workers, in the background
 #   watch    until the run ends; its exit code      status   one line a worker
@@ -17,9 +17,9 @@
 #   --zone ZONE             or CLOUDSDK_COMPUTE_ZONE
 #   --project PROJECT       (default: gcloud's own setting)
 #   --type TYPE             accelerator type: v5litepod-16, v5p-32, v6e-64, ...   [create, run]
-#   --slices N              that many of them, joined over the data-centre network (default: 1)
+#   --slices N              number of slices, joined over the data-center network (default: 1)
 #   --runtime VERSION       of the VM's software (default: the one for the type)
-#   --spot | --reserved     pre-emptible and cheap; from your reservation (default: on demand)
+#   --spot | --reserved     preemptible and cheap; from your reservation (default: on demand)
 #   --network N, --subnetwork N, --service-account EMAIL, --internal-ip     handed to gcloud
 #
 # The run:
@@ -85,7 +85,7 @@ options() {
                 value=$1
                 shift
                 ;;
-            *) fail "unknown word $option; options for jax-it stand after --" ;;
+            *) fail "unknown word $option; options for jax-it go after --" ;;
         esac
         case $option in
             --name) NAME=$value ;; --zone) ZONE=$value ;; --project) PROJECT=$value ;; --type) TYPE=$value ;;
@@ -122,7 +122,7 @@ check_options() {
                 v6e-*) RUNTIME=v2-alpha-tpuv6e ;;
                 v2-alpha-*) ;;
                 v2-[0-9]* | v3-* | v4-*) RUNTIME=tpu-ubuntu2204-base ;;
-                *) [[ $RUNTIME ]] || fail "--type=$TYPE: no --runtime is known for it; name one" ;;
+                *) [[ $RUNTIME ]] || fail "--type=$TYPE: no default --runtime is known for it; add --runtime VERSION" ;;
             esac
             ;;
     esac
@@ -137,17 +137,17 @@ check_options() {
         run | start) need "$CONFIG" --config ;;
     esac
     if [[ $VERB == run || $VERB == setup ]]; then
-        [[ $PYTHON =~ ^3\.1[123]$ ]] || fail "--python=$PYTHON: jax_it runs on 3.11, 3.12 and 3.13"
-        [[ ! $WHEEL || -f $WHEEL ]] || fail "--wheel=$WHEEL: there is no such file"
+        [[ $PYTHON =~ ^3\.1[123]$ ]] || fail "--python=$PYTHON: jax_it needs 3.11, 3.12 or 3.13"
+        [[ ! $WHEEL || -f $WHEEL ]] || fail "--wheel=$WHEEL: no such file"
         file=$(config_file "$CONFIG")
         [[ ! $file ]] || FILES+=("$file")
         for file in "${FILES[@]}"; do
             [[ $file != /* && $file != ../* ]] || fail "$file: only files below the current folder can be sent"
-            [[ -e $file ]] || fail "$file: there is no such file"
+            [[ -e $file ]] || fail "$file: no such file"
         done
         for name in "${ENVIRONMENT[@]}"; do
             [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*(=|$) ]] || fail "--env=${name%%=*}: not a variable's name"
-            [[ $name == *=* || ${!name+set} ]] || fail "--env=$name: it is not set in your environment"
+            [[ $name == *=* || ${!name+set} ]] || fail "--env=$name: it is not set in your environment; set it"
         done
     fi
     need_program gcloud
@@ -276,7 +276,7 @@ do_wait() {
         case $STATE in
             ACTIVE) return 0 ;;
             ABSENT)
-                [[ $VERB == run ]] || fail "$NAME: there is no such queued resource in $ZONE"
+                [[ $VERB == run ]] || fail "no queued resource $NAME in $ZONE"
                 return 75
                 ;;
             FAILED | SUSPENDING | SUSPENDED | DELETING) return 75 ;;
@@ -293,7 +293,7 @@ pack() {
             "$(basename "$WHEEL")" || return 1
     else
         [[ ! $(git -C "$ROOT" status --porcelain --untracked-files=no 2>/dev/null) ]] ||
-            say "changes that are not committed are not sent"
+            say "uncommitted changes are not sent"
         run git -C "$ROOT" archive --format=tar "--output=$archive" "$REVISION" || return 1
     fi
     for file in "${FILES[@]}"; do
@@ -369,7 +369,7 @@ do_delete() {
     fi
     look_at_resource
     while [[ $STATE != ABSENT ]]; do
-        [[ $STATE == DELETING || $STATE == UNKNOWN ]] || queued delete --force --quiet || say "it will be tried again"
+        [[ $STATE == DELETING || $STATE == UNKNOWN ]] || queued delete --force --quiet || say "will try again"
         look_at_resource
         [[ $STATE == ABSENT ]] || sleep "$POLL"
     done
@@ -430,7 +430,7 @@ do_run() {
         [[ $KEEP ]] || do_delete
         return
     fi
-    trap 'say "$PROGRAM ends, the run does not: the same command takes it up, \"$PROGRAM delete\" ends it"; exit 130' \
+    trap 'say "$PROGRAM ends, the run does not: the same command watches it, \"$PROGRAM delete\" ends it"; exit 130' \
         INT TERM
     while :; do
         code=0
@@ -447,11 +447,11 @@ do_run() {
         case $AGAIN in
             create)
                 # Pre-emption leaves a queued resource that is suspended; one that has gone was deleted on purpose.
-                [[ $STATE != ABSENT || ! $SEEN ]] || fail "somebody has deleted $NAME: it is not asked for again"
+                [[ $STATE != ABSENT || ! $SEEN ]] || fail "somebody has deleted $NAME, so it is not requested again"
                 [[ $STATE == ABSENT ]] || do_delete # what is left of it
                 if ! do_create; then
                     # The first time it is a wrong option or a quota; later it may pass.
-                    ((restarts && ++failures < 3)) || fail "the TPU cannot be asked for; gcloud says above why"
+                    ((restarts && ++failures < 3)) || fail "the TPU could not be requested; gcloud's reason is above"
                 elif do_wait; then
                     failures=0
                 else
@@ -460,12 +460,12 @@ do_run() {
                 fi
                 ;;
             setup)
-                ((setups++ < 3)) || fail "the set-up failed three times; $NAME is kept: fix it and run this again"
+                ((setups++ < 3)) || fail "setup failed three times; $NAME is kept: fix the cause and run this again"
                 ((RUNNING == 0)) || do_stop || true
                 if do_setup; then
                     do_start || say "the start failed on some workers"
                 else
-                    say "the set-up failed on some workers"
+                    say "setup failed on some workers"
                 fi
                 ;;
             start) do_start || say "the start failed on some workers" ;;

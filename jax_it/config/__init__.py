@@ -67,8 +67,8 @@ def to_dict(value: Any, where: str = "config", outer: tuple[int, ...] = ()) -> A
         return value
     if id(value) in outer:
         raise UserError(f"{where} contains itself, which no setting can")
-    if len(outer) > typed.MOST_DEPTH:
-        raise UserError(f"{where} is nested more than {typed.MOST_DEPTH} levels deep")
+    if len(outer) > typed.MAX_DEPTH:
+        raise UserError(f"{where} is nested more than {typed.MAX_DEPTH} levels deep")
     outer = (*outer, id(value))
     made = {key: to_dict(item, f"{where}.{typed.shown_name(key)}", outer) for key, item in items}
     return list(made.values()) if isinstance(value, (list, tuple)) else made

@@ -18,7 +18,7 @@ from jax_it.checkpointing import Unreadable
 from jax_it.errors import Interrupted, UserError
 from jax_it.evaluation.evaluate import OWN, CheckpointScorer, EvalOptions
 from jax_it.evaluation.results import failures, write_missing_events
-from jax_it.follower_heartbeat import Position, position
+from jax_it.follower_heartbeat import Heartbeat, heartbeat
 from jax_it.metrics import Result
 from jax_it.run_dir import SCORES, RunDir
 from jax_it.stopping import on_signals
@@ -110,23 +110,23 @@ def _wait_for_run(run_dir: RunDir, seconds: float) -> str:
 
 
 @contextmanager
-def _locked(run_dir: RunDir, options: EvalOptions) -> Iterator[Position | None]:
+def _locked(run_dir: RunDir, options: EvalOptions) -> Iterator[Heartbeat | None]:
     """Lock the folder of the scores, and keep telling training that this process follows. On the first host."""
     if not hosts.is_first():
         yield None
         return
     folder = files.locate(options.output) if options.output else run_dir.path / "eval"
     file = folder / f".follow{'-' * bool(options.name)}{options.name}.lock"
-    with position(run_dir.followers / f"{zlib.crc32(str(file).encode()):08x}.json") as heartbeat:
+    with heartbeat(run_dir.followers / f"{zlib.crc32(str(file).encode()):08x}.json") as beating:
         refusal = f"follows the run in {run_dir.path} already; stop it, or name another --output"
         with files.locked(file, refusal, "fix that, or name an --output"):
-            yield heartbeat
+            yield beating
 
 
 class _Watch:
     """Watches the run's folder, on the first host."""
 
-    def __init__(self, run_dir: RunDir, options: EvalOptions, timeout: float, heartbeat: Position | None):
+    def __init__(self, run_dir: RunDir, options: EvalOptions, timeout: float, heartbeat: Heartbeat | None):
         self._run_dir, self._options, self._timeout, self._heartbeat = run_dir, options, timeout, heartbeat
 
     def open(self, scorer: CheckpointScorer) -> None:
@@ -216,7 +216,7 @@ class _Watch:
             return ""
         key = self._key(step)
         self._tries[key] = self._tries.get(key, 0) + 1
-        reason = str(error).removesuffix("; name another with --checkpoint")
+        reason = str(error).removesuffix("; choose another with --checkpoint")
         return f"{reason}; it is skipped" if self._tries[key] == TRIES else ""
 
     def _is_scored(self, step: int) -> bool:

@@ -152,7 +152,7 @@ def test_a_run_that_has_ended_early_is_not_waited_for(run):
 @pytest.mark.parametrize(
     "content, said",
     [
-        ("[]", "ended.json is damaged, so it does not tell whether training has ended; restore it or remove it\n"),
+        ("[]", "ended.json is damaged, so it does not say whether training has ended; restore or remove it\n"),
         ('{"step": 60, "why": "its duration is over"}', "ended.json says that training ended at step 60, but the"),
         ('{"step": 15, "why": "no better loss"}', "ended.json says that training ended at step 15, but the"),
     ],

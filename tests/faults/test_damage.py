@@ -126,7 +126,7 @@ def test_a_folder_of_a_checkpoint_can_be_lost_as_well(saved, tmp_path):
 def test_a_checkpoint_is_taken_for_that_of_its_own_step_alone(saved, tmp_path):
     folder = copy(saved, tmp_path / "renamed")
     (folder / "2").rename(folder / "3")
-    with pytest.raises(UserError, match=r"checkpoints?/?.*3 cannot be read: it is that of step 2; name another"):
+    with pytest.raises(UserError, match=r"checkpoints?/?.*3 cannot be read: it belongs to step 2; choose another"):
         Checkpoints(folder).restore_params(3, shapes(state(2)[0]))
     assert restored(folder) == 1
     folder = copy(saved, tmp_path / "changed")
@@ -167,7 +167,7 @@ def test_a_checkpoint_with_other_arrays_is_named_with_those_that_differ(saved, c
 def test_a_damaged_checkpoint_is_not_given_out_for_evaluation_or_export(saved, tmp_path):
     folder = copy(saved, tmp_path / "checkpoints")
     shutil.rmtree(folder / "2" / "params" / "d")
-    with pytest.raises(UserError, match=r"checkpoints/2 cannot be read: .*; name another with --checkpoint"):
+    with pytest.raises(UserError, match=r"checkpoints/2 cannot be read: .*; choose another with --checkpoint"):
         Checkpoints(folder).restore_params(2, shapes(state(2)[0]))
     assert equal(Checkpoints(folder).restore_params(1, shapes(state(1)[0])), state(1)[0])
 

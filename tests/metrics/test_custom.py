@@ -191,7 +191,7 @@ def test_what_is_not_a_score_is_refused_in_one_line_that_names_the_metric(own, f
         ("no_such_module:f", "no_such_module cannot be imported: ModuleNotFoundError"),
         ("no such module:f", "cannot be imported"),
         ("leaving.py:f", r"leaving.py cannot be imported: SystemExit: 0 \(leaving.py, line 1\)"),
-        ("~nouser/own.py:f", "~nouser is nobody's home folder"),
+        ("~nouser/own.py:f", "~nouser is not a known home folder"),
         ("gs://bucket/own.py:f", "gs:// is not supported here; give a local path"),
         (":f", "cannot be imported"),
         ("broken.py:f", r"broken.py cannot be imported: SyntaxError: .*\(line 2\)"),

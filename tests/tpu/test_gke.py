@@ -174,12 +174,12 @@ def test_a_dry_run_prints_the_jobset_and_every_command_and_calls_nothing(cloud: 
         (("run", *RUN, "--type=v5litepod"), "v4, v5e, v5p or v6e is needed"),
         (("run", *RUN, "--topology=2x2x4"), "a v5e slice has two sides"),
         (("run", *RUN, "--type=v5p"), "a v5p slice has three sides"),
-        (("run", *RUN, "--topology=3x3"), "9 chips are no multiple of 4 a host"),
+        (("run", *RUN, "--topology=3x3"), "9 chips are not a multiple of 4 a host"),
         (("run", *RUN, "--topology=2x2", "--slices=2"), "GKE joins only slices of several hosts"),
-        (("run", *RUN, "--workdir=runs/x"), "a pod's disk ends with it"),
+        (("run", *RUN, "--workdir=runs/x"), "a pod's disk dies with it"),
         (("run", *RUN, "--env=A"), "NAME=VALUE is needed"),
-        (("run", *RUN, "seed=1"), "options for jax-it stand after --"),
-        (("watch", "--name=run1"), "there is no JobSet run1"),
+        (("run", *RUN, "seed=1"), "options for jax-it go after --"),
+        (("watch", "--name=run1"), "no JobSet is named run1"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(cloud: Cloud, words: tuple[str, ...], says: str) -> None:
