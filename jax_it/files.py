@@ -59,7 +59,7 @@ def locate(path: str | os.PathLike[str], option: str = "") -> epath.Path:
     if not find_spec(package):
         raise UserError(f"{shown} needs {package}: pip install 'jax-it[{extra}]'")
     if not rest.strip("/"):
-        raise UserError(f"{shown} names no bucket; give {scheme}://BUCKET/FOLDER")
+        raise UserError(f"{shown} has no bucket; give {scheme}://BUCKET/FOLDER")
     from fsspec.config import conf  # slow to import, and needed for object stores alone
 
     # By default a process never sees files that others add to a folder after it listed it.

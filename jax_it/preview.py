@@ -57,7 +57,7 @@ def _data_sets(built: data.Built) -> str:
                 + (f", {_share(counts.truncated_turns, counts.examples)} by turns" if counts.truncated_turns else ""),
                 f"    tokens     mean source {counts.source_tokens / counts.examples:.1f}, "
                 f"target {counts.target_tokens / counts.examples:.1f} (before truncation)",
-                f"    supervised {_share(counts.target_tokens, tokens)} of the tokens",
+                f"    trained on {_share(counts.target_tokens, tokens)} of the tokens",
                 f"    unknown    {_share(counts.unknown_tokens, tokens)} of the tokens"
                 + (f": {shown_characters(counts.unknown)}" if counts.unknown else ""),
                 f"    lost       {shown_characters(counts.lost) or 'no character'}",
@@ -123,7 +123,7 @@ def _sequence(batch: CausalBatch, row: int, segment: int, tokenizer: Tokenizer) 
     tokens, weights = batch.tokens_BT[row][here], batch.weights_BT[row][here]
     mask = np.concatenate([[False], weights[:-1] > 0])  # a weight is that of the next token
     return [
-        f"  row {row}, segment {segment}: {len(tokens)} tokens, {int(mask.sum())} of them supervised",
+        f"  row {row}, segment {segment}: {len(tokens)} tokens, {int(mask.sum())} of them trained on",
         f"    text    {_short(repr(tokenizer.text(tokens)))}",
         f"    loss on {_short(repr(tokenizer.text(tokens[mask])))}",
         f"    tokens  {_short(_bracketed(tokens, mask, tokenizer))}",

@@ -220,7 +220,9 @@ class RunDir:
         except (FileNotFoundError, NotADirectoryError):
             if parts := self._parts():
                 raise UserError(_lacks_config(self.path, parts)) from None
-            raise UserError(f"{self.path} holds no run (no config.json); start one with jax-it train") from None
+            raise UserError(
+                f"{self.path} is not a run directory (no config.json); start one with jax-it train"
+            ) from None
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}; restore it, or name another --workdir") from None
         except ValueError as error:

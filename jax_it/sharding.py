@@ -17,7 +17,7 @@ from jax_it.config import Mesh as MeshConfig
 from jax_it.errors import UserError
 
 WHOLE = 4_000_000_000  # bytes of float32 weights that any device has room for, beside what it works on
-AXES = ("data", "fsdp", "expert", "context", "tensor")  # the last lies on the nearest neighbours
+AXES = ("data", "fsdp", "expert", "context", "tensor")  # the last lies on the nearest neighbors
 
 # An axis of the mesh splits at most one axis of an array, the leftmost that asks for it: `D` is split
 # over fsdp in a weight ("D F") and whole in an activation ("B T D"), whose batch took fsdp before. Queries
@@ -35,7 +35,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """Make the mesh of the devices, each slice's neighbours beside each other. A size of -1 takes what is left.
+    """Make the mesh of the devices, each slice's neighbors beside each other. A size of -1 takes what is left.
 
     Raises UserError where the sizes do not fit the devices, or the slices.
     """

@@ -203,7 +203,7 @@ def test_python_m_jax_it_is_the_command():
     assert code == 0 and out.startswith("usage: jax-it") and err == ""
     code, out, err = python("-m", "jax_it", "eval", "--workdir", "nowhere")
     assert code == 2 and out == ""
-    assert err == "jax-it eval: nowhere holds no run (no config.json); start one with jax-it train\n"
+    assert err == "jax-it eval: nowhere is not a run directory (no config.json); start one with jax-it train\n"
 
 
 def test_output_that_cannot_be_written_is_2_and_one_line(tmp_path):

@@ -45,7 +45,7 @@ def test_what_cannot_be_opened_is_said_in_one_line(monkeypatch: pytest.MonkeyPat
 
 def test_a_name_without_a_bucket_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "find_spec", lambda package: object())
-    with pytest.raises(UserError, match="names no bucket"):
+    with pytest.raises(UserError, match="has no bucket"):
         files.locate("gs://")
 
 

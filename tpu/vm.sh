@@ -446,7 +446,7 @@ do_run() {
         fi
         case $AGAIN in
             create)
-                # Pre-emption leaves a queued resource that is suspended; one that has gone was deleted on purpose.
+                # Preemption leaves a queued resource that is suspended; one that has gone was deleted on purpose.
                 [[ $STATE != ABSENT || ! $SEEN ]] || fail "somebody has deleted $NAME, so it is not requested again"
                 [[ $STATE == ABSENT ]] || do_delete # what is left of it
                 if ! do_create; then

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     )
     for name, needed in (("timeout", "follow"), ("json", "summary"), ("csv", "summary")):
         if getattr(options, name) is not None and not getattr(options, needed):
-            raise UserError(f"--{name} goes with --{needed}")
+            raise UserError(f"--{name} needs --{needed}")
     if options.model:
         if options.follow or options.summary or options.checkpoint != "latest":
             raise UserError("--checkpoint, --follow and --summary are for a run: name it with --workdir")

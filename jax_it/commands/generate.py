@@ -82,11 +82,11 @@ def run(options: argparse.Namespace) -> None:
     if options.input and not options.output:
         raise UserError("--input needs --output, the file to write the records to")
     if options.template and not options.input:
-        raise UserError("--template goes with --input")
+        raise UserError("--template needs --input, whose records it renders")
     if options.system and options.raw:
-        raise UserError("--system and --raw exclude each other: a system prompt is rendered with the prompt")
+        raise UserError("--system and --raw exclude each other: a raw prompt is not rendered; leave one out")
     if options.chat and (options.raw or options.output or options.num_return_sequences > 1):
-        raise UserError("--raw, --output and --num-return-sequences do not go with --chat")
+        raise UserError("--raw, --output and --num-return-sequences do not go with --chat; leave them out")
     sampling = _sampling(options)
     if options.chat:
         _chat(options, sampling)
@@ -158,7 +158,7 @@ def _sampling(options: argparse.Namespace) -> Any:
     if not draws and options.num_return_sequences > options.num_beams:
         raise UserError("--num-return-sequences needs a --temperature above 0, or at least as many --num-beams")
     if options.logprobs and not options.output:
-        raise UserError("--logprobs needs --output, the file that they are written to")
+        raise UserError("--logprobs needs --output, the file to write them to")
     early_stopping: Any = {"no": False, "yes": True, "never": "never"}[options.early_stopping]
     sampling = Sampling(
         temperature=options.temperature,

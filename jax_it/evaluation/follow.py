@@ -47,7 +47,7 @@ def follow(
     with on_signals("eval", STOPPED) as stopping:
         if hosts.from_first(lambda: _wait_for_run(run_dir, timeout or START_TIMEOUT)) != "found":
             raise UserError(
-                f"{run_dir.path} holds no run after {timeout or START_TIMEOUT:.0f} s; start one with jax-it train, or "
+                f"{run_dir.path} has no run after {timeout or START_TIMEOUT:.0f} s; start one with jax-it train, or "
                 "fix --workdir"
             )
         with _locked(run_dir, options) as heartbeat:

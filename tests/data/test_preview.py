@@ -103,7 +103,7 @@ def test_it_says_what_became_of_each_data_set(text):
     assert "    dropped    1 (16.67%) with an empty completion, 0 (0.00%) too long\n" in text
     assert "    truncated  1 (16.67%) sources, 1 (16.67%) targets\n" in text
     assert f"    tokens     mean source {38 / 6:.1f}, target {22 / 6:.1f} (before truncation)\n" in text
-    assert "    supervised 22 (36.67%) of the tokens\n" in text
+    assert "    trained on 22 (36.67%) of the tokens\n" in text
     assert "    unknown    0 (0.00%) of the tokens\n    lost       no character" in text
 
 
@@ -125,7 +125,7 @@ def test_it_says_how_full_the_rows_are_and_how_long_the_run_is(text):
     assert epoch * 2 <= steps < epoch * 2 + 1
 
 
-def test_it_shows_texts_and_tokens_with_what_is_supervised_in_brackets(tmp_path):
+def test_it_shows_texts_and_tokens_with_what_is_trained_on_in_brackets(tmp_path):
     text = shown(tmp_path, number=100, batch_size=16)
     examples = text.split("First examples of the first batch: tokens that the loss counts are shown in [brackets]\n")[1]
     found = re.findall(
@@ -205,13 +205,13 @@ def test_of_a_causal_model_it_shows_the_texts_the_pieces_and_the_packing(tmp_pat
     assert "  talks: 3 examples, 2 kept\n    dropped    1 (33.33%) with an empty completion" in text
     assert " targets\n" in text and "by turns" not in text
     assert re.search(r"Packed rows\n  128 tokens, [\d.]+% full\n  2 rows a step, 2\.00 examples a row", text)
-    supervised, of = re.search(r"supervised (\d+) \((.*)%\) of the tokens", text).groups()
-    shown = re.findall(r"  row \d+, segment \d: (\d+) tokens, (\d+) of them supervised\n(.*\n.*\n.*)", text)
+    trained_on, of = re.search(r"trained on (\d+) \((.*)%\) of the tokens", text).groups()
+    shown = re.findall(r"  row \d+, segment \d: (\d+) tokens, (\d+) of them trained on\n(.*\n.*\n.*)", text)
     assert len(shown) == 4  # the step is two epochs
     shown = sorted(set(shown))
     assert len(shown) == 2
-    assert sum(int(number) for _, number, _ in shown) == int(supervised)
-    assert float(of) == pytest.approx(100 * int(supervised) / sum(int(tokens) for tokens, _, _ in shown), abs=0.01)
+    assert sum(int(number) for _, number, _ in shown) == int(trained_on)
+    assert float(of) == pytest.approx(100 * int(trained_on) / sum(int(tokens) for tokens, _, _ in shown), abs=0.01)
     (talk,) = [lines for _, _, lines in shown if "am" in lines]
     assert "assistant\\nI am<|im_end|>" in talk
     assert "loss on 'I am<|im_end|>I am<|im_end|>'" in talk

@@ -96,8 +96,8 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_scored(run, 
     [
         (("--config.train.seed=1",), "--config.train.seed: jax-it eval can only change eval and data.eval"),
         (("--config.eval.limt=1",), "config.eval.limt is not a setting"),
-        (("--timeout", "3"), "--timeout goes with --follow"),
-        (("--json", "x"), "--json goes with --summary"),
+        (("--timeout", "3"), "--timeout needs --follow"),
+        (("--json", "x"), "--json needs --summary"),
         (("--follow", "--summary"), "not allowed with argument --follow"),
         (("--follow", "--checkpoint", "45"), "not allowed with argument --follow"),
         (("--model", "x"), "not allowed with argument --workdir"),
@@ -111,7 +111,9 @@ def test_what_cannot_be_understood_is_refused(run, capfd, options, message):
 
 @pytest.mark.parametrize("options", [(), ("--summary",)])
 def test_a_folder_that_holds_no_run_is_named(tmp_path, capfd, options):
-    assert f"{tmp_path} holds no run (no config.json)" in fails(capfd, "eval", "--workdir", tmp_path, *options)
+    assert f"{tmp_path} is not a run directory (no config.json)" in fails(
+        capfd, "eval", "--workdir", tmp_path, *options
+    )
 
 
 def test_a_source_that_cannot_be_read_costs_only_its_own_scores(run, other, tmp_path, capfd):

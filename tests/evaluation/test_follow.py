@@ -198,7 +198,7 @@ def test_a_run_that_is_not_there_yet_is_waited_for(run, capfd):
 
 
 def test_a_run_that_never_comes_is_given_up(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere holds no run after 1 s; start one with jax-it train"):
+    with pytest.raises(UserError, match=r"nowhere has no run after 1 s; start one with jax-it train"):
         follow(tmp_path / "nowhere", timeout=1)
     assert not (tmp_path / "nowhere").exists()
 

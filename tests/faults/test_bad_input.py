@@ -163,7 +163,7 @@ def test_a_run_that_another_process_trains_is_refused(capfd, config, finished, t
 def test_a_folder_without_a_run_or_checkpoint_is_named(capfd, finished, tmp_path, command):
     options = ["--output", tmp_path / "out"] if command == "export" else []
     nowhere = tmp_path / "nowhere"
-    has(fails(capfd, command, "--workdir", nowhere, *options), nowhere, "holds no run", "jax-it train")
+    has(fails(capfd, command, "--workdir", nowhere, *options), nowhere, "is not a run directory", "jax-it train")
     line = fails(capfd, command, "--workdir", finished, "--checkpoint", 7, *options)
     has(line, "--checkpoint 7", "45, 60, latest or best")
     has(fails(capfd, command, "--workdir", finished, "--checkpoint", "best", *options), finished, "jax-it eval")
