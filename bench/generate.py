@@ -262,7 +262,7 @@ def requests(records: list[dict[str, str]], tokenizer: Any, ends: list[int]) -> 
         [*tokens[: LONGEST - len(ends)], *ends] for tokens in tokenizer.encode([record["prompt"] for record in records])
     ]
     completions = tokenizer.encode([record["completion"] for record in records])
-    lengths = [min(len(tokens) + 1, LONGEST_NEW) for tokens in completions]  # the end mark is generated too
+    lengths = [min(len(tokens) + 1, LONGEST_NEW) for tokens in completions]  # the end token is generated too
     return {"fixed": Request(prompts, [FIXED] * len(prompts)), "drawn": Request(prompts, lengths)}
 
 

@@ -2,7 +2,7 @@
 
 jax_it.train(config, workdir)                      a run, from where it stands
 jax_it.evaluate(workdir)                           its scores
-jax_it.load(path) -> model, params, tokenizer      a Transformers folder, a hub name or a run's folder
+jax_it.load(path) -> model, params, tokenizer      a Transformers folder, a hub name or a run directory
 jax_it.generate(model, params, tokenizer, prompts) -> texts    for prompts that are rendered as in training
 jax_it.save(path, model, params, tokenizer)        a Transformers folder
 """

@@ -1,4 +1,4 @@
-"""A run's directory: which files it has, who holds it, and how each of them is read back and checked.
+"""A run directory: which files it has, who holds it, and how each of them is read back and checked.
 
 config.json             the run's config, what was resolved, the versions that ran, and hashes of the next two
 model/config.json       the model's configuration;  tokenizer/  its tokenizer

@@ -84,7 +84,7 @@ config_file() {
     [[ $file != */* && $file != *.py ]] || echo "$file"
 }
 
-# Where XLA keeps compiled programs: beside the run's folder unless said otherwise, so that runs share it.
+# Where XLA keeps compiled programs: beside the run directory unless said otherwise, so that runs share it.
 cache_folder() {
     local workdir=${1%/} cache=$2
     if [[ $cache == none ]]; then

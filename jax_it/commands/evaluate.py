@@ -10,7 +10,7 @@ from jax_it.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     scored = parser.add_mutually_exclusive_group(required=True)
-    scored.add_argument("--workdir", type=arguments.path, metavar="DIR", help="the run's directory")
+    scored.add_argument("--workdir", type=arguments.path, metavar="DIR", help="the run directory")
     scored.add_argument(
         "--model", type=arguments.path, metavar="DIR|NAME", help="a Transformers or PEFT folder or a hub name"
     )
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--summary", action="store_true", help="show the scores of all steps in one table")
     parser.add_argument(
         "--config", type=arguments.non_empty, metavar="NAME|FILE[:ARG]",
-        help="a file whose eval and data.eval replace the run's",
+        help="a config whose eval and data.eval replace the run's",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=arguments.path, metavar="DIR", help="a folder for the scores (default: the run's)"

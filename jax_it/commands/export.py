@@ -8,7 +8,7 @@ from jax_it.commands import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", type=arguments.path, required=True, metavar="DIR", help="the run's directory")
+    parser.add_argument("--workdir", type=arguments.path, required=True, metavar="DIR", help="the run directory")
     parser.add_argument(
         "--output",
         type=partial(arguments.path, locate=files.locate_local),

@@ -13,7 +13,7 @@ MAX_SEED = (1 << 32) - 1  # JAX uses the lowest 32 bits: a larger seed would rep
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=arguments.path, required=True, metavar="DIR|NAME",
-        help="a run's directory, a Transformers or PEFT folder, or a hub name",
+        help="a run directory, a Transformers or PEFT folder, or a hub name",
     )  # fmt: skip
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", type=arguments.text, metavar="TEXT", help="one prompt; the text is printed")

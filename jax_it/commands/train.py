@@ -8,7 +8,7 @@ from jax_it.commands import arguments
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_config(parser)
-    parser.add_argument("--workdir", type=arguments.path, required=True, metavar="DIR", help="the run's directory")
+    parser.add_argument("--workdir", type=arguments.path, required=True, metavar="DIR", help="the run directory")
     parser.add_argument(
         "--allow-change", action="append", default=[], metavar="SETTING",
         help="continue with another value of this setting, such as train.duration; may be repeated",
