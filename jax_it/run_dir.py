@@ -408,7 +408,7 @@ class RunDir:
             return max(scores, key=lambda step: scores[step])
         if which not in map(str, steps):
             raise UserError(
-                f"--checkpoint: no checkpoint {shorten(which)} in {self.path}; "
+                f"--checkpoint {shorten(which)}: no such checkpoint in {self.path}; "
                 f"choose {', '.join(map(str, steps))}, latest or best"
             )
         return int(which)

@@ -157,10 +157,10 @@ def test_what_is_no_file_among_the_metadata_is_named(saved, tmp_path, make):
 def test_a_checkpoint_with_other_arrays_is_named_with_those_that_differ(saved, capfd):
     params = state(2)[0]
     other = {"large": params["large"], "small": {"vector": params["small"]["vector"], "ones": jnp.ones(5)}}
-    with pytest.raises(UserError, match=r"it has other arrays than this run: small.ones, small.zeros differ; name"):
+    with pytest.raises(UserError, match=r"it has other arrays than this run: small.ones, small.zeros differ; choose"):
         Checkpoints(saved).restore_params(2, shapes(other))
     other = params | {"large": jnp.ones((64, 31))}
-    with pytest.raises(UserError, match=r"it has an array of shape \(64, 32\) where this run has \(64, 31\); name"):
+    with pytest.raises(UserError, match=r"it has an array of shape \(64, 32\) where this run has \(64, 31\); choose"):
         Checkpoints(saved).restore_params(2, shapes(other))
 
 
