@@ -42,7 +42,7 @@ class ChatSession:
                 f"{tokenizer.name} has no chat template, so the model was not trained on conversations; use --prompt, "
                 "or train it with config.model.chat_template='default'"
             )
-        mesh = sharding.make_mesh(sharding.inference_mesh(model.parameter_count))
+        mesh = sharding.inference_mesh(model.parameter_count)
         engine = Engine(model, mesh, max_new_tokens, 1, sampling, chat.ends(tokenizer))
         self._scheduler = Scheduler(engine.load(params), stream_interval=1)
         self._model, self._tokenizer, self._format = model, tokenizer, make_format(model, tokenizer)

@@ -67,7 +67,7 @@ def predict(
     """
     if not prompts:
         return []
-    mesh = mesh or sharding.make_mesh(sharding.inference_mesh(model.parameter_count))
+    mesh = mesh or sharding.inference_mesh(model.parameter_count)
     encoded = encode(make_format(model, tokenizer), tokenizer, prompts, raw)
     check_length(model, encoded, max_new_tokens)
     stopping = StopStrings(stop, tokenizer.decode) if stop else None
