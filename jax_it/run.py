@@ -41,7 +41,7 @@ FLOPS_OF_A_SCORE = 2000
 
 @dataclass(frozen=True)
 class Run:
-    """What every command works on. A model that is no run has neither a directory nor anything resolved."""
+    """What every command works on. A model that is not a run's has neither a directory nor anything resolved."""
 
     config: Config
     model: Model  # without its weights

@@ -37,7 +37,7 @@ from jax_it.pretrained.folder import find_folder
 from jax_it.resolved_run import Changes, ResolvedRun
 
 CREATING = ".creating"  # while the directory is being made, so that leftovers of a killed start are recognizable
-# Of a run's folder: it changes with the names of settings or of weights in checkpoints.
+# Of a run directory: it changes with the names of settings or of weights in checkpoints.
 FORMAT = 3
 # The parts of a run, and whether they are folders.
 PARTS = {
@@ -236,7 +236,7 @@ class RunDir:
         found = saved.get("format", 1)
         if {"config", "resolved"} <= saved.keys() and found != FORMAT:
             raise UserError(
-                f"{file} is of a run in format {shown(found)}, and this version of jax_it has format {FORMAT}: "
+                f"{file} is that of a run in format {shown(found)}, but this version of jax_it reads format {FORMAT}: "
                 "settings and weights were renamed; continue or export the run with the version that started it"
             )
         return saved
@@ -421,7 +421,7 @@ class RunDir:
     def rewind_metrics(self, step: int) -> None:
         """Drop logged steps after `step`, which a resumed run will take again, and lines that were cut off.
 
-        On the first host, and before any has written more. Says so where a line amid the others cannot be read, or
+        On the first host, and before any has written more. Says so where a line among the others cannot be read, or
         where steps were logged and no checkpoint is left of them.
         """
         if not hosts.is_first():
@@ -451,7 +451,7 @@ def read_scores(folder: Any) -> dict[str, dict[str, Any]]:
     Raises OSError where it cannot be read, and ValueError where it is damaged.
     """
     found = files.read_json(folder / SCORES)
-    # A task can have this name, and its scores are no text; an older version wrote no checksum.
+    # A task can have this name, and its scores are not text; an older version wrote no checksum.
     if isinstance(found, dict) and isinstance(found.get("checksum"), str) and _is_changed(found):
         raise ValueError(
             "it has been changed; evaluate again, or delete the checksum line if the change is intentional"

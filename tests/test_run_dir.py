@@ -462,9 +462,11 @@ def test_a_run_of_another_format_is_refused_by_its_file(run_dir):
     del saved["checksum"]
     for change in ({"format": FORMAT + 1}, {"format": None}):
         file.write_text(json.dumps(saved | change))
-        with pytest.raises(UserError, match=rf"^{file} is of a run in format \S+, .*; continue or export the run"):
+        with pytest.raises(UserError, match=rf"^{file} is that of a run in format \S+, .*; continue or export the run"):
             run_dir.open()
     del saved["format"]  # a run that was started before there were formats
     file.write_text(json.dumps(saved))
-    with pytest.raises(UserError, match=f"is of a run in format 1, and this version of jax_it has format {FORMAT}"):
+    with pytest.raises(
+        UserError, match=f"is that of a run in format 1, but this version of jax_it reads format {FORMAT}"
+    ):
         run_dir.open()

@@ -218,7 +218,7 @@ def test_a_folder_that_does_not_exist_is_named():
 
 def test_a_hub_name_that_cannot_be_fetched_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="'nobody/nothing' is no local folder and could not be fetched"):
+    with pytest.raises(UserError, match="'nobody/nothing' is not a local folder and could not be fetched"):
         find_folder("nobody/nothing")
 
 
