@@ -14,7 +14,8 @@ from jax_it.errors import UserError
 from jax_it.generation import GREEDY, Engine, Request, RequestOutput, Sampling, Scheduler, StopStrings
 from jax_it.models import Model, Params
 from jax_it.predict import check_length, encode
-from jax_it.run import inference_mesh, load, make_format
+from jax_it.run import load, make_format
+from jax_it.sharding import inference_mesh
 from jax_it.status import activity
 
 RESET = "/reset"
@@ -41,7 +42,8 @@ class ChatSession:
                 f"{tokenizer.name} has no chat template, so the model was not trained on conversations; use --prompt, "
                 "or train it with config.model.chat_template='default'"
             )
-        engine = Engine(model, inference_mesh(model), max_new_tokens, 1, sampling, chat.ends(tokenizer))
+        mesh = inference_mesh(model.parameter_count)
+        engine = Engine(model, mesh, max_new_tokens, 1, sampling, chat.ends(tokenizer))
         self._scheduler = Scheduler(engine.load(params), stream_interval=1)
         self._model, self._tokenizer, self._format = model, tokenizer, make_format(model, tokenizer)
         self._max_new_tokens = max_new_tokens

@@ -16,7 +16,8 @@ from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from jax_it.generation import GREEDY, Engine, Sampling, StopStrings
 from jax_it.models import Model, Params
-from jax_it.run import inference_mesh, load, make_format
+from jax_it.run import load, make_format
+from jax_it.sharding import inference_mesh
 from jax_it.status import Bar
 
 Prompt = str | Sequence[Turn]
@@ -67,7 +68,7 @@ def predict(
     """
     if not prompts:
         return []
-    mesh = mesh or inference_mesh(model)
+    mesh = mesh or inference_mesh(model.parameter_count)
     encoded = encode(make_format(model, tokenizer), tokenizer, prompts, raw)
     check_length(model, encoded, max_new_tokens)
     stopping = StopStrings(stop, tokenizer.decode) if stop else None

@@ -41,7 +41,7 @@ FLOPS_OF_A_SCORE = 2000
 
 @dataclass(frozen=True)
 class Run:
-    """What every command works on. A model that is no run has neither a directory nor anything resolved."""
+    """What every command works on. A model that is not a run's has neither a directory nor anything resolved."""
 
     config: Config
     model: Model  # without its weights
@@ -158,8 +158,8 @@ def resume_run(config: Config, run_dir: RunDir, mesh: jax.sharding.Mesh, allow_c
     return dataclasses.replace(run, resolved=resolved, data=built, changes=changes)
 
 
-def open_run(run_dir: RunDir, mesh: jax.sharding.Mesh | None = None, dtype: Literal["", "float32"] = "") -> Run:
-    """Open a run as it was started, to score or export it: over all devices, or on the mesh that is given.
+def open_run(run_dir: RunDir, dtype: Literal["", "float32"] = "") -> Run:
+    """Open a run as it was started, to score or export it, over all devices.
 
     `dtype` is that of the computation, "" for the config's.
     """
@@ -167,7 +167,8 @@ def open_run(run_dir: RunDir, mesh: jax.sharding.Mesh | None = None, dtype: Lite
     if dtype:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
     model = run_dir.model(config, resolved)
-    return Run(config, model, run_dir.tokenizer(), mesh or inference_mesh(model), run_dir, resolved)
+    mesh = sharding.inference_mesh(model.parameter_count)
+    return Run(config, model, run_dir.tokenizer(), mesh, run_dir, resolved)
 
 
 def load(path: str) -> tuple[Model, Params, Tokenizer]:
@@ -192,17 +193,12 @@ def load_run(path: str) -> tuple[Run, Params]:
             config = settings.Model(path=peft.base_of(path), lora=settings.Lora(path=path))
             if not (run_dir.path / "tokenizer_config.json").is_file():
                 tokenizer_path = config.path
-        mesh = inference_mesh(pretrained.load_model(config))
+        mesh = sharding.inference_mesh(pretrained.load_model(config).parameter_count)
         model, params = pretrained.load(config, mesh)
         tokenizer = tokenizers.load(str(find_folder(tokenizer_path)))
         run = Run(settings.Config(model=config), model, tokenizer, mesh)
     check_vocabulary(run.model, run.tokenizer)
     return run, params
-
-
-def inference_mesh(model: Model) -> jax.sharding.Mesh:
-    """Return a mesh of all devices to score and generate on."""
-    return sharding.make_mesh(sharding.inference_mesh(model.parameter_count))
 
 
 def load_tokenizer(config: Config) -> Tokenizer:

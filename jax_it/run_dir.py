@@ -428,7 +428,7 @@ class RunDir:
     def rewind_metrics(self, step: int) -> None:
         """Drop logged steps after `step`, which a resumed run will take again, and lines that were cut off.
 
-        On the first host, and before any has written more. Says so where a line amid the others cannot be read, or
+        On the first host, and before any has written more. Says so where a line among the others cannot be read, or
         where steps were logged and no checkpoint is left of them.
         """
         if not hosts.is_first():
@@ -458,7 +458,7 @@ def read_scores(folder: Any) -> dict[str, dict[str, Any]]:
     Raises OSError where it cannot be read, and ValueError where it is damaged.
     """
     found = files.read_json(folder / SCORES)
-    # A task can have this name, and its scores are no text; an older version wrote no checksum.
+    # A task can have this name, and its scores are not text; an older version wrote no checksum.
     if isinstance(found, dict) and isinstance(found.get("checksum"), str) and _is_changed(found):
         raise ValueError(
             "it has been changed; evaluate again, or delete the checksum line if the change is intentional"

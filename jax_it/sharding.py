@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax_it.config import Mesh as MeshConfig
 from jax_it.errors import UserError
 
-WHOLE = 4_000_000_000  # bytes of float32 weights that any device has room for, beside what it works on
+WHOLE_MODEL = 4_000_000_000  # bytes of float32 weights that fit on any device beside what it works on
 AXES = ("data", "fsdp", "expert", "context", "tensor")  # the last lies on the nearest neighbors
 
 # An axis of the mesh splits at most one axis of an array, the leftmost that asks for it: `D` is split
@@ -100,9 +100,9 @@ def _slices(number: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]
     return [list(devices[i * each : (i + 1) * each]) for i in range(number)]
 
 
-def inference_mesh(parameters: int) -> MeshConfig:
-    """Return the mesh to score and generate on: a small model whole on every device, a large one split over them."""
-    return MeshConfig() if parameters * 4 <= WHOLE else MeshConfig(data=1, fsdp=-1)
+def inference_mesh(parameters: int) -> jax.sharding.Mesh:
+    """Make a mesh of all devices to score and generate on: a small model whole on each, a large one split over them."""
+    return make_mesh(MeshConfig() if parameters * 4 <= WHOLE_MODEL else MeshConfig(data=1, fsdp=-1))
 
 
 def spec(logical_axes: str, shape: Sequence[int], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:

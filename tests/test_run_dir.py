@@ -148,7 +148,7 @@ def test_another_config_is_refused_and_the_field_that_differs_is_named(run_dir, 
     ],
 )
 def test_what_does_not_change_the_losses_may_change(run_dir, changes):
-    run_dir.check_same(resolve(**changes))
+    assert run_dir.check_same(resolve(**changes)) == {}
 
 
 def test_the_model_of_a_resumed_run_is_computed_as_its_config_now_says(run_dir):
@@ -399,7 +399,7 @@ def test_the_newest_checkpoint_of_a_run_is_loaded_sharded_over_all_devices(finis
     _, params, tokenizer = load(str(finished))
     run_dir = RunDir(finished)
     mesh = make_mesh(Mesh(), jax.devices()[:1])
-    expected = open_run(run_dir, mesh).load_params(tiny_run.STEPS)
+    expected = dataclasses.replace(open_run(run_dir), mesh=mesh).load_params(tiny_run.STEPS)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert all(len(leaf.sharding.device_set) == jax.device_count() for leaf in jax.tree.leaves(params))
     assert tokenizer.digest() == run_dir.tokenizer().digest()
@@ -435,7 +435,7 @@ def adapted(tmp_path):
 def test_the_weights_beneath_adapters_are_read_from_the_base_model(adapted):
     base, run_dir, config, model = adapted
     mesh = make_mesh(Mesh(), jax.devices()[:1])
-    run = open_run(run_dir, mesh)
+    run = dataclasses.replace(open_run(run_dir), mesh=mesh)
     frozen = run.load_frozen()
     jax.tree.map(np.testing.assert_array_equal, frozen, cases.load(base)[1])
     assert dataclasses.replace(run, model=dataclasses.replace(model, adapter=None)).load_frozen() == {}

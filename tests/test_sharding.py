@@ -43,7 +43,8 @@ def test_every_proposal_fits():
         given = {axis: getattr(config, axis) for axis in sharding.AXES}
         for proposal in sharding._fitting(given, 8):
             proposed = dict(part.split("=") for part in proposal.split(" x "))
-            sharding.make_mesh(Mesh(**{"data": 1} | {axis: int(size) for axis, size in proposed.items()}))
+            mesh = sharding.make_mesh(Mesh(**{"data": 1} | {axis: int(size) for axis, size in proposed.items()}))
+            assert mesh.size == 8 and all(mesh.shape[axis] == int(size) for axis, size in proposed.items())
 
 
 @pytest.mark.parametrize("across, slices", [("data", 2), ("data", 4), ("fsdp", 2)])

@@ -136,8 +136,8 @@ def _read(
         number = len(requests[i].continuations)
         if not np.isfinite(sums[row, :number]).all():
             raise UserError(
-                f"the model's logits for prompt {i + 1} are not finite, so nothing is likely: its weights are broken, "
-                "or too large for the dtype that it is computed in"
+                f"the model's logits for prompt {i + 1} are not finite, so there are no log-likelihoods: its weights "
+                "are broken, or too large for the dtype that it is computed in"
             )
         yield i, [Likelihood(float(sums[row, c]), bool(greedy[row, c])) for c in range(number)]
 

@@ -46,11 +46,11 @@ def check(sampling: Sampling, max_new_tokens: int, vocab_size: int) -> None:
         raise UserError(f"repetition_penalty {sampling.repetition_penalty:g}: it must be from 1e-6 to 1e30")
     if not abs(sampling.length_penalty) * math.log10(max_new_tokens + 1) <= 30:
         raise UserError(
-            f"length_penalty {sampling.length_penalty:g}: {max_new_tokens} tokens to this power are beyond 1e30; take "
+            f"length_penalty {sampling.length_penalty:g}: {max_new_tokens} tokens to this power are beyond 1e30; use "
             "one nearer to 0"
         )
     if sampling.num_beams > vocab_size:
-        raise UserError(f"num_beams {sampling.num_beams}: the model has {vocab_size} tokens to begin with; take fewer")
+        raise UserError(f"num_beams {sampling.num_beams}: the model has {vocab_size} tokens to begin with; use fewer")
 
 
 def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:

@@ -34,14 +34,14 @@ SHRINK = 4  # a quarter of the slots is left when no more requests wait
 SHRINKABLE = 16  # slots; fewer are left as they are
 
 
-class Text(NamedTuple):
-    """What a slot is for."""
+class Completion(NamedTuple):
+    """The text of a request that a slot decodes."""
 
     request: Request
     sample: int  # which of the request's texts
 
 
-class Group(NamedTuple):
+class PrefillGroup(NamedTuple):
     """Requests to prefill together."""
 
     requests: list[Request]
@@ -61,9 +61,9 @@ class Scheduler:
     def __init__(self, engine: "Engine", stream_interval: int = 0):
         self._engine, self._stream_interval = engine, stream_interval
         self._each = engine.slots_per_request
-        self._slots: list[Text | None] = [None] * engine.num_slots
+        self._slots: list[Completion | None] = [None] * engine.num_slots
         self._queue: deque[Request] = deque()  # not in a group yet
-        self._groups: deque[Group] = deque()  # not in slots yet
+        self._groups: deque[PrefillGroup] = deque()  # not in slots yet
 
     def add_request(self, request: Request) -> None:
         """Queue a request, whose `stop` is not asked of beams. Raises ValueError for a limit below 1."""
@@ -76,7 +76,7 @@ class Scheduler:
         waiting = [*(request for group in self._groups for request in group.requests), *self._queue]
         self._queue = deque(request for request in waiting if request.request_id != request_id)
         self._groups.clear()
-        self._slots = [None if text and text.request.request_id == request_id else text for text in self._slots]
+        self._slots = [None if each and each.request.request_id == request_id else each for each in self._slots]
 
     @property
     def has_unfinished(self) -> bool:
@@ -101,9 +101,9 @@ class Scheduler:
         # Decoding stops when the next group fits, or when the slots are to become fewer, or when all texts have ended.
         next_group = len(self._groups[0].requests) if self._groups else 1
         until_done = next_group * self._each if waiting else len(self._slots) - fewer
-        asked = any(text and text.request.stop for text in self._slots)
+        asked = any(each and each.request.stop for each in self._slots)
         steps = self._stream_interval or (STOP_INTERVAL if asked else self._engine.max_new_tokens)
-        return list(self._read(self._engine.decode([text is None for text in self._slots], steps, until_done)))
+        return list(self._read(self._engine.decode([each is None for each in self._slots], steps, until_done)))
 
     def _resize(self, number: int) -> None:
         """Continue with `number` slots, the running ones first."""
@@ -114,7 +114,7 @@ class Scheduler:
 
     def _prefill(self) -> None:
         """Start the requests that are next."""
-        free = [slot for slot, text in enumerate(self._slots) if text is None]
+        free = [slot for slot, completion in enumerate(self._slots) if completion is None]
         idle, fit = len(free) == len(self._slots), len(free) // self._each
         due = min(len(self._queue), fit) if self._stream_interval else len(self._queue)
         self._groups.extend(self._group([self._queue.popleft() for _ in range(due)]))
@@ -126,30 +126,30 @@ class Scheduler:
                 break
             self._groups.popleft()
             if requests[number:]:
-                self._groups.appendleft(Group(requests[number:], width))
-            started.append(Group(requests[:number], width))
+                self._groups.appendleft(PrefillGroup(requests[number:], width))
+            started.append(PrefillGroup(requests[:number], width))
             fit -= number
         if started:  # the cache grows once for all of them
             self._engine.reserve(max(MIN_CAPACITY, bucket(max(group.width for group in started), MAX_CAPACITY)))
         for group in started:
-            texts = [Text(request, sample) for request in group.requests for sample in range(self._each)]
-            taken, free = free[: len(texts)], free[len(texts) :]
-            for slot, text in zip(taken, texts, strict=True):
-                self._slots[slot] = text
-            self._engine.insert(self._batch(group, texts, taken))
+            completions = [Completion(request, sample) for request in group.requests for sample in range(self._each)]
+            taken, free = free[: len(completions)], free[len(completions) :]
+            for slot, completion in zip(taken, completions, strict=True):
+                self._slots[slot] = completion
+            self._engine.insert(self._batch(group, completions, taken))
 
-    def _group(self, requests: list[Request]) -> list[Group]:
+    def _group(self, requests: list[Request]) -> list[PrefillGroup]:
         """Return the groups that requests are prefilled in, shortest prompts first.
 
         All groups are full but the first, in which empty rows cost least.
         """
         requests = sorted(requests, key=lambda request: len(request.prompt))
         widths = length_buckets.choose([len(each.prompt) for each in requests], 1, self._engine.prefill_widths)
-        groups: list[Group] = []
+        groups: list[PrefillGroup] = []
         while requests:
             width = widths[len(requests) - 1]
             start = max(0, len(requests) - self._prefill_rows(width))
-            groups.insert(0, Group(requests[start:], width))
+            groups.insert(0, PrefillGroup(requests[start:], width))
             del requests[start:]
         return groups
 
@@ -163,30 +163,34 @@ class Scheduler:
         """Return a number of rows of which every device has as many."""
         return -(-rows // self._engine.shards) * self._engine.shards
 
-    def _batch(self, group: Group, texts: list[Text], slots: list[int]) -> PrefillBatch:
+    def _batch(self, group: PrefillGroup, completions: list[Completion], slots: list[int]) -> PrefillBatch:
         """Return a group's arrays, padded to as many prompts and slots as all groups of its width have."""
         rows, limit = self._prefill_rows(group.width), self._engine.max_new_tokens
-        padding = [0] * (rows * self._each - len(texts))
+        padding = [0] * (rows * self._each - len(completions))
         return PrefillBatch(
             *length_buckets.pad([request.prompt for request in group.requests], rows, group.width),
             slots_Y=np.array(slots + [self._engine.num_slots for _ in padding], np.int32),
-            prompts_Y=np.array([i // self._each for i in range(len(texts))] + padding, np.int32),
+            prompts_Y=np.array([i // self._each for i in range(len(completions))] + padding, np.int32),
             text_ids_Y=np.array(
-                [text.request.request_id * self._each + text.sample for text in texts] + padding, np.int32
+                [each.request.request_id * self._each + each.sample for each in completions] + padding, np.int32
             ),
-            limits_Y=np.array([min(text.request.max_new_tokens or limit, limit) for text in texts] + padding, np.int32),
+            limits_Y=np.array(
+                [min(each.request.max_new_tokens or limit, limit) for each in completions] + padding, np.int32
+            ),
         )
 
     def _read(self, result: DecodeResult) -> Iterator[RequestOutput]:
         """Yield the outputs that are due, and free the slots of those that have ended."""
         streams = self._stream_interval and self._engine.num_beams == 1
-        for slot, text in enumerate(self._slots):
+        for slot, completion in enumerate(self._slots):
             done = bool(result.done_B[slot])
-            if not text or not (done or streams or text.request.stop):
+            if not completion or not (done or streams or completion.request.stop):
                 continue
             number = int(result.number_B[slot])
             outputs = [
-                self._output(text.request, text.sample + best, tokens_T[:number].tolist(), log_probs_T, done)
+                self._output(
+                    completion.request, completion.sample + best, tokens_T[:number].tolist(), log_probs_T, done
+                )
                 for best, (tokens_T, log_probs_T) in enumerate(
                     zip(result.tokens_BOT[slot], result.log_probs_BOT[slot], strict=True)
                 )
@@ -218,16 +222,15 @@ def generate(
     engine: "Engine",
     params: "Params",
     prompts: Sequence[Sequence[int]],
-    limits: Sequence[int] | None = None,
     stop: Callable[[Sequence[int]], bool] | None = None,
 ) -> Iterator[RequestOutput]:
-    """Yield every text of the prompts as it ends; request i is prompt i, which has `limits[i]` new tokens at most.
+    """Yield every text of the prompts as it ends; request i is prompt i.
 
-    Raises ValueError for a limit below 1, and UserError where the model's logits are not finite.
+    Raises UserError where the model's logits are not finite.
     """
     scheduler = Scheduler(engine.load(params))
     for i, prompt in enumerate(prompts):
-        scheduler.add_request(Request(i, prompt, limits[i] if limits else None, stop))
+        scheduler.add_request(Request(i, prompt, stop=stop))
     while scheduler.has_unfinished:
         for output in scheduler.step():
             if output.finish_reason == "error":

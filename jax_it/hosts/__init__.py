@@ -51,7 +51,7 @@ def start() -> None:
 
 
 def is_first() -> bool:
-    """Return whether this process writes what all share: the run's folder, logs, reports."""
+    """Return whether this process writes what all share: the run directory, logs, reports."""
     if _connections is not None:
         return _connections.env.process_id == 0
     return distributed.global_state.process_id == 0

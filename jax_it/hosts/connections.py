@@ -108,7 +108,7 @@ class Connections:
         except TimeoutError:
             self._note(End(index, f"was lost: nothing was heard of it for {limit:.0f} s", 75))
         except (OSError, ValueError):
-            self._note(End(index, "was lost: its process ended without a word", 75))
+            self._note(End(index, "was lost: its process ended without giving a reason", 75))
 
     def _note(self, end: End) -> None:
         """Note and pass on the first end; process 0 passes it to all, the others to process 0."""
@@ -233,7 +233,7 @@ def _open_server(port: int, until: float) -> socket.socket:
             return server
         except OSError as error:
             if time.monotonic() > until:
-                raise UserError(f"cannot listen on port {port}: {error.strerror}; end what uses it") from None
+                raise UserError(f"cannot listen on port {port}: {error.strerror}; stop what uses it") from None
             time.sleep(1)  # the previous run may be about to end
 
 

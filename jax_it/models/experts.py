@@ -26,7 +26,7 @@ class Experts(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What the balancing loss needs of a layer, or of all of them: sums over the tokens that are no padding."""
+    """What the balancing loss needs of a layer, or of all of them: sums over the tokens that are not padding."""
 
     probabilities_X: jax.Array
     counts_X: jax.Array  # of tokens sent to each expert; no gradient

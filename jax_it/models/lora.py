@@ -105,7 +105,7 @@ class Adapter:
 def make_adapter(config: Lora, weights: Mapping[str, WeightSpec], layers: Mapping[str, int]) -> Adapter:
     """Return the adapter that the config asks for. `layers` says how many layers each stacked weight has.
 
-    Raises UserError for a target that is no weight, or one of some layers alone.
+    Raises UserError for a target that is not a weight, or that names only some of the layers.
     """
     paths = choose_targets(config.targets, weights, layers)
     scale = config.alpha / (math.sqrt(config.rank) if config.rank_stabilized else config.rank)

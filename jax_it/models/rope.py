@@ -110,7 +110,7 @@ def read(
     if share is None and values["partial_rotary_factor"] != 1:
         raise UserError(
             f"{reader.where}: {share_key}, there or in {field}, is {shown(values['partial_rotary_factor'])}; it must "
-            "be 1.0, for in this family all of a head rotates"
+            "be 1.0, since in this family all of a head rotates"
         )
     return make(reader, field, values, head_dim, kinds)
 
@@ -147,7 +147,7 @@ def read_by_layer_type(
 def make(
     reader: ConfigReader, field: str, values: Mapping[str, Any], head_dim: int, kinds: tuple[str, ...] = tuple(KEYS)
 ) -> Rope:
-    """Return the rope of the values of one `rope_parameters` mapping, which stands in `field`."""
+    """Return the rope of the values of one `rope_parameters` mapping, which is in `field`."""
     kind = _kind(values)
     if kind not in kinds:
         raise UserError(f"{reader.where}: rope_type {shown(kind)} of {field} is not one of {', '.join(kinds)}")

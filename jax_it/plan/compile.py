@@ -75,7 +75,7 @@ def build_step(config: Config, topology: Topology, rows: int = 0) -> Step:
         positions = number * max(shape.blocks * shape.source, shape.target)
         if positions >= 1 << 31:
             raise UserError(
-                f"a step of {number} rows has {positions} positions, more than XLA can count; take fewer rows"
+                f"a step of {number} rows has {positions} positions, more than XLA can count; use fewer rows"
             )
         batch = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct((number, *array.shape[1:]), array.dtype), form.batch([[]], shape)

@@ -177,17 +177,17 @@ def _changes(step: Step, topology: Topology, mesh: dict[str, int]) -> Iterator[d
         yield {"model.remat": "layer"}
     if mesh.get("data", 1) > topology.slices:
         yield {"mesh.data": topology.slices, "mesh.fsdp": -1}
-    groups = len(topology.devices) // (mesh.get("context", 1) * mesh.get("tensor", 1))
-    rows, micro_batches = max(step.rows // groups, 1), train.gradient_accumulation_steps
-    while micro_batches < rows:
-        micro_batches = min(micro_batches * 4, rows)
-        yield {"train.gradient_accumulation_steps": micro_batches}
+    parts = len(topology.devices) // (mesh.get("context", 1) * mesh.get("tensor", 1))
+    rows, accumulation_steps = max(step.rows // parts, 1), train.gradient_accumulation_steps
+    while accumulation_steps < rows:
+        accumulation_steps = min(accumulation_steps * 4, rows)
+        yield {"train.gradient_accumulation_steps": accumulation_steps}
     if train.optimizer.name == "adamw":
         yield {"train.optimizer.name": "adafactor"}
     if model.param_dtype == "float32":
         yield {"model.param_dtype": "bfloat16"}
     if rows > 1:
-        yield {"train.batch_size": groups, "train.gradient_accumulation_steps": 1}
+        yield {"train.batch_size": parts, "train.gradient_accumulation_steps": 1}
 
 
 def _replace(settings: Any, path: list[str], value: Any) -> Any:

@@ -33,7 +33,9 @@ def _fetch(path: str) -> Path:
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
-        raise UserError(f"model {path!r} is no local folder and could not be fetched from the hub: {reason}") from error
+        raise UserError(
+            f"model {path!r} is not a local folder and could not be fetched from the hub: {reason}"
+        ) from error
 
 
 def fingerprint(folder: Path) -> str:

@@ -153,7 +153,7 @@ def _map(file: Path) -> dict[str, _Entry]:
     entries = {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES_IN_FILES:
-            raise UserError(f"{file}: {name} is of type {entry['dtype']}, which jax_it does not read")
+            raise UserError(f"{file}: {name} has type {entry['dtype']}, which jax_it does not read")
         start, stop = entry["data_offsets"]
         dtype = np.dtype(_DTYPES_IN_FILES[entry["dtype"]])
         entries[name] = _Entry(mapped, 8 + length + start, stop - start, dtype, tuple(entry["shape"]))

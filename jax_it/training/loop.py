@@ -1,4 +1,4 @@
-"""A training run, read from top to bottom: mesh → data → shapes → shardings → restore → step → loop."""
+"""A training run, read from top to bottom: mesh and data (`opening.py`) → weights → step → restore → loop."""
 
 import time
 from collections.abc import Sequence
@@ -8,25 +8,23 @@ from typing import Any
 
 import jax
 
-from jax_it import evaluation, files, hosts, metrics, sharding
+from jax_it import hosts, sharding
 from jax_it.checkpointing import Checkpoints, abstract
 from jax_it.config import Config
 from jax_it.data.loader import Part
 from jax_it.models import Params
-from jax_it.run import resume_run, start_run, with_weights
-from jax_it.run_checks import durations_in_steps
-from jax_it.run_dir import RunDir
+from jax_it.run import with_weights
 from jax_it.status import activity
 from jax_it.stopping import on_signals
 from jax_it.training import weights_and_biases
-from jax_it.training.dry_run import check_disk, summary
 from jax_it.training.hooks import SIGNAL, Checkpointing, Evaluation, Patience, Profile, is_due, without_params
 from jax_it.training.log import Log
+from jax_it.training.opening import opened, prepare_run, summary
 from jax_it.training.phases import since_first_start
 from jax_it.training.progress import Progress
 from jax_it.training.skips import Skips
 from jax_it.training.state import TrainState, start
-from jax_it.training.step import PreparedStep, prepare
+from jax_it.training.step import PreparedStep
 from jax_it.training.throughput import Throughput, peak_flops, step_flops
 from jax_it.training.watchdog import watching
 
@@ -42,45 +40,39 @@ def train(config: Config, workdir: str | Path, allow_change: Sequence[str] = ())
     """
     began = time.time()
     hosts.start()
-    metrics.check(config.eval.metrics)
-    weights_and_biases.check(config.train.wandb)
-    run_dir = RunDir(files.locate(workdir))
-    mesh = sharding.make_mesh(config.mesh)
-    with on_signals("train", STOPPED) as stopping, hosts.watched(), jax.set_mesh(mesh), run_dir.locked():
-        # Config, tokenizer, model and data, checked against each other and against what the directory holds.
-        resuming = run_dir.holds_a_run()
-        run = resume_run(config, run_dir, mesh, allow_change) if resuming else start_run(config, mesh, run_dir)
+    with (
+        on_signals("train", STOPPED) as stopping,
+        hosts.watched(),
+        opened(config, workdir, allow_change) as (run, run_dir, resuming),
+    ):
         trained: Params | None = None
         if resuming and run_dir.checkpoints().steps():
             frozen = run.load_frozen()
         else:
             run, trained, frozen = with_weights(run)
         assert run.resolved and run.data
-        settings, model, data, total = run.config.train, run.model, run.data.train, run.resolved.total_steps
-        steps = durations_in_steps(run.config, data.rates, total)
-        suite = evaluation.within_training(run)
+        train_config, model, data, total = run.config.train, run.model, run.data.train, run.resolved.total_steps
 
         # Shapes and shardings, the directory, and the state: that of the newest checkpoint, or the first one.
-        prepared = prepare(model, run.config, mesh, frozen, total, steps["warmup"], steps["decay"])
-        check_disk(run_dir, prepared)
+        steps, suite, prepared = prepare_run(run, frozen)
         if not resuming:
             run_dir.create(config, run.resolved, model, run.tokenizer)
         checkpoints = run_dir.writing_checkpoints(run.config)
-        state, position = _restore_or_start(checkpoints, trained, frozen, prepared)
+        state, saved_position = _restore_or_start(checkpoints, trained, frozen, prepared)
         del trained, frozen
         first = int(state.step)
         run_dir.rewind_metrics(first)
         if run.changes:
             run_dir.change(run.changes, first, total)
 
-        groups = sharding.batch_parts(mesh)
-        part = Part(sharding.local_parts(mesh), groups, groups * settings.gradient_accumulation_steps)
-        batches = data.read(first, settings.duration, part)
-        phases = since_first_start(run_dir, began, position)
+        parts = sharding.batch_parts(run.mesh)
+        own_part = Part(sharding.local_parts(run.mesh), parts, parts * train_config.gradient_accumulation_steps)
+        batches = data.read(first, train_config.duration, own_part)
+        phases = since_first_start(run_dir, began, saved_position)
         with (
             Log(run_dir, first, total, weights_and_biases.start(run_dir, run.config)) as log,
-            Profile(run_dir.path / "profile", steps["profile"], settings.profile_steps) as profile,
-            watching(phases, settings.step_timeout, run_dir),
+            Profile(run_dir.path / "profile", steps["profile"], train_config.profile_steps) as profile,
+            watching(phases, train_config.step_timeout, run_dir),
             activity(lambda: f"{phases.phase}, step {phases.step} of {total}"),
             checkpoints,
         ):
@@ -88,13 +80,14 @@ def train(config: Config, workdir: str | Path, allow_change: Sequence[str] = ())
             for name, (before, after) in run.changes.items():
                 log.warn(f"config.{name} is {after!r} after step {first}; it was {before!r}")
             log.shares(phases)
-            throughput = Throughput(peak_flops(mesh.size), phases, position.get("throughput"))
-            skips = Skips(settings, log, data)
-            progress = Progress(log, skips, throughput, phases, position.get("loss", (0.0, 0.0)))
+            throughput = Throughput(peak_flops(run.mesh.size), phases, saved_position.get("throughput"))
+            skips = Skips(train_config, log, data)
+            progress = Progress(log, skips, throughput, phases, saved_position.get("loss", (0.0, 0.0)))
             save = Checkpointing(checkpoints, steps["checkpoint"], total, progress, phases)
             evaluate = Evaluation(run, suite, steps["eval"], total, progress, log, phases, stopping)
             patience = Patience(run_dir, run.config.eval)
-            hooks = save, evaluate, patience.after(save, evaluate, total=total), save  # the last one if others end it
+            # save runs again so that the final step is saved when another hook ends training
+            hooks = save, evaluate, patience.after(save, evaluate, total=total), save
 
             if not run_dir.is_scored(first):
                 evaluate(first, state, "")  # the start, or what a stop has left out
@@ -106,7 +99,7 @@ def train(config: Config, workdir: str | Path, allow_change: Sequence[str] = ())
                 profile(number, state)
                 phases.enter("waiting", number)
                 drawn = next(batches)
-                batch = sharding.place(drawn.batch, mesh, part.numbers)
+                batch = sharding.place(drawn.batch, run.mesh, own_part.numbers)
                 phases.enter("stepping" if throughput.knows(drawn.shape) else "compiling", number)
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
                     state, measured = prepared.step(state, batch)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from jax_it.files import read_json
 from jax_it.run_dir import RunDir
 
-SHARES = "goodput.json"  # in the run's folder: what position() was at the last start or end
+SHARES = "goodput.json"  # in the run directory: what position() was at the last start or end
 
 Phase = Literal["starting", "compiling", "stepping", "waiting", "saving", "evaluating", "lost"]
 

@@ -36,8 +36,8 @@ class Skips:
         if in_a_row > self._config.max_skipped:
             raise UserError(
                 f"{in_a_row} steps in a row were skipped, up to step {step}: {reason}; check the examples of these "
-                f"steps (its own: {text}; all: skipped.jsonl), lower config.train.optimizer.learning_rate, or raise "
-                "config.train.max_skipped or max_spike"
+                f"steps (of this one: {text}; of all: skipped.jsonl), lower config.train.optimizer.learning_rate, or "
+                "raise config.train.max_skipped or max_spike"
             )
 
 

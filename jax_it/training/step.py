@@ -85,7 +85,7 @@ def make_train_step(
     """`train_step(state, batch) -> state, metrics`, with its placement and donation.
 
     Gradients of micro-batches are summed, and divided once by the weight of all of them: the step is
-    the same however many parts it is computed in.
+    the same however many micro-batches it is computed in.
     """
     gradient = jax.value_and_grad(partial(loss_fn, model, config), has_aux=True)
     dropout = bool(model.options.dropout or (model.adapter and model.adapter.dropout))
@@ -93,13 +93,18 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step) if dropout else None
-        parts = _split(batch, config.gradient_accumulation_steps)
-        balance_X = _balance(model, state, batch, parts, balance) if balance else None
-        total, weight, gradients = _sum_gradients(gradient, state.params, state.frozen, parts, key, balance_X)
+        # A micro-batch takes every n-th row, so that each device's rows stay where they are.
+        number = config.gradient_accumulation_steps
+        micro_batches = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, number, *x.shape[1:]), 1, 0), batch)
+        balance_X = _balance(model, state, batch, micro_batches, balance) if balance else None
+        total, weight, gradients = _sum_gradients(gradient, state.params, state.frozen, micro_batches, key, balance_X)
         gradients = jax.tree.map(lambda g: g / jnp.maximum(weight, 1), gradients)
         norm = optax.tree.norm(gradients)
-        gradients = _clip(gradients, norm, config.max_grad_norm)
-        new = _update(state, optimizer, gradients, norm, usable=_is_usable(config, state, norm))
+        usable = _is_usable(config, state, norm)
+        if config.max_grad_norm:
+            scale = jnp.minimum(1, config.max_grad_norm / (norm + 1e-6))  # torch.nn.utils.clip_grad_norm_'s constant
+            gradients = jax.tree.map(lambda g: g * scale, gradients)
+        new = _update(state, optimizer, gradients, norm, usable)
         metrics = {
             "loss": total / jnp.maximum(weight, 1),
             "weight": weight,  # that the loss is a mean over
@@ -121,16 +126,8 @@ def make_train_step(
     )
 
 
-def _clip(gradients: Params, norm: jax.Array, max_norm: float) -> Params:
-    """Scale gradients down to a norm of at most `max_norm`; 0: leave them as they are."""
-    if not max_norm:
-        return gradients
-    scale = jnp.minimum(1, max_norm / (norm + 1e-6))  # the small constant is that of torch.nn.utils.clip_grad_norm_
-    return jax.tree.map(lambda g: g * scale, gradients)
-
-
 def _is_usable(config: Train, state: TrainState, norm: jax.Array) -> jax.Array:
-    """Return whether gradients of this norm, before clipping, are finite and no spike."""
+    """Return whether gradients of this norm, before clipping, are finite and not a spike."""
     # Clipping already bounds what lies within `max_grad_norm`, however small the norms have become.
     above_usual = (norm > config.max_spike * state.norms.mean) & (norm > config.max_grad_norm)
     is_spike = (state.norms.count >= HISTORY) & above_usual & (config.max_spike > 0)
@@ -159,34 +156,29 @@ def _update(
     )
 
 
-def _split(batch: Any, parts: int) -> Any:
-    """Return the batch in so many parts, along a new first axis.
-
-    Every part takes every parts-th row, so that each device's rows stay where they are.
-    """
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
-
-
 def _sum_gradients(
-    gradient: Callable, params: Params, frozen: Params, parts: Any, key: jax.Array | None, balance_X: jax.Array | None
-) -> tuple[jax.Array, jax.Array, Params]:
-    """Return (loss sum, weight, summed gradients) over all parts, computed one after another."""
-    number = jax.tree.leaves(parts)[0].shape[0]
+    gradient: Callable, params: Params, frozen: Params, micro_batches: Any, key: jax.Array | None,
+    balance_X: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, Params]:  # fmt: skip
+    """Return (loss sum, weight, summed gradients) over all micro-batches, computed one after another."""
+    number = jax.tree.leaves(micro_batches)[0].shape[0]
     if number == 1:
-        (total, weight), gradients = gradient(params, frozen, jax.tree.map(lambda x: x[0], parts), key, balance_X)
+        (total, weight), gradients = gradient(
+            params, frozen, jax.tree.map(lambda x: x[0], micro_batches), key, balance_X
+        )
         return total, weight, gradients
 
     def add(sums: tuple, xs: tuple) -> tuple[tuple, None]:
-        part, i = xs
-        part_key = None if key is None else jax.random.fold_in(key, i)
-        (total, weight), gradients = gradient(params, frozen, part, part_key, balance_X)
+        micro_batch, i = xs
+        batch_key = None if key is None else jax.random.fold_in(key, i)
+        (total, weight), gradients = gradient(params, frozen, micro_batch, batch_key, balance_X)
         return jax.tree.map(jnp.add, sums, (total, weight, gradients)), None
 
     zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(add, zeros, (parts, jnp.arange(number)))[0]
+    return jax.lax.scan(add, zeros, (micro_batches, jnp.arange(number)))[0]
 
 
-def _balance(model: Model, state: TrainState, batch: Any, parts: Any, coefficient: float) -> jax.Array:
+def _balance(model: Model, state: TrainState, batch: Any, micro_batches: Any, coefficient: float) -> jax.Array:
     """Return what a unit of each expert's router probability costs, [X], in units of the summed token loss.
 
     The balancing loss (Shazeer et al. 2017, Fedus et al. 2021) is X * sum over experts of (share of tokens *
@@ -195,14 +187,14 @@ def _balance(model: Model, state: TrainState, batch: Any, parts: Any, coefficien
     """
     params = model.join(state.params, state.frozen)
 
-    def add(counts_X: jax.Array, part: Any) -> tuple[jax.Array, None]:
-        _, routing = model.hidden_states(params, part)
+    def add(counts_X: jax.Array, micro_batch: Any) -> tuple[jax.Array, None]:
+        _, routing = model.hidden_states(params, micro_batch)
         assert routing is not None
         return counts_X + routing.counts_X, None
 
     experts = model.config.experts
     assert experts is not None
-    counts_X = jax.lax.scan(add, jnp.zeros(experts.number, jnp.float32), parts)[0]
+    counts_X = jax.lax.scan(add, jnp.zeros(experts.number, jnp.float32), micro_batches)[0]
     tokens = jnp.maximum(counts_X.sum() / experts.per_token, 1)  # of all layers
     weight = jnp.maximum(batch.weights_BT.sum(), 1)
     return coefficient * weight * experts.number * counts_X / jnp.square(tokens)

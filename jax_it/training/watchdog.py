@@ -51,7 +51,7 @@ def _end(phases: Phases, still: float, run_dir: RunDir) -> None:
     report = run_dir.path / f"hang-{phases.step}.txt"
     print(f"\n{stacks}", file=sys.stderr)
     if hosts.is_first():
-        # In a thread of its own: it may be the folder that hangs.
+        # In a thread of its own: it may be the disk that hangs.
         thread = threading.Thread(target=_write, args=(report, said + "\n" + stacks), daemon=True)
         thread.start()
         thread.join(30)

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,6 @@ class Opened(NamedTuple):
 
 @pytest.fixture(scope="session")
 def opened(finished: Path) -> Opened:
-    run = open_run(RunDir(finished), sharding.make_mesh(settings.Mesh(), jax.devices()[:1]))
+    run = dataclasses.replace(open_run(RunDir(finished)), mesh=sharding.make_mesh(settings.Mesh(), jax.devices()[:1]))
     params = run.load_params(tiny_run.STEPS)
     return Opened(run.config, run.layout, run.model, params, run.tokenizer, run.mesh)

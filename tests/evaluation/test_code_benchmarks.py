@@ -73,7 +73,7 @@ def test_humaneval_scores_what_a_model_writes(problems, finished, monkeypatch, t
 
     monkeypatch.setattr(code_execution, "Samples", Samples)
     model, params, tokenizer = jax_it.load(str(finished))
-    mesh = sharding.make_mesh(sharding.inference_mesh(model.parameter_count))
+    mesh = sharding.inference_mesh(model.parameter_count)
     settings = load(f"humaneval.py:{problems}", ("eval.run_model_code", "true"))
     assert make_suite(model, tokenizer, None, settings, None, mesh)(params).metrics == {
         "humaneval": {"pass@1": score, "n": 1, "unfinished": 0}

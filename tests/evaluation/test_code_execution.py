@@ -115,7 +115,7 @@ def test_tests_of_the_models_own_do_not_take_the_place_of_the_real_ones():
 @pytest.fixture(scope="module")
 def opened_run(finished):
     model, params, tokenizer = jax_it.load(str(finished))
-    mesh = sharding.make_mesh(sharding.inference_mesh(model.parameter_count))
+    mesh = sharding.inference_mesh(model.parameter_count)
     settings = config.Config(eval=config.Eval(run_model_code=True, batch_size=4))
     return make_run(settings, None, model, tokenizer, mesh), params
 

@@ -1,5 +1,6 @@
 """SIGTERM and SIGKILL at moments drawn by chance: in the end there is the run that was never stopped, bit for bit."""
 
+import dataclasses
 import json
 import random
 
@@ -45,7 +46,9 @@ def undisturbed(request, tmp_path_factory):
 
 def everything(run):
     """All that a run leaves and that no clock has measured."""
-    params = open_run(RunDir(run), make_mesh(Mesh(data=1), jax.devices()[:1])).load_params(STEPS)
+    params = dataclasses.replace(open_run(RunDir(run)), mesh=make_mesh(Mesh(data=1), jax.devices()[:1])).load_params(
+        STEPS
+    )
     scores = {str(file.relative_to(run)): file.read_text() for file in sorted((run / "eval").rglob("*.json*"))}
     leftovers = [file.name for file in run.rglob("*") if "tmp" in file.name or file.name.endswith(".part")]
     return losses(run), scores, RunDir(run).checkpoints().steps()[-1], leftovers, jax.tree.map(np.asarray, params)

@@ -1,5 +1,6 @@
 """A run that is stopped anywhere, by anything, continues with the same command and repeats the losses bit for bit."""
 
+import dataclasses
 import os
 import random
 import shutil
@@ -46,7 +47,9 @@ def finish(config, run):
 
 
 def weights(run):
-    return open_run(RunDir(run), make_mesh(Mesh(data=1), jax.devices()[:1])).load_params(STEPS)
+    return dataclasses.replace(open_run(RunDir(run)), mesh=make_mesh(Mesh(data=1), jax.devices()[:1])).load_params(
+        STEPS
+    )
 
 
 def assert_same_run(run, reference):

@@ -66,8 +66,8 @@ def test_a_second_ctrl_c_ends_the_process_at_once():
 
 
 @pytest.mark.parametrize(
-    "place", ["run.load_tokenizer", "run.build_data", "training.loop.with_weights", "training.loop.prepare",
-              "training.loop.check_disk", "training.loop.Log"]
+    "place", ["run.load_tokenizer", "run.build_data", "training.loop.with_weights", "training.opening.prepare",
+              "training.opening.check_disk", "training.loop.Log"]
 )  # fmt: skip
 def test_sigterm_before_the_first_step_ends_the_run_at_once_and_the_same_call_starts_it(
     config, tmp_path, monkeypatch, place

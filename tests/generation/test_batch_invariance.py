@@ -13,7 +13,7 @@ import pytest
 
 from jax_it import config, models, sharding
 from jax_it.data.formats import CausalBatch, Seq2SeqBatch
-from jax_it.generation import GREEDY, Engine, RequestOutput, Sampling, generate
+from jax_it.generation import GREEDY, Engine, Request, RequestOutput, Sampling, Scheduler, generate
 from tests.parity import cases
 
 FAMILIES = ("t5_1_1", "mistral", "gemma2", "gpt2")
@@ -135,12 +135,17 @@ def test_greedy_texts_never_change_with_other_requests_order_padding_limits_or_r
     rng = np.random.default_rng(2)
     for trial in range(8):
         chosen = rng.integers(0, PROMPTS, rng.integers(1, 3 * SLOTS)).tolist()  # some of them twice
-        limits = rng.integers(1, LENGTH + 1, len(chosen)).tolist() if trial % 2 else None
-        prompts = [subject.prompts[i] for i in chosen]
-        found = decoded(generate(greedy, subject.params, prompts, limits))
+        limits = rng.integers(1, LENGTH + 1, len(chosen)).tolist() if trial % 2 else [LENGTH] * len(chosen)
+        scheduler = Scheduler(greedy.load(subject.params))
+        for at, i in enumerate(chosen):
+            scheduler.add_request(Request(at, subject.prompts[i], limits[at]))
+        outputs = []
+        while scheduler.has_unfinished:
+            outputs += scheduler.step()
+        found = decoded(outputs)
         assert found.keys() == {(i, 0) for i in range(len(chosen))}
         for at, i in enumerate(chosen):
-            text = expected[i][: limits[at] if limits else LENGTH]
+            text = expected[i][: limits[at]]
             assert found[at, 0].tokens == subject.cut(text), (trial, at)
 
 

@@ -61,7 +61,7 @@ def next_logits(tiny, texts: list[list[int]]) -> np.ndarray:
         tokens_BT = np.array([[*prompt, *text] for text in texts])
         positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1]), tokens_BT.shape)
         batch = CausalBatch(tokens_BT, None, None, np.ones_like(tokens_BT), positions_BT)
-    hidden_BTD = jax.jit(model.apply)(tiny.params, batch)
+    hidden_BTD = jax.jit(model.hidden_states)(tiny.params, batch)[0]
     return np.asarray(model.logits(model.head(tiny.params), hidden_BTD[:, -1]))
 
 

@@ -37,7 +37,7 @@ def example(seed: int, prompt: int, answer: int) -> Encoded:
 
 def states(model: Model, params: Params, examples: list[Encoded], length: int) -> np.ndarray:
     batch = CausalFormat(0, model.options.prefix_lm).batch([examples], Shape(0, 0, length))
-    return np.asarray(jax.jit(model.apply)(params, batch))[0]
+    return np.asarray(jax.jit(model.hidden_states)(params, batch)[0])[0]
 
 
 @pytest.mark.parametrize("prefix_lm", [False, True])

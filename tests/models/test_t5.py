@@ -50,8 +50,8 @@ def apply(request):
     def find(name):
         if name not in compiled:
             model, params = request.getfixturevalue(name)
-            function = jax.jit(model.apply)
-            compiled[name] = lambda batch: np.asarray(function(params, batch))
+            function = jax.jit(model.hidden_states)
+            compiled[name] = lambda batch: np.asarray(function(params, batch)[0])
         return compiled[name]
 
     return find
@@ -142,7 +142,7 @@ def test_dropout_depends_on_the_key_alone(t5_1_1, apply):
 def test_a_dropout_rate_of_the_run_replaces_the_models(folder):
     model, params = cases.load(folder, dropout=0.0)
     batch = packed([1, 2, 3])
-    programs = [str(jax.make_jaxpr(model.apply)(params, batch, key)) for key in (None, jax.random.key(0))]
+    programs = [str(jax.make_jaxpr(model.hidden_states)(params, batch, key)) for key in (None, jax.random.key(0))]
     assert not any("random_bits" in program for program in programs)
 
 
@@ -151,7 +151,7 @@ def test_logits_in_bfloat16_are_float32_and_near_those_in_float32(folder, t5_1_1
     model, params = t5_1_1
     exact = model.logits(model.head(params), jnp.asarray(apply("t5_1_1")(batch)))
     model, params = cases.load(folder, dtype="bfloat16")
-    hidden = jax.jit(model.apply)(params, batch)
+    hidden = jax.jit(model.hidden_states)(params, batch)[0]
     logits = model.logits(model.head(params), hidden)
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
     there = batch.segments_BT > 0

@@ -34,8 +34,8 @@ def t5gemma(folder):
 @pytest.fixture(scope="module")
 def apply(t5gemma):
     model, params = t5gemma
-    compiled = jax.jit(model.apply)
-    return lambda batch: np.asarray(compiled(params, batch))
+    compiled = jax.jit(model.hidden_states)
+    return lambda batch: np.asarray(compiled(params, batch)[0])
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])
@@ -115,7 +115,7 @@ def test_single_steps_give_the_logits_of_all_positions_at_once(copies, t5gemma):
         segments_BT=ones_BT,
         positions_BT=ones_BT * np.arange(12),
     )
-    full_BTV = model.logits(model.head(params), jax.jit(model.apply)(params, batch))
+    full_BTV = model.logits(model.head(params), jax.jit(model.hidden_states)(params, batch)[0])
 
     sources = slice(None, None, copies)  # each once; row b is of source b // copies
     first_B, positions_B, cache = model.prefill(
@@ -172,17 +172,17 @@ def test_dropout_acts_on_states_and_in_the_feed_forward_layer_but_not_on_attenti
     model, params = cases.load(folder, dropout=0.1)
     batch = packed([1, 2, 3])  # 2 rows of 2 blocks of 14 source positions, and of 15 target positions
     assert (batch.source_BGS.shape, batch.tokens_BT.shape) == ((2, 2, 14), (2, 15))
-    traced = jax.make_jaxpr(model.apply)(params, batch, jax.random.key(0))
+    traced = jax.make_jaxpr(model.hidden_states)(params, batch, jax.random.key(0))
     # A random word is of four elements; states have 48 and 32, and 48 are hidden in either feed-forward layer.
     assert random_shapes(traced.jaxpr) == {(4, 14, 12), (2, 15, 8), (2, 15, 12)}
     without, _ = cases.load(folder)  # the rate of config.json is 0
-    assert not random_shapes(jax.make_jaxpr(without.apply)(params, batch, jax.random.key(0)).jaxpr)
+    assert not random_shapes(jax.make_jaxpr(without.hidden_states)(params, batch, jax.random.key(0)).jaxpr)
 
 
 def test_states_in_bfloat16_are_near_those_in_float32(folder, apply):
     batch = packed([1, 2, 3])
     model, params = cases.load(folder, dtype="bfloat16")
-    hidden = jax.jit(model.apply)(params, batch)
+    hidden = jax.jit(model.hidden_states)(params, batch)[0]
     assert hidden.dtype == jnp.bfloat16
     there = batch.segments_BT > 0
     # Thirty roundings to 8 bits, of 2**-9 each, add up to 1 or 2 % of values of order 1.
