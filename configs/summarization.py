@@ -1,4 +1,4 @@
-"""Summarisation: Flan-T5-base on CNN/DailyMail, news articles to their highlights.
+"""Summarization: Flan-T5-base on CNN/DailyMail, news articles to their highlights.
 
     jax-it train --config summarization --workdir runs/summarization
     jax-it eval --workdir runs/summarization
