@@ -44,7 +44,7 @@ def prepare_run(run: Run, frozen: Params) -> tuple[dict[str, int], Suite | None,
     assert run.run_dir and run.resolved and run.data
     total = run.resolved.total_steps
     steps = durations_in_steps(run.config, run.data.train.rates, total)
-    suite = evaluation.within_training(run)
+    suite = evaluation.training_suite(run)
     prepared = prepare(run.model, run.config, run.mesh, frozen, total, steps["warmup"], steps["decay"])
     check_disk(run.run_dir, prepared)
     return steps, suite, prepared
