@@ -429,7 +429,7 @@ def test_an_adapter_config_that_is_no_object_is_refused(content, adapter, folder
 
 def test_an_adapter_of_another_revision_of_its_base_is_refused(adapter, base):
     rewrite(adapter, base_model_name_or_path="someone/model", revision="v2")
-    with pytest.raises(UserError, match="the adapter is for revision 'v2' of someone/model; fetch that one"):
+    with pytest.raises(UserError, match="the adapter is for revision 'v2' of someone/model; download that one"):
         peft.load(str(adapter), base, mesh(), "someone/model")
 
 
