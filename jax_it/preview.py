@@ -12,7 +12,7 @@ from jax_it.data.encoding import Counts
 from jax_it.data.formats import CausalBatch, CausalFormat, Seq2SeqBatch
 from jax_it.data.tokenized import shown_characters
 from jax_it.data.tokenizer import Tokenizer
-from jax_it.evaluation import within_training
+from jax_it.evaluation import training_suite
 from jax_it.run import start_run
 
 
@@ -25,7 +25,7 @@ def preview(config: Config, number: int) -> str:
     # The run's mesh may be that of another machine.
     sizes = {axis: max(getattr(config.mesh, axis), 1) for axis in sharding.AXES}
     run = start_run(config, sharding.make_mesh(settings.Mesh()), sizes=sizes)
-    within_training(run)
+    training_suite(run)
     assert run.data
     return report(run.config, run.data, run.tokenizer, number)
 

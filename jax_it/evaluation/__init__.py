@@ -2,8 +2,8 @@
 
 from jax_it.evaluation.evaluators import Stopped
 from jax_it.evaluation.results import examples_text, failures, table, write, write_missing_events
-from jax_it.evaluation.suite import Suite, within_training
+from jax_it.evaluation.suite import Suite, training_suite
 
 __all__ = [
-    "Stopped", "Suite", "examples_text", "failures", "table", "within_training", "write", "write_missing_events",
+    "Stopped", "Suite", "examples_text", "failures", "table", "training_suite", "write", "write_missing_events",
 ]  # fmt: skip

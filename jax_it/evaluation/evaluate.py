@@ -19,8 +19,9 @@ from jax_it.data import chat
 from jax_it.errors import UserError
 from jax_it.evaluation.evaluators import Stopped
 from jax_it.evaluation.results import PREDICTIONS, write
-from jax_it.evaluation.suite import after_training
+from jax_it.evaluation.suite import eval_suite
 from jax_it.metrics import Result
+from jax_it.resolved_run import ResolvedRun
 from jax_it.run import load_run, open_run
 from jax_it.run_dir import SCORES, RunDir
 from jax_it.stopping import Stopping, on_signals
@@ -84,20 +85,29 @@ class EvalOptions:
 OWN = EvalOptions()
 
 
+def open_config(run_dir: RunDir, options: EvalOptions) -> tuple[Config, ResolvedRun]:
+    """Return a run's config, changed as the options say, and its resolved values.
+
+    Raises UserError for options that cannot be used with this run.
+    """
+    own, resolved = run_dir.open()
+    config = options.resolve(own)
+    _check_metric_code(run_dir, options, own, config)
+    _check_comparable(run_dir, options, own, config)
+    config, _ = data.pin(config, resolved.commits)
+    return config, resolved
+
+
 class CheckpointScorer:
     """An open run, and what it is evaluated on, to score one checkpoint after another."""
 
-    def __init__(self, run_dir: RunDir, options: EvalOptions):
+    def __init__(self, run_dir: RunDir, options: EvalOptions, config: Config, resolved: ResolvedRun):
+        """Take what `open_config` returns of the run and the options."""
         self.run_dir, self.options = run_dir, options
-        own, resolved = run_dir.open()
-        config = options.resolve(own)
-        _check_metric_code(run_dir, options, own, config)
-        _check_comparable(run_dir, options, own, config)
-        config, _ = data.pin(config, resolved.commits)
         self.total_steps, self.checkpoints = resolved.total_steps, run_dir.checkpoints()
         self._run = open_run(run_dir)
         with jax.set_mesh(self._run.mesh):
-            self._evaluate = after_training(dataclasses.replace(self._run, config=config), f"the run in {run_dir.path}")
+            self._evaluate = eval_suite(dataclasses.replace(self._run, config=config), f"the run in {run_dir.path}")
             self._frozen = self._run.load_frozen()
 
     def __call__(self, step: int, stopping: Stopping) -> Result:
@@ -131,10 +141,11 @@ def evaluate(workdir: str | Path, checkpoint: str = "latest", options: EvalOptio
     hosts.start()
     run_dir = RunDir(files.locate(workdir))
     with on_signals("eval", STOPPED) as stopping:
-        step = run_dir.choose_step(checkpoint, options.resolve(run_dir.open()[0]).eval.best)
+        config, resolved = open_config(run_dir, options)
+        step = run_dir.choose_step(checkpoint, config.eval.best)
         if options.output:
             check_unused(options.folder(run_dir, step))
-        return step, CheckpointScorer(run_dir, options)(step, stopping)
+        return step, CheckpointScorer(run_dir, options, config, resolved)(step, stopping)
 
 
 def evaluate_model(path: str, options: EvalOptions) -> Result:
@@ -158,7 +169,7 @@ def evaluate_model(path: str, options: EvalOptions) -> Result:
         if config.model.chat_template:
             run = dataclasses.replace(run, tokenizer=chat.with_chat_template(run.tokenizer, config.model.chat_template))
         with jax.set_mesh(run.mesh):
-            suite = after_training(run, f"the evaluation of {path}")
+            suite = eval_suite(run, f"the evaluation of {path}")
             with _stopping_between_batches(stopping) as should_stop:
                 result = suite(params, should_stop)
                 write(folder, result)
@@ -188,19 +199,19 @@ def _check_metric_code(run_dir: RunDir, options: EvalOptions, own: Config, confi
 
     def code(config: Config) -> list[str]:
         lists = (config.eval.metrics, *(task.metrics for task in config.eval.tasks))
-        named = [f"as a metric, {name!r}" for names in lists for name in names if metrics.is_custom(name)]
+        named = [f"{name!r}, as a metric" for names in lists for name in names if metrics.is_custom(name)]
         folders = [task.data.path for task in config.eval.tasks if task.score == "lm_eval" and task.data.path]
-        return named + [f"as lm_eval's tasks, {folder!r}" for folder in folders]  # such a folder may hold Python
+        return named + [f"in {folder!r}, for tasks of lm_eval" for folder in folders]  # such a folder may hold Python
 
     if names := [name for name in code(config) if name in code(own)]:
         raise UserError(
-            f"the config of the run in {run_dir.path} names code {names[0]}, and it would run here; "
-            "if you trust it, add --run-metric-code"
+            f"the config of the run in {run_dir.path} uses Python code, {names[0]}, which would run on "
+            "this machine; if you trust it, add --run-metric-code"
         )
 
 
 def _check_comparable(run_dir: RunDir, options: EvalOptions, own: Config, config: Config) -> None:
-    """Refuse to mix scores of other settings with the run's own."""
+    """Refuse to mix scores computed with other settings into the run's own."""
     if options.name or options.output or not options.changes:
         return
     compared = (
@@ -209,6 +220,6 @@ def _check_comparable(run_dir: RunDir, options: EvalOptions, own: Config, config
     )
     if compared != (own.eval, own.data.eval):
         raise UserError(
-            f"the run in {run_dir.path} is scored with other settings, and the scores would not compare; "
+            f"the run in {run_dir.path} is scored with other settings, and the scores would not be comparable; "
             "name another folder for these with --output"
         )

@@ -26,7 +26,7 @@ from jax_it.models import Model, Params
 from jax_it.run import Run
 from jax_it.status import Bar
 
-ALL = "all"  # the task that data.eval is; its groups have no prefix
+ALL = "all"  # name of the built-in task that scores data.eval; the names of its groups have no prefix
 TASK = "task"  # the key in a task's errors of why it failed as a whole
 TRUNCATED = "truncated"
 UNFINISHED = "unfinished"  # texts that reached max_new_tokens before they ended
@@ -94,13 +94,11 @@ class HeldOut:
     def __init__(self, examples: EvalSet, run: Run):
         config = run.config
         self._examples = examples
-        if not examples.examples:
-            return
         self._loss = Loss(examples.examples, run)
-        length = config.max_new_tokens(run.model.kind)
-        task = Task(ALL, metrics=config.eval.metrics, max_new_tokens=length)
         self._generate: Generate | None = None
-        if config.eval.generate:
+        if examples.examples and config.eval.generate:
+            length = config.max_new_tokens(run.model.kind)
+            task = Task(ALL, metrics=config.eval.metrics, max_new_tokens=length)
             self._generate = Generate(task, examples.examples, run, _sampling(config.eval, run.tokenizer))
 
     def __call__(self, params: Params, should_stop: Callable[[], bool]) -> Result:
@@ -187,7 +185,7 @@ class Generate:
         return with_counts(result._replace(predictions=rows), task, self._examples, unfinished)
 
 
-class _Options:
+class _OptionLikelihoods:
     """Computes the log-likelihoods of the examples' options."""
 
     def __init__(self, task: Task, examples: Sequence[EvalExample], run: Run):
@@ -223,7 +221,7 @@ class MultipleChoice:
 
     def __init__(self, task: Task, examples: Sequence[EvalExample], run: Run):
         self._task, self._examples = task, examples
-        self._log_probs = _Options(task, examples, run)
+        self._log_probs = _OptionLikelihoods(task, examples, run)
 
     def __call__(self, params: Params, should_stop: Callable[[], bool]) -> Result:
         rows, right = [], np.zeros((len(self._examples), 1))
@@ -249,7 +247,7 @@ class Perplexity:
 
     def __init__(self, task: Task, examples: Sequence[EvalExample], run: Run):
         self._task, self._examples = task, examples
-        self._log_probs = _Options(task, examples, run)
+        self._log_probs = _OptionLikelihoods(task, examples, run)
 
     def __call__(self, params: Params, should_stop: Callable[[], bool]) -> Result:
         log_probs = [log_prob for (log_prob,) in self._log_probs(params, should_stop)]

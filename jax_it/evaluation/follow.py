@@ -16,7 +16,7 @@ from pathlib import Path
 from jax_it import files, hosts
 from jax_it.checkpointing import Unreadable
 from jax_it.errors import Interrupted, UserError
-from jax_it.evaluation.evaluate import OWN, CheckpointScorer, EvalOptions
+from jax_it.evaluation.evaluate import OWN, CheckpointScorer, EvalOptions, open_config
 from jax_it.evaluation.results import failures, write_missing_events
 from jax_it.follower_heartbeat import Heartbeat, heartbeat
 from jax_it.metrics import Result
@@ -85,13 +85,14 @@ def follow(
 
 
 def _open(run_dir: RunDir, options: EvalOptions) -> CheckpointScorer:
-    every = options.resolve(run_dir.open()[0]).eval.every
+    config, resolved = open_config(run_dir, options)
+    every = config.eval.every
     if every.value and not options.name and not options.output:
         raise UserError(
             f"the run in {run_dir.path} is scored while it trains (config.eval.every={str(every)!r}); follow a run "
             "that is not, or score it on something else with --config or --output"
         )
-    scorer = CheckpointScorer(run_dir, options)
+    scorer = CheckpointScorer(run_dir, options, config, resolved)
     if (tensorboard_dir := options.tensorboard(run_dir)) is not None:
         write_missing_events(tensorboard_dir, {step: options.folder(run_dir, step) for step in run_dir.scored_steps()})
     return scorer

@@ -29,7 +29,7 @@ class Suite:
 
     def __init__(self, run: Run, examples: Mapping[str, EvalSet]):
         self.run, self._examples = run, examples
-        metrics.check(run.config.eval.metrics)
+        metrics.check(run.config.eval.metrics)  # also where nothing uses them
         self._evaluators: dict[str, Callable[[], Evaluator]] = {}
         if ALL in examples:
             held_out = evaluators.HeldOut(examples[ALL], run)
@@ -61,11 +61,10 @@ class Suite:
         return result
 
 
-def within_training(run: Run) -> Suite | None:
-    """Return what is evaluated within training; None where the config asks for nothing.
+def training_suite(run: Run) -> Suite | None:
+    """Return what to evaluate during training, or None if the config asks for nothing.
 
-    Everything that the config evaluates on is read either way, so that what `jax-it eval` would not find after
-    training is refused before it.
+    All examples are read either way, so that what `jax-it eval` could not use after training is refused before it.
     """
     examples = read_examples(run)
     return Suite(run, examples) if run.config.eval.every.value or run.config.eval.at_start else None
@@ -103,10 +102,10 @@ def _read_task(number: int, run: Run) -> EvalSet:
     return EvalSet(tasks.read(task, where, config.data, run.tokenizer, run.format, config.eval.limit))
 
 
-def after_training(run: Run, what: str) -> Suite:
-    """Return what `jax-it eval` evaluates. What cannot be read costs only its own scores.
+def eval_suite(run: Run, what: str) -> Suite:
+    """Return what `jax-it eval` evaluates. A task that cannot be read costs only its own scores.
 
-    Raises UserError, which names `what` is evaluated, where there is nothing to evaluate it on.
+    Raises UserError if there is nothing to evaluate on; `what` names the run or model in it.
     """
     config = run.config
     check_room(run.model, config)

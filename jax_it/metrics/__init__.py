@@ -12,7 +12,8 @@ from jax_it.metrics import answers, bootstrap, custom, rouge, translation
 from jax_it.metrics.answers import find_final_number
 from jax_it.metrics.custom import is_custom
 from jax_it.metrics.languages import advice, characters
-from jax_it.metrics.metric import Array, Metric, Predictions, References, Result, Values, mean, value
+from jax_it.metrics.metric import Array, Metric, Predictions, References, Values, mean, value
+from jax_it.metrics.result import Result
 
 __all__ = [
     "METRICS", "Predictions", "References", "Result", "advice", "characters", "check", "find_final_number",
@@ -82,6 +83,7 @@ def measure(
         if not indices:
             raise ValueError(f"group {group!r} holds no example")
     # Of each metric its numbers for each example, from which every group and resample takes its rows.
+    # All types of ROUGE are computed together: cutting the texts into words takes most of the time.
     rows: dict[str, Array] = rouge.statistics(names, predictions, references)
     failed: dict[str, str] = {}
     for name in names:
@@ -90,7 +92,7 @@ def measure(
                 rows[name] = METRICS[name].statistics(predictions, references)
             except UserError as error:  # of references that are not what the metric needs
                 failed[name] = str(error)
-    own = {name: _Own(name, predictions, references) for name in names if is_custom(name)}
+    own = {name: _Custom(name, predictions, references) for name in names if is_custom(name)}
     values: dict[str, dict[str, float]] = {}
     intervals: dict[str, dict[str, tuple[float, float]]] = {}
     errors: dict[str, dict[str, str]] = {}
@@ -121,7 +123,7 @@ def measure(
     return Result(values, [], intervals, errors, advice(names, references))
 
 
-class _Own:
+class _Custom:
     """A user's metric: called once on all examples, and on a group only if that result is not by example."""
 
     def __init__(self, name: str, predictions: Predictions, references: References):
@@ -146,7 +148,7 @@ class _Own:
 
 
 def check(names: Sequence[str], where: str = "config.eval.metrics") -> None:
-    """Refuse a metric that is unknown, or whose packages or function are missing, before a run starts.
+    """Refuse an unknown metric, or one whose packages, files or function are missing, before a run starts.
 
     `where` is the setting that names the metrics.
     """
@@ -155,7 +157,7 @@ def check(names: Sequence[str], where: str = "config.eval.metrics") -> None:
         if is_custom(name):
             custom.load(name)
         elif name in METRICS:
-            translation.check(name)
+            METRICS[name].check()
         else:
             close = difflib.get_close_matches(name.lower(), lower, n=1)
             hint = f"did you mean {lower[close[0]]!r}? " if close else ""

@@ -32,7 +32,7 @@ def squad_exact_match(of_characters: bool = False) -> Metric:
 
 
 def squad_f1(of_characters: bool = False) -> Metric:
-    """F1 over the words, as multisets, that a prediction shares with a reference (SQuAD's evaluation).
+    """Return the F1 of the words, as multisets, that a prediction shares with a reference (SQuAD's evaluation).
 
     Where no word is left of both texts the F1 is 1, of one of them 0 (as in SQuAD 2.0).
     """
@@ -41,13 +41,13 @@ def squad_f1(of_characters: bool = False) -> Metric:
 
 
 def english_words(text: str) -> list[str]:
-    """SQuAD's words: between white space, in lower case, without ASCII punctuation and English articles."""
+    """Return SQuAD's words: between white space, in lower case, without ASCII punctuation and English articles."""
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def character_words(text: str) -> list[str]:
-    """MLQA's words of Chinese (Lewis et al. 2020), for every script of `languages.spaced`, whose characters are words.
+    """Return MLQA's words (Lewis et al. 2020): each character of the scripts of `languages.spaced` is one.
 
     Lower case, without punctuation of any script; no articles are left out.
     """

@@ -1,13 +1,8 @@
-"""A metric is a few numbers for each example, and a value from their sums over any of the examples.
-
-`Result` is what all evaluations return.
-"""
+"""A metric is a few numbers for each example, and a value from their sums over any of the examples."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,29 +12,6 @@ References = Sequence[Sequence[str]]  # of each prediction, one or more
 Array = NDArray[np.float64]
 Values = Callable[[Array, int], Array]
 """[samples, numbers], which are sums over so many examples each -> the metric over each sample [samples]."""
-
-
-class Result(NamedTuple):
-    """What an evaluation found. Scores, intervals and errors are by group of examples, and then by metric.
-
-    The groups of a task are called "TASK" (all of its examples) and "TASK/GROUP".
-    """
-
-    metrics: dict[str, dict[str, float]]
-    predictions: list[dict[str, Any]]  # id, task, prompt, prediction, references
-    intervals: Mapping[str, Mapping[str, tuple[float, float]]] = MappingProxyType({})  # 95 %
-    errors: Mapping[str, Mapping[str, str]] = MappingProxyType({})  # why metrics have no value, one line each
-    advice: str = ""  # what to know about the scores, one line each
-
-    def merge(self, other: "Result") -> "Result":
-        """Return the results of this evaluation and of another one."""
-        return Result(
-            {**self.metrics, **other.metrics},
-            [*self.predictions, *other.predictions],
-            {**self.intervals, **other.intervals},
-            {**self.errors, **other.errors},
-            "\n".join(dict.fromkeys(filter(None, (self.advice, other.advice)))),
-        )
 
 
 @dataclass(frozen=True)
@@ -52,6 +24,7 @@ class Metric:
     statistics: Callable[[Predictions, References], Array]  # [examples, numbers]
     values: Values
     lower_is_better: bool = False
+    check: Callable[[], None] = lambda: None  # raises UserError if a package or file that the metric needs is missing
 
     def __call__(self, predictions: Predictions, references: References) -> float:
         return value(self.values, self.statistics(predictions, references))
@@ -59,7 +32,7 @@ class Metric:
 
 def value(values: Values, rows: Array) -> float:
     """Compute a metric over all examples from their `rows` of numbers [examples, numbers]."""
-    sums = np.array([[math.fsum(column) for column in rows.T]])  # exact, so the order of the examples has no effect
+    sums = np.array([[math.fsum(column) for column in rows.T]])  # exact, so the order of the examples does not matter
     return float(values(sums, len(rows))[0])
 
 
@@ -74,7 +47,7 @@ def percent(sums: Array, examples: int) -> Array:
 
 
 def perplexity(loss: float) -> float:
-    """Compute the perplexity of a loss in nats per token; infinite where it overflows."""
+    """Compute the perplexity of a loss in nats per token; inf if it overflows."""
     return math.exp(loss) if loss < 700 else math.inf if loss == loss else loss
 
 

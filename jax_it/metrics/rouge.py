@@ -49,6 +49,7 @@ def _lines(text: str) -> str:
 
 
 def rouge(name: str) -> Metric:
+    """Return one type of ROUGE; `statistics` computes several at once."""
     return Metric(lambda predictions, references: statistics([name], predictions, references)[name], percent)
 
 

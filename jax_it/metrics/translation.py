@@ -1,6 +1,7 @@
 """BLEU, chrF and TER of a corpus, by sacrebleu with its defaults, on the text as it is."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import zip_longest
 
 import numpy as np
@@ -24,27 +25,25 @@ TOKENIZERS = {
 }
 
 
-def check(name: str) -> None:
-    """Load the tokenizer of a BLEU, with the packages or the file that it needs. Raises UserError."""
-    if name in TOKENIZERS:
-        _bleu(name)
-
-
 def bleu(name: str) -> Metric:
-    """BLEU (Papineni et al. 2002): case kept, exp smoothing.
+    """Return BLEU (Papineni et al. 2002): case kept, exp smoothing.
 
     N-grams are matched against all references of an example; the one closest in length counts for brevity.
     """
-    return _metric(lambda: _bleu(name), sacrebleu.BLEU(tokenize="none"))
+
+    def check() -> None:
+        _bleu(name)  # load the tokenizer, with the packages or the file that it needs
+
+    return replace(_metric(lambda: _bleu(name), sacrebleu.BLEU(tokenize="none")), check=check)
 
 
 def chrf() -> Metric:
-    """chrF2 (Popović 2015), of characters without white space, so for any script; the best reference counts."""
+    """Return chrF2 (Popović 2015), of characters without white space, so for any script; the best reference counts."""
     return _metric(sacrebleu.CHRF, sacrebleu.CHRF())
 
 
 def ter(of_characters: bool = False) -> Metric:
-    """TER (Snover et al. 2006): edits to the nearest reference, a shift of words being one, in percent of its words.
+    """Return TER (Snover et al. 2006): edits to the nearest reference, in percent of its words; a shift is one edit.
 
     Lower is better, 0 the best, and more than 100 possible. Case aside, words are what stands between
     spaces, or with `of_characters` also each character of `languages.spaced`; of several references, edits
@@ -90,6 +89,4 @@ def _bleu(name: str) -> sacrebleu.BLEU:
             from sacrebleu.tokenizers.tokenizer_spm import SACREBLEU_DIR
 
             needs = f"the model that it downloads once into {SACREBLEU_DIR}/models is missing or damaged ({reason})"
-        raise UserError(
-            f"metric {name!r} needs sacrebleu's tokenizer {tokenizer}: {needs}; or take bleu_char"
-        ) from None
+        raise UserError(f"metric {name!r} needs sacrebleu's tokenizer {tokenizer}: {needs}; or use bleu_char") from None

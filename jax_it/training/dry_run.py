@@ -36,7 +36,7 @@ def dry_run(config: Config, workdir: str | Path, allow_change: Sequence[str] = (
         total = run.resolved.total_steps
         steps = durations_in_steps(run.config, run.data.train.rates, total)
         prepared = prepare(run.model, run.config, mesh, {}, total, steps["warmup"], steps["decay"])
-        evaluation.within_training(run)
+        evaluation.training_suite(run)
         check_disk(run_dir, prepared)
         every = ", ".join(f"{what} every {steps[name]} steps" for name, what in _EVERY.items() if steps[name])
         size = f"a checkpoint takes up to {checkpoint_bytes(prepared) / 1e9:.2f} GB"

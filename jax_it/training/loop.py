@@ -58,7 +58,7 @@ def train(config: Config, workdir: str | Path, allow_change: Sequence[str] = ())
         assert run.resolved and run.data
         settings, model, data, total = run.config.train, run.model, run.data.train, run.resolved.total_steps
         steps = durations_in_steps(run.config, data.rates, total)
-        suite = evaluation.within_training(run)
+        suite = evaluation.training_suite(run)
 
         # Shapes and shardings, the directory, and the state: that of the newest checkpoint, or the first one.
         prepared = prepare(model, run.config, mesh, frozen, total, steps["warmup"], steps["decay"])

@@ -71,7 +71,7 @@ def test_changed_settings_need_a_folder_of_their_own_unless_they_leave_the_score
     command = ("eval", "--workdir", run, "--config.eval.limit=2")
     line = fails(capfd, *command)
     assert line.endswith(
-        f"the run in {run} is scored with other settings, and the scores would not compare; "
+        f"the run in {run} is scored with other settings, and the scores would not be comparable; "
         "name another folder for these with --output"
     )
     assert not (run / "eval").exists()
@@ -175,7 +175,7 @@ def ran(run, tmp_path):
 @pytest.mark.parametrize("option", [(), ("--follow",), ("--config.eval.batch_size=2",)])
 def test_python_that_a_runs_config_names_as_a_metric_runs_only_where_the_user_allows_it(run, ran, capfd, option):
     line = fails(capfd, "eval", "--workdir", run, *option)
-    assert f"the run in {run} names code as a metric, '{ran.parent}/own.py:f'" in line
+    assert f"the run in {run} uses Python code, '{ran.parent}/own.py:f', as a metric, which would run" in line
     assert "add --run-metric-code" in line and not ran.exists()
 
 
@@ -184,7 +184,10 @@ def test_a_folder_of_lm_evals_tasks_that_a_runs_config_names_is_code_too(run, ca
     saved["config"]["eval"]["tasks"] = [{"name": "mine", "score": "lm_eval", "data": {"path": "folder"}}]
     (run / "config.json").write_text(json.dumps(saved))
     line = fails(capfd, "eval", "--workdir", run)
-    assert f"the run in {run} names code as lm_eval's tasks, 'folder'" in line and "add --run-metric-code" in line
+    assert (
+        f"the run in {run} uses Python code, in 'folder', for tasks of lm_eval" in line
+        and "add --run-metric-code" in line
+    )
 
 
 def test_python_that_the_user_names_or_allows_runs(run, ran, other, tmp_path, capfd):
