@@ -108,7 +108,7 @@ class CausalFormat:
         if not data.packing:
             return Layout(shape, batch_size, 1.0, 0.0, float(targets.mean()) / shape.target)
         layout = packing.layout_of(self.pack(sources, targets, shape), sources, targets, batch_size, shape)
-        return dataclasses.replace(layout, rows=packing.nearly(batch_size / layout.examples_per_row))
+        return dataclasses.replace(layout, rows=packing.round_rows_closely(batch_size / layout.examples_per_row))
 
     def pack(self, sources: np.ndarray, targets: np.ndarray, shape: Shape) -> Rows:
         """Return which examples of these lengths share rows of `shape`."""

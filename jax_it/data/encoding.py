@@ -74,8 +74,8 @@ class Counts:
         """Raise UserError if the data set has invalid records that the config does not drop."""
         if self.invalid and data.on_invalid == "error":
             raise UserError(
-                f"{self.shown_reasons(most=3)} (invalid records in data set {name}: {self.invalid} of {self.examples}; "
-                "fix them, or leave them out with config.data.on_invalid=drop)"
+                f"data set {name}: {self.invalid} of {self.examples} records are invalid: "
+                f"{self.shown_reasons(most=3)}; fix them, or leave them out with config.data.on_invalid=drop"
             )
 
     def shown_reasons(self, most: int) -> str:

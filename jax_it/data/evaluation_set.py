@@ -30,14 +30,14 @@ class Option(NamedTuple):
 
 class EvalExample(NamedTuple):
     id: str
-    group: str  # of data.eval the record's task; "" where there are no groups
+    group: str  # for data.eval, the record's task; "" where there are no groups
     prompt: str
     prompt_tokens: list[int]  # what generation starts from
-    references: tuple[str, ...]  # of score="code_execution" there may be none
+    references: tuple[str, ...]  # may be empty for score="code_execution"
     truncated: bool = False  # the prompt is not whole, or lacks few-shot examples
-    encoded: Encoded | None = None  # of data.eval: the prompt and the first reference, truncated as in training
-    options: tuple[Option, ...] = ()  # of score="multiple_choice"; of "perplexity" the reference
-    fields: Mapping[str, Any] = MappingProxyType({})  # the record, of a task
+    encoded: Encoded | None = None  # for data.eval: the prompt and the first reference, truncated as in training
+    options: tuple[Option, ...] = ()  # for score="multiple_choice"; for "perplexity", the reference
+    fields: Mapping[str, Any] = MappingProxyType({})  # for a task: the record
 
 
 class EvalSet(NamedTuple):
@@ -136,7 +136,7 @@ def _read_one(
     invalid.examples += len(chosen) + skipped
     invalid.check_invalid(name, data)
     counts = Counts()
-    encoded = _encode(rendered, locations, data, tokenizer, format, counts)
+    encoded = _encode_each(rendered, locations, data, tokenizer, format, counts)
     examples: list[EvalExample] = []
     for unencoded, location in zip(chosen, locations, strict=True):
         before = dataclasses.replace(counts)
@@ -157,7 +157,7 @@ def _read_one(
     return EvalSet(examples, skipped + invalid.invalid)
 
 
-def _encode(
+def _encode_each(
     rendered: Sequence[Example],
     locations: Sequence[str],
     data: Data,
@@ -165,7 +165,7 @@ def _encode(
     format: Format,
     counts: Counts,
 ) -> Iterator[Encoded | None]:
-    """Yield each example's tokens; where invalid records are dropped, None for one that the chat template refuses."""
+    """Yield each example's tokens; if invalid records are dropped, None for one that the chat template refuses."""
     if data.on_invalid == "error":
         yield from format.encode(rendered, locations, data, tokenizer, counts, evaluation=True)
         return

@@ -186,14 +186,14 @@ def layout_of(rows: Rows, sources: np.ndarray, targets: np.ndarray, batch_size: 
     per_row = len(sources) / len(rows)
     return Layout(
         shape=shape,
-        rows=_even(batch_size / per_row),
+        rows=_round_rows(batch_size / per_row),
         examples_per_row=per_row,
         source_fill=float(sources.sum()) / max(len(rows) * shape.blocks * shape.source, 1),
         target_fill=float(targets.sum()) / (len(rows) * shape.target),
     )
 
 
-def _even(rows: float) -> int:
+def _round_rows(rows: float) -> int:
     """Round `rows` to a multiple of 8 (of 1, 2 or 4 where there are few; of more where there are many).
 
     So devices and micro-batches, on whose numbers a batch must not depend, can share them evenly.
@@ -203,7 +203,7 @@ def _even(rows: float) -> int:
     return max(round(rows / unit) * unit, 1)
 
 
-def nearly(rows: float) -> int:
+def round_rows_closely(rows: float) -> int:
     """Round `rows` to a multiple of the greatest power of 2 that stays within a tenth of it, and at least 1.
 
     For rows of a given length, whose shape cannot make up for a number that is rounded more.

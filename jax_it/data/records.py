@@ -50,7 +50,7 @@ def open_file(file: epath.Path) -> Iterator[Any]:
 
 
 def _unzstd(stream: io.BufferedIOBase) -> Iterator[bytes]:
-    """Unpacks a .zst file. zstandard's own reader takes a truncated file for a whole one."""
+    """Unpack a .zst file. zstandard's own reader accepts a truncated file as complete."""
     import zstandard
 
     unpacker: Any = None  # of the frame that is being read; a file may hold several

@@ -1,4 +1,4 @@
-"""Reads the examples of `eval.tasks`: prompts with few-shot examples and options, as texts and as token ids.
+"""The examples of `eval.tasks`: prompts with few-shot examples and options, as texts and as token ids.
 
 Without a chat template a causal model continues plain text, and an option is tokenized together with the prompt:
 its tokens are those beyond as many as the prompt has by itself, as the Language Model Evaluation Harness splits them.
@@ -24,19 +24,19 @@ class _Question:
 
     number: int
     record: Record
-    turns: tuple[Turn, ...]  # the last one the user's, with all that stands before it
+    turns: tuple[Turn, ...]  # the last one is the user's, with the description and the few-shot examples
     references: tuple[str, ...]
     options: tuple[str, ...]
-    shots: int
+    num_fewshot: int
 
 
 def read(task: Task, where: str, data: Data, tokenizer: Tokenizer, format: Format, limit: int = 0) -> list[EvalExample]:
-    """Read the examples of a task, at most `limit` where that is not 0; `where` is its name in messages.
+    """Read the examples of a task, at most `limit` unless that is 0; `where` is its name in messages.
 
     Raises UserError that names the record: for what it lacks, an empty prompt, no reference, fewer than two options
     or none that is the reference, too few few-shot examples, and a prompt that is too long under every template.
     """
-    shots = _Shots(task, where) if task.num_fewshot else None
+    fewshot = _FewShot(task, where) if task.num_fewshot else None
     waiting: list[tuple[int, Record]] = []
     for number, record in enumerate(sources.read(task.data, f"{where}.data")):
         if limit and number == limit:
@@ -46,10 +46,10 @@ def read(task: Task, where: str, data: Data, tokenizer: Tokenizer, format: Forma
     choices = [(template, task.num_fewshot) for template in task.data.template]
     if task.truncate == "fewshot":
         choices += [(task.data.template[-1], fewer) for fewer in range(task.num_fewshot - 1, -1, -1)]
-    for choice, (template, shown) in enumerate(choices):
-        questions = [_question(task, number, record, template, shots, shown) for number, record in waiting]
+    for choice, (template, num_fewshot) in enumerate(choices):
+        questions = [_question(task, number, record, template, fewshot, num_fewshot) for number, record in waiting]
         waiting = []
-        for question, made in zip(questions, _encode(task, questions, tokenizer, format), strict=True):
+        for question, made in zip(questions, _tokenize(task, questions, tokenizer, format), strict=True):
             shorter = _fitted(task, where, question, made, data, tokenizer, format, whole=choice + 1 < len(choices))
             if shorter is None:
                 waiting.append((question.number, question.record))
@@ -58,7 +58,9 @@ def read(task: Task, where: str, data: Data, tokenizer: Tokenizer, format: Forma
     return [found[number] for number in sorted(found)]
 
 
-def _question(task: Task, number: int, record: Record, template: str, shots: "_Shots | None", shown: int) -> _Question:
+def _question(
+    task: Task, number: int, record: Record, template: str, fewshot: "_FewShot | None", num_fewshot: int
+) -> _Question:
     example = templates.render(record, template)
     asked = example.turns[-2]
     if not asked.text.strip():
@@ -77,12 +79,12 @@ def _question(task: Task, number: int, record: Record, template: str, shots: "_S
     if task.score == "perplexity":
         options = references[:1]
     before = [templates.text(record, task.description)] if task.description else []
-    before += shots.of(record)[:shown] if shots else []
+    before += fewshot.of(record)[:num_fewshot] if fewshot else []
     text = task.fewshot_delimiter.join([*before, asked.text])
-    return _Question(number, record, (*example.turns[:-2], Turn("user", text)), references, options, shown)
+    return _Question(number, record, (*example.turns[:-2], Turn("user", text)), references, options, num_fewshot)
 
 
-class _Shots:
+class _FewShot:
     """The few-shot examples with their answers, in the order of their source."""
 
     def __init__(self, task: Task, where: str):
@@ -100,7 +102,7 @@ class _Shots:
     def of(self, record: Record) -> list[str]:
         """Return the first few-shot examples that agree with the record, without the record itself."""
         number, value = self._task.num_fewshot, self._value(record)
-        found = [text for shot, text in self._by_value.get(value, ()) if shot.fields != record.fields][:number]
+        found = [text for other, text in self._by_value.get(value, ()) if other.fields != record.fields][:number]
         if len(found) < number:
             where = f" where {self._task.fewshot_by} is {value!r}" if self._task.fewshot_by else ""
             raise UserError(
@@ -129,7 +131,7 @@ class _Tokens(NamedTuple):
     options: list[Option]
 
 
-def _encode(task: Task, questions: Sequence[_Question], tokenizer: Tokenizer, format: Format) -> Iterator[_Tokens]:
+def _tokenize(task: Task, questions: Sequence[_Question], tokenizer: Tokenizer, format: Format) -> Iterator[_Tokens]:
     """Yield the tokens of each question and of its options."""
     causal = isinstance(format, CausalFormat)
     in_chat = task.chat and tokenizer.chat_template is not None
@@ -217,7 +219,7 @@ def _fitted(
         prompt=_plain(question),
         prompt_tokens=prompt,
         references=question.references,
-        truncated=cut or question.shots < task.num_fewshot,
+        truncated=cut or question.num_fewshot < task.num_fewshot,
         options=tuple(options),
         fields=record.fields,
     )
@@ -228,7 +230,7 @@ def _too_long(task: Task, where: str, question: _Question, length: int, new: int
     setting = f"{where}.max_prompt_length"
     if not task.max_prompt_length:
         setting = f"config.data.{format.length_field} or {setting}"
-    fewer = f"lower {where}.num_fewshot, " if question.shots else ""
+    fewer = f"lower {where}.num_fewshot, " if question.num_fewshot else ""
     return (
         f"{question.record.where}: the prompt has {length} tokens{answer}, more than {limit}; {fewer}raise {setting}, "
         f"or let prompts be cut with {where}.truncate"
@@ -236,7 +238,7 @@ def _too_long(task: Task, where: str, question: _Question, length: int, new: int
 
 
 def _shortened(prompt: list[int], room: int, side: str, tokenizer: Tokenizer, causal: bool) -> list[int]:
-    """Truncate a prompt at one end; its special tokens stay."""
+    """Truncate a prompt at one end; special tokens are kept."""
     if len(prompt) <= room:
         return prompt
     begins = 1 if tokenizer.start is not None and prompt[0] == tokenizer.start else 0

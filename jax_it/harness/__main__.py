@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def run() -> None:
-    """lm_eval's own command, with the arguments of this process."""
+    """Run lm_eval's own command with the arguments of this process."""
     try:
         from lm_eval.__main__ import cli_evaluate
     except ModuleNotFoundError as error:

@@ -105,7 +105,8 @@ def test_a_fault_in_the_data_names_its_place(tmp_path):
     data = settings(tmp_path)
     path = Path(data.train[1].path)
     path.write_text(path.read_text() + '{"question": "x"}\n')
-    with pytest.raises(UserError, match=rf"^{path}, line 11: has none of the fields 'messages'"):
+    message = rf"^data set b: 1 of \d+ records are invalid: {path}, line 11: has none of the fields 'messages'"
+    with pytest.raises(UserError, match=message):
         build(data)
 
 

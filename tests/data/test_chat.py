@@ -117,7 +117,7 @@ def test_blanks_around_an_answer_are_learnt_where_the_template_keeps_them(name):
 
 @pytest.mark.parametrize("name", STOCK)
 def test_the_tokens_are_those_of_the_rendering_with_one_mark_of_beginning(name):
-    """As Transformers tokenises it."""
+    """As Transformers tokenizes it."""
     it = checkpoint(name)
     messages = [{"role": turn.role, "content": turn.text} for turn in talk(*ANSWERS)]
     text = it.backend.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024")

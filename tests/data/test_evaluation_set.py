@@ -116,7 +116,7 @@ def test_only_the_named_records_are_taken_and_a_limit_counts_for_each_source(tmp
 
 def test_a_fault_names_its_line(tmp_path):
     path = write(tmp_path / "a.jsonl", [*pairs("a>1"), {"prompt": "b"}])
-    with pytest.raises(UserError, match=rf"^{path}, line 2: field 'completion' is missing or null"):
+    with pytest.raises(UserError, match=rf": {path}, line 2: field 'completion' is missing or null"):
         read(Source(path))
 
 
@@ -179,7 +179,9 @@ def test_a_name_that_cannot_be_written_is_refused(tmp_path, name):
 
 def test_invalid_records_are_refused_together_or_skipped(tmp_path):
     path = write(tmp_path / "a.jsonl", [*pairs("one>1"), {"prompt": "two"}, *pairs("three>3"), {"x": 1}])
-    with pytest.raises(UserError, match=r"line 2: .*; .*line 4: .*\(invalid records in data set a: 2 of 4; fix them"):
+    with pytest.raises(
+        UserError, match=r"^data set a: 2 of 4 records are invalid: .*line 2: .*; .*line 4: .*; fix them"
+    ):
         read(Source(path))
     found = read(Source(path), on_invalid="drop")
     assert [example.id for example in found.examples] == ["a/0", "a/2"] and found.skipped == 2

@@ -398,5 +398,7 @@ def test_conversations_that_the_chat_template_refuses_are_dropped_and_the_others
     for name in ("examples", "invalid", "reasons"):
         setattr(item.counts, name, getattr(whole.counts, name))
     assert item.counts == whole.counts  # what was counted of the refused ones before is forgotten
-    with pytest.raises(UserError, match=r"line 2: the assistant's turn .*; .*line 5: .* 2 of 6; fix them"):
+    with pytest.raises(
+        UserError, match=r"2 of 6 records are invalid: .*line 2: the assistant's turn .*; .*line 5: .*; fix them"
+    ):
         tokenize(source, "", Data(**{**vars(data), "on_invalid": "error"}), it, FORMAT)

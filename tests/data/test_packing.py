@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jax_it.data.packing import Layout, Rows, Shape, _even, choose_layout, nearly, pack, pack_sequences
+from jax_it.data.packing import (
+    Layout,
+    Rows,
+    Shape,
+    _round_rows,
+    choose_layout,
+    pack,
+    pack_sequences,
+    round_rows_closely,
+)
 
 SMALLEST = Shape(1, 512, 128)  # of an example's row, in the tests of layouts
 
@@ -159,7 +168,7 @@ def every_layout(sources: np.ndarray, targets: np.ndarray, batch_size: int) -> I
             rows = pack(sources, targets, shape)
             per_row = len(sources) / len(rows)
             fill = targets.sum() / (len(rows) * shape.target)
-            yield Layout(shape, _even(batch_size / per_row), per_row, 0.0, fill)
+            yield Layout(shape, _round_rows(batch_size / per_row), per_row, 0.0, fill)
 
 
 COSTS = {
@@ -217,14 +226,14 @@ def test_a_layout_is_found_for_degenerate_data(number, source, target, fill):
 
 @given(st.floats(0.01, 1e5))
 def test_the_number_of_rows_can_be_shared_by_devices_and_micro_batches(wanted):
-    rows = _even(wanted)
+    rows = _round_rows(wanted)
     assert rows >= 1 and (rows % 8 == 0 or rows < 8 or wanted < 8) and rows & -rows >= rows / 8
     assert abs(rows - wanted) <= max(wanted / 3, 1)
 
 
 @given(st.floats(0.01, 1e5))
 def test_rows_of_a_given_length_are_rounded_by_a_tenth_at_the_most(wanted):
-    rows = nearly(wanted)
+    rows = round_rows_closely(wanted)
     assert rows >= 1 and (abs(rows - wanted) <= 0.1 * wanted or (rows == max(round(wanted), 1) and wanted < 5))
     assert wanted < 5 or rows & -rows >= 0.09 * wanted, "an odd number, where an even one is as near"
 

@@ -180,10 +180,8 @@ def invalid(tmp_path: Path) -> str:
 def test_all_invalid_records_of_a_file_are_found_in_one_pass(tmp_path, cache):
     path = invalid(tmp_path)
     message = refusal(path, cache)
-    assert message.startswith(f"{path}, line 2: not valid JSON (")
-    assert message.endswith(
-        " (invalid records in data set a: 3 of 6; fix them, or leave them out with config.data.on_invalid=drop)"
-    )
+    assert message.startswith(f"data set a: 3 of 6 records are invalid: {path}, line 2: not valid JSON (")
+    assert message.endswith("; fix them, or leave them out with config.data.on_invalid=drop")
     assert f"; {path}, line 4: the messages begin with the assistant, as many ShareGPT threads do; " in message
     assert f"; {path}, line 5: field 'completion' is missing or null, which template 'auto' needs; " in message
     assert folders(cache) == set()
@@ -199,14 +197,15 @@ def test_invalid_records_are_dropped_counted_and_listed_where_the_config_says_so
     assert tokenized.eligible([item]).tolist() == [0, 2, 5]
     message = "data set a: 3 of 6 examples dropped (3 invalid, 0 with an empty completion, 0 too long), 50.0%"
     assert refusal(path, cache, on_invalid="drop", max_dropped=0.4).startswith(message)
-    assert "invalid records in data set a: 3 of 6" in refusal(path, cache), (
+    assert "data set a: 3 of 6 records are invalid" in refusal(path, cache), (
         "though they were dropped when the cache was made"
     )
 
 
 def test_a_data_set_without_a_valid_record_says_why(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", [{"question": "a", "answer": "b"}] * 30)
-    assert "; 27 more (invalid records in data set a: 30 of 30; fix them" in refusal(path, cache)
+    assert refusal(path, cache).startswith("data set a: 30 of 30 records are invalid: ")
+    assert "; 27 more; fix them" in refusal(path, cache)
     message = refusal(path, cache, on_invalid="drop", max_dropped=1.0)
     assert message.startswith(
         "data set a: none of its 30 examples is left: 30 invalid, 0 with an empty completion, 0 too long"

@@ -113,7 +113,7 @@ def test_token_f1_compares_words_as_squad_does(prediction, references, expected)
 
 
 def squad_words(text):
-    """SQuAD's normalisation, character by character."""
+    """SQuAD's normalization, character by character."""
     kept = "".join(character for character in text.lower() if character not in string.punctuation)
     for article in ("a", "an", "the"):
         kept = re.sub(rf"(?<!\w){article}(?!\w)", " ", kept)
@@ -133,7 +133,7 @@ def squad_f1(predicted, expected):
 
 
 def mlqa_words(text):
-    """MLQA's normalisation of Chinese: no articles, punctuation of all scripts out, Chinese characters are words."""
+    """MLQA's normalization of Chinese: no articles, punctuation of all scripts out, Chinese characters are words."""
     text = "".join(
         character
         for character in text.lower()
