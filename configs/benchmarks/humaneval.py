@@ -4,12 +4,12 @@
         --output scores/humaneval
     jax-it eval --workdir runs/mine --config configs/benchmarks/humaneval.py:200,HumanEval.jsonl.gz --run-model-code
 
-It runs programs that the model writes, and so only with --run-model-code: each in a process of its own that can use
-no network, start no process, reach no files of yours, and that is ended after 10 seconds or 1 GiB.
+It runs programs that the model writes, so it needs --run-model-code. Each program runs in its own process, without
+access to the network, to other processes or to your files, and is stopped after 10 seconds or at 1 GiB of memory.
 
-Data: openai/openai_humaneval of the hub, or a file of github.com/openai/human-eval (MIT licence). The argument is a
-list of: that file; a number of samples of each problem, drawn at temperature 0.8 for pass@10 and pass@100 (without it
-the likeliest program, for pass@1); "chat", for models that answer in a conversation. A model continues the
+Data: openai/openai_humaneval of the hub, or a file of github.com/openai/human-eval (MIT license). The argument is a
+list of: that file; the number of samples per problem, drawn at temperature 0.8, for pass@10 and pass@100 (without it
+one greedy sample, for pass@1); "chat", for models that answer in a conversation. A model continues the
 prompt up to one of the paper's stop strings; in a conversation the answer's first code block counts.
 
 To reproduce: Code Llama 7B pass@1 33.5, pass@10 59.6, pass@100 85.9 (Rozière et al. 2023, table 2); Llama 2 7B pass@1

@@ -1,14 +1,14 @@
-"""Tasks of the Language Model Evaluation Harness, by their names: prompts and scores are its own.
+"""Tasks of the Language Model Evaluation Harness (lm_eval), with its own prompts and scores.
 
     pip install 'jax-it[harness]'
     jax-it eval --model google/flan-t5-xl --config configs/benchmarks/lm_eval.py:mmlu --output scores/mmlu
     jax-it eval --workdir runs/mine --config configs/benchmarks/lm_eval.py:gsm8k_cot,ifeval,chat
 
-The argument is a list of tasks or groups of tasks (`lm_eval ls tasks` shows them), of the number of few-shot examples,
-where that is not the task's own, and of "chat", for prompts in the model's chat template. The data sets are downloaded
-from the hub. MMLU is 5-shot with `lm_eval.py:mmlu,5`; "acc,none" and the like are from 0 to 1. Prompts are truncated
-at their start to the length that the model's config.json names, 512 tokens for T5, which reads longer ones too:
-add --config.eval.tasks.0.max_prompt_length=2048.
+The argument is a list, separated by commas, of tasks or groups of tasks (`lm_eval ls tasks` shows them). It may also
+contain the number of few-shot examples, in place of the task's own (MMLU is 5-shot with `lm_eval.py:mmlu,5`), and
+"chat" for prompts in the model's chat template. The data sets are downloaded from the hub. Metrics such as "acc,none"
+are from 0 to 1. Prompts are truncated at their start to the length in the model's config.json. For T5 that is 512
+tokens, but T5 can read more: add --config.eval.tasks.0.max_prompt_length=2048.
 
 To reproduce (as published; other prompts differ by a few points):
   mmlu, 5-shot     Flan-T5-XL 49.2, Flan-T5-XXL 54.5, LLaMA-7B 35.2 (Chia et al. 2023)

@@ -4,15 +4,15 @@
     jax-it eval --model allenai/tk-instruct-3b-def-pos \\
         --config configs/benchmarks/super_ni.py:natural-instructions --output scores/super_ni
 
-The argument is the folder of that repository (Apache licence; the default is natural-instructions). What is scored are
-the first 100 instances of each of the 119 tasks of splits/default/test_tasks.txt, by ROUGE-L with stemming, over all
-and for each category. A prompt longer than 1024 tokens loses its second example and then its first, and is then cut
-at its end, as Tk-Instruct's was ("truncated" counts these last).
+The argument is the folder of that repository (Apache license; the default is natural-instructions). The first 100
+instances of each of the 119 tasks in splits/default/test_tasks.txt are scored by ROUGE-L with stemming, overall and
+for each category. A prompt longer than 1024 tokens loses its second example, then its first, and is then cut at its
+end, as in Tk-Instruct ("truncated" counts those that are cut).
 
 To reproduce: Tk-Instruct 3B 54.33, 11B 60.07, ROUGE-L over all (the table of github.com/yizhongw/Tk-Instruct, on the
-instances of today's repository; the first version of the paper had others).
+current instances of the repository; the first version of the paper used others).
 
-To train in the same way give data.train a source as `data` below, with splits/default/train_tasks.txt and, as
+To train in the same way, give data.train a source like `data` below, with splits/default/train_tasks.txt and, as
 Tk-Instruct did, the first 100 instances of each task.
 """
 

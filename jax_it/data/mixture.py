@@ -12,7 +12,7 @@ from jax_it.errors import UserError
 COLUMNS = [  # of an example drawn from the stream; lengths are in tokens, including special tokens
     ("source", np.int64),  # which data set: an index of config.data.train
     ("example", np.int64),  # which of its examples
-    ("template", np.int64),  # under which of its templates
+    ("template", np.int64),  # which of its templates
     ("source_length", np.int64),  # of the encoder's input
     ("target_length", np.int64),  # of the decoder's output, or of a causal model's whole sequence
 ]
