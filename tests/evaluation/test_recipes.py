@@ -100,5 +100,5 @@ def test_the_harness_s_tasks_are_named_in_the_argument_with_shots_and_chat():
 @pytest.mark.parametrize("name", ["super_ni", "humaneval"])
 def test_a_recipe_names_its_data_its_command_and_the_score_to_reproduce(name):
     text = (RECIPES / f"{name}.py").read_text()
-    assert f"configs/benchmarks/{name}.py" in text and "licence" in text and "To reproduce: " in text
+    assert f"configs/benchmarks/{name}.py" in text and "license" in text and "To reproduce: " in text
     assert recipe(name, "").eval.tasks[0].published

@@ -125,7 +125,7 @@ def test_a_step_that_hangs_is_noticed_and_the_run_goes_on_from_its_last_checkpoi
     last = output.splitlines()[-1]
     assert last.startswith("jax-it train: step 52 hangs: stepping for 1 s; ")
     assert last.endswith(
-        f"is above and in {run}/hang-52.txt; run the same command to continue from the last checkpoint"
+        f"is printed above and saved in {run}/hang-52.txt; run the same command to continue from the last checkpoint"
     )
     finish(config, run)
     assert_same_run(run, finished)
@@ -150,7 +150,7 @@ def test_gradients_that_are_not_finite_end_the_run_past_a_limit_and_name_the_dat
         assert all(0 < record <= {"say": 36, "names": 12}[source] for source, record in records)
         numbers = ", ".join(str(record) for record in line["examples"][0]["records"])
         assert f"step {line['step']} is skipped: its gradient is not finite (loss nan); its examples: record" in output
-        assert f"{numbers} of {line['examples'][0]['source']}" in output
+        assert f"{numbers} of {line['examples'][0]['source']!r}" in output
 
     # The fault is mended: the run continues from the checkpoint before it, as if nothing had happened.
     assert RunDir(run).checkpoints().steps() == [15]

@@ -10,7 +10,7 @@ import pytest
 from jax_it import config, sharding
 from jax_it.data.formats import CausalBatch, Seq2SeqBatch
 from jax_it.errors import UserError
-from jax_it.generation import Engine, Sampling, generate, length_buckets, scheduler
+from jax_it.generation import Engine, Request, Sampling, Scheduler, generate, length_buckets, scheduler
 from tests.generation.conftest import by_prompt
 
 LENGTH = 10
@@ -258,8 +258,13 @@ def test_short_texts_do_not_wait_for_long_ones(tiny, monkeypatch):
         return result
 
     monkeypatch.setattr(Engine, "decode", watched)
-    found = by_prompt(generate(engine, tiny.params, prompts, limits))
-    assert [len(found[i]) for i in range(32)] == limits
+    scheduler = Scheduler(engine.load(tiny.params))
+    for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        scheduler.add_request(Request(i, prompt, limit))
+    found: dict[int, int] = {}
+    while scheduler.has_unfinished:
+        found |= {output.request_id: len(output.tokens) for output in scheduler.step()}
+    assert [found[i] for i in range(32)] == limits
     assert len(taken) > 8, "slots were refilled while others went on"
 
 

@@ -38,8 +38,3 @@ def test_texts_that_are_stopped_are_the_beginnings_of_the_whole_ones_and_their_s
 def test_stop_is_asked_of_no_beams(tiny):
     engine = Engine(tiny.model, tiny.mesh, 4, 4, Sampling(num_beams=2))
     assert len(list(generate(engine, tiny.params, tiny.sources[:3], stop=lambda tokens: 1 / 0))) == 3
-
-
-def test_a_limit_below_one_is_an_error(tiny):
-    with pytest.raises(ValueError, match="at least one token"):
-        list(generate(Engine(tiny.model, tiny.mesh, 4, 4), tiny.params, tiny.sources[:2], [1, 0]))

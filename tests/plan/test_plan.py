@@ -25,7 +25,7 @@ from jax_it.plan.compile import TooLarge, build_step, bytes_of, compile_step
 from jax_it.plan.cost import Traffic
 from jax_it.plan.program import Collective, parse, read
 from jax_it.plan.published import PUBLISHED
-from jax_it.training import loop, step, train
+from jax_it.training import opening, step, train
 from tests.tiny_run import fails
 
 T5 = {
@@ -130,7 +130,7 @@ def test_the_planned_step_is_the_step_of_the_loop(tmp_path, monkeypatch):
 
         return dataclasses.replace(prepared, step=first)
 
-    monkeypatch.setattr(loop, "prepare", prepare)
+    monkeypatch.setattr(opening, "prepare", prepare)
     monkeypatch.setattr(compiling, "prepare", lambda *arguments: step.prepare(*arguments[:4], *schedule))
     train(config, tmp_path / "run")
     rows = jax.tree.leaves(lowered[0].in_avals)[-1].shape[0]
