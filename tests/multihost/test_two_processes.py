@@ -110,12 +110,15 @@ def test_scores_and_exports_of_two_hosts_are_those_of_one(recipes: dict[str, Pat
         for name, value in in_the_loop["all"].items():  # a number, or the bounds of an interval
             assert scored["all"][name] == pytest.approx(value, rel=1e-5)
         assert (run / "eval" / "8" / "predictions.jsonl").read_text() == predicted
-        done = processes.ends(processes.start(count, "export", "--workdir", run, "--output", tmp_path / f"{count}"))
+        output = tmp_path / str(count) / "model"  # whose name is in its card
+        output.parent.mkdir()
+        done = processes.ends(processes.start(count, "export", "--workdir", run, "--output", output))
         assert [end.code for end in done] == [0] * count, done
-    files = sorted(file.name for file in (tmp_path / "1").iterdir())
-    assert files == sorted(file.name for file in (tmp_path / "2").iterdir())
+    of_one, of_two = tmp_path / "1" / "model", tmp_path / "2" / "model"
+    files = sorted(file.name for file in of_one.iterdir())
+    assert files == sorted(file.name for file in of_two.iterdir())
     for file in files:
-        assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes()
+        assert (of_one / file).read_bytes() == (of_two / file).read_bytes()
 
 
 @pytest.mark.slow
