@@ -8,7 +8,7 @@ import ml_collections
 
 from jax_it import config as defaults
 
-# The first answer is learnt; an evaluation takes each prediction's best match among all of them.
+# The model is trained on the first answer; an evaluation takes each prediction's best match among all of them.
 ANSWERS = "{{answers.text | join(' ||| ')}}"
 TEMPLATES = [
     "question: {{question}} context: {{context}} ||| " + ANSWERS,

@@ -26,7 +26,14 @@ Scores = Callable[[int], float | None]  # a step's score, larger is better; None
 
 
 class Unreadable(UserError):
-    """A checkpoint that is damaged, or was deleted while it was read."""
+    """A checkpoint that is damaged, or was deleted while it was read.
+
+    `reason` names the checkpoint and what is wrong with it; the message adds how to fix that with --checkpoint.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(f"{reason}; choose another with --checkpoint")
+        self.reason = reason
 
 
 class Checkpoints:
@@ -121,10 +128,7 @@ class Checkpoints:
         except (UserError, Interrupted):
             raise
         except Exception as error:
-            raise Unreadable(
-                f"checkpoint {self.folder / str(step)} cannot be read: {_reason(error)}; "
-                "choose another with --checkpoint"
-            ) from error
+            raise Unreadable(f"checkpoint {self.folder / str(step)} cannot be read: {_reason(error)}") from error
 
     def restore_newest(self, params: Any, training: Any) -> tuple[int, Any, Any, dict[str, Any]] | None:
         """Return (step, params, training, position) of the newest checkpoint that can be read; None if there is none.

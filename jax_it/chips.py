@@ -17,7 +17,7 @@ class Chip:
     memory_rate: float = 0.0  # bytes/s
     link_rate: float = 0.0  # bytes/s of one link to a neighbor, one way
     links: int = 0  # to neighbors within a slice: two for each dimension of the torus
-    rings_of: int = 0  # a dimension of the slice is a ring where it is a multiple of so many chips, else a line
+    rings_of: int = 0  # a dimension of the slice is a ring if it is a multiple of this many chips, else a line
     network_rate: float = 0.0  # bytes/s to other slices, one way
 
 

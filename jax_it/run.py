@@ -185,8 +185,7 @@ def load_run(path: str) -> tuple[Run, Params]:
         try:
             params = run.load_params(run_dir.choose_step("latest", ""))
         except Unreadable as error:
-            reason = str(error).removesuffix("; choose another with --checkpoint")
-            raise UserError(f"{reason}; remove it, or export another checkpoint and pass that folder") from error
+            raise UserError(f"{error.reason}; remove it, or export another checkpoint and pass that folder") from error
     else:
         config, tokenizer_path = settings.Model(path=path), path
         if peft.is_folder(path):

@@ -201,7 +201,7 @@ class RunDir:
             files.remove(self.path / part)
 
     def open(self) -> tuple[Config, ResolvedRun]:
-        """Read the run's config, unchanged, and what was resolved. Raises UserError if there is no run."""
+        """Read the run's config, unchanged, and what was resolved. Raises UserError without a run."""
         saved = self._read()
         file = self.path / "config.json"
         try:

@@ -137,7 +137,7 @@ def test_merged_adapter_and_run_say_the_same_after_a_conversation(run, tmp_path,
     assert peft.is_folder(tmp_path / "adapter")
     assert (tmp_path / "merged" / "chat_template.jinja").is_file()
     ends = json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"]
-    assert 1 in ends, "the export must stop at what the run has learnt to end its answers with"
+    assert 1 in ends, "the export must stop at what the run was trained to end its answers with"
     asked = write_rows(tmp_path / "in.jsonl", [{"messages": talk(i)["messages"][:3]} for i in range(3)])
     answers = []
     for model in (run, tmp_path / "merged", tmp_path / "adapter"):

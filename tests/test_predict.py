@@ -103,7 +103,7 @@ def test_a_conversation_is_not_taken_raw(tmp_path):
         ({"prompt": None}, "field 'prompt' is missing or null"),
         ({"prompt": "b"} | messages(("user", "a")), "it has both 'messages' and 'prompt', and they differ; set the"),
         ({"prompt": "a", "prediction": "b"}, "the row already has a field 'prediction'; rename or remove it"),
-        ({"prompt": None, "messages": []}, "there is no message of the user or the assistant (roles: none)"),
+        ({"prompt": None, "messages": []}, "neither the user nor the assistant has a message (roles: none)"),
         (messages(("user", "a"), ("user", "b")), "two user messages in a row, the second of which is turn 2"),
         (
             messages(("assistant", "a")),

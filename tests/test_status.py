@@ -1,4 +1,4 @@
-"""What a long command says where there is no terminal."""
+"""What a long command prints while it works, if standard error is not a terminal."""
 
 import io
 import time

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--timeout", type=arguments.positive, metavar="S",
-        help="--follow: give up when there is no new checkpoint for S seconds",
+        help="--follow: give up after S seconds without a new checkpoint",
     )  # fmt: skip
     parser.add_argument("--json", type=arguments.path, metavar="FILE", help="--summary: also write it as JSON")
     parser.add_argument("--csv", type=arguments.path, metavar="FILE", help="--summary: also write it as CSV")

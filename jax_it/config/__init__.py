@@ -118,7 +118,7 @@ def recipe(name: str) -> str:
     found = {file.stem: str(file) for file in [*sorted(folder.glob("*.py")), *sorted(folder.glob("*/*.py"))]}
     if name not in found:
         raise UserError(
-            f"there is no recipe {shown(name)}, only {', '.join(found)}; to name a config file, write its ending, .py"
+            f"{shown(name)} is not a recipe; choose {', '.join(found)}, or name a config file, ending in .py"
         )
     return found[name]
 

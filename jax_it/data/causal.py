@@ -10,7 +10,7 @@ import numpy as np
 from jax_it.config import Data
 from jax_it.data import chat, packing
 from jax_it.data.encoded import Encoded
-from jax_it.data.encoding import Counts, cut, encode_completions, for_evaluation, source_text, text_prompts
+from jax_it.data.encoding import Counts, cut, encode_completions, for_evaluation, prompt_texts, text_prompts
 from jax_it.data.packing import Layout, RowCost, Rows, Shape, bucket
 from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
@@ -77,8 +77,7 @@ class CausalFormat:
         """Return the ids that an answer to each conversation, which ends with the user, is generated from."""
         if tokenizer.chat_template is not None:
             return chat.prompts(conversations, locations, tokenizer)
-        texts = [source_text(turns, tokenizer, where) for turns, where in zip(conversations, locations, strict=True)]
-        return self.text_prompts(texts, tokenizer)
+        return self.text_prompts(prompt_texts(conversations, tokenizer, locations), tokenizer)
 
     def text_prompts(self, texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
         """Return the ids that are generated from for texts as they are."""

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from jax_it.config import Data
@@ -13,7 +13,7 @@ from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError, shorten
 
-MAX_REASONS = 20  # why records are invalid: so many are kept
+MAX_REASONS = 20  # of those why records are invalid, how many are kept
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Counts:
             )
 
     def shown_reasons(self, most: int) -> str:
-        """Return why records are invalid, with their files and lines, at most so many of them."""
+        """Return why records are invalid, with their files and lines, for at most `most` of them."""
         shown = self.reasons[:most]
         more = [f"{self.invalid - len(shown)} more"] if self.invalid > len(shown) else []
         return "; ".join([shorten(reason, 350) for reason in shown] + more)
@@ -121,11 +121,12 @@ def encode_completions(examples: Sequence[Example], tokenizer: Tokenizer) -> lis
     return tokenizer.encode([item.completion.strip() and item.completion for item in examples])
 
 
-def source_text(turns: Sequence[Turn], tokenizer: Tokenizer, where: str) -> str:
-    """Return the prompt of turns as one text: by the tokenizer's chat template, if it has one."""
+def prompt_texts(conversations: Iterable[Sequence[Turn]], tokenizer: Tokenizer, locations: Sequence[str]) -> list[str]:
+    """Return each conversation, which ends with the user, as one text: by the chat template, if there is one."""
     if tokenizer.chat_template is not None:
-        return chat.prompt_text(turns, tokenizer, where)
-    return "\n\n".join(turn.text for turn in turns)
+        each = zip(conversations, locations, strict=True)
+        return [chat.prompt_text(turns, tokenizer, where) for turns, where in each]
+    return ["\n\n".join(turn.text for turn in turns) for turns in conversations]
 
 
 def text_prompts(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:

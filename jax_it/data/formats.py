@@ -18,7 +18,7 @@ __all__ = [
 
 
 def pack_rows(format: Format, examples: Sequence[Encoded], layout: Layout, rows: int) -> list[Batch]:
-    """Return all examples in batches of so many packed rows; empty rows fill the last batch.
+    """Return all examples in batches of `rows` packed rows; empty rows fill the last batch.
 
     Examples without a token to train on are left out, so there may be no batch at all.
     """

@@ -100,7 +100,7 @@ def mix(
 
 
 def hold_out(tokenized: Sequence[Tokenized], number: int, seed: int) -> np.ndarray:
-    """Choose so many of a source's examples by hash, independently of the rest of the config."""
+    """Choose `number` of a source's examples by hash, independently of the rest of the config."""
     indices = eligible(tokenized)
     order = np.argsort(_hash(seed, indices, 0, -2), kind="stable")
     return np.sort(indices[order[:number]])

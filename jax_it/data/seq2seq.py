@@ -9,7 +9,7 @@ import numpy as np
 from jax_it.config import Data
 from jax_it.data import packing
 from jax_it.data.encoded import Encoded
-from jax_it.data.encoding import Counts, cut, encode_completions, for_evaluation, source_text
+from jax_it.data.encoding import Counts, cut, encode_completions, for_evaluation, prompt_texts
 from jax_it.data.packing import Layout, RowCost, Rows, Shape, bucket
 from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
@@ -63,7 +63,7 @@ class Seq2SeqFormat:
         """
         if evaluation:
             data = for_evaluation(data, data.truncate)
-        sources = [source_text(item.turns[:-1], tokenizer, p) for item, p in zip(examples, locations, strict=True)]
+        sources = prompt_texts((item.turns[:-1] for item in examples), tokenizer, locations)
         prompts, completions = tokenizer.encode(sources), encode_completions(examples, tokenizer)
         counts.add_characters(tokenizer, [*sources, *(item.completion for item in examples)])
         for prompt, completion, where in zip(prompts, completions, locations, strict=True):
@@ -95,8 +95,7 @@ class Seq2SeqFormat:
         self, conversations: Sequence[Sequence[Turn]], tokenizer: Tokenizer, locations: Sequence[str]
     ) -> list[list[int]]:
         """Return the ids that an answer to each conversation, which ends with the user, is generated from."""
-        texts = [source_text(turns, tokenizer, where) for turns, where in zip(conversations, locations, strict=True)]
-        return self.text_prompts(texts, tokenizer)
+        return self.text_prompts(prompt_texts(conversations, tokenizer, locations), tokenizer)
 
     def text_prompts(self, texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
         """Return the ids that are generated from for texts as they are."""

@@ -185,7 +185,7 @@ def _turns_of(fields: Fields) -> tuple[Turn, ...]:
     spoken = [turn for turn in turns if turn.role != "system"]
     if not spoken:
         roles = ", ".join(turn.role for turn in turns) or "none"
-        raise Malformed(f"there is no message of the user or the assistant (roles: {roles})")
+        raise Malformed(f"neither the user nor the assistant has a message (roles: {roles})")
     for number, turn in enumerate(turns, 1):
         if turn.role == "system" and number > 1:
             raise Malformed(f"message {number} is a system message, which may only come first")

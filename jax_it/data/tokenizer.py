@@ -17,7 +17,7 @@ class Tokenizer:
     """Turns text into token ids and back, without the special tokens that templates and formats add.
 
     `start` begins a text where the tokenizer adds such a token by itself (Llama, Gemma), `end` closes it, `pad` fills
-    rows (the end token, where there is no other: segments tell padding apart), `unknown` replaces what the vocabulary
+    rows (the end token if there is none for that: segments tell padding apart), `unknown` replaces what the vocabulary
     lacks (None where it lacks nothing, as with bytes). All ids are below `size`.
     """
 
@@ -74,7 +74,7 @@ class Tokenizer:
     def lost(self, characters: Set[str]) -> set[str]:
         """Return those characters that leave no token of their own: T5's tokenizer turns line breaks into spaces.
 
-        If " " is among them, "  " stands for a space after another.
+        If " " is among them, "  " means a space that follows another.
         """
         return self._of_kind("lost", characters | ({"  "} if " " in characters else set()))
 

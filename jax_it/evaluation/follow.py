@@ -37,7 +37,7 @@ def follow(
 ) -> dict[int, str]:
     """Score each checkpoint that has no scores yet, and report it, until training has ended.
 
-    With a `timeout` it gives up after so many seconds without a new checkpoint; without one, it waits for a run that
+    With a `timeout` it gives up after that many seconds without a new checkpoint; without one, it waits for a run that
     has stopped, and START_TIMEOUT seconds for one that does not exist yet. Returns why steps, or tasks of them, failed.
     Raises UserError where another process follows, and Interrupted at SIGTERM and where it gives up.
     """
@@ -63,7 +63,7 @@ def follow(
                         f"no new checkpoint in {run_dir.path} for {timeout:.0f} s; run the same command to continue"
                     )
                 if event == "replaced":
-                    _log(f"{run_dir.path} holds another run now")
+                    _log(f"the run in {run_dir.path} has been replaced or changed; opening it again")
                     scorer = _open(run_dir, options)
                     watch.open(scorer)
                     continue
@@ -217,8 +217,7 @@ class _Watch:
             return ""
         key = self._key(step)
         self._tries[key] = self._tries.get(key, 0) + 1
-        reason = str(error).removesuffix("; choose another with --checkpoint")
-        return f"{reason}; it is skipped" if self._tries[key] == TRIES else ""
+        return f"{error.reason}; it is skipped" if self._tries[key] == TRIES else ""
 
     def _is_scored(self, step: int) -> bool:
         return files.is_regular(self._options.folder(self._run_dir, step) / SCORES)

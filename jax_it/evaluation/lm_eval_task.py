@@ -22,8 +22,9 @@ NORMAL_95 = 1.959964  # standard errors on either side of a mean
 def check(task: Task) -> None:
     """Raise UserError where lm_eval is not installed, or has no such task or group of tasks."""
     if task.name not in _manager(task.data.path).all_tasks:
-        where = f"the folder {task.data.path}" if task.data.path else "lm_eval (`lm_eval ls tasks` lists them)"
-        raise UserError(f"there is no task {task.name!r} in {where}")
+        if task.data.path:
+            raise UserError(f"the folder {task.data.path} has no task {task.name!r}")
+        raise UserError(f"lm_eval has no task {task.name!r}; `lm_eval ls tasks` lists those that it has")
 
 
 @cache  # it reads thousands of files

@@ -34,7 +34,7 @@ class Summary(NamedTuple):
 def summarize(workdir: str | Path, options: EvalOptions = OWN) -> Summary:
     """Read the scores of the run's own evaluation, or of the one that the options name.
 
-    Raises UserError where there is no run.
+    Raises UserError if the directory does not hold a run.
     """
     run_dir = RunDir(files.locate(workdir))
     metric = options.resolve(run_dir.open()[0]).eval.best

@@ -53,7 +53,7 @@ class Scheduler:
 
     For lists of prompts, `stream_interval` is 0: every text has one output, at its end, and waiting requests are taken
     shortest prompt first, a full group at a time once it fits, so that prompts of similar length are padded together.
-    For a server it is a number of tokens: each running text has an output after so many (a beam search only at its
+    For a server it is a number of tokens: each running text has an output after that many (a beam search only at its
     end), and requests are taken first come, first served, as soon as slots are free. Either way a text does not depend
     on other requests, nor on when it begins.
     """

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 Predictions = Sequence[str]
 References = Sequence[Sequence[str]]  # of each prediction, one or more
 Array = NDArray[np.float64]
+# (sums [samples, numbers], how many examples each sum is over) -> the metric of each sample [samples]
 Values = Callable[[Array, int], Array]
-"""[samples, numbers], which are sums over so many examples each -> the metric over each sample [samples]."""
 
 
 @dataclass(frozen=True)

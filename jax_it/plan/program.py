@@ -262,7 +262,7 @@ def _flops(op: Op) -> float:
     if op.kind == "convolution":
         return _convolution_flops(op)
     if "tpu_custom_call" in op.attributes and (kernel := op.find(r"splash_mha_(fwd|dq|dkv)")):
-        return {"fwd": 2, "dq": 3, "dkv": 4}[kernel] * _splash_flops(op)  # so many products for each block
+        return {"fwd": 2, "dq": 3, "dkv": 4}[kernel] * _splash_flops(op)  # matmuls for each block
     if op.kind in ("fusion", "async-start", "custom-call"):
         return sum(sum(map(_flops, computation.ops)) for computation in op.called)
     return 0.0

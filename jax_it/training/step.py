@@ -43,7 +43,7 @@ class PreparedStep:
 def prepare(
     model: Model, config: Config, mesh: jax.sharding.Mesh, frozen: Params, total_steps: int, warmup: int, decay: int
 ) -> PreparedStep:
-    """Prepare the step of a run of so many steps; of `frozen`, the weights that stay, only the shapes matter."""
+    """Prepare the step of a run of `total` steps; of `frozen`, the weights that stay, only the shapes matter."""
     schedule = make_schedule(config.train.optimizer, total_steps, warmup, decay)
     optimizer = make_optimizer(config.train.optimizer, schedule, model.trained_logical_axes)
     dtype = config.model.param_dtype

@@ -1,4 +1,4 @@
-"""What is learnt of a conversation, for stock chat templates on small tokenizers of their real kinds."""
+"""What is trained on in a conversation, for stock chat templates on small tokenizers of their real kinds."""
 
 import os
 from datetime import datetime
@@ -65,7 +65,7 @@ def encode(turns: list[Turn], tokenizer: Tokenizer, train_on: str = "all") -> En
     return found
 
 
-def learnt(found: Encoded, tokenizer: Tokenizer) -> list[str]:
+def trained(found: Encoded, tokenizer: Tokenizer) -> list[str]:
     """The text of each stretch of supervised tokens, as the tokenizer decodes it."""
     edges = np.flatnonzero(np.diff([0, *found.loss_mask.astype(int), 0])).reshape(-1, 2)
     return [tokenizer.text(found.target[start:stop]) for start, stop in edges]
@@ -84,7 +84,7 @@ def refusal(turns: list[Turn], tokenizer: Tokenizer, train_on: str = "all") -> s
     return str(caught.value)
 
 
-# What is learnt
+# What is trained on
 
 
 @pytest.mark.parametrize("system", ["", "Be kind."])
@@ -95,15 +95,15 @@ def test_the_supervised_tokens_are_the_assistant_s_texts_and_their_ends_of_turn(
         assert NO_SYSTEM[name] in refusal(talk("a", system=system), it)
         return
     for answer in ANSWERS:
-        assert learnt(encode(talk(answer, system=system), it), it) == [expected(name, answer)]
+        assert trained(encode(talk(answer, system=system), it), it) == [expected(name, answer)]
     found = encode(talk(*ANSWERS, system=system), it)
-    assert learnt(found, it) == [expected(name, answer) for answer in ANSWERS]
+    assert trained(found, it) == [expected(name, answer) for answer in ANSWERS]
     found = encode(talk(*ANSWERS, system=system), it, "last")
-    assert learnt(found, it) == [expected(name, ANSWERS[-1])]
+    assert trained(found, it) == [expected(name, ANSWERS[-1])]
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_blanks_around_an_answer_are_learnt_where_the_template_keeps_them(name):
+def test_blanks_around_an_answer_are_trained_on_where_the_template_keeps_them(name):
     it = checkpoint(name)
     for answer in BLANKS:
         earlier, last = expected(name, answer), expected(name, answer)
@@ -111,8 +111,8 @@ def test_blanks_around_an_answer_are_learnt_where_the_template_keeps_them(name):
             last = answer.lstrip("\n") + "<|im_end|>"
         if KINDS[name].model == "llama2" and name not in SPACE_BEFORE:  # whose decoder takes a space off every text
             earlier, last = earlier.removeprefix(" "), last.removeprefix(" ")
-        assert learnt(encode(talk(answer, answer), it), it) == [earlier, last]
-        assert learnt(encode(talk(answer, "Hello"), it), it) == [earlier, expected(name, "Hello")]
+        assert trained(encode(talk(answer, answer), it), it) == [earlier, last]
+        assert trained(encode(talk(answer, "Hello"), it), it) == [earlier, expected(name, "Hello")]
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -165,23 +165,23 @@ def test_marks_of_generation_in_a_template_agree_with_transformers_mask():
     assert found.loss_mask.astype(int).tolist() == theirs["assistant_masks"]
 
 
-def test_qwen3_s_empty_thought_is_given_and_a_thought_in_the_data_is_learnt():
+def test_qwen3_s_empty_thought_is_given_and_a_thought_in_the_data_is_trained_on():
     it = checkpoint("qwen3")
     found = encode(talk("a", "b"), it)
     assert it.text(found.target).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\nb<|im_end|>\n")
-    assert learnt(found, it) == ["a<|im_end|>", "b<|im_end|>"]
+    assert trained(found, it) == ["a<|im_end|>", "b<|im_end|>"]
     thought = "<think>\nhm\n</think>\n\nb"
-    assert learnt(encode(talk(thought), it), it) == [f"{thought}<|im_end|>"]
-    # It leaves thoughts out of earlier turns, which can then not be learnt as they are.
-    assert learnt(encode(talk(thought, thought), it, "last"), it) == [f"{thought}<|im_end|>"]
+    assert trained(encode(talk(thought), it), it) == [f"{thought}<|im_end|>"]
+    # It leaves thoughts out of earlier turns, which can then not be trained on as they are.
+    assert trained(encode(talk(thought, thought), it, "last"), it) == [f"{thought}<|im_end|>"]
     assert "try config.data.train_on='last'" in refusal(talk(thought, thought), it)
 
 
-def test_the_texts_of_others_that_repeat_the_answer_are_not_learnt():
+def test_the_texts_of_others_that_repeat_the_answer_are_not_trained_on():
     it = checkpoint("smollm2")
     turns = [Turn("user", "Hello"), Turn("assistant", "Hello"), Turn("user", "Hello"), Turn("assistant", "Hello")]
     found = encode(turns, it)
-    assert learnt(found, it) == ["Hello<|im_end|>"] * 2
+    assert trained(found, it) == ["Hello<|im_end|>"] * 2
     before = it.text(found.target[: int(np.argmax(found.loss_mask))])
     assert before.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
 
@@ -189,7 +189,7 @@ def test_the_texts_of_others_that_repeat_the_answer_are_not_learnt():
 def test_characters_of_the_private_use_area_may_stand_in_a_text():
     it = checkpoint("smollm2")
     answer = "\ue000 and \ue001"
-    assert learnt(encode(talk(answer), it), it) == [f"{answer}<|im_end|>"]
+    assert trained(encode(talk(answer), it), it) == [f"{answer}<|im_end|>"]
 
 
 def test_a_token_across_the_border_of_an_answer_is_cut_there():
@@ -197,7 +197,7 @@ def test_a_token_across_the_border_of_an_answer_is_cut_there():
     it = checkpoint("qwen2_5")
     assert len(it.encode(["\n\n"])[0]) == 1
     found = encode(talk("\nline"), it)
-    assert learnt(found, it) == ["\nline<|im_end|>"]
+    assert trained(found, it) == ["\nline<|im_end|>"]
     plain = encode(talk("line"), it)
     assert (
         found.target[: int(np.argmax(found.loss_mask))].tolist()
@@ -213,7 +213,7 @@ def test_a_slow_tokenizer_is_cut_at_every_border():
     assert not backend.is_fast
     it = Tokenizer(backend, "bytes")
     found = encode(talk("é漢", "b\n"), it)
-    assert learnt(found, it) == ["é漢<|im_end|>", "b\n<|im_end|>"]
+    assert trained(found, it) == ["é漢<|im_end|>", "b\n<|im_end|>"]
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama3", "llama2", "mistral_v3", "gemma"])
@@ -285,14 +285,14 @@ def with_answers(said: str, end: str = "'<|im_end|>'") -> Tokenizer:
 
 def test_a_template_that_writes_something_before_some_answers_is_refused_where_it_does():
     it = with_answers("('>' if said[0] == 'o' else '') + said")
-    assert learnt(encode(talk("two"), it), it) == ["two<|im_end|>"]
+    assert trained(encode(talk("two"), it), it) == ["two<|im_end|>"]
     for answers in (["one"], ["two", "one"], ["one", "two"]):
         assert "line 3: the chat template of my-checkpoint changes the assistant's text" in refusal(talk(*answers), it)
 
 
 def test_a_template_that_changes_blanks_is_refused_where_it_does():
     it = with_answers("said.replace('\\t', ' ')")
-    assert learnt(encode(talk(" two"), it), it) == [" two<|im_end|>"]
+    assert trained(encode(talk(" two"), it), it) == [" two<|im_end|>"]
     for answer in ("\ttwo", "two\t"):
         assert "changes the assistant's text" in refusal(talk(answer, answer), it)
 
@@ -307,7 +307,7 @@ def test_a_template_that_ends_turns_in_different_ways_is_refused():
 def test_a_template_that_changes_some_answers_alone_is_refused_where_it_does():
     text = template("chatml").replace("message['content']", "message['content'].replace('&', 'and')")
     it = made(KINDS["qwen2_5"], text, "my-checkpoint")
-    assert learnt(encode(talk("a or b"), it), it) == ["a or b<|im_end|>"]
+    assert trained(encode(talk("a or b"), it), it) == ["a or b<|im_end|>"]
     assert refusal(talk("c", "a & b"), it).startswith(
         "data.json, line 3: the chat template of my-checkpoint changes the assistant's text"
     )
@@ -362,7 +362,7 @@ def test_the_default_template_serves_base_models_without_new_tokens(kind):
     assert it.size == base.size and base.chat_template is None
     for answer in (*ANSWERS, *BLANKS):
         found = encode(talk("I am well.", answer, system="Be kind."), it)
-        assert learnt(found, it) == [f"I am well.{kind.end}", answer.strip() + kind.end]
+        assert trained(found, it) == [f"I am well.{kind.end}", answer.strip() + kind.end]
         (prompt,) = chat.prompts([talk("I am well.", answer, system="Be kind.")[:-1]], ["here"], it)
         last = found.target[found.loss_mask].tolist().index(it.end) + 1  # of the first answer's tokens
         start = np.flatnonzero(found.loss_mask)[last]
@@ -427,7 +427,7 @@ def test_a_checkpoint_with_several_templates_uses_its_default():
     it = made(KINDS["qwen2_5"], None)
     it.backend.chat_template = {"default": template("chatml"), "tool_use": "other"}
     assert it.chat_template == template("chatml")
-    assert learnt(encode(talk("a"), it), it) == ["a<|im_end|>"]
+    assert trained(encode(talk("a"), it), it) == ["a<|im_end|>"]
 
 
 def test_every_stock_template_is_tested_and_named():

@@ -46,21 +46,21 @@ def encoded(examples: list[Example], tokenizer: Any, **given: Any) -> tuple[list
 
 
 def shown(item: Encoded | None, tokenizer: Any) -> tuple[str, str] | None:
-    """Text and what is learnt of it."""
+    """Text, and what of it is trained on."""
     assert item is None or (not len(item.source) and item.loss_mask is not None)
     return None if item is None else (tokenizer.text(item.target), tokenizer.text(item.target[item.loss_mask]))
 
 
-def sequence(tokens: str, learnt: str) -> Encoded:
-    """An example of letters; a 1 marks a token that is learnt."""
-    return Encoded(NOTHING, np.array(ids(tokens), np.int32), loss_mask=np.array([mark == "1" for mark in learnt]))
+def sequence(tokens: str, trained: str) -> Encoded:
+    """An example of letters; a 1 marks a token that is trained on."""
+    return Encoded(NOTHING, np.array(ids(tokens), np.int32), loss_mask=np.array([mark == "1" for mark in trained]))
 
 
 # Plain text
 
 
 @pytest.mark.parametrize("tokenizer, first", [(Letters(), []), (Started(), [50])])
-def test_completion_and_end_mark_are_learnt_after_the_prompt(tokenizer, first):
+def test_completion_and_end_mark_are_trained_on_after_the_prompt(tokenizer, first):
     (found,), counts = encoded([example("abc", "xy")], tokenizer)
     assert found.target.tolist() == [*first, *ids("abcxy"), END]
     assert found.loss_mask.tolist() == [False] * (3 + len(first)) + [True] * 3
@@ -119,7 +119,7 @@ def test_refuse_names_the_first_line_that_does_not_fit():
 def test_an_example_without_a_target_token_is_dropped_and_counted():
     found, counts = encoded([example("a", ""), example("b", " \n"), example("", "x"), example("c", "d")], Letters())
     assert found[:2] == [None, None] and counts.empty_completion == 2 and counts.kept == 2
-    # Nothing comes before the first token, so that it cannot be learnt.
+    # Nothing comes before the first token, so that it cannot be trained on.
     assert found[2].target.tolist() == [*ids("x"), END] and found[2].loss_mask.tolist() == [False, True]
 
 
@@ -169,7 +169,7 @@ def parts(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "truncate, train_on, exchanges, said, learnt",
+    "truncate, train_on, exchanges, said, trained",
     [
         ("end", "all", 3, "Be kind. one a two b three c", "a b c"),
         ("end", "all", 2, "Be kind. one a two b", "a b"),
@@ -179,13 +179,13 @@ def parts(text: str) -> str:
         ("end", "all", 1, "Be kind. one a", "a"),
     ],
 )
-def test_a_long_conversation_is_cut_at_turn_borders_and_counted(truncate, train_on, exchanges, said, learnt):
+def test_a_long_conversation_is_cut_at_turn_borders_and_counted(truncate, train_on, exchanges, said, trained):
     it = checkpoint("smollm2")
     fits = [encoded([Example(TALK.turns[: 1 + 2 * n], ())], it, max_seq_length=500)[0][0] for n in (1, 2, 3)]
     room = len(fits[exchanges - 1].target) + (0 if exchanges == 3 else 3)
     (found,), counts = encoded([TALK], it, max_seq_length=room, truncate=truncate, train_on=train_on)
     text, taught = shown(found, it)
-    assert parts(text) == said and taught == "".join(f"{word}<|im_end|>" for word in learnt.split())
+    assert parts(text) == said and taught == "".join(f"{word}<|im_end|>" for word in trained.split())
     assert len(found.target) <= room and text.endswith("<|im_end|>\n")
     cut = int(exchanges < 3)
     assert (counts.truncated, counts.truncated_turns, counts.too_long) == (cut, cut, 0)
@@ -251,14 +251,14 @@ def test_a_batch_is_laid_out_as_its_examples_say():
         assert batch.segments_BT.tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 0, 0], [0] * 10]
         assert batch.positions_BT.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 0], [0] * 10]
         assert prefix_lm == (batch.prefix_BT is not None)
-        if prefix_lm:  # up to the position that the first learnt token is told from
+        if prefix_lm:  # up to the position that predicts the first token that is trained on
             assert batch.prefix_BT.tolist() == [[1, 1, 0, 0, 0, 1, 0, 0, 0, 0], [0] * 10]
         assert batch.weights_BT.dtype == np.float32
         assert all(array.dtype == np.int32 for array in (*batch[:2], *batch[3:]) if array is not None)
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_the_end_of_text_is_learnt_where_it_is_the_padding_too(packing, tmp_path):
+def test_the_end_of_text_is_trained_on_where_it_is_the_padding_too(packing, tmp_path):
     """Segments tell padding apart, never ids."""
     it = made(Kind("gpt2", "<|endoftext|>", (), "<|endoftext|>"), None)
     assert it.pad == it.end and it.unknown is None
@@ -277,7 +277,7 @@ def test_examples_are_packed_into_batches_of_so_many_rows():
     found = pack_rows(FORMAT, examples, Layout(Shape(0, 0, 8), 1, 1.0, 0.0, 0.0), 2)
     assert len(found) == 1 and isinstance(found[0], CausalBatch)
     assert found[0].segments_BT.tolist() == [[1, 1, 1, 1, 1, 2, 2, 2], [1, 1, 1, 0, 0, 0, 0, 0]]
-    assert found[0].weights_BT.sum() == 5  # the one of which nothing is learnt is left out
+    assert found[0].weights_BT.sum() == 5  # the one without a token to train on is left out
     pairs_of = [Encoded(np.array([4, 1]), np.array([5, 6, 1])), Encoded(np.array([7, 8, 1]), np.array([9, 1]))]
     found = pack_rows(Seq2SeqFormat(0, 0), pairs_of, Layout(Shape(2, 4, 6), 1, 1.0, 0.0, 0.0), 2)
     assert found[0].source_BGS.shape == (2, 2, 4) and found[0].weights_BT.sum() == 5

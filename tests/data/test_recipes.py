@@ -90,7 +90,7 @@ def test_a_recipe_is_found_by_its_name_from_anywhere(tmp_path, monkeypatch):
 
 
 def test_a_name_that_is_not_a_recipe_lists_those_there_are():
-    with pytest.raises(UserError, match=r"there is no recipe 't0', only causal_lm, .*, lm_eval, super_ni; to name a"):
+    with pytest.raises(UserError, match=r"'t0' is not a recipe; choose causal_lm, .*, lm_eval, super_ni, or name a"):
         settings.load("t0:random")
     with pytest.raises(UserError, match=r"config file .*quickstart\.py does not exist"):
         settings.load("quickstart.py")  # a path, though its name is a recipe's

@@ -36,7 +36,7 @@ def run(finished, tmp_path):
 
 @pytest.fixture
 def other(tmp_path):
-    """A config file that is no recipe for training, and has an evaluation."""
+    """A config file that has an evaluation and cannot be trained with."""
     rows = write_rows(tmp_path / "other.jsonl", [{"prompt": f"say {i}", "completion": str(i)} for i in range(5)])
     file = tmp_path / "other.py"
     file.write_text(OTHER.format(file=rows))

@@ -266,7 +266,7 @@ def test_another_run_in_the_folder_is_opened_anew(run, capfd):
 
     steps = []
     follow(run, report=lambda step, _: (steps.append(step), replace(step, _)))
-    assert steps == [45, 60, 45, 60] and "holds another run now" in capfd.readouterr().err
+    assert steps == [45, 60, 45, 60] and "has been replaced or changed; opening it again" in capfd.readouterr().err
 
 
 def test_a_step_whose_process_was_killed_before_it_was_shown_is_shown_by_the_next_one(run):

@@ -119,7 +119,7 @@ def test_it_stops_between_two_batches(opened, suite, folder):
 
 def test_a_task_that_is_not_there_costs_only_its_own_scores(opened, suite, folder):
     result = suite(task(folder, "absent"), task(folder, "choose"))(opened.params)
-    assert result.errors == {"absent": {TASK: f"there is no task 'absent' in the folder {folder}"}}
+    assert result.errors == {"absent": {TASK: f"the folder {folder} has no task 'absent'"}}
     assert list(result.metrics) == ["choose"]
 
 

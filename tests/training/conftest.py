@@ -78,14 +78,14 @@ def tiny() -> Tiny:
 
 
 def causal(values: Any) -> Tiny:
-    """Of a causal model: prompts that are not learnt, answers that are, and in some examples a second pair of them."""
+    """For a causal model: prompts, answers that are trained on, and in some examples a second pair of them."""
     random = np.random.default_rng(0)
     examples = []
     for number in range(EXAMPLES):
         turns = [random.integers(1, 10, 2) for _ in range(1 + number % 2)]
-        learnt = np.concatenate([np.repeat([False, True], lengths) for lengths in turns])
+        trained = np.concatenate([np.repeat([False, True], lengths) for lengths in turns])
         examples.append(
-            Encoded(np.zeros(0, int), random.integers(5, values["vocab_size"], len(learnt)), loss_mask=learnt)
+            Encoded(np.zeros(0, int), random.integers(5, values["vocab_size"], len(trained)), loss_mask=trained)
         )
     made = make(values, CausalFormat(pad=0), examples, Shape(0, 0, 36), Shape(0, 0, 40))
     assert isinstance(made.packed, CausalBatch)
