@@ -11,15 +11,18 @@ Each layer calls the one below it, so `insert`, `grow` and `decode_step` exist i
     Model            prefill and decode_step of a batch of rows            compiled
     family's module  the same in the module's own weights: `CausalLM`, `EncoderDecoder`
     kv_cache.py      insert, grow, take_rows: the cache's arrays alone
+
+A server's requests have settings of their own (`requests.py`, applied in `sampling.py`); its long prompts are prefilled
+in parts (`chunked_prefill.py`), and prompts that begin alike share what is computed (`prefix_cache.py`).
 """
 
 from jax_it.generation.engine import Engine
 from jax_it.generation.greedy import greedy
-from jax_it.generation.requests import Request, RequestOutput
-from jax_it.generation.sampling import GREEDY, Sampling
+from jax_it.generation.requests import GREEDY, Constraint, Request, RequestOutput, Sampling
 from jax_it.generation.scheduler import Scheduler, generate
 from jax_it.generation.stop import StopStrings
 
 __all__ = [
-    "GREEDY", "Engine", "Request", "RequestOutput", "Sampling", "Scheduler", "StopStrings", "generate", "greedy"
+    "GREEDY", "Constraint", "Engine", "Request", "RequestOutput", "Sampling", "Scheduler", "StopStrings", "generate",
+    "greedy",
 ]  # fmt: skip
