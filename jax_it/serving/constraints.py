@@ -1,0 +1,66 @@
+"""Texts that have to be JSON of a schema, by llguidance: which tokens may come next."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+import llguidance
+import llguidance.hf
+import llguidance.numpy
+import numpy as np
+
+from jax_it.data import chat
+from jax_it.errors import UserError, shorten
+from jax_it.generation.requests import Constraint
+from jax_it.run import Run
+
+WHITESPACE = r"[ \n]{0,8}"  # bounded: a model may prefer white space to all else, for ever
+
+
+class Constraints:
+    """Make constraints for texts of one model; its tokenizer is read for the first of them."""
+
+    def __init__(self, run: Run):
+        self._run = run
+
+    @cached_property
+    def _tokenizer(self) -> llguidance.LLTokenizer:
+        tokenizer, config = self._run.tokenizer, self._run.model.config
+        if not tokenizer.backend.is_fast:
+            raise UserError(f"{tokenizer.name} has no tokenizer.json, so its texts cannot be made to be JSON")
+        if lost := sorted(tokenizer.unknown_of({"{", "}", '"'}) | tokenizer.lost({"{", "}", '"'})):
+            raise UserError(f"{tokenizer.name} has no token for {lost[0]}, so its texts cannot be JSON")
+        ends = dict.fromkeys([*config.eos_token_ids, *chat.ends(tokenizer)])
+        return llguidance.hf.from_tokenizer(tokenizer.backend, config.vocab_size, [*ends])
+
+    def of_schema(self, schema: dict[str, Any]) -> Callable[[], Constraint]:
+        """Return what makes a constraint for each text. Raises UserError for a schema that llguidance does not take."""
+        tokenizer = self._tokenizer
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(
+            json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE}
+        )
+        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise UserError(f"the JSON schema is not supported: {shorten(matcher.get_error(), 300)}")
+        return lambda: _Matching(matcher.deep_copy(), tokenizer.vocab_size)
+
+
+class _Matching:
+    """What one text may continue with."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int):
+        self._matcher = matcher
+        self._mask = llguidance.numpy.allocate_token_bitmask(1, vocab_size)
+        self._vocab_size = vocab_size
+        self._seen = 0
+
+    def allowed(self, tokens: Sequence[int]) -> np.ndarray:
+        """Return a bool for each token of the vocabulary. Raises ValueError where the text does not match."""
+        self._matcher.consume_tokens(list(tokens[self._seen :]))
+        self._seen = len(tokens)
+        llguidance.numpy.fill_next_token_bitmask(self._matcher, self._mask)
+        if self._matcher.is_error():
+            raise ValueError(self._matcher.get_error())
+        bits = np.unpackbits(self._mask.view(np.uint8).reshape(-1), bitorder="little")
+        return bits[: self._vocab_size].astype(bool)
