@@ -68,6 +68,7 @@ class Limits:
     max_beams: int = 16
     max_body: int = 4 << 20  # bytes
     timeout: float = 600.0  # seconds that a request may take
+    body_timeout: float = 30.0  # seconds in which its body has to arrive
 
 
 class Server:
@@ -284,7 +285,7 @@ def _add_generation(app: FastAPI, server: Server) -> None:
         max_tokens = min(16, server.limits.max_new_tokens) if body.max_tokens is None else body.max_tokens
         if max_tokens == 0 and not body.echo:
             raise ApiError(400, "max_tokens 0 needs echo: true", "max_tokens")
-        prompts = server.prompts(served, encoded, body, max_tokens)
+        prompts = await server.in_encoder(server.prompts, served, encoded, body, max_tokens)
         response = CompletionResponse(body, served.name, request.state.id)
         echoes: list[str] | None = None
         if body.echo:
@@ -639,9 +640,24 @@ class _Guard:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
+        due = asyncio.get_running_loop().time() + self._server.limits.body_timeout
+        is_whole = False
+
+        async def receive_in_time() -> Any:
+            nonlocal is_whole
+            if is_whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(due):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the body did not arrive in time") from None
+            is_whole = not message.get("more_body")
+            return message
+
         try:
             if self._is_allowed(scope):
-                await self._app(scope, receive, note)
+                await self._app(scope, receive_in_time, note)
             else:
                 error = ApiError(401, "a valid key is needed: send Authorization: Bearer KEY", code="invalid_api_key")
                 await JSONResponse(error.body, error.status, error.headers)(scope, receive, note)

@@ -135,6 +135,8 @@ class Worker:
     def put(self, command: str, ticket: Ticket) -> None:
         """Submit ("add") or drop ("drop") a ticket."""
         self._commands.put((command, ticket))
+        if self.failure is not None:
+            self._fail_all(self.failure)
 
     # In the thread
 
@@ -156,7 +158,15 @@ class Worker:
         except BaseException as error:
             self.failure = error
             logger.exception("the worker of %s has ended", self._served.name)
-            self._deliver([(ticket, EngineFailed(first_line(error))) for ticket, _ in self._owners.values()])
+            self._fail_all(error)
+
+    def _fail_all(self, error: BaseException) -> None:
+        """Answer all that was submitted, as the thread has ended."""
+        tickets = [ticket for ticket, _ in self._owners.values()]
+        with contextlib.suppress(queue.Empty):
+            while True:
+                tickets += [ticket for ticket in self._commands.get_nowait()[1:] if ticket]
+        self._deliver([(ticket, EngineFailed(first_line(error))) for ticket in dict.fromkeys(tickets)])
 
     def _restart(self) -> None:
         """Begin with empty slots; what is compiled stays."""
@@ -241,8 +251,8 @@ class Worker:
         Their texts begin again and are the same as before, so what was streamed of them stays true.
         """
         found: Found = []
+        self._restart()
         for request_id, request in list(self._requests.items()):
-            self._restart()
             assert self.scheduler
             ticket, _ = self._owners[request_id]
             try:
@@ -253,7 +263,7 @@ class Worker:
             except Exception as error:
                 found.append((ticket, EngineFailed(first_line(error))))
                 self._forget(request_id)
-        self._restart()
+                self._restart()
         return found
 
     def _deliver(self, found: Found) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 import jax_it
