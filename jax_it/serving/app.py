@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -19,13 +18,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jax_it.errors import UserError
 from jax_it.generation.requests import Sampling, check
+from jax_it.serving import page, prompt_templates, reference, tools
 from jax_it.serving import prompts as prompt_encoding
-from jax_it.serving import reference, tools
 from jax_it.serving.access_log import AccessLog
 from jax_it.serving.constraints import Constraints
 from jax_it.serving.errors import ApiError
@@ -40,11 +38,17 @@ from jax_it.serving.responses import (
     prompt_log_probs,
     usage,
 )  # fmt: skip
-from jax_it.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Generation, TokenizeRequest
+from jax_it.serving.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Generation,
+    RenderRequest,
+    TokenizeRequest,
+)
 from jax_it.serving.worker import EngineFailed, Overloaded, Prompt, Worker
 
-STATIC = Path(__file__).with_name("static")
-OPEN_PATHS = ("/health",)  # without a key
+OPEN_PATHS = ("/health", *page.FILES)  # without a key
 KEEP_ALIVE = 15.0  # seconds without output after which a stream has a comment
 
 STATUSES: dict[int | str, str] = {
@@ -253,8 +257,7 @@ def make_app(server: Server, cors_origins: Sequence[str] = ()) -> FastAPI:
     _add_generation(app, server)
     _add_tokens(app, server)
     _add_status(app, server)
-    if any(STATIC.iterdir()):
-        app.mount("/", StaticFiles(directory=STATIC, html=True))
+    page.add_page(app)
     app.add_middleware(_Guard, server=server)
     if cors_origins:
         app.add_middleware(
@@ -329,6 +332,12 @@ def _add_tokens(app: FastAPI, server: Server) -> None:
             raise ApiError(400, f"the model's tokens are below {run.model.config.vocab_size}", "tokens")
         return {"prompt": await server.in_encoder(run.tokenizer.text, body.tokens)}
 
+    @app.post("/render")
+    async def render(body: RenderRequest) -> dict[str, str]:
+        """Return the prompt that a template of the model's run makes of fields."""
+        run = server.model(body.model).run
+        return {"prompt": await server.in_encoder(prompt_templates.render, run, body.template, body.fields)}
+
     @app.get("/tokenizer_info")
     async def tokenizer_info(model: str | None = None) -> dict[str, Any]:
         """Describe a model's tokenizer, its special tokens and chat template."""
@@ -349,7 +358,9 @@ def _add_status(app: FastAPI, server: Server) -> None:
             {
                 "id": name, "object": "model", "created": served.created, "owned_by": "jax-it", "root": served.path,
                 "parent": served.parent, "max_model_len": server.limits.max_length or served.max_length or None,
-                "kind": served.run.model.kind, "has_chat_template": served.run.tokenizer.chat_template is not None,
+                "max_new_tokens": server.limits.max_new_tokens, "kind": served.run.model.kind,
+                "has_chat_template": served.run.tokenizer.chat_template is not None,
+                "templates": prompt_templates.describe(served.run),
             }
             for name, served in server.models.items()
         ]  # fmt: skip

@@ -3,18 +3,17 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
+from jax_it.data import tokenizer_files as tokenizers
 from jax_it.serving.app import Limits, Server, make_app
 from jax_it.serving.models import load_models
 from jax_it.serving.worker import Worker
 from tests.data.chat_tokenizers import TEXTS, checkpoint
 from tests.harness.conftest import CAUSAL, T5, write
-from jax_it.data import tokenizer_files as tokenizers
 
 LIMITS = Limits(max_new_tokens=24, max_queue=64, max_texts=16, timeout=120.0)
 
