@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the most tokens that a request may ask for (default: 512)",
     )  # fmt: skip
     add(
-        "--max-length", type=positive, metavar="N",
-        help="the most tokens of a prompt and its text together (default: the model's)",
+        "--max-prompt-tokens", type=integer(1, 1 << 20), default=1024, metavar="N",
+        help="the longest prompt; each text that is generated has memory for it (default: 1024)",
     )  # fmt: skip
     add("--max-queue", type=integer(0), default=256, metavar="N", help="the most texts that wait (default: 256)")
     add("--request-timeout", type=positive, default=600, metavar="S", help="seconds for a request (default: 600)")
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
             stream_interval=options.stream_interval,
             limits=Limits(
                 max_new_tokens=options.max_new_tokens,
-                max_length=options.max_length or 0,
+                max_prompt=options.max_prompt_tokens,
                 max_queue=options.max_queue,
                 timeout=options.request_timeout,
             ),

@@ -46,7 +46,7 @@ from jax_it.serving.schemas import (
     RenderRequest,
     TokenizeRequest,
 )
-from jax_it.serving.worker import EngineFailed, Overloaded, Prompt, Worker
+from jax_it.serving.worker import EngineFailed, Overloaded, Prompt, Workers
 
 OPEN_PATHS = ("/health", *page.FILES)  # without a key
 KEEP_ALIVE = 15.0  # seconds without output after which a stream has a comment
@@ -66,7 +66,7 @@ class Limits:
     """What a server refuses."""
 
     max_new_tokens: int = 512  # of a text
-    max_length: int = 0  # tokens of prompt and text; 0: the model's own limit
+    max_prompt: int = 1024  # tokens
     max_queue: int = 256  # texts that wait
     max_texts: int = 128  # of one request: prompts times n
     max_beams: int = 16
@@ -80,14 +80,14 @@ class Server:
     def __init__(
         self,
         models: Mapping[str, ServedModel],
-        worker: Worker,
+        workers: Workers,
         limits: Limits,
         keys: Sequence[str] = (),
         log: AccessLog | None = None,
     ):
-        self.models, self.worker, self.limits, self.keys = models, worker, limits, [key.encode() for key in keys]
+        self.models, self.workers, self.limits, self.keys = models, workers, limits, [key.encode() for key in keys]
         self.log = log or AccessLog(None)
-        self.metrics = Metrics(worker.gauges)
+        self.metrics = Metrics(workers)
         self.is_draining = False
         # One thread: tokenizers take turns, and a long prompt does not stall the event loop.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
@@ -109,20 +109,36 @@ class Server:
         """Raise ApiError where a request has to come back later."""
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", retry_after=10)
-        if self.worker.failure is not None:
+        if self.workers.failure is not None:
             raise ApiError(503, "the engine has failed; restart the server")
-        waiting = self.worker.unfinished + texts - self.worker.num_slots
+        waiting = self.workers.unfinished + texts - self.workers.options.batch_size
         if waiting > self.limits.max_queue:
-            seconds = math.ceil(self._seconds_per_text * waiting / max(1, self.worker.num_slots))
+            seconds = math.ceil(self._seconds_per_text * waiting / max(1, self.workers.options.batch_size))
             raise ApiError(
                 429,
-                f"{self.worker.unfinished} texts are under way, and {self.limits.max_queue} at most may wait",
+                f"{self.workers.unfinished} texts are under way, and {self.limits.max_queue} at most may wait",
                 code="queue_full",
                 retry_after=min(max(1, seconds), 120),
             )
 
     def count_texts(self, texts: int, seconds: float) -> None:
         self._seconds_per_text += 0.1 * (seconds - self._seconds_per_text)
+
+    def check_length(self, served: ServedModel, prompt: int, new: int, field: str) -> None:
+        """Raise ApiError for a prompt of so many tokens that is too long, alone or with the new ones."""
+        what, most = f"the prompt has {prompt} tokens", self.limits.max_prompt
+        if prompt > most:
+            raise ApiError(
+                400, f"{what}; this server takes {most} (--max-prompt-tokens)", field, "context_length_exceeded"
+            )
+        if served.max_length and prompt + new > served.max_length:
+            message = f"{what}, and with {new} new ones it is longer than the model's {served.max_length}"
+            raise ApiError(400, message, field, "context_length_exceeded")
+
+    def max_length(self, served: ServedModel) -> int:
+        """Return the most tokens of a prompt and its text together."""
+        most = self.limits.max_prompt + self.limits.max_new_tokens
+        return min(most, served.max_length or most)
 
     def prompts(
         self, served: ServedModel, encoded: Sequence[list[int]], request: Generation, max_tokens: int
@@ -138,15 +154,8 @@ class Server:
                 f"{field} {max_tokens} is more than this server's {limits.max_new_tokens} (--max-new-tokens)",
                 field,
             )
-        longest = limits.max_length or served.max_length
         for tokens in encoded:
-            if longest and len(tokens) + max_tokens > longest:
-                raise ApiError(
-                    400,
-                    f"the prompt has {len(tokens)} tokens, and with {max_tokens} new ones it is longer than {longest}",
-                    "messages" if is_chat else "prompt",
-                    "context_length_exceeded",
-                )
+            self.check_length(served, len(tokens), max_tokens, "messages" if is_chat else "prompt")
         sampling = self._sampling(served, request, max_tokens)
         logprobs = prompt_logprobs = None
         if isinstance(request, CompletionRequest):
@@ -244,9 +253,9 @@ def make_app(server: Server, cors_origins: Sequence[str] = ()) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        server.worker.start()
+        server.workers.start()
         yield
-        server.worker.stop()
+        server.workers.stop()
 
     app = FastAPI(
         title="jax-it serve", version=importlib.metadata.version("jax-it"), lifespan=lifespan, docs_url=None,
@@ -300,10 +309,7 @@ def _add_generation(app: FastAPI, server: Server) -> None:
             prompt_encoding.encode_chat, served.run, body.messages, offered, body.chat_template_kwargs
         )
         asked = body.max_completion_tokens or body.max_tokens
-        longest = server.limits.max_length or served.max_length
-        max_tokens = asked or server.limits.max_new_tokens
-        if not asked and longest:
-            max_tokens = max(1, min(max_tokens, longest - len(tokens)))
+        max_tokens = asked or max(1, min(server.limits.max_new_tokens, server.max_length(served) - len(tokens)))
         prompts = await server.in_encoder(server.prompts, served, [tokens], body, max_tokens)
         return await _respond(server, request, served, prompts, body, ChatResponse(body, served.name, request.state.id))
 
@@ -321,7 +327,7 @@ def _add_tokens(app: FastAPI, server: Server) -> None:
             (tokens,) = await server.in_encoder(prompt_encoding.encode_texts, run, [body.prompt])
         else:
             (tokens,) = await server.in_encoder(run.tokenizer.encode, [body.prompt])
-        found = {"count": len(tokens), "max_model_len": server.limits.max_length or served.max_length, "tokens": tokens}
+        found = {"count": len(tokens), "max_model_len": server.max_length(served), "tokens": tokens}
         return found | ({"token_strs": run.tokenizer.show(tokens)} if body.return_token_strs else {})
 
     @app.post("/detokenize")
@@ -357,7 +363,7 @@ def _add_status(app: FastAPI, server: Server) -> None:
         data = [
             {
                 "id": name, "object": "model", "created": served.created, "owned_by": "jax-it", "root": served.path,
-                "parent": served.parent, "max_model_len": server.limits.max_length or served.max_length or None,
+                "parent": served.parent, "max_model_len": server.max_length(served),
                 "max_new_tokens": server.limits.max_new_tokens, "kind": served.run.model.kind,
                 "has_chat_template": served.run.tokenizer.chat_template is not None,
                 "templates": prompt_templates.describe(served.run),
@@ -376,7 +382,7 @@ def _add_status(app: FastAPI, server: Server) -> None:
     async def health() -> dict[str, str]:
         """Say whether requests are answered: 200 from when the engine is compiled, else 503."""
         server.check_free(0)
-        if not server.worker.is_ready:
+        if not server.workers.is_ready:
             raise ApiError(503, "the engine is being compiled", retry_after=5)
         return {"status": "ok"}
 
@@ -416,8 +422,18 @@ async def _respond(
         options = body.stream_options
         events = _events(parts, response, options is not None and options.include_usage)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return _EventStream(events, media_type="text/event-stream", headers=headers)
     return JSONResponse(await _unless_disconnected(request, _whole(parts, response)))
+
+
+class _EventStream(StreamingResponse):
+    """Close the events when the client goes away, even in the middle of a send."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[union-attr]
 
 
 class _Parts:
@@ -451,13 +467,13 @@ class _Parts:
         try:
             async with (
                 asyncio.timeout(server.limits.timeout),
-                server.worker.submit(self._served.name, self.prompts) as ticket,
+                server.workers.submit(self._served.name, self.prompts) as ticket,
             ):
                 times = RequestTimes(server.metrics, ticket)
                 async for output in ticket.outputs():
                     times.record(output)
                     if output.finish_reason == "error":
-                        raise ApiError(500, "no text: the model's logits are not finite, or a constraint failed")
+                        raise self._error_of(output.request_id)
                     text = self.texts[output.request_id * self._body.n + output.sample]
                     part = text.add(output)
                     if self._echoes is not None and text.index not in echoed:
@@ -482,6 +498,13 @@ class _Parts:
             reasons = [text.finish_reason for text in self.texts]
             self._log |= self.usage | {"finish_reason": reasons[0] if len(reasons) == 1 else reasons}
 
+    def _error_of(self, number: int) -> ApiError:
+        """Return why a text has an error instead of an end."""
+        constraint = self.prompts[number].constraint
+        if constraint is not None and constraint.error:
+            return ApiError(400, f"the JSON schema is too much for this server: {constraint.error}", "response_format")
+        return ApiError(500, "the model's logits are not finite, so there is no text: its weights are broken")
+
     def _with_echo(self, part: Part, output: Any) -> Part:
         assert self._echoes is not None
         prompt = self.prompts[output.request_id]
@@ -490,7 +513,7 @@ class _Parts:
             tokenizer = self._served.run.tokenizer
             before = prompt_log_probs(tokenizer, prompt.tokens, output.prompt_log_probs, prompt.prompt_logprobs)
         if self._only_echo:
-            self.texts[part.index].tokens = 0
+            self.texts[part.choice].tokens = 0
             part = part._replace(text="", log_probs=[], finish_reason=part.finish_reason and "length")
         return part._replace(text=self._echoes[output.request_id] + part.text, log_probs=before + part.log_probs)
 
@@ -498,7 +521,7 @@ class _Parts:
 async def _whole(parts: _Parts, response: CompletionResponse | ChatResponse) -> dict[str, Any]:
     found: dict[int, list[Part]] = {text.index: [] for text in parts.texts}
     async for part in parts():
-        found[part.index].append(part)
+        found[part.choice].append(part)
     return response.whole(found, parts.usage)
 
 
@@ -512,8 +535,8 @@ async def _events(
             if part is None:
                 yield ": keep-alive\n\n"
                 continue
-            chunks = [] if part.index in begun else response.first(part.index)
-            begun.add(part.index)
+            chunks = [] if part.choice in begun else response.first(part.choice)
+            begun.add(part.choice)
             for chunk in (*chunks, *response.chunks(part)):
                 yield _event(chunk | ({"usage": None} if include_usage else {}))
         if include_usage:

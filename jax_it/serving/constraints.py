@@ -1,7 +1,7 @@
 """Texts that have to be JSON of a schema, by llguidance: which tokens may come next."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -34,7 +34,7 @@ class Constraints:
         ends = dict.fromkeys([*config.eos_token_ids, *chat.ends(tokenizer)])
         return llguidance.hf.from_tokenizer(tokenizer.backend, config.vocab_size, [*ends])
 
-    def of_schema(self, schema: dict[str, Any]) -> Callable[[], Constraint]:
+    def of_schema(self, schema: dict[str, Any]) -> "SchemaConstraint":
         """Return what makes a constraint for each text. Raises UserError for a schema that llguidance does not take."""
         tokenizer = self._tokenizer
         grammar = llguidance.LLMatcher.grammar_from_json_schema(
@@ -43,16 +43,26 @@ class Constraints:
         matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise UserError(f"the JSON schema is not supported: {shorten(matcher.get_error(), 300)}")
-        return lambda: _Matching(matcher.deep_copy(), tokenizer.vocab_size)
+        return SchemaConstraint(matcher, tokenizer.vocab_size)
+
+
+class SchemaConstraint:
+    """Make constraints for the texts of one request. `error` says why one of them has failed."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int):
+        self._matcher, self._vocab_size = matcher, vocab_size
+        self.error = ""
+
+    def __call__(self) -> Constraint:
+        return _Matching(self._matcher.deep_copy(), self._vocab_size, self)
 
 
 class _Matching:
     """What one text may continue with."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int):
-        self._matcher = matcher
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, owner: SchemaConstraint):
+        self._matcher, self._vocab_size, self._owner = matcher, vocab_size, owner
         self._mask = llguidance.numpy.allocate_token_bitmask(1, vocab_size)
-        self._vocab_size = vocab_size
         self._seen = 0
 
     def allowed(self, tokens: Sequence[int]) -> np.ndarray:
@@ -61,6 +71,7 @@ class _Matching:
         self._seen = len(tokens)
         llguidance.numpy.fill_next_token_bitmask(self._matcher, self._mask)
         if self._matcher.is_error():
-            raise ValueError(self._matcher.get_error())
+            self._owner.error = shorten(self._matcher.get_error(), 300)
+            raise ValueError(self._owner.error)
         bits = np.unpackbits(self._mask.view(np.uint8).reshape(-1), bitorder="little")
         return bits[: self._vocab_size].astype(bool)

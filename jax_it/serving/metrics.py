@@ -1,27 +1,24 @@
 """Metrics for Prometheus under vLLM's names, so that dashboards made for it work."""
 
 import time
-from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from jax_it.generation import RequestOutput
-from jax_it.serving.worker import Ticket
+from jax_it.serving.worker import Ticket, Workers
 
 SHORT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 LONG = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 
-Gauges = Callable[[], dict[str, dict[str, float]]]  # values by gauge and model
-
 
 class Metrics:
-    """What a server counts; `gauges` is asked for the present values."""
+    """What a server counts; workers are asked for the present values of gauges."""
 
-    def __init__(self, gauges: Gauges):
+    def __init__(self, workers: Workers):
         self.registry = CollectorRegistry()
-        self.registry.register(_Gauges(gauges))
+        self.registry.register(_OfWorkers(workers))
 
         def counter(name: str, help: str, *labels: str) -> Counter:
             return Counter(f"vllm:{name}", help, ("model_name", *labels), registry=self.registry)
@@ -79,16 +76,22 @@ class RequestTimes:
             self._metrics.decode.labels(model).observe(now - self._first)
 
 
-class _Gauges(Collector):
-    def __init__(self, gauges: Gauges):
-        self._gauges = gauges
+class _OfWorkers(Collector):
+    def __init__(self, workers: Workers):
+        self._workers = workers
 
-    def collect(self) -> list[GaugeMetricFamily]:
+    def collect(self) -> list[Metric]:
         """Return the present values."""
-        families = []
-        for name, values in self._gauges().items():
-            family = GaugeMetricFamily(f"vllm:{name}", name.replace("_", " "), labels=["model_name"])
+        families: list[Metric] = []
+        for name, values in self._workers.gauges().items():
+            gauge = GaugeMetricFamily(f"vllm:{name}", name.replace("_", " "), labels=["model_name"])
             for model, value in values.items():
-                family.add_metric([model], value)
-            families.append(family)
+                gauge.add_metric([model], value)
+            families.append(gauge)
+        prefixes = self._workers.prefix_tokens()
+        for i, name in enumerate(("queries", "hits")):
+            counter = CounterMetricFamily(f"vllm:prefix_cache_{name}", f"prefix cache {name}", labels=["model_name"])
+            for model, counts in prefixes.items():
+                counter.add_metric([model], counts[i])
+            families.append(counter)
         return families

@@ -45,7 +45,7 @@ def encode_chat(
     Raises ApiError for a conversation that the template refuses.
     """
     tokenizer = run.tokenizer
-    roles = [("system" if each.role == "developer" else each.role) for each in messages]
+    roles: list[str] = [("system" if each.role == "developer" else each.role) for each in messages]
     plain = not (tools or template_kwargs) and {*roles} <= {"system", "user", "assistant"} and roles[-1] == "user"
     if tokenizer.chat_template is None:
         _check_without_template(tokenizer.name, roles, bool(tools), template_kwargs)

@@ -20,13 +20,13 @@ LEAST_LOG_PROB = -9999.0  # what OpenAI's servers write for minus infinity, whic
 class TokenLogProb(NamedTuple):
     token: str
     log_prob: float | None  # None: of a prompt's first token
-    top: dict[str, float]  # the likeliest tokens there
+    top: list[tuple[str, float]]  # the likeliest tokens there, the one of the text among them
 
 
 class Part(NamedTuple):
     """What is new of one text."""
 
-    index: int
+    choice: int  # its index
     text: str
     log_probs: list[TokenLogProb]
     finish_reason: str | None
@@ -72,11 +72,12 @@ def token_log_probs(
     found = []
     for i in range(begin, len(log_probs)):
         token, log_prob = tokenizer.text([tokens[i]]), _finite(log_probs[i])
-        alternatives: dict[str, float] = {}
+        alternatives: list[tuple[str, float]] = []
         if top is not None and number:
-            for other, value in zip(top.tokens_NA[i][:number], top.log_probs_NA[i][:number], strict=True):
-                alternatives.setdefault(tokenizer.text([int(other)]), _finite(float(value)))
-            alternatives.setdefault(token, log_prob)
+            ids, values = top.tokens_NA[i][:number].tolist(), top.log_probs_NA[i][:number].tolist()
+            alternatives = [(tokenizer.text([id]), _finite(value)) for id, value in zip(ids, values, strict=True)]
+            if tokens[i] not in ids:
+                alternatives.append((token, log_prob))
         found.append(TokenLogProb(token, log_prob, alternatives))
     return found
 
@@ -85,7 +86,7 @@ def prompt_log_probs(
     tokenizer: Tokenizer, tokens: Sequence[int], found: PromptLogProbs | None, number: int
 ) -> list[TokenLogProb]:
     """Return a prompt's log-probabilities; its first token has none."""
-    first = TokenLogProb(tokenizer.text([tokens[0]]), None, {})
+    first = TokenLogProb(tokenizer.text([tokens[0]]), None, [])
     if found is None:
         return [first]
     return [first, *token_log_probs(tokenizer, tokens[1:], found.log_probs_N.tolist(), found.top, number)]
@@ -125,20 +126,18 @@ class CompletionResponse:
         log_probs = None
         if self._request.logprobs is not None:
             log_probs = self._log_probs(part)
-        return {"index": part.index, "text": part.text, "logprobs": log_probs, "finish_reason": part.finish_reason}
+        return {"index": part.choice, "text": part.text, "logprobs": log_probs, "finish_reason": part.finish_reason}
 
     def _log_probs(self, part: Part) -> dict[str, Any]:
-        offsets, at = [], self._offsets.get(part.index, 0)
+        offsets, at = [], self._offsets.get(part.choice, 0)
         for each in part.log_probs:
             offsets.append(at)
             at += len(each.token)
-        self._offsets[part.index] = at
+        self._offsets[part.choice] = at
         return {
             "tokens": [each.token for each in part.log_probs],
             "token_logprobs": [each.log_prob for each in part.log_probs],
-            "top_logprobs": [each.top if each.log_prob is not None else None for each in part.log_probs]
-            if self._request.logprobs
-            else None,
+            "top_logprobs": [_by_text(each) for each in part.log_probs] if self._request.logprobs else None,
             "text_offset": offsets,
         }
 
@@ -167,28 +166,29 @@ class ChatResponse:
         log_probs = self._log_probs(part)
         if not self._calls:
             if part.text or log_probs:
-                yield self._chunk(part.index, {"content": part.text} if part.text else {}, None, log_probs)
+                yield self._chunk(part.choice, {"content": part.text} if part.text else {}, None, log_probs)
             if part.finish_reason:
-                yield self._chunk(part.index, {}, part.finish_reason)
+                yield self._chunk(part.choice, {}, part.finish_reason)
             return
-        text = self._texts[part.index] = self._texts.get(part.index, "") + part.text
-        content, calls = text, []
+        text = self._texts[part.choice] = self._texts.get(part.choice, "") + part.text
+        content = text
+        calls: list[tools.Call] = []
         if part.finish_reason:
             content, calls = tools.split(text, self._request)
         elif self._request.tool_choice == "auto":
             content = tools.content_so_far(text)
         else:
             content = ""
-        sent = self._sent.get(part.index, 0)
+        sent = self._sent.get(part.choice, 0)
         if new := content[sent:]:
-            self._sent[part.index] = len(content)
-            yield self._chunk(part.index, {"content": new}, None, log_probs)
+            self._sent[part.choice] = len(content)
+            yield self._chunk(part.choice, {"content": new}, None, log_probs)
         if calls:
             yield self._chunk(
-                part.index, {"tool_calls": [{"index": i, **_call(each)} for i, each in enumerate(calls)]}, None
+                part.choice, {"tool_calls": [{"index": i, **_call(each)} for i, each in enumerate(calls)]}, None
             )
         if part.finish_reason:
-            yield self._chunk(part.index, {}, _reason(part.finish_reason, calls))
+            yield self._chunk(part.choice, {}, _reason(part.finish_reason, calls))
 
     def usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
         return self._head("chat.completion.chunk") | {"choices": [], "usage": usage}
@@ -203,7 +203,7 @@ class ChatResponse:
         if calls:
             message |= {"content": content or None, "tool_calls": [_call(each) for each in calls]}
         return {
-            "index": part.index,
+            "index": part.choice,
             "message": message,
             "logprobs": self._log_probs(part),
             "finish_reason": _reason(part.finish_reason, calls),
@@ -217,7 +217,7 @@ class ChatResponse:
             "content": [
                 {
                     **_token(each.token, each.log_prob),
-                    "top_logprobs": [_token(token, value) for token, value in list(each.top.items())[:number]],
+                    "top_logprobs": [_token(token, value) for token, value in each.top[:number]],
                 }
                 for each in part.log_probs
             ],
@@ -228,7 +228,12 @@ class ChatResponse:
 def join(parts: Sequence[Part]) -> Part:
     """Return the parts of a text as one."""
     log_probs = [each for part in parts for each in part.log_probs]
-    return Part(parts[0].index, "".join(part.text for part in parts), log_probs, parts[-1].finish_reason)
+    return Part(parts[0].choice, "".join(part.text for part in parts), log_probs, parts[-1].finish_reason)
+
+
+def _by_text(entry: TokenLogProb) -> dict[str, float] | None:
+    """Return the alternatives by their text; of tokens with the same text, the likeliest."""
+    return None if entry.log_prob is None else dict(reversed(entry.top))
 
 
 def _token(token: str, log_prob: float | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jax_it.errors import UserError
 from jax_it.serving.access_log import AccessLog
 from jax_it.serving.app import Limits, Server, make_app
 from jax_it.serving.models import load_models
-from jax_it.serving.worker import Worker
+from jax_it.serving.worker import EngineOptions, Workers
 
 KEYS_VARIABLE = "JAX_IT_API_KEYS"
 
@@ -49,8 +49,12 @@ def serve(options: ServeOptions) -> None:
     keys = read_keys(options.key_file)
     with _bind(options.host, options.port) as listener:
         models = load_models(options.models, options.adapters)
-        worker = Worker(models, options.limits.max_new_tokens, options.batch_size, options.stream_interval)
-        server = Server(models, worker, options.limits, keys, AccessLog(sys.stderr, options.log_prompts))
+        limits = options.limits
+        workers = Workers(
+            models,
+            EngineOptions(limits.max_new_tokens, limits.max_prompt, options.batch_size, options.stream_interval),
+        )
+        server = Server(models, workers, limits, keys, AccessLog(sys.stderr, options.log_prompts))
         config = uvicorn.Config(
             make_app(server, options.cors_origins), log_config=None, access_log=False, lifespan="on",
             timeout_graceful_shutdown=options.drain_timeout, timeout_keep_alive=30,
@@ -59,13 +63,13 @@ def serve(options: ServeOptions) -> None:
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         uvicorn_server = _Uvicorn(config, server)
-        watch = threading.Thread(target=_watch, args=(worker, uvicorn_server, f"{', '.join(models)} at {url}"))
+        watch = threading.Thread(target=_watch, args=(workers, uvicorn_server, f"{', '.join(models)} at {url}"))
         watch.daemon = True
         watch.start()
         with status.activity(lambda: ""):  # the access log says what happens
             uvicorn_server.run(sockets=[listener])
-    if worker.failure is not None:
-        raise worker.failure
+    if workers.failure is not None:
+        raise workers.failure
 
 
 def read_keys(file: str | None) -> list[str]:
@@ -98,15 +102,15 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _watch(worker: Worker, server: "_Uvicorn", what: str) -> None:
-    """Say when the worker is ready, and end the server when the worker has failed."""
-    began = time.monotonic()
-    while not worker.is_ready and worker.failure is None:
+def _watch(workers: Workers, server: "_Uvicorn", what: str) -> None:
+    """Say when requests are answered, and end the server when the engine of a model has failed."""
+    began, is_ready = time.monotonic(), False
+    while workers.failure is None:
         time.sleep(0.05)
-    if worker.failure is None:
-        seconds = time.monotonic() - began
-        print(f"jax-it serve: {what} (compiled in {seconds:.0f} s)", file=sys.stderr, flush=True)
-    worker.join()
+        if workers.is_ready and not is_ready:
+            is_ready = True
+            seconds = time.monotonic() - began
+            print(f"jax-it serve: {what} (compiled in {seconds:.0f} s)", file=sys.stderr, flush=True)
     server.should_exit = True
 
 

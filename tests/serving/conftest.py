@@ -11,11 +11,11 @@ import pytest
 from jax_it.data import tokenizer_files as tokenizers
 from jax_it.serving.app import Limits, Server, make_app
 from jax_it.serving.models import load_models
-from jax_it.serving.worker import Worker
+from jax_it.serving.worker import EngineOptions, Workers
 from tests.data.chat_tokenizers import TEXTS, checkpoint
 from tests.harness.conftest import CAUSAL, T5, write
 
-LIMITS = Limits(max_new_tokens=24, max_queue=64, max_texts=16, timeout=120.0)
+LIMITS = Limits(max_new_tokens=24, max_prompt=72, max_queue=64, max_texts=16, timeout=120.0)
 
 
 class Served:
@@ -23,12 +23,12 @@ class Served:
 
     def __init__(self, folders: dict[str, Path], limits: Limits = LIMITS, keys=(), batch_size=4, cors=(), log=None):
         self.models = load_models([(name, str(folder)) for name, folder in folders.items()], [])
-        self.worker = Worker(self.models, limits.max_new_tokens, batch_size)
-        self.server = Server(self.models, self.worker, limits, keys, log)
+        self.workers = Workers(self.models, EngineOptions(limits.max_new_tokens, limits.max_prompt, batch_size))
+        self.server = Server(self.models, self.workers, limits, keys, log)
         self.app = make_app(self.server, cors)
 
     def start(self) -> "Served":
-        self.worker.start()
+        self.workers.start()
         return self
 
     def client(self, **headers: str) -> httpx.AsyncClient:
@@ -91,4 +91,4 @@ def served_folders(tmp_path_factory) -> dict[str, Path]:
 def served(served_folders) -> Iterator[Served]:
     served = Served(served_folders).start()
     yield served
-    served.worker.stop()
+    served.workers.stop()

@@ -20,6 +20,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 SCREENSHOTS = os.environ.get("JAX_IT_TEST_SCREENSHOTS")  # a folder for pictures of the page, to look at
 
+expect.set_options(timeout=30_000)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 
@@ -65,7 +66,7 @@ def page(browser, listening):
     url, slow = listening
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     context.grant_permissions(["clipboard-read", "clipboard-write"])
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(30_000)
     requested, errors = [], []
     context.on("request", lambda request: requested.append(request.url))
     page = context.new_page()
@@ -133,16 +134,16 @@ def test_a_stream_is_shown_as_it_comes_and_stopped_and_its_slot_is_free(page, se
     slow.pause = 0.2
     ask(page, "Is grass green?")
     expect(page.locator("li.assistant.running .text")).not_to_be_empty()
-    assert served.worker.unfinished == 1
+    assert served.server.workers.unfinished == 1
     page.keyboard.press("Escape")
     expect(page.locator("li.assistant small")).to_have_text("Stopped")
     expect(page.get_by_label("Message", exact=True)).to_be_focused()
     shown = answers(page).text_content()
     assert shown and whole.startswith(shown) and shown != whole
     until = time.monotonic() + 5
-    while served.worker.unfinished and time.monotonic() < until:
+    while served.server.workers.unfinished and time.monotonic() < until:
         time.sleep(0.02)
-    assert served.worker.unfinished == 0
+    assert served.server.workers.unfinished == 0
     slow.pause = 0.0
     page.get_by_role("button", name="Regenerate message 2").click()
     expect(answers(page)).to_have_text(whole)
