@@ -11,21 +11,19 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jax_it.errors import UserError
 from jax_it.generation.requests import Sampling, check
+from jax_it.serving import page, prompt_templates, reference, tools
 from jax_it.serving import prompts as prompt_encoding
-from jax_it.serving import reference, tools
 from jax_it.serving.access_log import AccessLog
 from jax_it.serving.constraints import Constraints
 from jax_it.serving.errors import ApiError
@@ -40,11 +38,17 @@ from jax_it.serving.responses import (
     prompt_log_probs,
     usage,
 )  # fmt: skip
-from jax_it.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, Generation, TokenizeRequest
+from jax_it.serving.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Generation,
+    RenderRequest,
+    TokenizeRequest,
+)
 from jax_it.serving.worker import EngineFailed, Overloaded, Prompt, Workers
 
-STATIC = Path(__file__).with_name("static")
-OPEN_PATHS = ("/health",)  # without a key
+OPEN_PATHS = ("/health", *page.FILES)  # without a key
 KEEP_ALIVE = 15.0  # seconds without output after which a stream has a comment
 
 STATUSES: dict[int | str, str] = {
@@ -263,7 +267,7 @@ def make_app(server: Server, cors_origins: Sequence[str] = ()) -> FastAPI:
     _add_generation(app, server)
     _add_tokens(app, server)
     _add_status(app, server)
-    app.mount("/static", StaticFiles(directory=STATIC))
+    page.add_page(app)
     app.add_middleware(_Guard, server=server)
     if cors_origins:
         app.add_middleware(
@@ -335,6 +339,12 @@ def _add_tokens(app: FastAPI, server: Server) -> None:
             raise ApiError(400, f"the model's tokens are below {run.model.config.vocab_size}", "tokens")
         return {"prompt": await server.in_encoder(run.tokenizer.text, body.tokens)}
 
+    @app.post("/render")
+    async def render(body: RenderRequest) -> dict[str, str]:
+        """Return the prompt that a template of the model's run makes of fields."""
+        run = server.model(body.model).run
+        return {"prompt": await server.in_encoder(prompt_templates.render, run, body.template, body.fields)}
+
     @app.get("/tokenizer_info")
     async def tokenizer_info(model: str | None = None) -> dict[str, Any]:
         """Describe a model's tokenizer, its special tokens and chat template."""
@@ -355,7 +365,9 @@ def _add_status(app: FastAPI, server: Server) -> None:
             {
                 "id": name, "object": "model", "created": served.created, "owned_by": "jax-it", "root": served.path,
                 "parent": served.parent, "max_model_len": server.max_length(served),
-                "kind": served.run.model.kind, "has_chat_template": served.run.tokenizer.chat_template is not None,
+                "max_new_tokens": server.limits.max_new_tokens, "kind": served.run.model.kind,
+                "has_chat_template": served.run.tokenizer.chat_template is not None,
+                "templates": prompt_templates.describe(served.run),
             }
             for name, served in server.models.items()
         ]  # fmt: skip
@@ -385,10 +397,6 @@ def _add_status(app: FastAPI, server: Server) -> None:
         """Return metrics in Prometheus's text format, under vLLM's names."""
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/", include_in_schema=False)
-    async def chat_page() -> Response:
-        return FileResponse(STATIC / "index.html")
-
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         return HTMLResponse(reference.page(app.openapi()))
@@ -415,8 +423,18 @@ async def _respond(
         options = body.stream_options
         events = _events(parts, response, options is not None and options.include_usage)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return _EventStream(events, media_type="text/event-stream", headers=headers)
     return JSONResponse(await _unless_disconnected(request, _whole(parts, response)))
+
+
+class _EventStream(StreamingResponse):
+    """Close the events when the client goes away, even in the middle of a send."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[union-attr]
 
 
 class _Parts:

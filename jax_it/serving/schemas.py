@@ -191,3 +191,9 @@ class TokenizeRequest(_Request):
 class DetokenizeRequest(_Request):
     model: str | None = None
     tokens: list[TokenId] = Field(max_length=1 << 20)
+
+
+class RenderRequest(_Request):
+    model: str | None = None
+    template: StrictStr = Field(description="One of the model's `templates` in /v1/models.")
+    fields: dict[str, StrictStr] = Field({}, description="Field of the template: text.")
