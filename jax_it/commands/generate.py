@@ -140,7 +140,7 @@ def _predict(options: argparse.Namespace, sampling: Any) -> None:
 def _sampling(options: argparse.Namespace) -> Any:
     """Return how tokens are chosen. Raises UserError for options that exclude each other or have no effect."""
     from jax_it.generation import Sampling
-    from jax_it.generation.sampling import check
+    from jax_it.generation.requests import check
 
     beams, draws = options.num_beams > 1, options.temperature > 0
     if options.temperature < 0 or not 0 < options.top_p <= 1:

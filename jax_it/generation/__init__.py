@@ -15,11 +15,10 @@ Each layer calls the one below it, so `insert`, `grow` and `decode_step` exist i
 
 from jax_it.generation.engine import Engine
 from jax_it.generation.greedy import greedy
-from jax_it.generation.requests import Request, RequestOutput
-from jax_it.generation.sampling import GREEDY, Sampling
+from jax_it.generation.requests import GREEDY, Constraint, Request, RequestOutput, Sampling
 from jax_it.generation.scheduler import Scheduler, generate
 from jax_it.generation.stop import StopStrings
 
 __all__ = [
-    "GREEDY", "Engine", "Request", "RequestOutput", "Sampling", "Scheduler", "StopStrings", "generate", "greedy"
+    "GREEDY", "Constraint", "Engine", "Request", "RequestOutput", "Sampling", "Scheduler", "StopStrings", "generate", "greedy"
 ]  # fmt: skip

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_it.generation.requests import INVALID
-from jax_it.generation.sampling import Sampling, is_end, is_finite, process_logits
+from jax_it.generation.requests import INVALID, Sampling
+from jax_it.generation.sampling import is_end, is_finite, process_logits
 
 NEVER = -jnp.inf  # the score of a text that does not exist
 

@@ -11,8 +11,8 @@ import numpy as np
 from jax_it import sharding
 from jax_it.generation import slots
 from jax_it.generation.beam_search import BeamSearch
-from jax_it.generation.requests import DecodeResult, PrefillBatch
-from jax_it.generation.sampling import GREEDY, Sampler, Sampling, check
+from jax_it.generation.requests import GREEDY, DecodeResult, PrefillBatch, Sampling, check
+from jax_it.generation.sampling import Sampler
 from jax_it.generation.slots import Strategy
 from jax_it.models import Model, Params
 

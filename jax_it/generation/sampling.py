@@ -1,56 +1,12 @@
 """Choose the next token from logits: the most likely one, or one that is drawn."""
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jax_it.errors import UserError
-from jax_it.generation.requests import INVALID
-
-
-class Sampling(NamedTuple):
-    """How tokens are chosen; the settings have the meaning, and the order of application, of Transformers' `generate`.
-
-    The most likely token, or one drawn from the `top_k` likeliest (0: all) that hold `top_p` of the probability. With
-    `num_beams` above 1 it is a beam search, as in generation/beam_search.py.
-    """
-
-    temperature: float = 0.0  # 0: the most likely token
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    num_beams: int = 1
-    length_penalty: float = 1.0  # of beams: above 0 favors longer texts
-    early_stopping: bool | Literal["never"] = False  # of beams: when a prompt is done; see generation/beam_search.py
-    min_p: float = 0.0  # tokens of less than this share of the likeliest one's probability are not drawn
-    repetition_penalty: float = 1.0  # divides positive logits of tokens that occurred before, multiplies negative ones
-    min_new_tokens: int = 0  # no end token before
-    forced_bos_token: int | None = None  # the id of every text's first new token, such as a target language's
-    num_samples: int = 1  # texts for each prompt: as many draws, or the best of the beams
-
-
-GREEDY = Sampling()
-MAX_NEW_TOKENS = 1 << 20  # memory for all of them is allocated before a text begins
-
-
-def check(sampling: Sampling, max_new_tokens: int, vocab_size: int) -> None:
-    """Raise UserError for numbers with which float32 scores would be infinite, and any text could come out."""
-    if max_new_tokens > MAX_NEW_TOKENS:
-        raise UserError(f"max_new_tokens {max_new_tokens}: a text has {MAX_NEW_TOKENS} tokens at most")
-    if sampling.temperature and not 1e-6 <= sampling.temperature <= 1e30:
-        raise UserError(f"temperature {sampling.temperature:g}: it must be 0 (greedy), or from 1e-6 to 1e30")
-    if not 1e-6 <= sampling.repetition_penalty <= 1e30:
-        raise UserError(f"repetition_penalty {sampling.repetition_penalty:g}: it must be from 1e-6 to 1e30")
-    if not abs(sampling.length_penalty) * math.log10(max_new_tokens + 1) <= 30:
-        raise UserError(
-            f"length_penalty {sampling.length_penalty:g}: {max_new_tokens} tokens to this power are beyond 1e30; use "
-            "one nearer to 0"
-        )
-    if sampling.num_beams > vocab_size:
-        raise UserError(f"num_beams {sampling.num_beams}: the model has {vocab_size} tokens to begin with; use fewer")
+from jax_it.generation.requests import INVALID, Sampling
 
 
 def is_end(tokens: jax.Array, eos_ids: tuple[int, ...]) -> jax.Array:
