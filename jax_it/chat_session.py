@@ -66,7 +66,8 @@ class ChatSession:
         turns = (*self.turns, Turn("user", text))
         prompts = encode(self._format, self._tokenizer, [turns])
         check_length(self._model, prompts, self._max_new_tokens)
-        request = Request(self._number_of_requests, prompts[0], stop=self._stop)
+        number = self._number_of_requests
+        request = Request(number, prompts[0], stop=self._stop, index=number)
         self._number_of_requests += 1
         self._scheduler.add_request(request)
         answer = shown = ""

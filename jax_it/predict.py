@@ -73,10 +73,10 @@ def predict(
     check_length(model, encoded, max_new_tokens)
     stopping = StopStrings(stop, tokenizer.decode) if stop else None
     slots = min(batch_size, len(prompts) * sampling.num_samples)
-    engine = Engine(model, mesh, max_new_tokens, slots, sampling, chat.ends(tokenizer), logprobs)
+    engine = Engine(model, mesh, max_new_tokens, slots, sampling, chat.ends(tokenizer))
     found: list[dict[int, Prediction]] = [{} for _ in prompts]
     with Bar("generating", len(prompts), "prompts") as bar:
-        for output in generation.generate(engine, params, encoded, stop=stopping):
+        for output in generation.generate(engine, params, encoded, stopping, 0 if logprobs else None):
             text = tokenizer.decode(output.tokens)
             found[output.request_id][output.sample] = Prediction(
                 stopping.cut(text) if stopping else text, output.finish_reason == "stop", output.log_probs

@@ -20,5 +20,6 @@ from jax_it.generation.scheduler import Scheduler, generate
 from jax_it.generation.stop import StopStrings
 
 __all__ = [
-    "GREEDY", "Constraint", "Engine", "Request", "RequestOutput", "Sampling", "Scheduler", "StopStrings", "generate", "greedy"
+    "GREEDY", "Constraint", "Engine", "Request", "RequestOutput", "Sampling", "Scheduler", "StopStrings", "generate",
+    "greedy",
 ]  # fmt: skip

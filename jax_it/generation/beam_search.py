@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_it.generation.requests import INVALID, Sampling
-from jax_it.generation.sampling import is_end, is_finite, process_logits
+from jax_it.generation.requests import INVALID, Sampling, SlotSettings
+from jax_it.generation.sampling import count, is_end, is_finite, process_logits
 
 NEVER = -jnp.inf  # the score of a text that does not exist
 
@@ -44,7 +44,7 @@ class BeamState(NamedTuple):
 
     running: Texts  # scores: sums of log-probabilities
     ended: Texts  # scores: those sums over the length's penalty
-    seen_BWV: jax.Array | None  # the tokens that a repetition penalty is for
+    counts_BWV: jax.Array | None  # as in `sampling.counts_of_prompts`; None where nothing is penalized
 
 
 @dataclass(frozen=True)
@@ -57,29 +57,36 @@ class BeamSearch:
     sampling: Sampling
     eos_ids: tuple[int, ...]
     max_new_tokens: int  # T
-    log_probs: bool = False  # they are computed anyway
 
     @property
     def num_beams(self) -> int:
         return self.sampling.num_beams
 
-    def begin(self, token_B: jax.Array, text_id_B: jax.Array, seen_BV: jax.Array | None) -> BeamState:
+    @property
+    def counts_tokens(self) -> bool:
+        sampling = self.sampling
+        return (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty) != (1, 0, 0)
+
+    def begin(self, token_B: jax.Array, counts_BV: jax.Array | None) -> BeamState:
         """Return beams without a token; as they are all alike, only one of them is extended first."""
         slots, beams = token_B.shape[0], self.num_beams
         tokens_BWT = jnp.full((slots, beams, self.max_new_tokens), self.eos_ids[0], jnp.int32)
         log_probs_BWT = jnp.zeros(tokens_BWT.shape, jnp.float32)
         nothing_BW = jnp.full((slots, beams), NEVER, jnp.float32)
         running = Texts(tokens_BWT, log_probs_BWT, nothing_BW.at[:, 0].set(0))
-        seen_BWV = None if seen_BV is None else jnp.repeat(seen_BV[:, None], beams, axis=1)
-        return BeamState(running, Texts(tokens_BWT, log_probs_BWT, nothing_BW), seen_BWV)
+        counts_BWV = None if counts_BV is None else jnp.repeat(counts_BV[:, None], beams, axis=1)
+        return BeamState(running, Texts(tokens_BWT, log_probs_BWT, nothing_BW), counts_BWV)
 
     def advance(
-        self, state: BeamState, logits_BV: jax.Array, number_B: jax.Array, limit_B: jax.Array, done_B: jax.Array
-    ) -> tuple[BeamState, jax.Array, jax.Array, jax.Array]:
+        self, state: BeamState, settings: SlotSettings, logits_BV: jax.Array, number_B: jax.Array,
+        done_B: jax.Array, allowed_BA: jax.Array | None,
+    ) -> tuple[BeamState, jax.Array, jax.Array, jax.Array]:  # fmt: skip
         """Return (the texts with one more token, those tokens, the rows they continue, which prompts are done)."""
-        sampling, beams, slots = self.sampling, self.num_beams, number_B.shape[0]
-        candidates, beams_BC, tokens_BC = self._extend(state, logits_BV, number_B)
-        ends_BC = is_end(tokens_BC, self.eos_ids) | (number_B + 1 >= limit_B)[:, None]
+        sampling, beams, slots, limit_B = self.sampling, self.num_beams, number_B.shape[0], settings.limit_Y
+        plain = allowed_BA is None
+        candidates, beams_BC, tokens_BC = self._extend(state, None if plain else settings, logits_BV, number_B, ~done_B)
+        ends_BC = is_end(tokens_BC, self.eos_ids) & ~settings.ignore_eos_Y[:, None]
+        ends_BC |= (number_B + 1 >= limit_B)[:, None]
         unfinished = candidates._replace(scores_BW=jnp.where(ends_BC, NEVER, candidates.scores_BW))
         chosen_BW = unfinished.best(beams)
         running, parents_BW, next_BW = (
@@ -100,12 +107,17 @@ class BeamSearch:
         ended = ended._replace(tokens_BWT=jnp.where(invalid_BWT, INVALID, ended.tokens_BWT))
         finished_B |= invalid_B
 
-        seen_BWV = state.seen_BWV
-        if seen_BWV is not None:
-            places = jnp.arange(slots)[:, None], jnp.arange(beams), next_BW
-            seen_BWV = _take(seen_BWV, parents_BW).at[places].set(True)
+        counts_BWV = state.counts_BWV
+        if counts_BWV is not None:
+            places = jnp.arange(slots)[:, None], jnp.arange(beams)[None], next_BW
+            counts_BWV = count(_take(counts_BWV, parents_BW), places)
         rows_B = (parents_BW + beams * jnp.arange(slots)[:, None]).reshape(-1)
-        return BeamState(running, ended, seen_BWV), next_BW.reshape(-1), rows_B, finished_B | (number_B + 1 >= limit_B)
+        return (
+            BeamState(running, ended, counts_BWV),
+            next_BW.reshape(-1),
+            rows_B,
+            finished_B | (number_B + 1 >= limit_B),
+        )
 
     def read(self, state: BeamState) -> tuple[Any, Any]:
         """Return tokens and log-probabilities [B, texts, T] of the best texts that have ended, best first."""
@@ -113,17 +125,22 @@ class BeamSearch:
         return state.ended.tokens_BWT[:, :texts], state.ended.log_probs_BWT[:, :texts]
 
     def _extend(
-        self, state: BeamState, logits_BV: jax.Array, number_B: jax.Array
-    ) -> tuple[Texts, jax.Array, jax.Array]:
+        self, state: BeamState, settings: SlotSettings | None, logits_BV: jax.Array, number_B: jax.Array,
+        active_B: jax.Array,
+    ) -> tuple[Texts, jax.Array, jax.Array]:  # fmt: skip
         """Return the likeliest texts with one more token, the beam [B, C] that each continues, and the token [B, C].
 
         There are (1 + end tokens) * W of them, so W texts can run on, even if the likeliest continuations are all ends.
         """
         running = state.running
         slots, beams, _ = running.tokens_BWT.shape
-        log_probs_BV = jax.nn.log_softmax(logits_BV)
-        seen_BV = None if state.seen_BWV is None else state.seen_BWV.reshape(slots * beams, -1)
-        scores_BV = process_logits(log_probs_BV, self.sampling, self.eos_ids, jnp.repeat(number_B, beams), seen_BV)
+        scores_BV = log_probs_BV = jax.nn.log_softmax(logits_BV)
+        if settings is not None:
+            counts_BV = None if state.counts_BWV is None else state.counts_BWV.reshape(slots * beams, -1)
+            settings, number_BW, active_BW = jax.tree.map(
+                lambda x: jnp.repeat(x, beams, axis=0), (settings, number_B, active_B)
+            )
+            scores_BV = process_logits(log_probs_BV, settings, self.eos_ids, number_BW, counts_BV, active_BW)
         sums_BWV = scores_BV.reshape(slots, beams, -1) + running.scores_BW[:, :, None]
         vocab_size = sums_BWV.shape[-1]
         sums_BC, choices_BC = jax.lax.top_k(sums_BWV.reshape(slots, -1), (1 + len(self.eos_ids)) * beams)

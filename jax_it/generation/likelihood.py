@@ -23,6 +23,7 @@ from jax_it.models.kv_cache import take_rows
 # The cost of a token in a decoding step, in tokens of a full forward pass: about 4 on two CPU cores with a model of
 # 135M parameters and 32 rows. Where steps cost more, some long continuations are decoded that had better not be.
 STEP_COST = 4
+LOGIT_ROWS = 64  # positions of which logits are in memory together, where each token's log-probability is asked for
 
 
 class LikelihoodRequest(NamedTuple):
@@ -107,6 +108,29 @@ class Likelihoods:
         arrays = sharding.place((batch, first_B, tokens_BCT, lengths_BC), self._mesh)
         with jax.set_mesh(self._mesh):
             return self._forward(params, *arrays)
+
+
+def token_log_probs(
+    model: Model, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, *, alternatives: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Return the log-probability [B, T - 1] of each token of a causal model's texts but the first, and the likeliest.
+
+    Those are (log-probabilities, tokens), both [B, T - 1, `alternatives`]. Logits exist for `LOGIT_ROWS` positions at
+    a time; segment 0 is padding.
+    """
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    prefix_BT = segments_BT if model.options.prefix_lm else None
+    batch = CausalBatch(tokens_BT, tokens_BT, segments_BT, segments_BT, positions_BT * segments_BT, prefix_BT)
+    states_BTD, head_VD = model.hidden_states(params, batch)[0][:, :-1], model.head(params)
+
+    def at(item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
+        state_D, token = item
+        log_probs_V = jax.nn.log_softmax(model.logits(head_VD, state_D))
+        return log_probs_V[token], jax.lax.top_k(log_probs_V, alternatives)
+
+    pairs = states_BTD.reshape(-1, states_BTD.shape[-1]), tokens_BT[:, 1:].reshape(-1)
+    found = jax.lax.map(at, pairs, batch_size=LOGIT_ROWS)
+    return jax.tree.map(lambda x: x.reshape(len(tokens_BT), -1, *x.shape[1:]), found)
 
 
 def _few(number: int) -> int:

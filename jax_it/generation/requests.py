@@ -109,7 +109,7 @@ class Request:
     prompt: Sequence[int]
     max_new_tokens: int | None = None  # at most the engine's; None: the engine's
     stop: Callable[[Sequence[int]], bool] | None = None  # ends a text as soon as it is true of its tokens
-    sampling: Sampling | None = None  # None: the engine's; its `num_beams` are the engine's
+    sampling: Sampling | None = None  # None: the engine's, as always with a beam search
     index: int = 0  # requests of equal seeds and other indices draw other texts, such as the prompts of a list
     logprobs: int | None = None  # log-probabilities: None: none, 0: of chosen tokens, k: and of the k likeliest ones
     prompt_logprobs: int | None = None  # the same of the prompt's tokens; of causal models alone
@@ -164,6 +164,60 @@ class SlotSettings(NamedTuple):
     text_id_Y: Any  # the text's number, which its draws depend on beside the seed
     limit_Y: Any  # new tokens at most
     log_probs_Y: Any  # whether log-probabilities are asked for
+
+
+class TextSettings(NamedTuple):
+    """What `SlotSettings` has for one text."""
+
+    sampling: Sampling
+    text_id: int
+    limit: int
+    log_probs: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether each token is the argmax of the model's own logits, and nothing else is asked."""
+        return not self.log_probs and self.sampling == GREEDY._replace(
+            top_k=self.sampling.top_k, top_p=self.sampling.top_p, min_p=self.sampling.min_p, seed=self.sampling.seed,
+            num_beams=self.sampling.num_beams, length_penalty=self.sampling.length_penalty,
+            early_stopping=self.sampling.early_stopping, num_samples=self.sampling.num_samples,
+            ignore_eos=self.sampling.ignore_eos,
+        )  # fmt: skip
+
+
+def slot_settings(texts: Sequence[TextSettings], slots: int) -> SlotSettings:
+    """Return the settings of texts as NumPy arrays, padded to a number of slots."""
+    texts = [*texts, *[TextSettings(GREEDY, 0, 1, False)] * (slots - len(texts))]
+    samplings = [text.sampling for text in texts]
+    seeds = np.array([sampling.seed % (1 << 64) for sampling in samplings], np.uint64)
+    bias_tokens, bias = np.zeros((slots, MAX_LOGIT_BIAS), np.int32), np.zeros((slots, MAX_LOGIT_BIAS), np.float32)
+    for row, sampling in enumerate(samplings):
+        if sampling.logit_bias:
+            bias_tokens[row, : len(sampling.logit_bias)], bias[row, : len(sampling.logit_bias)] = zip(
+                *sampling.logit_bias, strict=True
+            )
+
+    def column(name: str, dtype: Any) -> np.ndarray:
+        return np.array([getattr(sampling, name) for sampling in samplings], dtype)
+
+    return SlotSettings(
+        temperature_Y=column("temperature", np.float32),
+        top_k_Y=column("top_k", np.int32),
+        top_p_Y=column("top_p", np.float32),
+        min_p_Y=column("min_p", np.float32),
+        repetition_penalty_Y=column("repetition_penalty", np.float32),
+        frequency_penalty_Y=column("frequency_penalty", np.float32),
+        presence_penalty_Y=column("presence_penalty", np.float32),
+        min_new_tokens_Y=column("min_new_tokens", np.int32),
+        forced_bos_token_Y=np.array([-1 if (t := s.forced_bos_token) is None else t for s in samplings], np.int32),
+        ignore_eos_Y=column("ignore_eos", np.bool_),
+        bias_tokens_YA=bias_tokens,
+        bias_YA=bias,
+        seed_Y2=np.stack([seeds >> np.uint64(32), seeds & np.uint64(0xFFFFFFFF)], axis=1).astype(np.uint32),
+        text_id_Y=np.array([text.text_id for text in texts], np.int32),
+        limit_Y=np.array([text.limit for text in texts], np.int32),
+        log_probs_Y=np.array([text.log_probs for text in texts], np.bool_),
+    )
 
 
 class PrefillBatch(NamedTuple):

@@ -10,16 +10,29 @@ Every process of a run must make the same calls: what is decided depends on noth
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from jax_it.data.packing import bucket
 from jax_it.errors import UserError
 from jax_it.generation import length_buckets
-from jax_it.generation.requests import INVALID, DecodeResult, FinishReason, PrefillBatch, Request, RequestOutput
+from jax_it.generation.prefix_cache import BLOCK, PrefixCache
+from jax_it.generation.requests import (
+    INVALID,
+    Constraint,
+    DecodeResult,
+    FinishReason,
+    PrefillBatch,
+    Request,
+    RequestOutput,
+    Sampling,
+    TextSettings,
+    TopLogProbs,
+    check,
+    slot_settings,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from jax_it.generation.engine import Engine
@@ -34,18 +47,34 @@ SHRINK = 4  # a quarter of the slots is left when no more requests wait
 SHRINKABLE = 16  # slots; fewer are left as they are
 
 
-class Completion(NamedTuple):
-    """The text of a request that a slot decodes."""
+class QueuedPrompt(NamedTuple):
+    """Texts of one request that get their slots together."""
+
+    request: Request
+    samples: range  # which of the request's texts
+
+
+@dataclass
+class RunningText:
+    """The text that a slot decodes; of a beam search, all texts of a request."""
 
     request: Request
     sample: int  # which of the request's texts
+    settings: TextSettings
+    last: RequestOutput  # of a text with a constraint all so far; else without tokens
+    constraint: Constraint | None = None  # made when it is first asked
+    prefilled: int | None = None  # tokens of its prompt that are computed, while it is prefilled in chunks
+
+    @property
+    def is_plain(self) -> bool:
+        return self.settings.is_plain and self.request.constraint is None
 
 
 class PrefillGroup(NamedTuple):
-    """Requests to prefill together."""
+    """Prompts to prefill together."""
 
-    requests: list[Request]
-    width: int  # that their prompts are padded to
+    prompts: list[QueuedPrompt]
+    width: int  # that they are padded to
 
 
 class Scheduler:
@@ -54,27 +83,63 @@ class Scheduler:
     For lists of prompts, `stream_interval` is 0: every text has one output, at its end, and waiting requests are taken
     shortest prompt first, a full group at a time once it fits, so that prompts of similar length are padded together.
     For a server it is a number of tokens: each running text has an output after that many (a beam search only at its
-    end), and requests are taken first come, first served, as soon as slots are free. Either way a text does not depend
-    on other requests, nor on when it begins.
+    end), and requests are taken first come, first served, as soon as slots are free. With an engine that is warmed up,
+    one group of prompts and one chunk of a longer prompt are prefilled between two steps, and prompts that begin alike
+    share what is computed. Either way a text does not depend on other requests, nor on when it begins.
     """
 
     def __init__(self, engine: "Engine", stream_interval: int = 0):
         self._engine, self._stream_interval = engine, stream_interval
-        self._each = engine.slots_per_request
-        self._slots: list[Completion | None] = [None] * engine.num_slots
-        self._queue: deque[Request] = deque()  # not in a group yet
+        self._serves = bool(engine.prompt_widths)
+        self._each = 1 if self._serves else engine.slots_per_request
+        self._slots: list[RunningText | None] = [None] * engine.num_slots
+        self._queue: deque[QueuedPrompt] = deque()  # not in a group yet
         self._groups: deque[PrefillGroup] = deque()  # not in slots yet
+        self._prefilling: list[tuple[int, RunningText]] = []  # in slots, in order of arrival
+        self.prefix_cache = PrefixCache(engine.num_blocks) if self._serves and engine.num_blocks else None
 
     def add_request(self, request: Request) -> None:
-        """Queue a request, whose `stop` is not asked of beams. Raises ValueError for a limit below 1."""
+        """Queue a request, whose `stop` is not asked of beams.
+
+        Raises UserError for settings out of range, and ValueError for what the engine does not have: a limit below 1,
+        a prompt longer than it was warmed up for, other beams than its own or constraints of beams, more alternatives
+        than `max_logprobs`, log-probabilities of an encoder-decoder's source.
+        """
+        engine, sampling = self._engine, self._sampling(request)
         if request.max_new_tokens is not None and request.max_new_tokens < 1:
             raise ValueError("a text has at least one token, its end token")
-        self._queue.append(request if self._engine.num_beams == 1 else replace(request, stop=None))
+        if request.sampling is not None:
+            check(sampling, engine.max_new_tokens, engine.vocab_size)
+            beams = (
+                "num_beams",
+                "length_penalty",
+                "early_stopping",
+                *(["num_samples"] if engine.num_beams > 1 else []),
+            )
+            if any(getattr(sampling, name) != getattr(engine.sampling, name) for name in beams):
+                raise ValueError(f"settings of beams are the engine's: {', '.join(beams)}")
+        if engine.num_beams > 1 and request.constraint:
+            raise ValueError("a beam search takes no constraint")
+        if max(request.logprobs or 0, request.prompt_logprobs or 0) > engine.max_logprobs:
+            raise ValueError(f"more alternatives to a token than {engine.max_logprobs}")
+        if request.prompt_logprobs is not None and not engine.scores_prompts:
+            raise ValueError("an encoder-decoder predicts nothing of its source")
+        if self._serves and not 0 < len(request.prompt) <= engine.max_prompt:
+            raise ValueError(f"a prompt of {len(request.prompt)} tokens; it may have 1 to {engine.max_prompt}")
+        samples = 1
+        if engine.num_beams > 1:
+            request = replace(request, stop=None)
+        else:
+            samples = sampling.num_samples
+        self._queue.extend(
+            QueuedPrompt(request, range(first, min(first + self._each, samples)))
+            for first in range(0, samples, self._each)
+        )
 
     def abort(self, request_id: int) -> None:
         """Drop a request, which gets no more outputs; its slots are free from the next step."""
-        waiting = [*(request for group in self._groups for request in group.requests), *self._queue]
-        self._queue = deque(request for request in waiting if request.request_id != request_id)
+        waiting = [*(prompt for group in self._groups for prompt in group.prompts), *self._queue]
+        self._queue = deque(prompt for prompt in waiting if prompt.request.request_id != request_id)
         self._groups.clear()
         self._slots = [None if each and each.request.request_id == request_id else each for each in self._slots]
 
@@ -83,14 +148,26 @@ class Scheduler:
         """Return whether any request waits or runs."""
         return bool(self._queue or self._groups or any(self._slots))
 
+    @property
+    def num_waiting(self) -> int:
+        """Return how many requests, or texts of requests, have no slot."""
+        return len(self._queue) + sum(len(group.prompts) for group in self._groups)
+
+    @property
+    def num_running(self) -> int:
+        """Return how many texts have a slot: their share of the slots is that of the cache in use."""
+        return len(self._slots) - self._slots.count(None)
+
     def step(self) -> list[RequestOutput]:
         """Prefill the requests that are next, decode for a while, and return the outputs that are due."""
+        if self._serves:
+            self._prefill_some()
+            busy = bool(self._queue or self._prefilling)
+            return self._decode(1 if busy else self._stream_interval, len(self._slots))
         if len(self._queue) * self._each > self._slots.count(None) and len(self._slots) < self._engine.num_slots:
             self._resize(self._engine.num_slots)
         self._prefill()
-        running = len(self._slots) - self._slots.count(None)
-        if not running:
-            return []
+        running = self.num_running
         waiting = bool(self._queue or self._groups)
         fewer = self._round_up(len(self._slots) // SHRINK)
         if waiting or len(self._slots) < max(SHRINKABLE, self._engine.num_slots) or fewer == len(self._slots):
@@ -99,11 +176,47 @@ class Scheduler:
             self._resize(fewer)
             fewer = 0
         # Decoding stops when the next group fits, or when the slots are to become fewer, or when all texts have ended.
-        next_group = len(self._groups[0].requests) if self._groups else 1
+        next_group = len(self._groups[0].prompts) if self._groups else 1
         until_done = next_group * self._each if waiting else len(self._slots) - fewer
-        asked = any(each and each.request.stop for each in self._slots)
+        asked = any(text and text.request.stop for text in self._slots)
         steps = self._stream_interval or (STOP_INTERVAL if asked else self._engine.max_new_tokens)
-        return list(self._read(self._engine.decode([each is None for each in self._slots], steps, until_done)))
+        return self._decode(steps, until_done)
+
+    def _decode(self, steps: int, until_done: int) -> list[RequestOutput]:
+        """Decode up to a number of steps, until so many slots are done, and return the outputs that are due."""
+        allowed, outputs = self._ask_constraints()
+        texts = [text for text in self._slots if text and text.prefilled is None]
+        if not texts:
+            return outputs
+        result = self._engine.decode(
+            [not text or text.prefilled is not None for text in self._slots],
+            1 if allowed else steps,
+            len(self._slots) if allowed else until_done,
+            plain=all(text.is_plain for text in texts),
+            top=any(text.request.logprobs for text in texts),
+            allowed=allowed,
+        )
+        return [*outputs, *self._read(result)]
+
+    def _ask_constraints(self) -> tuple[dict[int, np.ndarray], list[RequestOutput]]:
+        """Return the tokens that constraints allow next, by slot, and the outputs of texts that end here."""
+        allowed: dict[int, np.ndarray] = {}
+        outputs = []
+        for slot, text in enumerate(self._slots):
+            if not text or not text.request.constraint or text.prefilled is not None:
+                continue
+            reason: FinishReason = "stop"
+            try:
+                text.constraint = text.constraint or text.request.constraint()
+                allowed_V = np.array(text.constraint.allowed(text.last.tokens), bool)
+            except Exception:  # of a library that is not ours: this text ends, and no other
+                allowed_V, reason = np.zeros(self._engine.vocab_size, bool), "error"
+            if np.delete(allowed_V, self._engine.eos_ids).any():
+                allowed[slot] = allowed_V
+            else:
+                outputs.append(text.last._replace(finish_reason=reason))
+                self._slots[slot] = None
+        return allowed, outputs
 
     def _resize(self, number: int) -> None:
         """Continue with `number` slots, the running ones first."""
@@ -114,43 +227,124 @@ class Scheduler:
 
     def _prefill(self) -> None:
         """Start the requests that are next."""
-        free = [slot for slot, completion in enumerate(self._slots) if completion is None]
+        free = [slot for slot, text in enumerate(self._slots) if text is None]
         idle, fit = len(free) == len(self._slots), len(free) // self._each
         due = min(len(self._queue), fit) if self._stream_interval else len(self._queue)
         self._groups.extend(self._group([self._queue.popleft() for _ in range(due)]))
         started = []
         while self._groups:
-            requests, width = self._groups[0]
-            number = min(len(requests), fit) if idle else len(requests)  # slots that are all idle are all filled
+            prompts, width = self._groups[0]
+            number = min(len(prompts), fit) if idle else len(prompts)  # slots that are all idle are all filled
             if not 0 < number <= fit:
                 break
             self._groups.popleft()
-            if requests[number:]:
-                self._groups.appendleft(PrefillGroup(requests[number:], width))
-            started.append(PrefillGroup(requests[:number], width))
+            if prompts[number:]:
+                self._groups.appendleft(PrefillGroup(prompts[number:], width))
+            started.append(PrefillGroup(prompts[:number], width))
             fit -= number
         if started:  # the cache grows once for all of them
             self._engine.reserve(max(MIN_CAPACITY, bucket(max(group.width for group in started), MAX_CAPACITY)))
         for group in started:
-            completions = [Completion(request, sample) for request in group.requests for sample in range(self._each)]
-            taken, free = free[: len(completions)], free[len(completions) :]
-            for slot, completion in zip(taken, completions, strict=True):
-                self._slots[slot] = completion
-            self._engine.insert(self._batch(group, completions, taken))
+            number = sum(len(prompt.samples) for prompt in group.prompts)
+            self._insert(group, free[:number])
+            free = free[number:]
 
-    def _group(self, requests: list[Request]) -> list[PrefillGroup]:
-        """Return the groups that requests are prefilled in, shortest prompts first.
+    def _insert(self, group: PrefillGroup, slots: list[int]) -> None:
+        texts = [self._begin(prompt.request, sample) for prompt in group.prompts for sample in prompt.samples]
+        for slot, text in zip(slots, texts, strict=True):
+            self._slots[slot] = text
+        self._engine.insert(self._batch(group, texts, slots))
+
+    def _prefill_some(self) -> None:
+        """Start a group of the requests that are next, and compute more of the prompts that are in slots."""
+        engine, group, taken = self._engine, PrefillGroup([], 0), list[int]()
+        free = [slot for slot, text in enumerate(self._slots) if text is None]
+        while self._queue and free:
+            request, samples = self._queue[0]
+            blocks = self.prefix_cache.match(request.prompt) if self.prefix_cache else []
+            if blocks or (engine.can_chunk and len(request.prompt) > engine.prefill_chunk):
+                slot, text = free.pop(0), self._begin(request, samples[0])
+                text.prefilled = len(blocks) * BLOCK
+                self._slots[slot] = text
+                self._prefilling.append((slot, text))
+                if blocks:
+                    engine.load_prefix(slot, blocks, text.prefilled)
+            else:
+                width = max(group.width, next(w for w in engine.prompt_widths if w >= len(request.prompt)))
+                if len(group.prompts) >= engine.prefill_rows(width):
+                    break
+                group = PrefillGroup([*group.prompts, self._queue[0]], width)
+                taken.append(free.pop(0))
+            self._queue.popleft()
+        if taken:
+            self._insert(group, taken)
+            for slot, (request, _) in zip(taken, group.prompts, strict=True):
+                self._save_prefix(slot, request.prompt)
+        self._prefilling = [(slot, text) for slot, text in self._prefilling if self._slots[slot] is text]
+        short = [each for each in self._prefilling if self._rest(each[1]) <= engine.small_chunk]
+        long = [each for each in self._prefilling if self._rest(each[1]) > engine.small_chunk]
+        if engine.can_chunk:
+            self._extend(short[: engine.extend_rows(engine.small_chunk)], engine.small_chunk)
+            self._extend(long[: engine.extend_rows(engine.prefill_chunk)], engine.prefill_chunk)
+
+    def _rest(self, text: RunningText) -> int:
+        """Return how many tokens of a prompt are not computed; the first step computes the last one."""
+        assert text.prefilled is not None
+        return len(text.request.prompt) - 1 - text.prefilled
+
+    def _extend(self, prompts: list[tuple[int, RunningText]], width: int) -> None:
+        """Compute up to `width` more tokens of each prompt, and start the texts of those that are complete."""
+        chunks = []
+        for slot, text in prompts:
+            if number := min(width, self._rest(text)):
+                assert text.prefilled is not None
+                chunks.append((slot, text.request.prompt[text.prefilled : text.prefilled + number], text.prefilled))
+                text.prefilled += number
+        if chunks:
+            self._engine.extend(chunks, width)
+        for slot, text in prompts:
+            if not self._rest(text):
+                text.prefilled = None
+                self._prefilling.remove((slot, text))
+                self._engine.begin(slot, text.request.prompt, slot_settings([text.settings], 1))
+                self._save_prefix(slot, text.request.prompt)
+
+    def _save_prefix(self, slot: int, prompt: Sequence[int]) -> None:
+        if self.prefix_cache:
+            blocks = self.prefix_cache.add(prompt)
+            if any(block >= 0 for block in blocks):
+                self._engine.save_prefix(slot, blocks)
+
+    def _begin(self, request: Request, sample: int) -> RunningText:
+        sampling, limit = self._sampling(request), self._engine.max_new_tokens
+        settings = TextSettings(
+            sampling,
+            text_id=request.index * sampling.num_samples + sample,
+            limit=min(request.max_new_tokens or limit, limit),
+            log_probs=request.logprobs is not None and self._engine.num_beams == 1,
+        )
+        scored = None
+        if request.prompt_logprobs is not None:
+            scored = self._engine.prompt_log_probs(request.prompt, request.prompt_logprobs)
+        nothing = RequestOutput(request.request_id, sample, [], [] if settings.log_probs else None, None, None, scored)
+        return RunningText(request, sample, settings, nothing)
+
+    def _sampling(self, request: Request) -> Sampling:
+        return self._engine.sampling if request.sampling is None else request.sampling
+
+    def _group(self, prompts: list[QueuedPrompt]) -> list[PrefillGroup]:
+        """Return the groups that prompts are prefilled in, the shortest first.
 
         All groups are full but the first, in which empty rows cost least.
         """
-        requests = sorted(requests, key=lambda request: len(request.prompt))
-        widths = length_buckets.choose([len(each.prompt) for each in requests], 1, self._engine.prefill_widths)
+        prompts = sorted(prompts, key=lambda each: len(each.request.prompt))
+        widths = length_buckets.choose([len(each.request.prompt) for each in prompts], 1, self._engine.prefill_widths)
         groups: list[PrefillGroup] = []
-        while requests:
-            width = widths[len(requests) - 1]
-            start = max(0, len(requests) - self._prefill_rows(width))
-            groups.insert(0, PrefillGroup(requests[start:], width))
-            del requests[start:]
+        while prompts:
+            width = widths[len(prompts) - 1]
+            start = max(0, len(prompts) - self._prefill_rows(width))
+            groups.insert(0, PrefillGroup(prompts[start:], width))
+            del prompts[start:]
         return groups
 
     def _prefill_rows(self, width: int) -> int:
@@ -163,59 +357,57 @@ class Scheduler:
         """Return a number of rows of which every device has as many."""
         return -(-rows // self._engine.shards) * self._engine.shards
 
-    def _batch(self, group: PrefillGroup, completions: list[Completion], slots: list[int]) -> PrefillBatch:
+    def _batch(self, group: PrefillGroup, texts: list[RunningText], slots: list[int]) -> PrefillBatch:
         """Return a group's arrays, padded to as many prompts and slots as all groups of its width have."""
-        rows, limit = self._prefill_rows(group.width), self._engine.max_new_tokens
-        padding = [0] * (rows * self._each - len(completions))
+        rows = self._engine.prefill_rows(group.width) if self._serves else self._prefill_rows(group.width)
+        padding = [0] * (rows * self._each - len(texts))
+        prompts_Y = [i for i, prompt in enumerate(group.prompts) for _ in prompt.samples]
         return PrefillBatch(
-            *length_buckets.pad([request.prompt for request in group.requests], rows, group.width),
+            *length_buckets.pad([prompt.request.prompt for prompt in group.prompts], rows, group.width),
             slots_Y=np.array(slots + [self._engine.num_slots for _ in padding], np.int32),
-            prompts_Y=np.array([i // self._each for i in range(len(completions))] + padding, np.int32),
-            text_ids_Y=np.array(
-                [each.request.request_id * self._each + each.sample for each in completions] + padding, np.int32
-            ),
-            limits_Y=np.array(
-                [min(each.request.max_new_tokens or limit, limit) for each in completions] + padding, np.int32
-            ),
+            prompts_Y=np.array(prompts_Y + padding, np.int32),
+            settings=slot_settings([text.settings for text in texts], rows * self._each),
         )
 
     def _read(self, result: DecodeResult) -> Iterator[RequestOutput]:
         """Yield the outputs that are due, and free the slots of those that have ended."""
         streams = self._stream_interval and self._engine.num_beams == 1
-        for slot, completion in enumerate(self._slots):
+        for slot, text in enumerate(self._slots):
             done = bool(result.done_B[slot])
-            if not completion or not (done or streams or completion.request.stop):
+            if not text or text.prefilled is not None or not (done or streams or text.request.stop or text.constraint):
                 continue
-            number = int(result.number_B[slot])
-            outputs = [
-                self._output(
-                    completion.request, completion.sample + best, tokens_T[:number].tolist(), log_probs_T, done
-                )
-                for best, (tokens_T, log_probs_T) in enumerate(
-                    zip(result.tokens_BOT[slot], result.log_probs_BOT[slot], strict=True)
-                )
-            ]
+            outputs = [self._output(text, result, slot, best, done) for best in range(result.tokens_BOT.shape[1])]
             ended = all(output.finish_reason for output in outputs)
             if ended:
                 self._slots[slot] = None
+            elif text.constraint:
+                text.last = outputs[0]
             if ended or streams:
                 yield from outputs
 
-    def _output(self, request: Request, sample: int, made: list[int], log_probs_T: Any, done: bool) -> RequestOutput:
-        """Return the output for the tokens `made`, which may continue beyond the text's end."""
-        tokens = list(takewhile(lambda token: token not in self._engine.eos_ids, made))
-        scored = min(len(tokens) + 1, len(made))  # the end token too
+    def _output(self, text: RunningText, result: DecodeResult, slot: int, best: int, done: bool) -> RequestOutput:
+        """Return the output for the tokens of a slot, which may continue beyond the text's end."""
+        request, made_T = text.request, result.tokens_BOT[slot, best, : result.number_B[slot]]
+        ends = () if text.settings.sampling.ignore_eos else self._engine.eos_ids
+        at = np.flatnonzero(np.isin(made_T, ends))
+        tokens = (made_T[: at[0]] if at.size else made_T).tolist()
+        number = min(len(tokens) + 1, len(made_T))  # the end token too
         reason: FinishReason | None = None
         if INVALID in tokens:
             reason = "error"
         elif request.stop and request.stop(tokens):
             # Cut at the first token where it holds: it is asked only every few steps.
-            scored = next(n for n in range(len(tokens) + 1) if request.stop(tokens[:n]))
-            tokens, reason = tokens[:scored], "stop"
+            number = next(n for n in range(len(tokens) + 1) if request.stop(tokens[:n]))
+            tokens, reason = tokens[:number], "stop"
         elif done:
-            reason = "stop" if len(tokens) < len(made) else "length"
-        log_probs = log_probs_T[:scored].tolist() if self._engine.log_probs else None
-        return RequestOutput(request.request_id, sample, tokens, log_probs, reason)
+            reason = "stop" if len(tokens) < len(made_T) else "length"
+        log_probs, top = None, None
+        if request.logprobs is not None:
+            log_probs = result.log_probs_BOT[slot, best, :number].tolist()
+            if request.logprobs and result.top:
+                top = TopLogProbs(*(x[slot, :number, : request.logprobs] for x in result.top))
+        scored = text.last.prompt_log_probs
+        return RequestOutput(request.request_id, text.sample + best, tokens, log_probs, reason, top, scored)
 
 
 def generate(
@@ -223,14 +415,15 @@ def generate(
     params: "Params",
     prompts: Sequence[Sequence[int]],
     stop: Callable[[Sequence[int]], bool] | None = None,
+    logprobs: int | None = None,
 ) -> Iterator[RequestOutput]:
-    """Yield every text of the prompts as it ends; request i is prompt i.
+    """Yield every text of the prompts as it ends; request i is prompt i, and `Request` says what `logprobs` are.
 
     Raises UserError where the model's logits are not finite.
     """
     scheduler = Scheduler(engine.load(params))
     for i, prompt in enumerate(prompts):
-        scheduler.add_request(Request(i, prompt, stop=stop))
+        scheduler.add_request(Request(i, prompt, stop=stop, index=i, logprobs=logprobs))
     while scheduler.has_unfinished:
         for output in scheduler.step():
             if output.finish_reason == "error":

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from jax_it import sharding
 from jax_it.generation.beam_search import BeamSearch
-from jax_it.generation.requests import PrefillBatch
-from jax_it.generation.sampling import Sampler
+from jax_it.generation.requests import PrefillBatch, SlotSettings, slot_settings
+from jax_it.generation.sampling import Sampler, counts_of_prompts
 from jax_it.models import DecodingWeights, Model, Params, kv_cache
 
 Strategy = Sampler | BeamSearch
@@ -29,7 +29,7 @@ class SlotState(NamedTuple):
     token_B: jax.Array  # the token that the next step takes, one for each row of the cache
     start_B: jax.Array  # that token's position at the first step, one for each slot
     number_B: jax.Array  # new tokens so far, the end token among them
-    limit_B: jax.Array  # new tokens at most
+    settings: SlotSettings
     done_B: jax.Array
     texts: Any  # the strategy's state
 
@@ -40,7 +40,7 @@ def init_slots(model: Model, strategy: Strategy, params: Params, slots: int, cap
     To be compiled: outside of jit, equal arrays may be one, which cannot be donated twice.
     """
     ints_BS, ints_B = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((slots, capacity), (slots,)))
-    batch = PrefillBatch(ints_BS, ints_BS, ints_B, ints_B, ints_B, ints_B)
+    batch = PrefillBatch(ints_BS, ints_BS, ints_B, ints_B, slot_settings([], slots))
     shapes = jax.eval_shape(partial(prefill, model, strategy), params, batch)
 
     def zeros(copies: int) -> Any:
@@ -50,20 +50,24 @@ def init_slots(model: Model, strategy: Strategy, params: Params, slots: int, cap
 
     cache = kv_cache.map_axes(zeros(strategy.num_beams), shapes.cache, of_source=zeros(1))
     rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tuple(shapes[1:]))
-    return _sharded(SlotState(cache, *rest)._replace(done_B=jnp.ones(slots, bool)))
+    return sharded(SlotState(cache, *rest)._replace(done_B=jnp.ones(slots, bool)))
 
 
 def prefill(model: Model, strategy: Strategy, params: Params, batch: PrefillBatch) -> SlotState:
     """Return texts with no token yet: the cache of the Q prompts, and everything else for the Y slots."""
     token_Q, position_Q, cache = model.prefill(params, batch.tokens_QS, batch.segments_QS, strategy.max_new_tokens)
     token_Y, start_Y = token_Q[batch.prompts_Y], position_Q[batch.prompts_Y]
-    seen_YV = None
-    if strategy.sampling.repetition_penalty != 1:
-        seen_YV = _seen(model, batch, token_Q)[batch.prompts_Y]
+    counts_YV = None
+    if strategy.counts_tokens:  # of a causal model's prompt, or of an encoder-decoder's start token
+        read = (
+            (batch.tokens_QS, batch.segments_QS)
+            if model.kind == "causal"
+            else (token_Q[:, None], 1 + 0 * token_Q[:, None])
+        )
+        counts_YV = counts_of_prompts(*read, model.config.vocab_size)[batch.prompts_Y]
     none_Y = jnp.zeros_like(start_Y)
     next_Y = jnp.repeat(token_Y, strategy.num_beams)
-    texts = strategy.begin(token_Y, batch.text_ids_Y, seen_YV)
-    return SlotState(cache, next_Y, start_Y, none_Y, batch.limits_Y, none_Y > 0, texts)
+    return SlotState(cache, next_Y, start_Y, none_Y, batch.settings, none_Y > 0, strategy.begin(token_Y, counts_YV))
 
 
 def insert(strategy: Strategy, state: SlotState, new: SlotState, batch: PrefillBatch) -> SlotState:
@@ -75,22 +79,24 @@ def insert(strategy: Strategy, state: SlotState, new: SlotState, batch: PrefillB
     cache = kv_cache.grow(new.cache, state.cache.prompt_capacity - new.cache.prompt_capacity)
     cache = kv_cache.insert(state.cache, cache, batch.slots_Y, batch.prompts_Y, strategy.num_beams)
     token_B = put(kv_cache.rows_of(batch.slots_Y, strategy.num_beams), state.token_B, new.token_B)
-    return _sharded(SlotState(cache, token_B, *put(batch.slots_Y, tuple(state[2:]), tuple(new[2:]))))
+    return sharded(SlotState(cache, token_B, *put(batch.slots_Y, tuple(state[2:]), tuple(new[2:]))))
 
 
-def decode_step(model: Model, strategy: Strategy, weights: DecodingWeights, state: SlotState) -> SlotState:
+def decode_step(
+    model: Model, strategy: Strategy, weights: DecodingWeights, state: SlotState, allowed_BA: jax.Array | None
+) -> SlotState:
     """Return the slots after one more token in each that is not done."""
     positions_B = jnp.repeat(state.start_B + state.number_B, strategy.num_beams)
     logits_BV, cache = model.decode_step(weights, state.token_B, positions_B, state.cache)
     texts, token_B, rows_B, ended_B = strategy.advance(
-        state.texts, logits_BV, state.number_B, state.limit_B, state.done_B
+        state.texts, state.settings, logits_BV, state.number_B, state.done_B, allowed_BA
     )
     if rows_B is not None:
         cache = kv_cache.take_rows(cache, rows_B)
     # The number of a slot that is done stays; what it still writes to its own rows of the cache is never read.
     number_B = jnp.where(state.done_B, state.number_B, state.number_B + 1)
     done_B = state.done_B | ended_B
-    return _sharded(SlotState(cache, token_B, state.start_B, number_B, state.limit_B, done_B, texts))
+    return sharded(SlotState(cache, token_B, state.start_B, number_B, state.settings, done_B, texts))
 
 
 def decode(
@@ -101,8 +107,12 @@ def decode(
     idle_B: Any,
     max_steps: Any,
     until_done: Any,
+    allowed_BA: Any,
 ) -> tuple[SlotState, tuple[jax.Array, ...]]:
-    """Return the slots after up to `max_steps` steps, and what `DecodeResult` holds; idle slots become done."""
+    """Return the slots after up to `max_steps` steps, and what `DecodeResult` holds; idle slots become done.
+
+    `allowed_BA` are the tokens that constraints allow, as in `sampling.allow`; None: all texts are plain.
+    """
 
     def unfinished(carry: tuple) -> jax.Array:
         count, state = carry
@@ -110,7 +120,7 @@ def decode(
 
     def body(carry: tuple) -> tuple:
         count, state = carry
-        return count + 1, decode_step(model, strategy, weights, state)
+        return count + 1, decode_step(model, strategy, weights, state, allowed_BA)
 
     state = state._replace(done_B=state.done_B | idle_B)
     state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
@@ -120,26 +130,17 @@ def decode(
 
 def grow(state: SlotState, by: int) -> SlotState:
     """Return the slots with capacity for prompts that are `by` tokens longer."""
-    return _sharded(state._replace(cache=kv_cache.grow(state.cache, by)))
+    return sharded(state._replace(cache=kv_cache.grow(state.cache, by)))
 
 
 def resize(strategy: Strategy, state: SlotState, slots_B: Any) -> SlotState:
     """Return the state of these slots, in this order."""
     cache = kv_cache.select(state.cache, slots_B, strategy.num_beams)
     token_B = state.token_B[kv_cache.rows_of(slots_B, strategy.num_beams)]
-    return _sharded(SlotState(cache, token_B, *jax.tree.map(lambda array: array[slots_B], tuple(state[2:]))))
+    return sharded(SlotState(cache, token_B, *jax.tree.map(lambda array: array[slots_B], tuple(state[2:]))))
 
 
-def _seen(model: Model, batch: PrefillBatch, token_Q: jax.Array) -> jax.Array:
-    """Return which tokens [Q, V] a repetition penalty is for: a causal model's prompt, or the start token."""
-    times_QV = jnp.zeros((len(token_Q), model.config.vocab_size), jnp.int32)
-    rows_Q1 = jnp.arange(len(token_Q))[:, None]
-    if model.kind == "causal":
-        return times_QV.at[rows_Q1, batch.tokens_QS].add(batch.segments_QS) > 0
-    return times_QV.at[rows_Q1, token_Q[:, None]].add(1) > 0
-
-
-def _sharded(state: SlotState) -> SlotState:
+def sharded(state: SlotState) -> SlotState:
     """Split the slots over the devices as the rows of a batch are."""
 
     def constrain(axes: str, array: jax.Array) -> jax.Array:

@@ -62,7 +62,17 @@ class CausalLM(Stack):
         if cache.long_texts:
             cache = self._recompute_grown(tokens_B, positions_B, cache, options)
         x_BTD = self._embed(tokens_B[:, None], positions_B[:, None], options)
-        return self.step(x_BTD, positions_B, cache, options)
+        states_BTD, cache = self.step(x_BTD, positions_B[:, None], cache, options)
+        return states_BTD[:, 0], cache
+
+    def extend(
+        self, tokens_BT: jax.Array, segments_BT: jax.Array, start_B: jax.Array, cache: KVCache, options: ComputeOptions
+    ) -> KVCache:
+        """Return the cache with the next tokens of prompts, from position `start_B` on; segment 0 is padding."""
+        positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
+        real_BT = segments_BT > 0
+        x_BTD = self._embed(tokens_BT, jnp.where(real_BT, positions_BT, 0), options)
+        return self.step(x_BTD, positions_BT, cache, options, real_BT)[1]
 
     def _read(
         self, tokens_BS: jax.Array, segments_BS: jax.Array, position_B: jax.Array, options: ComputeOptions

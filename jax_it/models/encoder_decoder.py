@@ -78,7 +78,8 @@ class EncoderDecoder(nnx.Module):
         self, tokens_B: jax.Array, positions_B: jax.Array, cache: KVCache, options: ComputeOptions
     ) -> tuple[jax.Array, KVCache]:
         x_BTD = embed(self.config.decoder, self.embedding, tokens_B[:, None], options.dtype)
-        return self.decoder.step(x_BTD, positions_B, cache, options)
+        states_BTD, cache = self.decoder.step(x_BTD, positions_B[:, None], cache, options)
+        return states_BTD[:, 0], cache
 
 
 def logits(c: EncoderDecoderConfig, head_VD: jax.Array, states: jax.Array) -> jax.Array:

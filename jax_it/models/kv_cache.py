@@ -78,14 +78,11 @@ class LayerCache(NamedTuple):
 
     group: KeyValue
     index: Any  # of the layer in its group
-    positions_B: jax.Array  # of the tokens that are computed now
+    positions_BT: jax.Array  # of the tokens that are computed now, ascending
+    capacity: int  # of the whole cache; a group with less keeps a window
+    real_BT: jax.Array | None = None  # false for padding behind them, which is not cached; None: there is none
     cross: CrossKeyValue | None = None
     source_segments_BS: jax.Array | None = None
-
-    @property
-    def keys_values(self) -> tuple[jax.Array, jax.Array]:
-        """The layer's keys [B, K, H, T] and values [B, K, T, H]."""
-        return self.group.key[self.index], self.group.value[self.index]
 
     @property
     def cross_keys_values(self) -> tuple[jax.Array, jax.Array]:
@@ -93,25 +90,36 @@ class LayerCache(NamedTuple):
         assert self.cross is not None
         return self.cross.key[self.index], self.cross.value[self.index]
 
-    def mask(self) -> jax.Array:
-        """Return which entries the token may see, [B, 1, T]: all that hold a position, its own the last.
+    def add(self, key_BTKH: jax.Array, value_BTKH: jax.Array) -> tuple["LayerCache", jax.Array, jax.Array, jax.Array]:
+        """Return the cache with the tokens, and what they attend to: keys, values and which they may see, [B, T, S]."""
+        added, held = self._write(key_BTKH, value_BTKH), self.group.key.shape[-1]
+        key_BKHS, value_BKSH = added.group.key[self.index], added.group.value[self.index]
+        if key_BTKH.shape[1] == 1 or held == self.capacity:
+            # Entries that hold a position up to the token's own. A sliding window needs no mask of its own: its layers
+            # have no capacity for positions outside of it.
+            at_BT1 = self.positions_BT[:, :, None]
+            return added, key_BKHS, value_BKSH, at_BT1 - (at_BT1 - jnp.arange(held)) % held >= 0
+        # The later tokens overwrite what the earlier ones of these still see: all see the entries before, and the new.
+        last_B1 = self.positions_BT[:, :1] - 1
+        held_BS = last_B1 - (last_B1 - jnp.arange(held)) % held
+        at_BS = jnp.concatenate([jnp.where(held_BS >= 0, held_BS, self.capacity), self.positions_BT], axis=1)
+        distance_BTS = self.positions_BT[:, :, None] - at_BS[:, None]
+        new_key_BKHT, new_value_BKTH = by_head(key_BTKH, value_BTKH)
+        key_BKHS = jnp.concatenate([self.group.key[self.index], new_key_BKHT], axis=3)
+        value_BKSH = jnp.concatenate([self.group.value[self.index], new_value_BKTH], axis=2)
+        return added, key_BKHS, value_BKSH, (distance_BTS >= 0) & (distance_BTS < held)
 
-        A sliding window needs no mask of its own: its layers have no capacity for positions outside of it.
-        """
-        position_B1, capacity = self.positions_B[:, None], self.group.key.shape[-1]
-        held_BT = position_B1 - (position_B1 - jnp.arange(capacity)) % capacity
-        return held_BT[:, None] >= 0
-
-    def write(self, key_BTKH: jax.Array, value_BTKH: jax.Array) -> "LayerCache":
-        """Return the cache with one more token a row, T = 1, at its position.
-
-        Written in place into the whole group: a cache that a scan took apart and put together would be copied.
-        """
+    def _write(self, key_BTKH: jax.Array, value_BTKH: jax.Array) -> "LayerCache":
+        """Write in place into the whole group: a cache that a scan took apart and put together would be copied."""
         key, value = self.group.key, self.group.value
-        row, head = jnp.arange(key_BTKH.shape[0])[:, None], jnp.arange(key_BTKH.shape[2])
-        at = self.positions_B[:, None] % key.shape[-1]
-        key = key.at[self.index, row, head, :, at].set(key_BTKH[:, 0])
-        value = value.at[self.index, row, head, at].set(value_BTKH[:, 0])
+        row, head = jnp.arange(key_BTKH.shape[0])[:, None, None], jnp.arange(key_BTKH.shape[2])
+        at_BT = self.positions_BT % key.shape[-1]
+        if self.real_BT is not None:  # of a window's tokens, too, only the last ones stay
+            end_B1 = jnp.where(self.real_BT, self.positions_BT, -1).max(1, keepdims=True)
+            at_BT = jnp.where(self.real_BT & (self.positions_BT > end_B1 - key.shape[-1]), at_BT, key.shape[-1])
+        at_BT1 = at_BT[:, :, None]
+        key = key.at[self.index, row, head, :, at_BT1].set(key_BTKH, mode="drop")
+        value = value.at[self.index, row, head, at_BT1].set(value_BTKH, mode="drop")
         return self._replace(group=KeyValue(key, value))
 
 

@@ -1,8 +1,8 @@
 """One transformer layer, for every family: `layer(x, context, kind, cache) -> x, cache, routing`.
 
 A mixer (self-attention), cross-attention in an encoder-decoder's decoder, and a feed-forward layer, each with a
-residual connection. The same code trains and reads prompts (all positions at once, no cache) and decodes (one position
-of each row, with a cache). `StackConfig` says which of the options a family takes.
+residual connection. The same code trains and reads prompts (all positions at once, no cache) and decodes (the next
+positions of each row, with a cache). `StackConfig` says which of the options a family takes.
 """
 
 from collections.abc import Callable, Mapping
@@ -114,8 +114,8 @@ class Layer(nnx.Module):
     ) -> tuple[jax.Array, Any, Routing | None]:  # fmt: skip
         """Return the states [B, T, D], the cache, and how experts were chosen, if there are any.
 
-        Without a cache, compute all positions and return the keys and values to cache in its place. With one, T is 1:
-        the position is added to the cache.
+        Without a cache, compute all positions and return the keys and values to cache in its place. With one, the
+        positions are added to it: one, or of a causal model several.
         """
         c, rate, keys, routing = self.config, context.options.dropout, split_key(dropout_key, 6), None
         mixed_BTD, kept = MIXERS[kind.mixer](self, self._norm("attention", x_BTD), context, kind, cache, keys[0])
@@ -152,8 +152,8 @@ def _self_attend(
     attention, cos_sin, bias = layer.attention, context.cos_sin.get(kind.rope), context.bias_of(layer)
     query_BTNH, keys_values = attention.queries(x_BTD, cos_sin), attention.keys_values(x_BTD, len(x_BTD), cos_sin)
     if cache is not None:
-        cache = cache.write(*keys_values)
-        attended_BTNH = plain_attention(query_BTNH, *cache.keys_values, context.scores, cache.mask(), bias)
+        cache, key_BKHS, value_BKSH, mask_BTS = cache.add(*keys_values)
+        attended_BTNH = plain_attention(query_BTNH, key_BKHS, value_BKSH, context.scores, mask_BTS, bias)
         return attention.output_projection(attended_BTNH), cache
     assert context.mask_BTS is not None
     attended_BTNH = attend(

@@ -83,25 +83,29 @@ class Stack(nnx.Module):
         return self.norm(x_BTD), [group for group, _ in outputs], routing
 
     def step(
-        self, x_BTD: jax.Array, positions_B: jax.Array, cache: KVCache, options: ComputeOptions
-    ) -> tuple[jax.Array, KVCache]:
-        """Compute one more token a row, T = 1, at its own position. Return normed states [B, D] and the new cache."""
-        source, distance_BS = cache.source, jnp.arange(cache.capacity) - positions_B[:, None]
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache, options: ComputeOptions,
+        real_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:  # fmt: skip
+        """Compute the next tokens of each row. Return normed states [B, T, D] and the new cache.
+
+        They are one token a row or, without a relative bias, several. `real_BT` is false for padding behind them.
+        """
+        source, distance_BS = cache.source, jnp.arange(cache.capacity) - positions_BT[:, :1]
         context = Context(
-            options, self._scores(options), self._cos_sin(positions_B[:, None], positions_B[:, None] + 1),
+            options, self._scores(options), self._cos_sin(positions_BT, positions_BT + 1),
             self._bias_of(lambda bias, table_EN: bias.rows(table_EN, distance_BS)),
-            real_BT=jnp.ones(x_BTD.shape[:2], bool),
+            real_BT=jnp.ones(x_BTD.shape[:2], bool) if real_BT is None else real_BT,
         )  # fmt: skip
 
         def compute(carry: tuple, layer: Layer, ref: LayerRef) -> tuple:
             (x_BTD, groups), group = carry, ref.group
             cross = (source.groups[group], source.segments) if source else ()
-            layer_cache = LayerCache(groups[group], ref.index, positions_B, *cross)
+            layer_cache = LayerCache(groups[group], ref.index, positions_BT, cache.capacity, real_BT, *cross)
             x_BTD, layer_cache, _ = layer(x_BTD, context, ref.kind, layer_cache)
             return (x_BTD, (*groups[:group], layer_cache.group, *groups[group + 1 :])), None
 
         (x_BTD, groups), _ = self._compute_layers(compute, (x_BTD, cache.groups))
-        return self.norm(x_BTD[:, 0]), dataclasses.replace(cache, groups=groups)
+        return self.norm(x_BTD), dataclasses.replace(cache, groups=groups)
 
     def encode_cross_kv(self, states_BSD: jax.Array) -> tuple[CrossKeyValue, ...]:
         """Make a source's keys and values for cross-attention in every layer, once for all steps."""

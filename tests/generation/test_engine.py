@@ -156,7 +156,7 @@ def test_rows_that_fill_up_a_batch_keep_nobody_waiting(tiny, monkeypatch, name):
 
     monkeypatch.setattr(type(tiny.model), "decode_step", counted)
     short = tiny.sources[11]
-    ((_, _, text, _, _),) = generate(Engine(tiny.model, tiny.mesh, LENGTH, 3, SAMPLINGS[name]), tiny.params, [short])
+    ((_, _, text, *_),) = generate(Engine(tiny.model, tiny.mesh, LENGTH, 3, SAMPLINGS[name]), tiny.params, [short])
     jax.effects_barrier()
     if name == "greedy":
         assert len(steps) == len(text) + 1  # the end mark
@@ -252,8 +252,8 @@ def test_short_texts_do_not_wait_for_long_ones(tiny, monkeypatch):
     taken: list[int] = []
     plain = Engine.decode
 
-    def watched(self, *arguments):
-        result = plain(self, *arguments)
+    def watched(self, *arguments, **settings):
+        result = plain(self, *arguments, **settings)
         taken.append(int(result.number_B.max()))
         return result
 

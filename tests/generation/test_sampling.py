@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_it.generation.sampling import Sampling, choose, filter_logits
+from jax_it.generation import Sampling
+from jax_it.generation.requests import SlotSettings, TextSettings, slot_settings
+from jax_it.generation.sampling import choose, filter_logits
 
 ROWS, VOCABULARY = 50, 30
 
@@ -15,6 +17,11 @@ ROWS, VOCABULARY = 50, 30
 @pytest.fixture(scope="module")
 def logits() -> np.ndarray:
     return np.random.default_rng(0).normal(0, 2, (ROWS, VOCABULARY)).astype(np.float32)
+
+
+def settings_of(sampling: Sampling, text_ids: np.ndarray) -> SlotSettings:
+    """Those of texts with these ids."""
+    return slot_settings([TextSettings(sampling, int(i), 1, False) for i in text_ids], len(text_ids))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -57,16 +64,19 @@ def test_top_p_is_a_share_of_what_top_k_leaves():
 
 
 def test_without_a_temperature_the_likeliest_token_is_chosen(logits):
-    chosen = choose(jnp.asarray(logits), Sampling(top_k=5, top_p=0.5, seed=3), jnp.arange(ROWS), jnp.int32(0))
+    settings = settings_of(Sampling(top_k=5, top_p=0.5, seed=3), np.arange(ROWS))
+    chosen = choose(jnp.asarray(logits), settings, np.zeros(ROWS, np.int32), np.ones(ROWS, bool))
     assert (np.asarray(chosen) == logits.argmax(-1)).all()
 
 
 def test_a_draw_depends_on_its_row_number_not_on_its_place(logits):
     sampling = Sampling(temperature=1.0, top_p=0.95, seed=7)
     numbers = np.arange(100, 100 + ROWS)
-    drawn = np.asarray(choose(jnp.asarray(logits), sampling, numbers, jnp.int32(4)))
+    fourth, active = np.full(ROWS, 4), np.ones(ROWS, bool)
+    drawn = np.asarray(choose(jnp.asarray(logits), settings_of(sampling, numbers), fourth, active))
     for chosen in ([3, 0], [0, 49], [17, 48]):
-        again = choose(jnp.asarray(logits[chosen]), sampling, numbers[chosen], jnp.int32(4))
+        settings = settings_of(sampling, numbers[chosen])
+        again = choose(jnp.asarray(logits[chosen]), settings, fourth[:2], active[:2])
         assert (np.asarray(again) == drawn[chosen]).all()
 
 
@@ -77,13 +87,12 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(sampling, what):
     draws = 20_000
     logits_V = np.random.default_rng(2).normal(0, 1, 12).astype(np.float32)
 
-    @jax.jit
-    @jax.vmap
-    def draw(number: jax.Array) -> jax.Array:
-        row, position, seed = (jnp.where(what == name, number, 3) for name in ("rows", "positions", "seeds"))
-        return choose(jnp.asarray(logits_V)[None], sampling._replace(seed=seed), row[None], position)[0]
-
-    drawn = draw(jnp.arange(draws))
+    numbers = np.arange(draws)
+    rows, positions, seeds = (numbers if what == name else np.full(draws, 3) for name in ("rows", "positions", "seeds"))
+    settings = settings_of(sampling, rows)
+    settings = settings._replace(seed_Y2=np.stack([0 * seeds, seeds], axis=1).astype(np.uint32))
+    logits_BV = jnp.broadcast_to(logits_V, (draws, len(logits_V)))
+    drawn = jax.jit(choose)(logits_BV, settings, positions, np.ones(draws, bool))
     scaled_V = logits_V / sampling.temperature
     left = sorted(left_by(scaled_V, sampling.top_k, sampling.top_p))
     expected = draws * softmax(scaled_V[left])

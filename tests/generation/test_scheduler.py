@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_it.generation import length_buckets, requests, scheduler, stop
-from jax_it.generation.requests import INVALID, DecodeResult, PrefillBatch, Request, RequestOutput
+from jax_it.generation.requests import INVALID, DecodeResult, PrefillBatch, Request, RequestOutput, Sampling
 from jax_it.generation.scheduler import Scheduler
 
 END = 1
@@ -22,8 +22,10 @@ class FakeEngine:
 
     def __init__(self, slots: int, max_new_tokens: int = 8, samples: int = 1, num_beams: int = 1, shards: int = 1):
         self.num_slots, self.max_new_tokens, self.slots_per_request = slots, max_new_tokens, samples
-        self.num_beams, self.shards, self.eos_ids, self.log_probs = num_beams, shards, (END,), False
+        self.num_beams, self.shards, self.eos_ids, self.max_logprobs = num_beams, shards, (END,), 0
+        self.sampling, self.vocab_size = Sampling(num_beams=num_beams, num_samples=samples), 300
         self.prefill_widths: set[int] = set()
+        self.prompt_widths = ()
         self.capacity = 0
         self.slots = [SimpleNamespace(texts=[], done=True, limit=0, first=0) for _ in range(slots)]
         self.calls: list[tuple] = []
@@ -40,7 +42,9 @@ class FakeEngine:
         self.prefill_widths.add(width)
         prompts = [tokens[segments > 0].tolist() for tokens, segments in zip(*batch[:2], strict=True)]
         inserted = []
-        for slot, prompt, row, limit in zip(*map(list, batch[2:]), strict=True):
+        settings = batch.settings
+        arrays = batch.slots_Y, batch.prompts_Y, settings.text_id_Y, settings.limit_Y
+        for slot, prompt, row, limit in zip(*map(list, arrays), strict=True):
             if slot < self.num_slots:
                 self.slots[slot] = SimpleNamespace(texts=[], done=False, limit=limit, first=prompts[prompt][0])
                 inserted.append(int(row))
@@ -50,7 +54,7 @@ class FakeEngine:
         self.calls.append(("resize", len(slots)))
         self.slots = [SimpleNamespace(**vars(self.slots[slot])) for slot in slots]
 
-    def decode(self, idle: Sequence[bool], max_steps: int, until_done: int) -> DecodeResult:
+    def decode(self, idle: Sequence[bool], max_steps: int, until_done: int, **settings) -> DecodeResult:
         assert len(idle) == len(self.slots) and not all(idle)
         for slot, nobody in zip(self.slots, idle, strict=True):
             slot.done = slot.done or nobody
@@ -82,7 +86,7 @@ def finish(scheduler: Scheduler) -> list[RequestOutput]:
 
 def requested(scheduler: Scheduler, *prompts: list[int], **settings) -> Scheduler:
     for i, prompt in enumerate(prompts):
-        scheduler.add_request(Request(i, prompt, **settings))
+        scheduler.add_request(Request(i, prompt, index=i, **settings))
     return scheduler
 
 
@@ -108,9 +112,9 @@ def test_a_text_ends_at_its_end_token_or_its_limit_or_the_engines():
     for i, (first, limit) in enumerate([(96, None), (10, 3), (10, None), (10, 99)]):
         scheduler.add_request(Request(i, [first], limit))
     found = {output.request_id: output for output in finish(scheduler)}
-    assert found[0] == (0, 0, [97, 98, 99], None, "stop")
-    assert found[1] == (1, 0, [11, 12, 13], None, "length")
-    assert found[2] == (2, 0, [11, 12, 13, 14, 15, 16, 17, 18], None, "length")
+    assert found[0] == RequestOutput(0, 0, [97, 98, 99], None, "stop")
+    assert found[1] == RequestOutput(1, 0, [11, 12, 13], None, "length")
+    assert found[2] == RequestOutput(2, 0, [11, 12, 13, 14, 15, 16, 17, 18], None, "length")
     assert found[3].tokens == found[2].tokens
 
 
@@ -140,8 +144,8 @@ def test_requests_that_arrive_while_it_runs_get_slots_that_become_free():
     engine = FakeEngine(2)
     scheduler = requested(Scheduler(engine, stream_interval=1), [10], [96])
     assert [output.tokens for output in scheduler.step()] == [[11], [97]]
-    scheduler.add_request(Request(2, [20], 2))
-    scheduler.add_request(Request(3, [30], 2))
+    scheduler.add_request(Request(2, [20], 2, index=2))
+    scheduler.add_request(Request(3, [30], 2, index=3))
     outputs = finish(scheduler)
     last = {output.request_id: output for output in outputs if output.finish_reason}
     assert {i: output.tokens for i, output in last.items()} == {
@@ -161,12 +165,15 @@ def test_streamed_requests_are_served_in_the_order_of_arrival_and_a_list_shortes
 
 def test_tokens_are_streamed_as_they_come():
     scheduler = requested(Scheduler(FakeEngine(2), stream_interval=3), [10], [95])
-    assert scheduler.step() == [(0, 0, [11, 12, 13], None, None), (1, 0, [96, 97, 98], None, None)]
     assert scheduler.step() == [
-        (0, 0, [11, 12, 13, 14, 15, 16], None, None),
-        (1, 0, [96, 97, 98, 99], None, "stop"),
+        RequestOutput(0, 0, [11, 12, 13], None, None),
+        RequestOutput(1, 0, [96, 97, 98], None, None),
     ]
-    assert scheduler.step() == [(0, 0, [11, 12, 13, 14, 15, 16, 17, 18], None, "length")]
+    assert scheduler.step() == [
+        RequestOutput(0, 0, [11, 12, 13, 14, 15, 16], None, None),
+        RequestOutput(1, 0, [96, 97, 98, 99], None, "stop"),
+    ]
+    assert scheduler.step() == [RequestOutput(0, 0, [11, 12, 13, 14, 15, 16, 17, 18], None, "length")]
     assert not scheduler.has_unfinished and scheduler.step() == []
 
 
@@ -183,7 +190,7 @@ def test_a_text_is_cut_where_its_stop_is_first_true_and_its_slot_is_free(interva
     scheduler.add_request(Request(0, [10], stop=lambda tokens: 13 in tokens))
     scheduler.add_request(Request(1, [20], 1))
     outputs = [output for output in finish(scheduler) if output.finish_reason]
-    assert outputs == [(0, 0, [11, 12, 13], None, "stop"), (1, 0, [21], None, "length")]
+    assert outputs == [RequestOutput(0, 0, [11, 12, 13], None, "stop"), RequestOutput(1, 0, [21], None, "length")]
     assert engine.steps <= 17
 
 
@@ -277,7 +284,7 @@ def test_random_requests_all_come_back_whole_whenever_they_arrive(interval):
             if added and rng.random() < 0.2:
                 aborted.add(gone := int(rng.integers(0, len(added))))
                 scheduler.abort(gone)
-            for request, sample, tokens, _, reason in scheduler.step():
+            for request, sample, tokens, _, reason, *_ in scheduler.step():
                 assert tokens == [added[request] + n for n in range(1, len(tokens) + 1)]
                 assert (request, sample) not in ended
                 if reason:

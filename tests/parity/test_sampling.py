@@ -7,6 +7,7 @@ import pytest
 
 from jax_it import config, sharding
 from jax_it.generation import Engine, Sampling, generate
+from jax_it.generation.requests import TextSettings, slot_settings
 from jax_it.generation.sampling import filter_logits, process_logits
 from tests.parity import cases, texts
 from tests.parity.test_stored import TOLERANCE
@@ -61,8 +62,11 @@ def test_the_probabilities_that_tokens_are_drawn_with_are_those_of_transformers(
 
     seen_BV = np.zeros(logits_BV.shape, bool)
     np.put_along_axis(seen_BV, texts_BT, True, axis=1)
-    seen = jnp.asarray(seen_BV) if sampling.repetition_penalty != 1 else None
-    allowed_BV = process_logits(jnp.asarray(logits_BV), sampling, ENDS, jnp.full(ROWS, number), seen)
+    settings = slot_settings([TextSettings(sampling, 0, 1, False)] * ROWS, ROWS)
+    allowed_BV = process_logits(
+        jnp.asarray(logits_BV), settings, ENDS, jnp.full(ROWS, number), jnp.asarray(seen_BV, jnp.uint16),
+        np.ones(ROWS, bool),
+    )  # fmt: skip
     left_BV = filter_logits(allowed_BV / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     ours = np.asarray(jax.nn.softmax(left_BV, axis=-1))
     np.testing.assert_array_equal(ours > 0, theirs > 0)
@@ -78,8 +82,8 @@ def test_log_probabilities_are_those_of_transformers(loaded, torch_model):
 
     prompts, ends = texts.prompts(loaded.case), texts.ends(loaded.case)
     mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
-    engine = Engine(loaded.model, mesh, texts.LENGTH, 4, eos_ids=ends, log_probs=True)
-    found = {text.request_id: text for text in generate(engine, loaded.params, prompts)}
+    engine = Engine(loaded.model, mesh, texts.LENGTH, 4, eos_ids=ends)
+    found = {text.request_id: text for text in generate(engine, loaded.params, prompts, logprobs=0)}
     for i, prompt in enumerate(prompts):
         made = torch_model.generate(
             input_ids=torch.tensor([prompt]),
