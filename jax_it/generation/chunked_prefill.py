@@ -33,7 +33,13 @@ class ChunkBatch(NamedTuple):
 def extend(model: Model, weights: DecodingWeights, state: SlotState, batch: ChunkBatch) -> SlotState:
     """Return the slots with more tokens of their prompts in the cache."""
     slots_Q = jnp.minimum(batch.slots_Q, len(state.done_B) - 1)
-    rows = kv_cache.select(state.cache, slots_Q)
+
+    def clear(axes: str, array: jax.Array) -> jax.Array:
+        # What a slot's last text left would not be seen; but where it is not finite, it would count.
+        is_new = (batch.start_Q == 0).reshape([-1 if axis == "B" else 1 for axis in axes])
+        return jnp.where(is_new, 0, array)
+
+    rows = kv_cache.map_axes(clear, kv_cache.select(state.cache, slots_Q))
     rows = model.extend(weights, batch.tokens_QT, batch.segments_QT, batch.start_Q, rows)
     cache = kv_cache.insert(state.cache, rows, batch.slots_Q, jnp.arange(len(slots_Q)))
     return _wait(state._replace(cache=cache), batch.slots_Q, batch.start_Q + batch.segments_QT.sum(1))
@@ -62,14 +68,15 @@ def init_blocks(state: SlotState, number: int) -> Blocks:
 
 
 def load_prefix(state: SlotState, blocks: Blocks, slot: Any, numbers_A: Any, length: Any) -> SlotState:
-    """Return the slots with blocks at the beginning of a slot's cache; those after `length` tokens are padding."""
+    """Return the slots with blocks as a slot's cache; those after `length` tokens are padding."""
 
     def put(axes: str, old: jax.Array, blocks: jax.Array) -> jax.Array:
         b, t = axes.index("B"), axes.index("T")
         parts = jnp.moveaxis(blocks.take(numbers_A, b), b, t - 1)  # blocks beside their tokens, without B
         row = parts.reshape(*parts.shape[: t - 1], -1, *parts.shape[t + 1 :])
-        starts = [slot if axis == "B" else 0 for axis in axes]
-        return jax.lax.dynamic_update_slice(old, jnp.expand_dims(row, b), starts)
+        row = jnp.pad(row, [(0, (old.shape[t] - row.shape[i]) * (i == t - 1)) for i in range(row.ndim)])
+        is_known = (jnp.arange(old.shape[t]) < length).reshape([-1 if i == t - 1 else 1 for i in range(row.ndim)])
+        return jax.lax.dynamic_update_index_in_dim(old, jnp.where(is_known, row, 0), slot, b)
 
     groups = kv_cache.map_axes(put, state.cache.groups, blocks)
     state = state._replace(cache=dataclasses.replace(state.cache, groups=groups))
@@ -93,6 +100,7 @@ def _wait(state: SlotState, slots_Q: jax.Array, position_Q: jax.Array) -> SlotSt
     """Return the slots with some that do not decode, and of which a step writes no position but the given one."""
     return sharded(
         state._replace(
+            token_B=state.token_B.at[slots_Q].set(0, mode="drop"),  # whatever it was, it may not be finite
             start_B=state.start_B.at[slots_Q].set(position_Q, mode="drop"),
             number_B=state.number_B.at[slots_Q].set(0, mode="drop"),
             done_B=state.done_B.at[slots_Q].set(True, mode="drop"),

@@ -12,6 +12,7 @@ import pytest
 from jax_it.data.formats import CausalBatch, Seq2SeqBatch
 from jax_it.generation import Engine, Sampling, generate
 from jax_it.generation.beam_search import BeamSearch
+from jax_it.generation.requests import TextSettings, slot_settings
 from tests.generation.conftest import by_prompt
 
 START, END, VOCABULARY, ROWS, LENGTH = 0, 1, 12, 40, 8
@@ -52,14 +53,14 @@ def run(
 ) -> jax.Array:
     """The best text [B, T] of each source: the search, on its own."""
     number_B = jnp.zeros(len(first_B), jnp.int32)
-    limit_B = jnp.full(len(first_B), limit)
+    settings = slot_settings([TextSettings(search.sampling, 0, limit, False)] * len(first_B), len(first_B))
     cache = take_rows(cache, jnp.repeat(jnp.arange(len(first_B)), search.num_beams))
-    start = search.begin(first_B, number_B, None), cache, jnp.repeat(first_B, search.num_beams), number_B, number_B > 0
+    start = search.begin(first_B, None), cache, jnp.repeat(first_B, search.num_beams), number_B, number_B > 0
 
     def advance(carry: tuple) -> tuple:
         state, cache, last_B, number_B, done_B = carry
         logits_BV, cache = step(last_B, number_B.max(), cache)
-        state, last_B, rows_B, over_B = search.advance(state, logits_BV, number_B, limit_B, done_B)
+        state, last_B, rows_B, over_B = search.advance(state, settings, logits_BV, number_B, done_B, None)
         return state, take_rows(cache, rows_B), last_B, number_B + 1, done_B | over_B
 
     return search.read(jax.lax.while_loop(lambda carry: ~carry[-1].all(), advance, start)[0])[0][:, 0]
