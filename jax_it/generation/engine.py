@@ -168,7 +168,7 @@ class Engine:
     @property
     def small_chunk(self) -> int:
         """Return the width of the last parts of prompts, of which several are computed together."""
-        return max(SMALLEST_WIDTH, self.prefill_chunk // 4)
+        return min(self.prefill_chunk, max(SMALLEST_WIDTH, self.prefill_chunk // 4))
 
     def prefill_rows(self, width: int) -> int:
         """Return how many prompts of a width are prefilled together, after `warm_up`."""
