@@ -7,9 +7,9 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,7 @@ class Server:
         self.log = log or AccessLog(None)
         self.metrics = Metrics(workers)
         self.is_draining = False
+        self.unfinished = 0  # texts that wait or run
         # One thread: tokenizers take turns, and a long prompt does not stall the event loop.
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encoder")
         self._constraints = {name: Constraints(model.run) for name, model in models.items()}
@@ -106,21 +107,32 @@ class Server:
     async def in_encoder(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._encoder, function, *arguments)
 
-    def check_free(self, texts: int) -> None:
-        """Raise ApiError where a request has to come back later."""
+    def check_works(self) -> None:
+        """Raise ApiError where the server answers no requests any more."""
         if self.is_draining:
             raise ApiError(503, "the server is shutting down", retry_after=10)
         if self.workers.failure is not None:
             raise ApiError(503, "the engine has failed; restart the server")
-        waiting = self.workers.unfinished + texts - self.workers.options.batch_size
+
+    def reserve(self, texts: int) -> Callable[[], None]:
+        """Count a request's texts as unfinished, and return what ends that. Raises ApiError where too many wait."""
+        self.check_works()
+        waiting = self.unfinished + texts - self.workers.options.batch_size
         if waiting > self.limits.max_queue:
             seconds = math.ceil(self._seconds_per_text * waiting / max(1, self.workers.options.batch_size))
             raise ApiError(
                 429,
-                f"{self.workers.unfinished} texts are under way, and {self.limits.max_queue} at most may wait",
+                f"{self.unfinished} texts are under way, and {self.limits.max_queue} at most may wait",
                 code="queue_full",
                 retry_after=min(max(1, seconds), 120),
             )
+        self.unfinished += texts
+        left = [texts]
+
+        def release() -> None:
+            self.unfinished -= left.pop() if left else 0
+
+        return release
 
     def count_texts(self, texts: int, seconds: float) -> None:
         self._seconds_per_text += 0.1 * (seconds - self._seconds_per_text)
@@ -382,7 +394,7 @@ def _add_status(app: FastAPI, server: Server) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Say whether requests are answered: 200 from when the engine is compiled, else 503."""
-        server.check_free(0)
+        server.check_works()
         if not server.workers.is_ready:
             raise ApiError(503, "the engine is being compiled", retry_after=5)
         return {"status": "ok"}
@@ -414,7 +426,7 @@ async def _respond(
     response: CompletionResponse | ChatResponse,
     echoes: Sequence[str] | None = None,
 ) -> Response:
-    server.check_free(sum(prompt.sampling.num_samples for prompt in prompts))
+    release = server.reserve(sum(prompt.sampling.num_samples for prompt in prompts))
     log = request.state.log
     log |= {"model": served.name, "stream": body.stream, "user": body.user or None}
     server.log.add_prompts(log, served.run.tokenizer, prompts)
@@ -423,18 +435,26 @@ async def _respond(
         options = body.stream_options
         events = _events(parts, response, options is not None and options.include_usage)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return _EventStream(events, media_type="text/event-stream", headers=headers)
-    return JSONResponse(await _unless_disconnected(request, _whole(parts, response)))
+        return _EventStream(events, release, headers)
+    try:
+        return JSONResponse(await _unless_disconnected(request, _whole(parts, response)))
+    finally:
+        release()
 
 
 class _EventStream(StreamingResponse):
-    """Close the events when the client goes away, even in the middle of a send."""
+    """A stream whose events are closed when the client goes away, even in the middle of a send."""
+
+    def __init__(self, events: AsyncGenerator[str, None], release: Callable[[], None], headers: dict[str, str]):
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events, self._release = events, release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.body_iterator.aclose()  # type: ignore[union-attr]
+            await self._events.aclose()
+            self._release()
 
 
 class _Parts:
@@ -459,19 +479,19 @@ class _Parts:
     def usage(self) -> dict[str, int]:
         return usage(self.prompts, self.texts)
 
-    async def __call__(self) -> AsyncIterator[Part]:
-        """Yield parts until all texts have ended; the requests are dropped when it is closed.
+    async def __call__(self) -> AsyncGenerator[Part | None, None]:
+        """Yield parts until all texts have ended, and None when none has come for a while.
 
-        Raises ApiError for a text that has an error instead of an end.
+        The requests are dropped when it is closed. Raises ApiError for a text that has an error instead of an end.
         """
         server, began, echoed = self._server, time.monotonic(), set[int]()
         try:
-            async with (
-                asyncio.timeout(server.limits.timeout),
-                server.workers.submit(self._served.name, self.prompts) as ticket,
-            ):
+            async with server.workers.submit(self._served.name, self.prompts) as ticket:
                 times = RequestTimes(server.metrics, ticket)
-                async for output in ticket.outputs():
+                async for output in ticket.outputs(server.limits.timeout, KEEP_ALIVE):
+                    if output is None:
+                        yield None
+                        continue
                     times.record(output)
                     if output.finish_reason == "error":
                         raise self._error_of(output.request_id)
@@ -522,24 +542,26 @@ class _Parts:
 async def _whole(parts: _Parts, response: CompletionResponse | ChatResponse) -> dict[str, Any]:
     found: dict[int, list[Part]] = {text.index: [] for text in parts.texts}
     async for part in parts():
-        found[part.choice].append(part)
+        if part is not None:
+            found[part.choice].append(part)
     return response.whole(found, parts.usage)
 
 
 async def _events(
     parts: _Parts, response: CompletionResponse | ChatResponse, include_usage: bool
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """Yield server-sent events; comments keep the connection alive while there is nothing to say."""
     begun = set[int]()
     try:
-        async for part in _or_none(parts(), KEEP_ALIVE):
-            if part is None:
-                yield ": keep-alive\n\n"
-                continue
-            chunks = [] if part.choice in begun else response.first(part.choice)
-            begun.add(part.choice)
-            for chunk in (*chunks, *response.chunks(part)):
-                yield _event(chunk | ({"usage": None} if include_usage else {}))
+        async with aclosing(parts()) as found:
+            async for part in found:
+                if part is None:
+                    yield ": keep-alive\n\n"
+                    continue
+                chunks = [] if part.choice in begun else response.first(part.choice)
+                begun.add(part.choice)
+                for chunk in (*chunks, *response.chunks(part)):
+                    yield _event(chunk | ({"usage": None} if include_usage else {}))
         if include_usage:
             yield _event(response.usage_chunk(parts.usage))
     except ApiError as error:
@@ -550,28 +572,6 @@ async def _events(
 
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-async def _or_none(items: AsyncIterator[Part], seconds: float) -> AsyncIterator[Part | None]:
-    """Yield the items, and None whenever none has come for a while."""
-    task: asyncio.Task[Part] | None = None
-    try:
-        while True:
-            task = task or asyncio.ensure_future(anext(items))
-            done, _ = await asyncio.wait([task], timeout=seconds)
-            if not done:
-                yield None
-                continue
-            finished, task = task, None
-            try:
-                yield finished.result()
-            except StopAsyncIteration:
-                return
-    finally:
-        if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
-        await items.aclose()  # type: ignore[attr-defined]
 
 
 async def _unless_disconnected(request: Request, work: Any) -> Any:

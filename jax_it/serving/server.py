@@ -51,9 +51,7 @@ def serve(options: ServeOptions) -> None:
     Raises UserError for a model that cannot be loaded, a key file that cannot be read, or a port that is taken.
     """
     if jax.process_count() > 1:
-        raise UserError(
-            "a server runs on one host; start one on each of them, behind a load balancer"
-        )
+        raise UserError("a server runs on one host; start one on each of them, behind a load balancer")
     keys = read_keys(options.key_file)
     with _bind(options.host, options.port) as listener:
         models = load_models(options.models, options.adapters)

@@ -78,14 +78,23 @@ class Ticket:
     def num_texts(self) -> int:
         return sum(prompt.sampling.num_samples for prompt in self.prompts)
 
-    async def outputs(self) -> AsyncIterator[RequestOutput]:
+    async def outputs(self, seconds: float, idle: float) -> AsyncIterator[RequestOutput | None]:
         """Yield outputs until every text has ended; `request_id` is the number of the prompt.
 
-        Raises EngineFailed, or another exception that was raised for this request.
+        Yields None whenever nothing has come for `idle` seconds. Raises TimeoutError once the request is older than
+        `seconds`, and EngineFailed or whatever else was raised for this request.
         """
         left = self.num_texts
         while left:
-            item = await self.queue.get()
+            rest = self.arrived + seconds - time.monotonic()
+            try:
+                async with asyncio.timeout(min(rest, idle)):
+                    item = await self.queue.get()
+            except TimeoutError:
+                if rest <= idle:
+                    raise
+                yield None
+                continue
             if isinstance(item, Exception):
                 raise item
             left -= item.finish_reason is not None
@@ -288,7 +297,6 @@ class Workers:
         self._models, self.options = models, options
         self._of_models = {name: Worker(served, GREEDY, options) for name, served in models.items()}
         self._of_beams: OrderedDict[tuple[str, Sampling], Worker] = OrderedDict()
-        self.unfinished = 0  # texts, as the event loop sees it
 
     def start(self) -> None:
         for worker in self._of_models.values():
@@ -321,12 +329,10 @@ class Workers:
         """
         worker = self._worker_for(model, prompts[0].sampling)
         ticket = Ticket(model, prompts, asyncio.get_running_loop())
-        self.unfinished += ticket.num_texts
         worker.put("add", ticket)
         try:
             yield ticket
         finally:
-            self.unfinished -= ticket.num_texts
             ticket.dropped = True
             worker.put("drop", ticket)
 

@@ -96,6 +96,9 @@ def served(served_folders) -> Iterator[Served]:
     models = load_models([(name, str(folder)) for name, folder in served_folders.items()], [])
     workers = Workers(models, EngineOptions(LIMITS.max_new_tokens, LIMITS.max_prompt, batch_size=4))
     workers.start()
+    while not workers.is_ready:
+        assert workers.failure is None
+        time.sleep(0.05)
     yield Served(workers, models)
     workers.stop()
 

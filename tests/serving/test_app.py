@@ -359,4 +359,4 @@ async def _random_arrivals(served: Served, loaded, number: int) -> None:
 
     async with served.client() as client:
         await asyncio.gather(*(ask(client) for _ in range(number)))
-    assert served.workers.unfinished == 0
+    assert served.server.unfinished == 0

@@ -17,7 +17,7 @@ CHAT = {"messages": [{"role": "user", "content": "Say hello"}], "ignore_eos": Tr
 PATH = "/v1/chat/completions"
 
 
-def test_a_key_is_needed_for_all_but_health(served):
+def test_a_key_is_needed_for_all_but_health_and_the_page(served):
     locked = served.with_options(keys=["one", "zwei"])
     for authorization in ("", "Bearer", "Bearer on", "Bearer oneone", "Basic one", "one", "Bearer onë"):
         headers = {"authorization": authorization.encode()} if authorization else {}
@@ -26,9 +26,10 @@ def test_a_key_is_needed_for_all_but_health(served):
         assert response.headers["www-authenticate"] == "Bearer"
     for key in ("one", "zwei"):
         assert locked.get("/v1/models", authorization=f"Bearer {key}").status_code == 200
-    for path in ("/", "/docs", "/openapi.json", "/metrics", "/nothing"):
+    for path in ("/docs", "/openapi.json", "/metrics", "/nothing"):
         assert locked.get(path).status_code == 401
-    assert locked.get("/health").status_code == 200
+    for path in ("/health", "/"):  # the page asks for a key itself
+        assert locked.get(path).status_code == 200
 
 
 def test_other_origins_are_refused_unless_they_are_named(served):
@@ -65,7 +66,7 @@ def test_a_request_that_takes_too_long_ends_with_an_error(served, slow_steps):
     assert response.status_code == 503 and response.json()["error"]["code"] == "timeout"
     *chunks, error = events(short.post(PATH, CHAT | {"stream": True}).text)
     assert error["error"]["code"] == "timeout" and chunks[0]["choices"][0]["delta"]["role"] == "assistant"
-    assert short.workers.unfinished == 0
+    assert short.server.unfinished == 0
 
 
 def test_a_server_that_shuts_down_refuses_new_requests(served):
@@ -136,3 +137,18 @@ def test_each_request_is_logged_in_a_line_without_its_prompt(served):
         assert line["completion_tokens"] == 24 and line["finish_reason"] == "length"
         assert line["request_id"] == response.headers["x-request-id"] and missing["status"] == 404
         assert ("Say hello" in stream.getvalue()) == with_prompts
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(served):
+    impatient = served.with_options(dataclasses.replace(LIMITS, body_timeout=0.05))
+
+    async def slow():
+        yield b'{"mess'
+        await asyncio.sleep(5)
+
+    async def ask() -> httpx.Response:
+        async with impatient.client() as client:
+            return await client.post(PATH, content=slow(), headers={"content-type": "application/json"})
+
+    began = time.monotonic()
+    assert asyncio.run(ask()).status_code == 408 and time.monotonic() < began + 4
