@@ -366,8 +366,3 @@ class Workers:
                 share = scheduler.num_running / max(1, self.options.batch_size)
                 found["kv_cache_usage_perc"][name] = min(1.0, max(found["kv_cache_usage_perc"][name], share))
         return found
-
-    def prefix_tokens(self) -> dict[str, tuple[int, int]]:
-        """Return, by model, how many tokens of prompts were looked up in the prefix cache, and how many were there."""
-        caches = {name: worker.scheduler.prefix_cache for name, worker in self._of_models.items() if worker.scheduler}
-        return {name: (cache.queries, cache.hits) for name, cache in caches.items() if cache}

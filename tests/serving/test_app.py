@@ -224,7 +224,7 @@ def test_models_version_docs_and_metrics_are_there(served):
         "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens_total",
         "generation_tokens_total", 'request_success_total{finished_reason="length"', "time_to_first_token_seconds_sum",
         "inter_token_latency_seconds_bucket", "e2e_request_latency_seconds_count", "request_queue_time_seconds_sum",
-        "request_prefill_time_seconds_sum", "request_decode_time_seconds_sum", "prefix_cache_queries_total",
+        "request_prefill_time_seconds_sum", "request_decode_time_seconds_sum",
     ):  # fmt: skip
         assert f"vllm:{name}" in text, name
 
