@@ -20,7 +20,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from jax_it import files, status
 from jax_it.errors import UserError
 from jax_it.serving.access_log import AccessLog
-from jax_it.serving.app import Limits, Server, make_app
+from jax_it.serving.admission import Limits, Server
+from jax_it.serving.app import make_app
 from jax_it.serving.models import load_models
 from jax_it.serving.worker import EngineOptions, Workers
 

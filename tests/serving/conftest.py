@@ -12,14 +12,15 @@ import pytest
 import uvicorn
 
 from jax_it.data import tokenizer_files as tokenizers
-from jax_it.serving.app import Limits, Server, make_app
+from jax_it.serving.admission import Limits, Server
+from jax_it.serving.app import make_app
 from jax_it.serving.models import load_models
 from jax_it.serving.worker import EngineOptions, Worker, Workers
 from tests.data.chat_tokenizers import TEXTS, checkpoint
 from tests.harness.conftest import CAUSAL, T5, write
 
 TOOLS = "{% if tools %}{% for tool in tools %}{{ tool.function.name }} {% endfor %}{% endif %}"
-LIMITS = Limits(max_new_tokens=24, max_prompt=72, max_queue=64, max_texts=16, timeout=120.0)
+LIMITS = Limits(max_new_tokens=24, max_prompt=128, max_queue=64, max_texts=16, timeout=120.0)
 
 
 class Served:
@@ -86,7 +87,11 @@ def served_folders(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("served")
     template = TOOLS + checkpoint("smollm2").chat_template
     return {
-        "llama": write(root / "llama", CAUSAL, checkpoint("smollm2").with_chat_template(template, "the test")),
+        "llama": write(
+            root / "llama",
+            CAUSAL | {"max_position_embeddings": 192},
+            checkpoint("smollm2").with_chat_template(template, "the test"),
+        ),
         "t5": write(root / "t5", T5, tokenizers.train(TEXTS, 300)),
     }
 

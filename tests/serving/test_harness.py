@@ -20,11 +20,11 @@ def test_scores_over_http_are_those_in_process(served, served_folders, listening
     settings = {"tasks": ["write"] if chat else ["choose", "write"], "task_manager": manager, "bootstrap_iters": 0}
     settings |= {"apply_chat_template": chat, "log_samples": True}
     url = f"{listening(served)}/v1/{'chat/completions' if chat else 'completions'}"
-    arguments = {"base_url": url, "model": "llama", "max_length": 96}
+    arguments = {"base_url": url, "model": "llama", "max_length": 152}
     if chat:
         arguments |= {"tokenizer_backend": None, "tokenized_requests": False}
     over_http = lm_eval.simple_evaluate(api, model_args=arguments, **settings)
-    in_process = lm_eval.simple_evaluate(HarnessModel(str(served_folders["llama"])), **settings)
+    in_process = lm_eval.simple_evaluate(HarnessModel(str(served_folders["llama"]), max_length=152), **settings)
     for task in settings["tasks"]:
         for found, expected in zip(over_http["samples"][task], in_process["samples"][task], strict=True):
             if task == "write":

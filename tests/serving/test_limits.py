@@ -95,7 +95,7 @@ def test_a_client_that_goes_away_frees_its_slot(served, slow_steps, listening, s
 
 
 def test_an_idle_stream_has_comments(served, slow_steps, listening, monkeypatch):
-    monkeypatch.setattr("jax_it.serving.app.KEEP_ALIVE", 0.01)
+    monkeypatch.setattr("jax_it.serving.streaming.KEEP_ALIVE", 0.01)
     response = httpx.post(listening(served) + PATH, json=CHAT | {"stream": True, "max_tokens": 3}, timeout=60)
     assert ": keep-alive\n\n" in response.text and events(response.text)[-1] == "[DONE]"
 
@@ -152,3 +152,12 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(served):
 
     began = time.monotonic()
     assert asyncio.run(ask()).status_code == 408 and time.monotonic() < began + 4
+
+
+@pytest.mark.parametrize("parameters", [{"type": "\ud800"}, {"maximum": float("nan")}, {"$ref": "#"}, {"pattern": "("}])
+def test_hostile_schemas_are_refused_or_kept(served, parameters):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    for choice in ("auto", "required"):
+        body = json.dumps(CHAT | {"tools": [tool], "tool_choice": choice, "max_tokens": 2})
+        response = served.post(PATH, body.encode(), **{"content-type": "application/json"})
+        assert response.status_code in (200, 400), response.text
