@@ -22,7 +22,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 SCREENSHOTS = os.environ.get("JAX_IT_TEST_SCREENSHOTS")  # a folder for pictures of the page, to look at
 
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=120_000)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 
 
@@ -68,13 +68,15 @@ def page(browser, listening):
     url, slow = listening
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     context.grant_permissions(["clipboard-read", "clipboard-write"])
-    context.set_default_timeout(30_000)
+    context.set_default_timeout(120_000)
     requested, errors = [], []
     context.on("request", lambda request: requested.append(request.url))
     page = context.new_page()
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.on("response", lambda got: got.request.method == "GET" and not got.ok and errors.append(got.url))
+    page.on(
+        "response", lambda got: got.request.method == "GET" and got.status not in (200, 401) and errors.append(got.url)
+    )
     page.goto(url)
     expect(page.get_by_label("Model")).to_have_value("llama")
     yield page
@@ -186,10 +188,25 @@ def test_a_t5_has_a_prompt_mode_with_the_templates_of_its_run(page, served, list
     answer = httpx.post(f"{listening[0]}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
     expect(answers(page)).to_have_text([answer])
 
-    page.get_by_label("Template").select_option("Is {{ what | lower }} green? ||| {{ answer }}")
+    page.locator("#template").select_option("Is {{ what | lower }} green? ||| {{ answer }}")
     ask(page, "GRASS", "what")
     expect(answers(page)).to_have_text([answer, answer])
     expect(page.locator("li.user .text").last).to_have_text("Is grass green?")
+
+
+@needs_chromium
+def test_a_key_is_asked_for_where_the_server_needs_one_and_is_not_stored_for_good(page, served, monkeypatch):
+    expect(page.get_by_label("API key")).to_be_hidden()
+    monkeypatch.setattr(served.server, "keys", [b"secret"])
+    page.reload()
+    expect(page.locator("#error")).to_contain_text("a valid key is needed")
+    expect(page.get_by_label("API key")).to_be_focused()
+    page.get_by_label("API key").fill("secret")
+    page.get_by_label("API key").press("Tab")
+    expect(page.locator("#error")).to_be_empty()
+    ask(page, "Is grass green?")
+    expect(page.locator("li.assistant small")).to_contain_text("tokens/s")
+    assert "secret" not in page.evaluate("JSON.stringify(localStorage)")
 
 
 @needs_chromium
