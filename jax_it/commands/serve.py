@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
         if not name:
             raise UserError(f"--adapter {path}: give it a name, which requests choose it by: --adapter NAME={path}")
     try:
-        from jax_it.serving.app import Limits
+        from jax_it.serving.admission import Limits
         from jax_it.serving.server import ServeOptions, serve
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("jax_it"):

@@ -11,6 +11,9 @@ Each layer calls the one below it, so `insert`, `grow` and `decode_step` exist i
     Model            prefill and decode_step of a batch of rows            compiled
     family's module  the same in the module's own weights: `CausalLM`, `EncoderDecoder`
     kv_cache.py      insert, grow, take_rows: the cache's arrays alone
+
+A server's requests have settings of their own (`requests.py`, applied in `sampling.py`); its long prompts are prefilled
+in parts (`chunked_prefill.py`), and prompts that begin alike share what is computed (`prefix_cache.py`).
 """
 
 from jax_it.generation.engine import Engine

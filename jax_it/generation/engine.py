@@ -68,11 +68,13 @@ class Engine:
         beams = sampling.num_beams > 1
         if beams and sampling.num_samples > sampling.num_beams:
             raise ValueError(f"{sampling.num_samples} texts of a prompt, from {sampling.num_beams} beams")
-        strategy: Strategy = Sampler(self.eos_ids, max_new_tokens, max_logprobs)
+        sampler = Sampler(self.eos_ids, max_new_tokens, max_logprobs)
+        strategy: Strategy = sampler
         if beams:
             strategy = BeamSearch(sampling, self.eos_ids, max_new_tokens)
         self.sampling, self.num_beams = sampling, strategy.num_beams
-        self.max_new_tokens, self.max_logprobs, self.vocab_size = max_new_tokens, max_logprobs, model.config.vocab_size
+        self.max_new_tokens, self.vocab_size = max_new_tokens, model.config.vocab_size
+        self.max_logprobs = 0 if beams else max_logprobs
         self.slots_per_request = 1 if beams else sampling.num_samples
         self.shards = sharding.batch_parts(mesh)  # the numbers of slots and of prompts are multiples of it
         self.num_slots = sharding.round_up_to_shards(max(batch_size, self.slots_per_request * self.shards), mesh)
@@ -80,8 +82,8 @@ class Engine:
         self.can_chunk = model.can_extend and not beams
         self.scores_prompts = model.kind == "causal"
         self.num_blocks = 0
-        if self.can_chunk and not any(kind.window for kind in model.config.layer_kinds):
-            c: Any = model.config
+        c: Any = model.config
+        if self.can_chunk and not any(kind.window for kind in c.layer_kinds):
             bytes_of_token = 2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(model.options.dtype).itemsize
             self.num_blocks = prefix_cache_bytes // (bytes_of_token * BLOCK)
         self.prompt_widths: tuple[int, ...] = ()  # those that prompts are padded to, after `warm_up`
@@ -111,12 +113,12 @@ class Engine:
             "read_top": jax.jit(lambda state: state.texts.top, out_shardings=sharding.replicated(mesh)),
             "resize": jax.jit(partial(slots.resize, strategy)),
             "extend": jax.jit(partial(chunked_prefill.extend, model), donate_argnums=1),
-            "begin": jax.jit(partial(chunked_prefill.begin, strategy), donate_argnums=0),
+            "begin": jax.jit(partial(chunked_prefill.begin, sampler), donate_argnums=0),
             "init_blocks": jax.jit(chunked_prefill.init_blocks, static_argnums=1),
             "load_prefix": jax.jit(chunked_prefill.load_prefix, donate_argnums=0),
             "save_prefix": jax.jit(chunked_prefill.save_prefix, donate_argnums=0),
             "score": jax.jit(
-                partial(token_log_probs, model, alternatives=max_logprobs), out_shardings=sharding.replicated(mesh)
+                partial(token_log_probs, model, alternatives=self.max_logprobs), out_shardings=sharding.replicated(mesh)
             ),
         }
 
@@ -168,7 +170,7 @@ class Engine:
     @property
     def small_chunk(self) -> int:
         """Return the width of the last parts of prompts, of which several are computed together."""
-        return max(SMALLEST_WIDTH, self.prefill_chunk // 4)
+        return min(self.prefill_chunk, max(SMALLEST_WIDTH, self.prefill_chunk // 4))
 
     def prefill_rows(self, width: int) -> int:
         """Return how many prompts of a width are prefilled together, after `warm_up`."""
@@ -264,11 +266,9 @@ class Engine:
         arguments = self._weights, self._state, np.array(idle), np.int32(max_steps), np.int32(until_done), allowed_BA
         program = "decode" if plain else "decode_any"
         self._state, result = self._run(program, len(idle), self._capacity, *arguments)
-        found = DecodeResult(*map(np.asarray, result))
-        if top:
-            tops = self._run("read_top", len(idle), 0, self._state)
-            found = found._replace(top=TopLogProbs(*map(np.asarray, tops)))
-        return found
+        tops = TopLogProbs(*map(np.asarray, self._run("read_top", len(idle), 0, self._state))) if top else None
+        done_B, number_B, tokens_BOT, log_probs_BOT = map(np.asarray, result)
+        return DecodeResult(done_B, number_B, tokens_BOT, log_probs_BOT, tops)
 
     def resize(self, order: Sequence[int]) -> None:
         """Replace the slots by those in `order`. One that is named again must be idle from now on."""

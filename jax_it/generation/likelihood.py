@@ -120,7 +120,8 @@ def token_log_probs(
     """
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     prefix_BT = segments_BT if model.options.prefix_lm else None
-    batch = CausalBatch(tokens_BT, tokens_BT, segments_BT, segments_BT, positions_BT * segments_BT, prefix_BT)
+    arrays: Any = tokens_BT, tokens_BT, segments_BT, segments_BT, positions_BT * segments_BT, prefix_BT
+    batch = CausalBatch(*arrays)
     states_BTD, head_VD = model.hidden_states(params, batch)[0][:, :-1], model.head(params)
 
     def at(item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:

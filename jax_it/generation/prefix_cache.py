@@ -17,22 +17,19 @@ class Block(NamedTuple):
 
 
 class PrefixCache:
-    """The blocks of prompts that were prefilled; `queries` and `hits` count tokens of prompts, as vLLM does."""
+    """The blocks of prompts that were prefilled."""
 
     def __init__(self, number: int, size: int = BLOCK):
         self._size = size  # tokens of a block
         self._free = list(range(number))
         self._blocks: OrderedDict[tuple[int, tuple[int, ...]], Block] = OrderedDict()  # least recently used first
         self._identities = 0
-        self.queries = self.hits = 0
 
     def match(self, prompt: Sequence[int]) -> list[int]:
         """Return the numbers of the blocks that a prompt begins with; its last token is never among their tokens."""
         keys = list(self._known(prompt))
         for key in reversed(keys):
             self._blocks.move_to_end(key)
-        self.queries += len(prompt)
-        self.hits += len(keys) * self._size
         return [self._blocks[key].number for key in keys]
 
     def add(self, prompt: Sequence[int]) -> list[int]:

@@ -97,6 +97,7 @@ class Scheduler:
         self._groups: deque[PrefillGroup] = deque()  # not in slots yet
         self._prefilling: list[tuple[int, RunningText]] = []  # in slots, in order of arrival
         self.prefix_cache = PrefixCache(engine.num_blocks) if self._serves and engine.num_blocks else None
+        self.cached_tokens = 0  # of prompts so far, that were not computed again
 
     def add_request(self, request: Request) -> None:
         """Queue a request, whose `stop` is not asked of beams.
@@ -110,14 +111,8 @@ class Scheduler:
             raise ValueError("a text has at least one token, its end token")
         if request.sampling is not None:
             check(sampling, engine.max_new_tokens, engine.vocab_size)
-            beams = (
-                "num_beams",
-                "length_penalty",
-                "early_stopping",
-                *(["num_samples"] if engine.num_beams > 1 else []),
-            )
-            if any(getattr(sampling, name) != getattr(engine.sampling, name) for name in beams):
-                raise ValueError(f"settings of beams are the engine's: {', '.join(beams)}")
+            if engine.num_beams > 1 or sampling.num_beams > 1:
+                raise ValueError("a beam search has the settings of its engine")
         if engine.num_beams > 1 and request.constraint:
             raise ValueError("a beam search takes no constraint")
         if max(request.logprobs or 0, request.prompt_logprobs or 0) > engine.max_logprobs:
@@ -167,7 +162,8 @@ class Scheduler:
         if len(self._queue) * self._each > self._slots.count(None) and len(self._slots) < self._engine.num_slots:
             self._resize(self._engine.num_slots)
         self._prefill()
-        running = self.num_running
+        if not (running := self.num_running):
+            return []
         waiting = bool(self._queue or self._groups)
         fewer = self._round_up(len(self._slots) // SHRINK)
         if waiting or len(self._slots) < max(SHRINKABLE, self._engine.num_slots) or fewer == len(self._slots):
@@ -261,14 +257,12 @@ class Scheduler:
         free = [slot for slot, text in enumerate(self._slots) if text is None]
         while self._queue and free:
             request, samples = self._queue[0]
-            blocks = self.prefix_cache.match(request.prompt) if self.prefix_cache else []
-            if blocks or (engine.can_chunk and len(request.prompt) > engine.prefill_chunk):
+            is_long = engine.can_chunk and len(request.prompt) > engine.prefill_chunk
+            if is_long or (self.prefix_cache and self.prefix_cache.match(request.prompt)):
                 slot, text = free.pop(0), self._begin(request, samples[0])
-                text.prefilled = len(blocks) * BLOCK
+                text.prefilled = 0
                 self._slots[slot] = text
                 self._prefilling.append((slot, text))
-                if blocks:
-                    engine.load_prefix(slot, blocks, text.prefilled)
             else:
                 width = max(group.width, next(w for w in engine.prompt_widths if w >= len(request.prompt)))
                 if len(group.prompts) >= engine.prefill_rows(width):
@@ -281,6 +275,13 @@ class Scheduler:
             for slot, (request, _) in zip(taken, group.prompts, strict=True):
                 self._save_prefix(slot, request.prompt)
         self._prefilling = [(slot, text) for slot, text in self._prefilling if self._slots[slot] is text]
+        for slot, text in self._prefilling:
+            # Asked again at each step: another prompt that begins alike may be complete by then.
+            blocks = self.prefix_cache.match(text.request.prompt) if self.prefix_cache and not text.prefilled else []
+            if blocks:
+                text.prefilled = len(blocks) * BLOCK
+                self.cached_tokens += text.prefilled
+                engine.load_prefix(slot, blocks, text.prefilled)
         short = [each for each in self._prefilling if self._rest(each[1]) <= engine.small_chunk]
         long = [each for each in self._prefilling if self._rest(each[1]) > engine.small_chunk]
         if engine.can_chunk:
@@ -310,6 +311,7 @@ class Scheduler:
                 self._save_prefix(slot, text.request.prompt)
 
     def _save_prefix(self, slot: int, prompt: Sequence[int]) -> None:
+        """Cache the beginning of a prompt that is complete in its slot."""
         if self.prefix_cache:
             blocks = self.prefix_cache.add(prompt)
             if any(block >= 0 for block in blocks):

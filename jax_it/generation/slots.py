@@ -59,12 +59,10 @@ def prefill(model: Model, strategy: Strategy, params: Params, batch: PrefillBatc
     token_Y, start_Y = token_Q[batch.prompts_Y], position_Q[batch.prompts_Y]
     counts_YV = None
     if strategy.counts_tokens:  # of a causal model's prompt, or of an encoder-decoder's start token
-        read = (
-            (batch.tokens_QS, batch.segments_QS)
-            if model.kind == "causal"
-            else (token_Q[:, None], 1 + 0 * token_Q[:, None])
-        )
-        counts_YV = counts_of_prompts(*read, model.config.vocab_size)[batch.prompts_Y]
+        read_QS, segments_QS = token_Q[:, None], jnp.ones_like(token_Q[:, None])
+        if model.kind == "causal":
+            read_QS, segments_QS = batch.tokens_QS, batch.segments_QS
+        counts_YV = counts_of_prompts(read_QS, segments_QS, model.config.vocab_size)[batch.prompts_Y]
     none_Y = jnp.zeros_like(start_Y)
     next_Y = jnp.repeat(token_Y, strategy.num_beams)
     return SlotState(cache, next_Y, start_Y, none_Y, batch.settings, none_Y > 0, strategy.begin(token_Y, counts_YV))

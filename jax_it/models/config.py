@@ -16,6 +16,7 @@ and in generation:
 
     Q prompts that are prefilled together                Y slots that get them        O texts of a slot
     W beams               C candidates: continuations of one prompt that are compared
+    A what a slot has several of: alternatives to a token, biases, bytes of bits, blocks
 
 A packed row's source is G blocks of S positions each, and no example crosses a block's border, so self-attention in the
 encoder costs no more than in padded batches.

@@ -37,9 +37,11 @@ class Constraints:
     def of_schema(self, schema: dict[str, Any]) -> "SchemaConstraint":
         """Return what makes a constraint for each text. Raises UserError for a schema that llguidance does not take."""
         tokenizer = self._tokenizer
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(
-            json.dumps(schema), defaults={"whitespace_pattern": WHITESPACE}
-        )
+        try:
+            text = json.dumps(schema, allow_nan=False)
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITESPACE})
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"the JSON schema is not JSON: {shorten(str(error), 300)}") from None
         matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise UserError(f"the JSON schema is not supported: {shorten(matcher.get_error(), 300)}")

@@ -3,7 +3,7 @@
 import time
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from jax_it.generation import RequestOutput
@@ -88,10 +88,4 @@ class _OfWorkers(Collector):
             for model, value in values.items():
                 gauge.add_metric([model], value)
             families.append(gauge)
-        prefixes = self._workers.prefix_tokens()
-        for i, name in enumerate(("queries", "hits")):
-            counter = CounterMetricFamily(f"vllm:prefix_cache_{name}", f"prefix cache {name}", labels=["model_name"])
-            for model, counts in prefixes.items():
-                counter.add_metric([model], counts[i])
-            families.append(counter)
         return families

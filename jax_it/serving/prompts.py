@@ -65,7 +65,7 @@ def encode_chat(
             generation=True, tools=[each.model_dump(exclude_none=True) for each in tools] or None,
             variables=template_kwargs or {},
         )  # fmt: skip
-        return _started_once(run, run.format.text_prompts([text], tokenizer)[0])
+        return _started_once(run, encode(run.format, tokenizer, [text], raw=True)[0])
     except UserError as error:
         raise ApiError(400, str(error), "messages") from None
 

@@ -161,6 +161,8 @@ class ChatRequest(Generation):
 
     @model_validator(mode="after")
     def _check_together(self) -> "ChatRequest":
+        if self.max_tokens == 0:
+            raise ValueError("max_tokens must be 1 or more")
         both = self.max_tokens, self.max_completion_tokens
         if None not in both and both[0] != both[1]:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")

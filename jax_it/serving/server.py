@@ -1,5 +1,6 @@
 """Run the app on uvicorn until SIGTERM or Ctrl-C, after which running requests end and new ones are refused."""
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -12,16 +13,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jax
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jax_it import files, status
 from jax_it.errors import UserError
 from jax_it.serving.access_log import AccessLog
-from jax_it.serving.app import Limits, Server, make_app
+from jax_it.serving.admission import Limits, Server
+from jax_it.serving.app import make_app
 from jax_it.serving.models import load_models
 from jax_it.serving.worker import EngineOptions, Workers
 
 KEYS_VARIABLE = "JAX_IT_API_KEYS"
+HEAD_TIMEOUT = 30.0  # seconds in which a new connection has to ask something
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ def serve(options: ServeOptions) -> None:
 
     Raises UserError for a model that cannot be loaded, a key file that cannot be read, or a port that is taken.
     """
+    if jax.process_count() > 1:
+        raise UserError("a server runs on one host; start one on each of them, behind a load balancer")
     keys = read_keys(options.key_file)
     with _bind(options.host, options.port) as listener:
         models = load_models(options.models, options.adapters)
@@ -57,7 +64,7 @@ def serve(options: ServeOptions) -> None:
         server = Server(models, workers, limits, keys, AccessLog(sys.stderr, options.log_prompts))
         config = uvicorn.Config(
             make_app(server, options.cors_origins), log_config=None, access_log=False, lifespan="on",
-            timeout_graceful_shutdown=options.drain_timeout, timeout_keep_alive=30,
+            timeout_graceful_shutdown=options.drain_timeout, timeout_keep_alive=30, http=_Http,
         )  # fmt: skip
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
         host, port = listener.getsockname()[:2]
@@ -112,6 +119,15 @@ def _watch(workers: Workers, server: "_Uvicorn", what: str) -> None:
             seconds = time.monotonic() - began
             print(f"jax-it serve: {what} (compiled in {seconds:.0f} s)", file=sys.stderr, flush=True)
     server.should_exit = True
+
+
+class _Http(H11Protocol):
+    """uvicorn's protocol, which would wait for a request for ever."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Close the connection if the head of a request does not arrive in time."""
+        super().connection_made(transport)
+        self.loop.call_later(HEAD_TIMEOUT, lambda: self.cycle is None and transport.close())
 
 
 class _Uvicorn(uvicorn.Server):

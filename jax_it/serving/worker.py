@@ -78,14 +78,23 @@ class Ticket:
     def num_texts(self) -> int:
         return sum(prompt.sampling.num_samples for prompt in self.prompts)
 
-    async def outputs(self) -> AsyncIterator[RequestOutput]:
+    async def outputs(self, seconds: float, idle: float) -> AsyncIterator[RequestOutput | None]:
         """Yield outputs until every text has ended; `request_id` is the number of the prompt.
 
-        Raises EngineFailed, or another exception that was raised for this request.
+        Yields None whenever nothing has come for `idle` seconds. Raises TimeoutError once the request is older than
+        `seconds`, and EngineFailed or whatever else was raised for this request.
         """
         left = self.num_texts
         while left:
-            item = await self.queue.get()
+            rest = self.arrived + seconds - time.monotonic()
+            try:
+                async with asyncio.timeout(min(rest, idle)):
+                    item = await self.queue.get()
+            except TimeoutError:
+                if rest <= idle:
+                    raise
+                yield None
+                continue
             if isinstance(item, Exception):
                 raise item
             left -= item.finish_reason is not None
@@ -135,6 +144,8 @@ class Worker:
     def put(self, command: str, ticket: Ticket) -> None:
         """Submit ("add") or drop ("drop") a ticket."""
         self._commands.put((command, ticket))
+        if self.failure is not None:
+            self._fail_all(self.failure)
 
     # In the thread
 
@@ -156,7 +167,15 @@ class Worker:
         except BaseException as error:
             self.failure = error
             logger.exception("the worker of %s has ended", self._served.name)
-            self._deliver([(ticket, EngineFailed(first_line(error))) for ticket, _ in self._owners.values()])
+            self._fail_all(error)
+
+    def _fail_all(self, error: BaseException) -> None:
+        """Answer all that was submitted, as the thread has ended."""
+        tickets = [ticket for ticket, _ in self._owners.values()]
+        with contextlib.suppress(queue.Empty):
+            while True:
+                tickets += [ticket for ticket in self._commands.get_nowait()[1:] if ticket]
+        self._deliver([(ticket, EngineFailed(first_line(error))) for ticket in dict.fromkeys(tickets)])
 
     def _restart(self) -> None:
         """Begin with empty slots; what is compiled stays."""
@@ -241,8 +260,8 @@ class Worker:
         Their texts begin again and are the same as before, so what was streamed of them stays true.
         """
         found: Found = []
+        self._restart()
         for request_id, request in list(self._requests.items()):
-            self._restart()
             assert self.scheduler
             ticket, _ = self._owners[request_id]
             try:
@@ -253,7 +272,7 @@ class Worker:
             except Exception as error:
                 found.append((ticket, EngineFailed(first_line(error))))
                 self._forget(request_id)
-        self._restart()
+                self._restart()
         return found
 
     def _deliver(self, found: Found) -> None:
@@ -278,7 +297,6 @@ class Workers:
         self._models, self.options = models, options
         self._of_models = {name: Worker(served, GREEDY, options) for name, served in models.items()}
         self._of_beams: OrderedDict[tuple[str, Sampling], Worker] = OrderedDict()
-        self.unfinished = 0  # texts, as the event loop sees it
 
     def start(self) -> None:
         for worker in self._of_models.values():
@@ -311,12 +329,10 @@ class Workers:
         """
         worker = self._worker_for(model, prompts[0].sampling)
         ticket = Ticket(model, prompts, asyncio.get_running_loop())
-        self.unfinished += ticket.num_texts
         worker.put("add", ticket)
         try:
             yield ticket
         finally:
-            self.unfinished -= ticket.num_texts
             ticket.dropped = True
             worker.put("drop", ticket)
 
@@ -350,8 +366,3 @@ class Workers:
                 share = scheduler.num_running / max(1, self.options.batch_size)
                 found["kv_cache_usage_perc"][name] = min(1.0, max(found["kv_cache_usage_perc"][name], share))
         return found
-
-    def prefix_tokens(self) -> dict[str, tuple[int, int]]:
-        """Return, by model, how many tokens of prompts were looked up in the prefix cache, and how many were there."""
-        caches = {name: worker.scheduler.prefix_cache for name, worker in self._of_models.items() if worker.scheduler}
-        return {name: (cache.queries, cache.hits) for name, cache in caches.items() if cache}

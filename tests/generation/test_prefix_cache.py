@@ -12,7 +12,6 @@ def test_whole_blocks_are_found_but_never_a_prompts_last_token():
     assert cache.match([1, 2, 3, 4, 9]) == cache.match([1, 2, 3, 4, 5, 6, 7]) == written
     assert cache.match([1, 2]) == cache.match([3, 4, 5]) == cache.match([2, 2, 3, 4, 5]) == []
     assert cache.add([1, 2, 7, 8, 9])[0] == -1, "the first block is there already"
-    assert (cache.queries, cache.hits) == (4 + 5 + 7 + 2 + 3 + 5, 2 + 4 + 4)
 
 
 def test_the_least_recently_used_prompt_makes_room_from_its_end():

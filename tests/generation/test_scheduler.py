@@ -20,12 +20,13 @@ class FakeEngine:
     `calls` are what was asked of it, in order: (name, what tells).
     """
 
+    prompt_widths: tuple[int, ...] = ()
+
     def __init__(self, slots: int, max_new_tokens: int = 8, samples: int = 1, num_beams: int = 1, shards: int = 1):
         self.num_slots, self.max_new_tokens, self.slots_per_request = slots, max_new_tokens, samples
         self.num_beams, self.shards, self.eos_ids, self.max_logprobs = num_beams, shards, (END,), 0
         self.sampling, self.vocab_size = Sampling(num_beams=num_beams, num_samples=samples), 300
         self.prefill_widths: set[int] = set()
-        self.prompt_widths = ()
         self.capacity = 0
         self.slots = [SimpleNamespace(texts=[], done=True, limit=0, first=0) for _ in range(slots)]
         self.calls: list[tuple] = []
@@ -74,6 +75,33 @@ class FakeEngine:
             tokens[row, 0, : len(slot.texts)] = slot.texts
         numbers = np.array([len(slot.texts) for slot in self.slots])
         return DecodeResult(np.array([slot.done for slot in self.slots]), numbers, tokens, np.zeros(tokens.shape))
+
+
+class FakeServer(FakeEngine):
+    """After `warm_up`: computes 64 tokens of prompts at a time."""
+
+    prompt_widths, prefill_chunk, small_chunk, can_chunk, num_blocks, max_prompt = (32, 64), 64, 32, True, 0, 1000
+
+    def prefill_rows(self, width: int) -> int:
+        return 64 // width
+
+    extend_rows = prefill_rows
+
+    def insert(self, batch: PrefillBatch) -> None:
+        self.capacity = self.max_prompt
+        super().insert(batch)
+
+    def extend(self, prompts: Sequence[tuple[int, Sequence[int], int]], width: int) -> None:
+        assert 0 < len(prompts) <= self.extend_rows(width)
+        for slot, tokens, start in prompts:
+            assert 0 < len(tokens) <= width
+            self.computed = {**getattr(self, "computed", {}), slot: start + len(tokens)}
+        self.calls.append(("extend", sum(len(tokens) for _, tokens, _ in prompts)))
+
+    def begin(self, slot: int, prompt: Sequence[int], settings: requests.SlotSettings) -> None:
+        assert self.computed[slot] == len(prompt) - 1
+        limit = int(settings.limit_Y[0])
+        self.slots[slot] = SimpleNamespace(texts=[], done=False, limit=limit, first=prompt[0])
 
 
 def finish(scheduler: Scheduler) -> list[RequestOutput]:
@@ -266,6 +294,34 @@ def test_the_cache_grows_once_for_all_prompts_that_start_together():
 def test_a_text_whose_logits_are_not_finite_is_an_error_and_the_others_go_on():
     scheduler = requested(Scheduler(FakeEngine(2)), [200], [10])
     assert {output.request_id: output.finish_reason for output in finish(scheduler)} == {0: "error", 1: "length"}
+
+
+def test_texts_and_short_prompts_do_not_wait_for_a_long_prompt_which_is_computed_in_chunks():
+    engine = FakeServer(3)
+    scheduler = requested(Scheduler(engine, stream_interval=1), [10])
+    assert [output.tokens for output in scheduler.step()] == [[11]]
+    scheduler.add_request(Request(1, [20] * 250, 1, index=1))
+    scheduler.add_request(Request(2, [30], 2, index=2))
+    assert [output.tokens for output in scheduler.step()] == [[11, 12], [31]]
+    assert engine.calls[-3:] == [("insert", [2]), ("extend", 64), ("decode", 1)]
+    found = [[(output.request_id, len(output.tokens)) for output in scheduler.step()] for _ in range(3)]
+    assert found == [[(0, 3), (2, 2)], [(0, 4)], [(0, 5), (1, 1)]], "250 tokens are 4 chunks, the last one smaller"
+
+
+def test_prompts_that_arrive_together_are_prefilled_group_by_group_in_order():
+    engine = FakeServer(8)
+    scheduler = requested(Scheduler(engine, stream_interval=1), [5], [5] * 2, [5] * 40, [5] * 9, max_new_tokens=9)
+    for _ in range(3):
+        scheduler.step()
+    assert inserted(engine) == [[0, 1], [2], [3]]
+
+
+def test_a_prompt_that_is_aborted_between_its_chunks_leaves_its_slot():
+    engine = FakeServer(1)
+    scheduler = requested(Scheduler(engine, stream_interval=1), [5] * 900, [10], max_new_tokens=2)
+    assert scheduler.step() == [] and scheduler.num_running == scheduler.num_waiting == 1
+    scheduler.abort(0)
+    assert [output.tokens for output in scheduler.step()] == [[11]]
 
 
 @pytest.mark.parametrize("interval", [0, 1, 5])

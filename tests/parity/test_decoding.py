@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_it import config, sharding
-from jax_it.generation import Engine, Sampling, generate
+from jax_it.generation import Engine, Request, Sampling, Scheduler, generate
 from tests.generation.conftest import by_prompt
 from tests.parity import cases, pytorch, references, seq2seq_cases, texts
 from tests.parity.causal_cases import CausalInputs
@@ -89,6 +89,35 @@ def test_texts_under_each_setting_are_those_of_transformers(loaded, name):
     ends = texts.ends(loaded.case)
     found = generated(loaded, texts.prompts(loaded.case), texts.LENGTH, ends, **texts.SETTINGS[name])
     assert found == until_end(references.read(loaded.case).texts[name], ends)
+
+
+@pytest.mark.parametrize(
+    "case", [cases.BY_NAME[name] for name in ("t5_1_1", "llama3", "gemma2")], indirect=True, ids=lambda case: case.name
+)
+def test_texts_of_mixed_settings_that_arrive_at_any_time_are_those_of_transformers(loaded):
+    """In few slots of one server; longer prompts are prefilled in chunks."""
+    ends, prompts = texts.ends(loaded.case), texts.prompts(loaded.case)
+    mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:1])
+    engine = Engine(loaded.model, mesh, texts.LENGTH, 3, eos_ids=ends, prefill_chunk=16).load(loaded.params)
+    engine.warm_up(32)
+    settings = {"plain": {}, **texts.RULES}
+    waiting = [
+        (name, Request(len(prompts) * k + i, prompt, sampling=Sampling(**settings[name])))
+        for k, name in enumerate(settings)
+        for i, prompt in enumerate(prompts)
+    ]
+    names = {request.request_id: name for name, request in waiting}
+    rng, scheduler, found = np.random.default_rng(0), Scheduler(engine, stream_interval=1), {}
+    rng.shuffle(waiting)
+    while waiting or scheduler.has_unfinished:
+        for _ in range(min(len(waiting), rng.integers(0, 3))):
+            scheduler.add_request(waiting.pop()[1])
+        found |= {output.request_id: output.tokens for output in scheduler.step() if output.finish_reason}
+    stored = references.read(loaded.case).texts
+    expected = {name: until_end(stored[name], ends) for name in settings}
+    for i, tokens in found.items():
+        assert tokens == expected[names[i]][i % len(prompts)], (names[i], i % len(prompts))
+    assert len(found) == len(names)
 
 
 @pytest.mark.parametrize("name", texts.CASES)

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 import pytest
 import uvicorn
 from playwright.sync_api import Page, expect, sync_playwright
@@ -140,16 +140,16 @@ def test_a_stream_is_shown_as_it_comes_and_stopped_and_its_slot_is_free(page, se
     slow.pause = 0.2
     ask(page, "Is grass green?")
     expect(page.locator("li.assistant.running .text")).not_to_be_empty()
-    assert served.server.workers.unfinished == 1
+    assert served.server.unfinished == 1
     page.keyboard.press("Escape")
     expect(page.locator("li.assistant small")).to_have_text("Stopped")
     expect(page.get_by_label("Message", exact=True)).to_be_focused()
     shown = answers(page).text_content()
     assert shown and whole.startswith(shown) and shown != whole
     until = time.monotonic() + 5
-    while served.server.workers.unfinished and time.monotonic() < until:
+    while served.server.unfinished and time.monotonic() < until:
         time.sleep(0.02)
-    assert served.server.workers.unfinished == 0
+    assert served.server.unfinished == 0
     slow.pause = 0.0
     page.get_by_role("button", name="Regenerate message 2").click()
     expect(answers(page)).to_have_text(whole)

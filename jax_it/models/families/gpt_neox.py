@@ -42,7 +42,8 @@ def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
         mlp_bias=True,
         layer_kinds=(LayerKind(rope=rotation),),
     )
-    reader.finish(ignored=("classifier_dropout", "is_decoder", "rope_theta", "partial_rotary_factor"))
+    reader.rate("classifier_dropout", 0.0)  # of a head for classification: no effect on logits
+    reader.finish(ignored=("is_decoder", "rope_theta", "partial_rotary_factor"))
     return config
 
 
