@@ -348,7 +348,7 @@ def main() -> None:
     port = free_port()
     command = [
         sys.executable, "-m", "jax_it", "serve", f"--model=m={options.model}", f"--port={port}",
-        f"--batch-size={options.batch_size}", f"--max-new-tokens={LONGEST_NEW}", "--max-prompt-tokens=1024",
+        f"--batch-size={options.batch_size}", f"--max-new-tokens={LONGEST_NEW}", f"--max-prompt-tokens={LONGEST}",
         "--max-queue=1000",
     ]  # fmt: skip
     options.is_ours, options.streams, options.name = True, True, "m"
