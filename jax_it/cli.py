@@ -15,19 +15,20 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from jax_it import typed
-from jax_it.commands import evaluate, export, generate, plan, preview, train
+from jax_it.commands import evaluate, export, generate, plan, preview, serve, train
 from jax_it.errors import Interrupted, UserError, exit_now, first_line, shorten
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "train": (train, "Train a model, or continue the run in the directory."),
     "eval": (evaluate, "Score a run's checkpoints, or any model: loss, text metrics, benchmarks."),
     "generate": (generate, "Generate text for one prompt, for a file of them, or in a conversation."),
+    "serve": (serve, "Answer requests over HTTP, as OpenAI's API does."),
     "export": (export, "Write a checkpoint as a Transformers folder, or its adapters as a PEFT folder."),
     "preview": (preview, "Show what the model will see, and what happens to each data set."),
     "plan": (plan, "Compile the training step for hardware you don't have: memory, traffic, time."),
 }
 LINE = 1500  # characters of a message at most
-ON_DEVICES = ("train", "eval", "generate", "export")  # on several hosts, the same command on each
+ON_DEVICES = ("train", "eval", "generate", "serve", "export")  # on several hosts, the same command on each
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -100,9 +100,9 @@ def _slices(number: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]
     return [list(devices[i * each : (i + 1) * each]) for i in range(number)]
 
 
-def inference_mesh(parameters: int) -> jax.sharding.Mesh:
+def inference_mesh(parameters: int, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """Make a mesh of all devices to score and generate on: a small model whole on each, a large one split over them."""
-    return make_mesh(MeshConfig() if parameters * 4 <= WHOLE_MODEL else MeshConfig(data=1, fsdp=-1))
+    return make_mesh(MeshConfig() if parameters * 4 <= WHOLE_MODEL else MeshConfig(data=1, fsdp=-1), devices)
 
 
 def spec(logical_axes: str, shape: Sequence[int], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import numpy as np
 
 from jax_it.data.encoded import Encoded
@@ -154,10 +155,18 @@ def _apply(turns: Sequence[Turn], tokenizer: Tokenizer, where: str, generation: 
     return render([{"role": turn.role, "content": turn.text} for turn in turns], tokenizer, where, generation)
 
 
-def render(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, where: str, generation: bool = False) -> str:
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    where: str,
+    generation: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
     """Render messages as Transformers' `apply_chat_template` does, on a fixed day and with bounds on time and size.
 
-    Raises InvalidRecord for messages that the template refuses.
+    `variables` are further ones that the template reads, such as `enable_thinking`. Raises InvalidRecord for messages
+    that the template refuses.
     """
     if not (tokenizer.chat_template or "").strip():
         raise UserError(f"{where}: {_of(tokenizer)} is empty; set config.model.chat_template to 'default' or a file")
@@ -169,10 +178,8 @@ def render(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, where: s
     try:
         return _compiled(tokenizer.chat_template or "").render(
             messages=[dict(message) for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=generation,
-            **tokenizer.backend.special_tokens_map,
+            **{**tokenizer.backend.special_tokens_map, **(variables or {})},
+            **{"tools": tools, "documents": None, "add_generation_prompt": generation},
         )
     except Exception as error:  # a template may run any expression on any text
         reason = shorten(str(error), 300) or type(error).__name__
@@ -184,14 +191,24 @@ def _of(tokenizer: Tokenizer) -> str:
 
 
 @functools.lru_cache(maxsize=8)
+def variables_of(template: str) -> frozenset[str]:
+    """Return the names of the variables that a chat template reads. Raises jinja2.TemplateError."""
+    return frozenset(jinja2.meta.find_undeclared_variables(_environment().parse(template)))
+
+
+@functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> jinja2.Template:
-    """Compile a template in an environment like that of Transformers for chat templates."""
+    return _environment().from_string(template)
+
+
+def _environment() -> ImmutableEnvironment:
+    """Make an environment like that of Transformers for chat templates."""
     environment = ImmutableEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.add_filter("tojson", _to_json)
     environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
-    return environment.from_string(template)
+    return environment
 
 
 class _Generation(jinja2.ext.Extension):

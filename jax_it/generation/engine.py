@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,16 @@ from jax_it.models import Model, Params
 
 PREFILL_CHUNK = 256
 SMALLEST_WIDTH = 32  # of prompts, once the widths are fixed
+
+
+class LoweredPrograms(NamedTuple):
+    """What `Engine.lower` returns; trees have ShapeDtypeStructs."""
+
+    prefill: jax.stages.Lowered
+    decode: jax.stages.Lowered
+    prompts: tuple[int, ...]  # the prefill's number of prompts and their width
+    weights: Any  # as prepared for decoding
+    state: Any  # of all slots
 
 
 class Engine:
@@ -128,6 +138,34 @@ class Engine:
         loaded._params, loaded._weights, loaded._state, loaded._capacity = params, None, None, 0
         loaded._blocks, loaded.prompt_widths, loaded._score_widths = None, (), ()
         return loaded
+
+    def lower(self, params: Params, max_prompt: int) -> "LoweredPrograms":
+        """Return the largest prefill and the decoding step after `warm_up`, lowered from shapes with shardings.
+
+        `params` has ShapeDtypeStructs, and the mesh may be of devices that are not attached.
+        """
+
+        def results(lowered: jax.stages.Lowered) -> Any:
+            shardings = lowered.compile().output_shardings
+            return jax.tree.map(
+                lambda leaf, each: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=each),
+                lowered.out_info, shardings,
+            )  # fmt: skip
+
+        width = _fixed_widths(min(max_prompt, self.prefill_chunk) if self.can_chunk else max_prompt)[-1]
+        rows = self.prefill_rows(width)
+        slots_Q = prompts_Q = np.zeros(rows, np.int32)
+        batch = PrefillBatch(*length_buckets.pad([], rows, width), slots_Q, prompts_Q, slot_settings([], rows))
+        with jax.set_mesh(self._mesh):
+            weights = results(self._prepare.lower(params))
+            capacity = length_buckets.round_up(max_prompt)
+            state = results(self._programs["init"].lower(params, self.num_slots, capacity))
+            idle, one = np.zeros(self.num_slots, bool), np.int32(1)
+            return LoweredPrograms(
+                self._programs["insert"].lower(params, state, batch),
+                self._programs["decode"].lower(weights, state, idle, one, one, None),
+                batch.tokens_QS.shape, weights, state,
+            )  # fmt: skip
 
     def warm_up(self, max_prompt: int) -> None:
         """Compile all that requests with prompts of at most `max_prompt` tokens can need, and nothing after that.

@@ -51,14 +51,11 @@ def build_step(config: Config, topology: Topology, rows: int = 0) -> Step:
     Its rows are as long as the config allows. Their number, by default `batch_size`, is padded as in training to what
     divides over the mesh and the micro-batches.
     """
-    if config.model.dtype == "auto" and topology.is_tpu:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    config = with_dtype(config, topology)
     mesh = sharding.make_mesh(config.mesh, topology.devices)
     # The devices cannot compute: what JAX evaluates while it traces must go to the CPU.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        model = find_model(config)
-        if config.model.attention == "auto" and topology.is_tpu:
-            model = dataclasses.replace(model, options=model.options._replace(splash=True))
+        model = find_model(config, topology)
         frozen: Any = {}
         if model.adapter is not None:
             dtypes = storage_dtypes(model, config.model)
@@ -83,7 +80,14 @@ def build_step(config: Config, topology: Topology, rows: int = 0) -> Step:
     return Step(config, model, mesh, prepared, batch, shape, number)
 
 
-def find_model(config: Config) -> Model:
+def with_dtype(config: Config, topology: Topology) -> Config:
+    """Return the config with the dtype that the topology computes in."""
+    if config.model.dtype == "auto" and topology.is_tpu:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    return config
+
+
+def find_model(config: Config, topology: Topology) -> Model:
     """Return the model that training would load, without its weights: of a model on the hub, config.json is enough."""
     model, path = config.model, config.model.path
     if model.lora.path:
@@ -103,7 +107,10 @@ def find_model(config: Config) -> Model:
                 ) from None
             folder = ""
         model = dataclasses.replace(model, path=folder)
-    return load_model(model)
+    found = load_model(model)
+    if config.model.attention == "auto" and topology.is_tpu:
+        return dataclasses.replace(found, options=found.options._replace(splash=True))
+    return found
 
 
 def bytes_of(shapes: Any, shardings: Any) -> int:
@@ -116,7 +123,7 @@ def bytes_of(shapes: Any, shardings: Any) -> int:
 @dataclass(frozen=True)
 class Compiled:
     text: str  # HLO
-    seconds: float  # of tracing and compiling
+    seconds: float  # of compiling
     cpu_seconds: float  # the same, summed over processor cores
     total_bytes: int  # on one device
     temporary_bytes: int
@@ -124,16 +131,20 @@ class Compiled:
 
 
 def compile_step(step: Step) -> Compiled:
-    """Compile a step. Raises TooLarge if the compiler says that it does not fit."""
-    began, worked = time.perf_counter(), time.process_time()
+    """Trace and compile a step. Raises TooLarge if the compiler says that it does not fit."""
     with jax.sharding.use_abstract_mesh(step.mesh.abstract_mesh):
-        lowered = step.prepared.step.lower(step.prepared.shapes, step.batch)  # type: ignore[attr-defined]
-        try:
-            compiled = lowered.compile()
-        except Exception as error:
-            if found := _too_large(str(error)):
-                raise found from None
-            raise
+        return compile_lowered(step.prepared.step.lower(step.prepared.shapes, step.batch))  # type: ignore[attr-defined]
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
+    """Compile a program. Raises TooLarge if the compiler says that it does not fit."""
+    began, worked = time.perf_counter(), time.process_time()
+    try:
+        compiled = lowered.compile()
+    except Exception as error:
+        if found := _too_large(str(error)):
+            raise found from None
+        raise
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked
     sizes = compiled.memory_analysis()
     state = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
