@@ -144,7 +144,7 @@ def _prompt(record: Record, template: str, system: str, raw: bool) -> Prompt:
     if "prediction" in record.fields:
         raise UserError(f"{record.where}: the row already has a field 'prediction'; rename or remove it")
     turns = templates.prompt(record, template)
-    if system and turns[0].role != "system":
+    if system and all(turn.role != "system" for turn in turns):
         turns = (Turn("system", system), *turns)
     if not raw:
         return turns

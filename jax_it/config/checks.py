@@ -275,10 +275,10 @@ def check(config: Config, training: bool, saved: bool = False) -> None:
     if (model.tokenizer == "train") != bool(model.tokenizer_size):
         raise UserError("config.model.tokenizer_size goes with config.model.tokenizer='train', and only with it")
     _check_adapters(model)
-    if model.prefix_lm and data.train_on != "last":
+    if model.prefix_lm and data.train_on == "all":
         raise UserError(
-            "config.model.prefix_lm needs data.train_on='last': earlier answers are part of the "
-            "prompt, which sees all of itself"
+            "config.model.prefix_lm needs data.train_on='last' or 'per_turn': earlier answers are part of "
+            "the prompt, which sees all of itself"
         )
     if training and not data.train:
         raise UserError("config.data.train is empty; name at least one data set")

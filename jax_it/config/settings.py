@@ -146,7 +146,9 @@ class Data:
     max_source_length: int = 512  # tokens of an encoder-decoder's input, including the end token
     max_target_length: int = 128  # tokens of an encoder-decoder's output, including the end token
     max_seq_length: int = 2048  # tokens of a causal model's example, including the prompt, and of a packed row
-    train_on: Literal["all", "last"] = "all"  # which assistant turns of a conversation a causal model is trained on
+    # Which assistant turns of a conversation a causal model is trained on. all: all of them, in one example; last: the
+    # last; per_turn: all of them, each in an example that ends with it, for templates that strip earlier thoughts.
+    train_on: Literal["all", "last", "per_turn"] = "all"
     # What to do with a prompt or conversation that is too long: cut it at its end or start, drop it, or stop.
     truncate: Literal["end", "start", "drop", "error"] = "end"
     packing: bool = True  # several short examples share a row

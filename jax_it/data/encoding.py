@@ -116,6 +116,16 @@ class Counts:
 _REPEATED = re.compile("(?<= ) ")
 
 
+def check_plain(examples: Iterable[Example], locations: Iterable[str], tokenizer: Tokenizer) -> None:
+    """Refuse tools, tool calls and reasoning, which only a chat template can write."""
+    for item, where in zip(examples, locations, strict=True):
+        if not item.is_plain:
+            raise UserError(
+                f"{where}: a conversation with tools, tool calls or reasoning needs a chat template, which "
+                f"{tokenizer.name} lacks; set config.model.chat_template"
+            )
+
+
 def encode_completions(examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[int]]:
     """Encode each completion; one of white space alone has no token, whatever the tokenizer has for it."""
     return tokenizer.encode([item.completion.strip() and item.completion for item in examples])

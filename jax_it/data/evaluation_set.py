@@ -17,7 +17,7 @@ from jax_it.data.encoded import Encoded
 from jax_it.data.encoding import Counts
 from jax_it.data.formats import CausalFormat, Format
 from jax_it.data.records import InvalidRecord, Record
-from jax_it.data.templates import Example, Turn
+from jax_it.data.templates import Example
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 
@@ -131,7 +131,8 @@ def _read_one(
                 references=references,
             )
         )
-        rendered.append(Example((*example.turns[:-1], Turn("assistant", references[0])), references))
+        answer = example.turns[-1]._replace(text=references[0], train=True)
+        rendered.append(Example((*example.turns[:-1], answer), references))
         locations.append(record.where)
     invalid.examples += len(chosen) + skipped
     invalid.check_invalid(name, data)

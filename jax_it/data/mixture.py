@@ -72,10 +72,13 @@ def mix(
     data: Data,
     held_out: Sequence[np.ndarray] | None = None,
 ) -> Mixture:
-    """Return the mixture of sources that the config asks for, without the examples that are held out."""
+    """Return the mixture of sources that the config asks for, without the records that are held out."""
     pools = [eligible(templates) for templates in tokenized]
     if held_out is not None:
-        pools = [np.setdiff1d(pool, held, assume_unique=True) for pool, held in zip(pools, held_out, strict=True)]
+        pools = [
+            pool[~np.isin(templates[0].records[pool], held)]
+            for pool, templates, held in zip(pools, tokenized, held_out, strict=True)
+        ]
     for source, pool in zip(sources, pools, strict=True):
         if not len(pool):
             raise UserError(
@@ -100,10 +103,10 @@ def mix(
 
 
 def hold_out(tokenized: Sequence[Tokenized], number: int, seed: int) -> np.ndarray:
-    """Choose `number` of a source's examples by hash, independently of the rest of the config."""
-    indices = eligible(tokenized)
-    order = np.argsort(_hash(seed, indices, 0, -2), kind="stable")
-    return np.sort(indices[order[:number]])
+    """Choose `number` of a source's records by hash, independently of the rest of the config."""
+    records = np.unique(tokenized[0].records[eligible(tokenized)])
+    order = np.argsort(_hash(seed, records, 0, -2), kind="stable")
+    return np.sort(records[order[:number]])
 
 
 def _apportion(rates: np.ndarray, total: int) -> np.ndarray:

@@ -81,7 +81,7 @@ def _question(
     before = [templates.text(record, task.description)] if task.description else []
     before += fewshot.of(record)[:num_fewshot] if fewshot else []
     text = task.fewshot_delimiter.join([*before, asked.text])
-    return _Question(number, record, (*example.turns[:-2], Turn("user", text)), references, options, num_fewshot)
+    return _Question(number, record, (*example.turns[:-2], asked._replace(text=text)), references, options, num_fewshot)
 
 
 class _FewShot:

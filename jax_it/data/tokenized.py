@@ -52,6 +52,7 @@ class Tokenized:
     source_ends: np.ndarray  # int64 [examples + 1]: example i is tokens[ends[i]:ends[i + 1]]
     target_tokens: np.ndarray
     target_ends: np.ndarray
+    records: np.ndarray  # int64 [examples]: the number of the record that each example is made of, from 0
     digest: str = ""  # of the source's records
 
     def example(self, i: int) -> Encoded:
@@ -70,7 +71,7 @@ class Tokenized:
 
 
 _NOTHING = Encoded(np.zeros(0, np.int32), np.zeros(0, np.int32))
-_ARRAYS = ("source_tokens", "source_ends", "target_tokens", "target_ends")
+_ARRAYS = ("source_tokens", "source_ends", "target_tokens", "target_ends", "records")
 _INDEX = "index.txt"  # the counts and the arrays' checksums in its second line, whose own checksum is the first
 
 
@@ -82,6 +83,10 @@ def tokenize(source: Source, where: str, data: Data, tokenizer: Tokenizer, forma
     """
     made = []
     cache = _cache(data)
+    if data.train_on == "per_turn" and len(source.template) > 1:
+        raise UserError(
+            f"{where}.template: data.train_on='per_turn' needs data sets of one template; leave the others out"
+        )
     with hosts.first_then_others():  # what is downloaded or made once, the others find, where they share a disk
         digest = sources.digest(source, where)
         for template in source.template:
@@ -168,10 +173,12 @@ def _write(
         ) from error
 
 
-def _write_tokens(folder: Path, examples: Iterable[Encoded | None]) -> None:
+def _write_tokens(folder: Path, examples: Iterable[tuple[int, Encoded | None]]) -> None:
     ends: tuple[list[int], list[int]] = ([0], [0])
+    records = []
     with (folder / "source_tokens.bin").open("wb") as sources, (folder / "target_tokens.bin").open("wb") as targets:
-        for example in examples:
+        for record, example in examples:
+            records.append(record)
             source, target, _, mask = example or _NOTHING
             if mask is not None:
                 target = np.where(mask, ~target, target)  # trained tokens are negative on disk; see Tokenized
@@ -180,6 +187,7 @@ def _write_tokens(folder: Path, examples: Iterable[Encoded | None]) -> None:
                 end.append(end[-1] + len(tokens))
     np.asarray(ends[0], np.int64).tofile(folder / "source_ends.bin")
     np.asarray(ends[1], np.int64).tofile(folder / "target_ends.bin")
+    np.asarray(records, np.int64).tofile(folder / "records.bin")
 
 
 def _open(folder: Path, name: str, template: str, digest: str) -> Tokenized:
@@ -199,7 +207,7 @@ def _open(folder: Path, name: str, template: str, digest: str) -> Tokenized:
 
 
 def _map(folder: Path, array: str) -> np.ndarray:
-    file, dtype = folder / f"{array}.bin", np.int64 if array.endswith("ends") else np.int32
+    file, dtype = folder / f"{array}.bin", np.int32 if array.endswith("tokens") else np.int64
     return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
 
 
@@ -212,45 +220,53 @@ def _checksum(array: np.ndarray) -> int:
 
 def _tokenize_records(
     source: Source, where: str, template: str, data: Data, tokenizer: Tokenizer, format: Format, counts: Counts
-) -> Iterator[Encoded | None]:
-    """Yield the tokens of every record, None for one that is dropped; counts as it goes."""
+) -> Iterator[tuple[int, Encoded | None]]:
+    """Yield the tokens of every example and its record's number, None for one that is dropped; counts as it goes."""
     records = sources.read(source, where, keep_invalid=True)
+    first = 0
     with Bar(f"tokenizing {sources.name_of(source)}", unit="examples") as bar:
         while chunk := list(islice(records, _CHUNK)):
-            yield from _tokenize_chunk(chunk, template, data, tokenizer, format, counts)
+            for i, encoded in _tokenize_chunk(chunk, template, data, tokenizer, format, counts):
+                yield first + i, encoded
+            first += len(chunk)
             bar.update(len(chunk))
 
 
 def _tokenize_chunk(
     records: Sequence[Record], template: str, data: Data, tokenizer: Tokenizer, format: Format, counts: Counts
-) -> list[Encoded | None]:
-    """Return the tokens of each record, None for one that is dropped, and add what became of them to the counts."""
+) -> list[tuple[int, Encoded | None]]:
+    """Return the tokens of each example and its record's index; add what became of them to the counts.
 
-    def encode(indices: Sequence[int]) -> None:
+    Tokens are None for an example that is dropped.
+    """
+
+    def encode(examples: Sequence[tuple[int, Example]]) -> Iterable[Encoded | None]:
         part = Counts()
+        locations = [records[i].where for i, _ in examples]
         try:
-            encoded = format.encode(
-                [examples[i] for i in indices], [records[i].where for i in indices], data, tokenizer, part
-            )
-            found.update(zip(indices, encoded, strict=True))
+            encoded = list(format.encode([example for _, example in examples], locations, data, tokenizer, part))
         except InvalidRecord as error:
-            if len(indices) == 1:
-                return counts.add_invalid(error)
-            encode(indices[: len(indices) // 2])
-            encode(indices[len(indices) // 2 :])
-        else:
-            counts.add(part)
+            if len(examples) == 1:
+                counts.add_invalid(error)
+                return [None]
+            half = len(examples) // 2
+            return [*encode(examples[:half]), *encode(examples[half:])]
+        counts.add(part)
+        return encoded
 
-    found: dict[int, Encoded | None] = {}
-    examples: dict[int, Example] = {}
+    examples: list[tuple[int, Example]] = []
+    found: list[tuple[int, Encoded | None]] = []
     for i, record in enumerate(records):
         try:
-            examples[i] = templates.render(record, template)
+            example = templates.render(record, template)
         except InvalidRecord as error:
             counts.add_invalid(error)
+            found.append((i, None))
+            continue
+        examples += [(i, part) for part in (example.per_turn() if data.train_on == "per_turn" else [example])]
     if examples:
-        encode(list(examples))
-    return [found.get(i) for i in range(len(records))]
+        found += zip((i for i, _ in examples), encode(examples), strict=True)
+    return sorted(found, key=lambda item: item[0])
 
 
 def _check_limits(item: Tokenized, data: Data) -> None:

@@ -194,11 +194,12 @@ def test_a_system_message_stands_before_the_prompt():
         ("messages", {"messages": [USER, ASSISTANT, USER]}, "the messages end with the user; the last one must be the"),
         ("messages", {"messages": [USER, SYSTEM, ASSISTANT]}, "message 2 is a system message, which may only come"),
         ("messages", {"messages": [SYSTEM, SYSTEM, USER, ASSISTANT]}, "message 2 is a system message, which may only"),
-        ("messages", {"messages": [USER, {"role": "tool", "content": "4"}]}, "message 2 has the role 'tool', not"),
+        ("messages", {"messages": [USER, {"role": "tool", "content": "4"}]}, "turn 2 is a tool's result, and the"),
+        ("messages", {"messages": [USER, {"role": "critic", "content": "4"}]}, "message 2 has the role 'critic', not"),
         ("messages", {"conversations": [{"from": "bot", "value": "Hi"}]}, "message 1 has the role 'bot', not"),
         ("messages", {"messages": [{"role": "user", "content": " "}, ASSISTANT]}, "turn 1, the user's, is empty"),
         ("messages", {"messages": [USER, {**ASSISTANT, "content": ""}, USER, ASSISTANT]}, "turn 2, the assistant's"),
-        ("messages", {"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "message 2 calls a tool, which"),
+        ("messages", {"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "message 2 calls a tool without a name"),
         ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}, "field 'content' or 'value' is"),
         ("auto", {"question": "a", "answer": "b"}, "has none of the fields 'messages', 'conversations', "
          "'prompt', 'instruction', 'Definition', which template 'auto' needs; its fields: question, answer; "
