@@ -8,7 +8,7 @@ import jax
 
 from jax_it import files, generation, hosts
 from jax_it.config import Source
-from jax_it.data import chat, sources, templates
+from jax_it.data import chat, promptsource, sources, templates
 from jax_it.data.formats import Format
 from jax_it.data.records import Record
 from jax_it.data.templates import Turn
@@ -134,6 +134,7 @@ def read_prompts(
     `raw` prompts are texts, else conversations. Raises UserError that names the file and the line.
     """
     rows, prompts = [], []
+    (_, template), *_ = promptsource.expand([template], "--template")
     for record in sources.read(Source(path=file), "--input"):
         rows.append(record.fields)
         prompts.append(_prompt(record, template, system, raw))

@@ -127,8 +127,11 @@ class Source:
     subset: str = ""  # the configuration of a hub data set
     split: str = "train"  # the split of a hub or built-in data set
     revision: str = ""  # a branch, tag or commit of a hub data set; "": the newest when the run starts
-    template: tuple[str, ...] = ("auto",)  # names of data/templates.py, or Jinja text "prompt ||| completion"
+    # Names of data/templates.py, Jinja text "prompt ||| completion", or P3's by name: "promptsource:xsum" for all of a
+    # data set, "promptsource:super_glue/rte:GPT-3 style" for one.
+    template: tuple[str, ...] = ("auto",)
     weight: float = 1.0  # this data set's share of the mixture, with mixing="weights"
+    mixing_cap: int = 0  # this data set's own cap, with mixing="proportional"; 0: data.mixing_cap
     limit: int = 0  # examples to use, from the start; 0: all
     # For JSON files that hold one object: the field with the list of records. Each record also gets the other fields.
     records: str = ""
@@ -258,7 +261,8 @@ class Task:
     # Language Model Evaluation Harness, or of the YAML files in the folder `data.path`, with its own prompts and
     # metrics
     score: Literal["generate", "multiple_choice", "perplexity", "code_execution", "lm_eval"] = "generate"
-    # For multiple_choice: Jinja text "A ||| B", or "{{ choices | join('|||') }}" for a field that is a list.
+    # For multiple_choice: Jinja text "A ||| B", or "{{ choices | join('|||') }}" for a field that is a list; "": the
+    # answer choices of promptsource's template.
     options: str = ""
     normalize: Literal["none", "tokens", "characters"] = "none"  # what an option's log-likelihood is divided by
     fewshot: Source = field(default_factory=Source)  # the few-shot examples

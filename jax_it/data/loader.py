@@ -127,9 +127,10 @@ class TrainData:
         return [
             {
                 "source": templates[0].name,
-                "records": sorted({int(templates[0].records[d.example]) + 1 for d in found if d.source == i}),
+                "records": sorted({int(records[d.example]) + 1 for d in found if d.source == i}),
             }
             for i, templates in enumerate(self.mixture.tokenized)
+            for records in [templates[0].records]
             if any(d.source == i for d in found)
         ]
 

@@ -57,12 +57,17 @@ class Mixture:
             # The source's number gives two copies of one data set different orders.
             shuffled = pool[np.argsort(_hash(self._seed, pool, int(e), 2 + i), kind="stable")]
             drawn["example"][here] = shuffled[position[here] % len(pool)]
-        templates = self.tokenized[i]
-        drawn["template"] = _hash(self._seed, drawn["example"], epoch, -1) % np.uint64(len(templates))
-        for j, item in enumerate(templates):
-            here = drawn["template"] == j
+        # Of the templates that kept the example, one by hash.
+        chances = _hash(self._seed, drawn["example"], epoch, -1)
+        lengths = [item.target_lengths[drawn["example"]] for item in self.tokenized[i]]
+        kept = np.stack(lengths) > 0
+        wanted, before = chances % kept.sum(0, dtype=np.uint64), np.zeros(count, np.uint64)
+        for j, item in enumerate(self.tokenized[i]):
+            here = kept[j] & (before == wanted)
+            before += kept[j]
+            drawn["template"][here] = j
             drawn["source_length"][here] = item.source_lengths[drawn["example"][here]]
-            drawn["target_length"][here] = item.target_lengths[drawn["example"][here]]
+            drawn["target_length"][here] = lengths[j][here]
         return drawn
 
 
@@ -87,7 +92,8 @@ def mix(
     sizes = np.array([len(pool) for pool in pools])
     if data.mixing == "all":
         return Mixture(tokenized, pools, sizes, data.seed)
-    capped = np.minimum(sizes, data.mixing_cap) if data.mixing_cap else sizes
+    caps = np.array([source.mixing_cap or data.mixing_cap for source in sources])
+    capped = np.where(caps > 0, np.minimum(sizes, caps), sizes)
     if data.mixing == "weights":
         rates = np.array([source.weight for source in sources])
     else:

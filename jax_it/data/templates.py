@@ -7,6 +7,7 @@ A template is a name of `TEMPLATES`, or Jinja text in which `|||` separates the 
 import itertools
 import json
 import math
+import re
 import string
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -50,6 +51,11 @@ class Example(NamedTuple):
         return self.turns[-1].text
 
     @property
+    def is_blank(self) -> bool:
+        """Whether a template gave no text at all, as one does that is meant for other records."""
+        return self.is_plain and not any(turn.text.strip() for turn in self.turns)
+
+    @property
     def is_plain(self) -> bool:
         """Whether the turns are texts alone, which need no chat template to be written."""
         return not any(turn.role in ("tools", "tool") or turn.reasoning or turn.tool_calls for turn in self.turns)
@@ -70,7 +76,7 @@ def render(record: Record, template: str) -> Example:
 
     Raises InvalidRecord that names the record and the field at fault, and UserError for an unknown template.
     """
-    make = TEMPLATES.get(template) or _jinja(template)
+    make = _named(template) or _jinja(template)
     if record.error:
         raise InvalidRecord(record.error)
     try:
@@ -101,7 +107,7 @@ def prompt(record: Record, template: str) -> tuple[Turn, ...]:
 
     Raises as `render` does.
     """
-    make = TEMPLATES.get(template)
+    make = _named(template)
     if record.error:
         raise InvalidRecord(record.error)
     try:
@@ -364,26 +370,52 @@ def _messages(fields: Fields) -> Example:
     return Example(turns, (turns[-1].text,))
 
 
-def _super_ni(examples: int) -> Callable[[Fields], Example]:
-    """Return the template of Tk-Instruct for Super-NaturalInstructions (Wang et al. 2022, appendix B)."""
+class SuperNI(NamedTuple):
+    """The template of Tk-Instruct for Super-NaturalInstructions (Wang et al. 2022, appendix B), in one of its settings.
 
-    def make(fields: Fields) -> Example:
-        definition = _field(fields, "Definition")
-        if isinstance(definition, list):
-            definition = definition[0] if definition else ""
-        parts = [_ended(f"Definition: {_text(definition, 'Definition').strip()}") + "\n\n"]
-        given_examples = fields.get("Positive Examples") or [] if examples else []
-        if not isinstance(given_examples, list) or not all(isinstance(item, dict) for item in given_examples):
-            raise Malformed("the field 'Positive Examples' is not a list of examples with input and output")
-        for number, item in enumerate(given_examples[:examples], 1):
-            given = _ended(f"Input: {_text(_field(item, 'input'), 'input').strip()}")
-            answer = _ended(f" Output: {_text(_field(item, 'output'), 'output').strip()}")
-            parts.append(f" Positive Example {number} -\n{given}\n{answer}\n\n")
+    By name: `super_ni` has the definition and two positive examples, `super_ni:def,pos=2,neg=2,expl` more.
+    """
+
+    definition: bool = False
+    positive: int = 0  # examples
+    negative: int = 0
+    explanations: bool = False  # of the examples
+
+    @classmethod
+    def parse(cls, name: str) -> "SuperNI":
+        """Read the part of the name after the colon. Raises UserError."""
+        found: dict[str, Any] = {}
+        for part in name.split(","):
+            match = re.fullmatch(r"(def|expl)|(pos|neg)=(\d{1,3})", part.strip())
+            if match is None:
+                raise UserError(
+                    f"template {shown(f'super_ni:{name}', 60)}: {part!r} is none of def, pos=K, neg=K and expl; "
+                    "write for example 'super_ni:def,pos=2,neg=2,expl'"
+                )
+            field = {"def": "definition", "expl": "explanations", "pos": "positive", "neg": "negative"}
+            found[field[match[1] or match[2]]] = int(match[3]) if match[3] else True
+        return cls(**found)
+
+    def __call__(self, fields: Fields) -> Example:
+        parts = []
+        if self.definition:
+            definition = _field(fields, "Definition")
+            if isinstance(definition, list):
+                definition = definition[0] if definition else ""
+            parts.append(_ended(f"Definition: {_text(definition, 'Definition').strip()}") + "\n\n")
+        for kind, most in (("Positive", self.positive), ("Negative", self.negative)):
+            given_examples = (fields.get(f"{kind} Examples") or []) if most else []
+            if not isinstance(given_examples, list) or not all(isinstance(item, dict) for item in given_examples):
+                raise Malformed(f"the field '{kind} Examples' is not a list of examples with input and output")
+            for number, item in enumerate(given_examples[:most], 1):
+                given = _ended(f"Input: {_text(_field(item, 'input'), 'input').strip()}")
+                answer = _ended(f" Output: {_text(_field(item, 'output'), 'output').strip()}")
+                explanation = _text(item.get("explanation") or "", "explanation").strip() if self.explanations else ""
+                why = _ended(f" Explanation: {explanation}") + "\n" if explanation else ""
+                parts.append(f" {kind} Example {number} -\n{given}\n{answer}\n{why}\n")
         given = _ended(f"Input: {_text(_field(fields, 'input'), 'input').strip()}")
         parts.append(f"Now complete the following example -\n{given}\nOutput:")
         return _example("".join(parts), _field(fields, "output"), "output")
-
-    return make
 
 
 def _ended(text: str) -> str:
@@ -425,17 +457,27 @@ TEMPLATES: dict[str, Callable[[Fields], Example]] = {
     "alpaca": _alpaca,
     "messages": _messages,
     "prompt": _prompt,
-    "super_ni": _super_ni(examples=2),
-    "super_ni_1_example": _super_ni(examples=1),
-    "super_ni_definition": _super_ni(examples=0),
+    "super_ni": SuperNI(definition=True, positive=2),
+    "super_ni_1_example": SuperNI(definition=True, positive=1),
+    "super_ni_definition": SuperNI(definition=True),
 }
+
+
+@cache
+def _named(name: str) -> Callable[[Fields], Example] | None:
+    """Return the template of this name; None for Jinja text."""
+    if name.startswith("super_ni:"):
+        return SuperNI.parse(name.removeprefix("super_ni:"))
+    return TEMPLATES.get(name)
 
 
 @cache
 def _jinja(text: str, prompt_only: bool = False) -> Callable[[Fields], Example]:
     if "|||" not in text:
         known = ", ".join(TEMPLATES)
-        raise UserError(f"template {shown(text, 60)} is not one of {known}, nor Jinja text with '|||' in it")
+        raise UserError(
+            f"template {shown(text, 60)} is not one of {known}, nor Jinja text with '|||' in it, nor promptsource:NAME"
+        )
     parts_of = compile_template(text, prompt_only)
 
     def make(fields: Fields) -> Example:

@@ -19,19 +19,20 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from jax_it import files, hosts
 from jax_it.config import Data, Source
-from jax_it.data import sources, templates
+from jax_it.data import promptsource, sources, templates
 from jax_it.data.encoded import Encoded
 from jax_it.data.encoding import Counts
 from jax_it.data.formats import Format
 from jax_it.data.records import InvalidRecord, Record
 from jax_it.data.templates import Example
 from jax_it.data.tokenizer import Tokenizer
-from jax_it.errors import UserError
+from jax_it.errors import UserError, shown
 from jax_it.status import Bar
 
 _CHUNK = 1000  # records that the tokenizer takes at a time
@@ -52,7 +53,9 @@ class Tokenized:
     source_ends: np.ndarray  # int64 [examples + 1]: example i is tokens[ends[i]:ends[i + 1]]
     target_tokens: np.ndarray
     target_ends: np.ndarray
-    records: np.ndarray  # int64 [examples]: the number of the record that each example is made of, from 0
+    # int64 [examples]: the number of the record that each example is made of, from 0; its bitwise complement where the
+    # template is not meant for the record.
+    signed_records: np.ndarray
     digest: str = ""  # of the source's records
 
     def example(self, i: int) -> Encoded:
@@ -60,6 +63,14 @@ class Tokenized:
         target = self.target_tokens[self.target_ends[i] : self.target_ends[i + 1]]
         mask = target < 0
         return Encoded(source, np.where(mask, ~target, target), 0, mask) if mask.any() else Encoded(source, target)
+
+    @property
+    def records(self) -> np.ndarray:
+        return np.where(self.skipped, ~self.signed_records, self.signed_records)
+
+    @property
+    def skipped(self) -> np.ndarray:
+        return self.signed_records < 0
 
     @property
     def source_lengths(self) -> np.ndarray:
@@ -71,7 +82,7 @@ class Tokenized:
 
 
 _NOTHING = Encoded(np.zeros(0, np.int32), np.zeros(0, np.int32))
-_ARRAYS = ("source_tokens", "source_ends", "target_tokens", "target_ends", "records")
+_ARRAYS = ("source_tokens", "source_ends", "target_tokens", "target_ends", "signed_records")
 _INDEX = "index.txt"  # the counts and the arrays' checksums in its second line, whose own checksum is the first
 
 
@@ -83,17 +94,18 @@ def tokenize(source: Source, where: str, data: Data, tokenizer: Tokenizer, forma
     """
     made = []
     cache = _cache(data)
-    if data.train_on == "per_turn" and len(source.template) > 1:
+    named = promptsource.expand(source.template, f"{where}.template")
+    if data.train_on == "per_turn" and len(named) > 1:
         raise UserError(
             f"{where}.template: data.train_on='per_turn' needs data sets of one template; leave the others out"
         )
     with hosts.first_then_others():  # what is downloaded or made once, the others find, where they share a disk
         digest = sources.digest(source, where)
-        for template in source.template:
+        for name, template in named:
             folder = cache / _key(digest, template, data, tokenizer, format)
             if not os.path.lexists(folder):
                 _write(folder, source, where, template, data, tokenizer, format)
-            made.append(_open(folder, sources.name_of(source), template, digest))
+            made.append(_open(folder, sources.name_of(source), name, digest))
     for item in made:
         _check_limits(item, data)
     return made
@@ -173,13 +185,19 @@ def _write(
         ) from error
 
 
-def _write_tokens(folder: Path, examples: Iterable[tuple[int, Encoded | None]]) -> None:
+class _Example(NamedTuple):
+    record: int  # its number
+    encoded: Encoded | None  # None if it was dropped or skipped
+    skipped: bool = False  # the template gives no text for it
+
+
+def _write_tokens(folder: Path, examples: Iterable[_Example]) -> None:
     ends: tuple[list[int], list[int]] = ([0], [0])
     records = []
     with (folder / "source_tokens.bin").open("wb") as sources, (folder / "target_tokens.bin").open("wb") as targets:
-        for record, example in examples:
-            records.append(record)
-            source, target, _, mask = example or _NOTHING
+        for example in examples:
+            records.append(~example.record if example.skipped else example.record)
+            source, target, _, mask = example.encoded or _NOTHING
             if mask is not None:
                 target = np.where(mask, ~target, target)  # trained tokens are negative on disk; see Tokenized
             for tokens, end, file in zip((source, target), ends, (sources, targets), strict=True):
@@ -187,14 +205,14 @@ def _write_tokens(folder: Path, examples: Iterable[tuple[int, Encoded | None]]) 
                 end.append(end[-1] + len(tokens))
     np.asarray(ends[0], np.int64).tofile(folder / "source_ends.bin")
     np.asarray(ends[1], np.int64).tofile(folder / "target_ends.bin")
-    np.asarray(records, np.int64).tofile(folder / "records.bin")
+    np.asarray(records, np.int64).tofile(folder / "signed_records.bin")
 
 
 def _open(folder: Path, name: str, template: str, digest: str) -> Tokenized:
     try:
         if not all((folder / name).is_file() for name in (_INDEX, *map("{}.bin".format, _ARRAYS))):
             raise FileNotFoundError  # or what is there is a pipe, which would never end
-        checksum, content = (folder / _INDEX).read_text(encoding="utf-8").splitlines()
+        checksum, content = (folder / _INDEX).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         arrays = {array: _map(folder, array) for array in _ARRAYS}
         whole = checksum == str(zlib.crc32(content.encode()))
         index = json.loads(content) if whole else {}
@@ -220,25 +238,22 @@ def _checksum(array: np.ndarray) -> int:
 
 def _tokenize_records(
     source: Source, where: str, template: str, data: Data, tokenizer: Tokenizer, format: Format, counts: Counts
-) -> Iterator[tuple[int, Encoded | None]]:
-    """Yield the tokens of every example and its record's number, None for one that is dropped; counts as it goes."""
+) -> Iterator[_Example]:
+    """Yield every example; counts as it goes."""
     records = sources.read(source, where, keep_invalid=True)
     first = 0
     with Bar(f"tokenizing {sources.name_of(source)}", unit="examples") as bar:
         while chunk := list(islice(records, _CHUNK)):
-            for i, encoded in _tokenize_chunk(chunk, template, data, tokenizer, format, counts):
-                yield first + i, encoded
+            for example in _tokenize_chunk(chunk, template, data, tokenizer, format, counts):
+                yield example._replace(record=first + example.record)
             first += len(chunk)
             bar.update(len(chunk))
 
 
 def _tokenize_chunk(
     records: Sequence[Record], template: str, data: Data, tokenizer: Tokenizer, format: Format, counts: Counts
-) -> list[tuple[int, Encoded | None]]:
-    """Return the tokens of each example and its record's index; add what became of them to the counts.
-
-    Tokens are None for an example that is dropped.
-    """
+) -> list[_Example]:
+    """Return the examples of some records, which are numbered from 0; add what became of them to the counts."""
 
     def encode(examples: Sequence[tuple[int, Example]]) -> Iterable[Encoded | None]:
         part = Counts()
@@ -255,18 +270,22 @@ def _tokenize_chunk(
         return encoded
 
     examples: list[tuple[int, Example]] = []
-    found: list[tuple[int, Encoded | None]] = []
+    found: list[_Example] = []
     for i, record in enumerate(records):
         try:
             example = templates.render(record, template)
         except InvalidRecord as error:
             counts.add_invalid(error)
-            found.append((i, None))
+            found.append(_Example(i, None))
+            continue
+        if example.is_blank and template not in templates.TEMPLATES:
+            counts.add(Counts(examples=1, skipped=1))
+            found.append(_Example(i, None, skipped=True))
             continue
         examples += [(i, part) for part in (example.per_turn() if data.train_on == "per_turn" else [example])]
     if examples:
-        found += zip((i for i, _ in examples), encode(examples), strict=True)
-    return sorted(found, key=lambda item: item[0])
+        found += map(_Example, (i for i, _ in examples), encode(examples))
+    return sorted(found, key=lambda example: example.record)
 
 
 def _check_limits(item: Tokenized, data: Data) -> None:
@@ -277,6 +296,8 @@ def _check_limits(item: Tokenized, data: Data) -> None:
     if counts.invalid:
         dropped = f"{counts.invalid} invalid, {dropped}"
     if not counts.kept:
+        if counts.skipped:
+            dropped = f"{dropped}, {counts.skipped} without any text by the template {shown(item.template, 60)}"
         reasons = f": {counts.shown_reasons(most=3)}" if counts.invalid else ""
         raise UserError(f"data set {item.name}: none of its {counts.examples} examples is left: {dropped}{reasons}")
     vanished = counts.vanished
@@ -315,13 +336,15 @@ def prompts_and_completions(items: Iterable[Source], where: str) -> Iterator[str
     """Yield all texts of some sources, for training a tokenizer."""
     for i, source in enumerate(items):
         for record in sources.read(source, f"{where}.{i}"):
-            for template in source.template:
+            for _, template in promptsource.expand(source.template, f"{where}.{i}.template"):
                 yield from (turn.text for turn in templates.render(record, template).turns)
 
 
 def eligible(tokenized: Sequence[Tokenized]) -> np.ndarray:
-    """Return the indices of the examples that every template of a source kept."""
-    kept = np.ones(tokenized[0].counts.examples, bool)
+    """Return the indices of the examples that every template of a source kept, but for those that skipped them."""
+    kept, some = np.ones(tokenized[0].counts.examples, bool), np.zeros(tokenized[0].counts.examples, bool)
     for item in tokenized:
-        kept &= item.target_lengths > 0
-    return np.flatnonzero(kept)
+        of_item = item.target_lengths > 0
+        some |= of_item
+        kept &= of_item | item.skipped
+    return np.flatnonzero(kept & some)

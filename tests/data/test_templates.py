@@ -140,6 +140,24 @@ def test_a_super_ni_prompt_may_have_fewer_examples_than_two():
     assert example("super_ni", **without).prompt == "Definition: Add the numbers!\n\n" + last
 
 
+def test_a_super_ni_setting_has_the_definition_examples_and_explanations_that_it_names():
+    """As `def_pos_neg_with_exp` of Tk-Instruct: the collator of github.com/yizhongw/Tk-Instruct."""
+    fields = SUPER_NI | {"Negative Examples": [{"input": "1", "output": "3", "explanation": "too much"}]}
+    whole = TK_INSTRUCT.replace(" Output: 2.\n", " Output: 2.\n Explanation: a sum.\n").replace(
+        "Now complete", " Negative Example 1 -\nInput: 1.\n Output: 3.\n Explanation: too much.\n\nNow complete"
+    )
+    assert example("super_ni:def,pos=2,neg=2,expl", **fields).prompt == whole
+    assert example("super_ni:def,pos=2", **fields) == example("super_ni", **fields)
+    assert (
+        example("super_ni:pos=1", input="a", output="b").prompt
+        == "Now complete the following example -\nInput: a.\nOutput:"
+    )
+    assert example("super_ni:neg=1", **fields).prompt.startswith(" Negative Example 1 -\nInput: 1.\n Output: 3.\n\nNow")
+    assert refusal("super_ni:def,shots=2", **fields).startswith(
+        "template 'super_ni:def,shots=2': 'shots=2' is none of def, pos=K, neg=K and expl; write for example"
+    )
+
+
 def test_a_prompt_alone_is_taken_as_it_is_and_has_no_reference():
     assert example("prompt", prompt=" def f():\n") == pair(" def f():\n", "")
 

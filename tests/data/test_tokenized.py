@@ -112,6 +112,7 @@ def test_everything_is_counted(tmp_path, cache):
         "invalid": 0,
         "reasons": [],
         "empty_completion": 3,
+        "skipped": 0,
         "too_long": 0,
         "truncated": 3,
         "truncated_source": 2,
