@@ -63,6 +63,7 @@ RANGES: dict[type, dict[str, _Range]] = {
         **dict.fromkeys(("packed_source_length", "packed_target_length"), _TOKENS),
         **dict.fromkeys(("max_dropped", "max_truncated", "max_unknown"), _SHARE),
         **dict.fromkeys(("validation_size", "mixing_cap"), _COUNT), "mixing_temperature": _POSITIVE,
+        "num_workers": _Range(0, 1024),
         "seed": _Range(-(2**63), 2**63 - 1),
     },
     Optimizer: {

@@ -15,24 +15,25 @@ import platform
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jax_it import files, hosts
 from jax_it.config import Data, Source
-from jax_it.data import promptsource, sources, templates
+from jax_it.data import processes, promptsource, sources, templates
 from jax_it.data.encoded import Encoded
 from jax_it.data.encoding import Counts
 from jax_it.data.formats import Format
 from jax_it.data.records import InvalidRecord, Record
 from jax_it.data.templates import Example
 from jax_it.data.tokenizer import Tokenizer
-from jax_it.errors import UserError, shown
+from jax_it.errors import UserError, first_line, shown
 from jax_it.status import Bar
 
 _CHUNK = 1000  # records that the tokenizer takes at a time
@@ -111,6 +112,76 @@ def tokenize(source: Source, where: str, data: Data, tokenizer: Tokenizer, forma
     return made
 
 
+def save(made: Sequence[Sequence[Tokenized]], folder: str, data: Data, tokenizer: Tokenizer, format: Format) -> None:
+    """Write tokenized training data into a new folder, which `load` reads without the records.
+
+    Raises UserError for a folder that is there already or cannot be written.
+    """
+    output = files.locate_local(folder, "--output")
+    if os.path.lexists(output):
+        raise UserError(f"--output: {output} already exists; name another, or remove it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with files.new_folder(output.parent, ".part-") as part:
+            for i, templates_ in enumerate(made):
+                for j, item in enumerate(templates_):
+                    (part / f"{i}.{j}").mkdir()
+                    for array in _ARRAYS:
+                        getattr(item, array).tofile(part / f"{i}.{j}" / f"{array}.bin")
+                    _write_index(part / f"{i}.{j}", item.counts)
+            named = [[(item.name, item.template, item.digest) for item in templates_] for templates_ in made]
+            manifest = {"made_with": _made_with(data, tokenizer, format), "data_sets": named}
+            (part / _MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+            part.rename(output)
+    except OSError as error:
+        raise UserError(
+            f"--output: cannot write {output}: {error.strerror or error}; {files.remedy(error.strerror)} "
+            "or name another"
+        ) from error
+
+
+def load(data: Data, tokenizer: Tokenizer, format: Format) -> list[list[Tokenized]]:
+    """Return the training data in the folder `data.tokenized`, which `save` wrote.
+
+    Raises UserError for a folder that is not one of these or is damaged, and for one that was made with other data
+    sets, templates, lengths or another tokenizer.
+    """
+    where = "config.data.tokenized"
+    folder = files.locate_local(data.tokenized, where)
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        made_with, data_sets = manifest["made_with"], [[tuple(item) for item in each] for each in manifest["data_sets"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{where}: {folder} was not written by 'jax-it data tokenize': {reason}") from None
+    for name, value in _made_with(data, tokenizer, format).items():
+        if made_with.get(name) != value:
+            raise UserError(f"{where}: {folder} was made with another {name}; run 'jax-it data tokenize' again")
+    names = [sources.name_of(source) for source in data.train]
+    if names != [each[0][0] for each in data_sets]:
+        there = ", ".join(each[0][0] for each in data_sets)
+        raise UserError(f"{where}: {folder} has the data sets {there}, and config.data.train has {', '.join(names)}")
+    made = [[_open(folder / f"{i}.{j}", *item) for j, item in enumerate(each)] for i, each in enumerate(data_sets)]
+    for item in chain(*made):
+        _check_limits(item, data)
+    return made
+
+
+_MANIFEST = "manifest.json"
+
+
+def _made_with(data: Data, tokenizer: Tokenizer, format: Format) -> dict[str, Any]:
+    """Return what decides the tokens of given records, as JSON has it."""
+    made_with = {
+        "tokenizer": tokenizer.digest(),
+        "length, truncate or train_on": format.key(data),
+        "template": [source.template for source in data.train],
+        "limit": [source.limit for source in data.train],
+    }
+    found: dict[str, Any] = json.loads(json.dumps(made_with))
+    return found
+
+
 def _cache(data: Data) -> Path:
     """Return the folder of all caches, which must be local: they are memory-mapped."""
     folder = files.locate_local(data.cache_dir, "config.data.cache_dir")
@@ -170,9 +241,7 @@ def _write(
             counts = Counts()
             _write_tokens(part, _tokenize_records(source, where, template, data, tokenizer, format, counts))
             counts.check_invalid(sources.name_of(source), data)
-            checksums = {array: _checksum(_map(part, array)) for array in _ARRAYS}
-            content = json.dumps({"counts": asdict(counts), "checksums": checksums})
-            (part / _INDEX).write_text(f"{zlib.crc32(content.encode())}\n{content}\n", encoding="utf-8")
+            _write_index(part, counts)
             try:
                 part.rename(folder)
             except OSError:  # another process was faster, with the same content
@@ -185,27 +254,60 @@ def _write(
         ) from error
 
 
+def _write_index(folder: Path, counts: Counts) -> None:
+    checksums = {array: _checksum(_map(folder, array)) for array in _ARRAYS}
+    content = json.dumps({"counts": asdict(counts), "checksums": checksums})
+    (folder / _INDEX).write_text(f"{zlib.crc32(content.encode())}\n{content}\n", encoding="utf-8")
+
+
 class _Example(NamedTuple):
     record: int  # its number
     encoded: Encoded | None  # None if it was dropped or skipped
     skipped: bool = False  # the template gives no text for it
 
 
-def _write_tokens(folder: Path, examples: Iterable[_Example]) -> None:
-    ends: tuple[list[int], list[int]] = ([0], [0])
-    records = []
-    with (folder / "source_tokens.bin").open("wb") as sources, (folder / "target_tokens.bin").open("wb") as targets:
-        for example in examples:
-            records.append(~example.record if example.skipped else example.record)
-            source, target, _, mask = example.encoded or _NOTHING
-            if mask is not None:
-                target = np.where(mask, ~target, target)  # trained tokens are negative on disk; see Tokenized
-            for tokens, end, file in zip((source, target), ends, (sources, targets), strict=True):
-                file.write(tokens.astype(np.int32).tobytes())
-                end.append(end[-1] + len(tokens))
-    np.asarray(ends[0], np.int64).tofile(folder / "source_ends.bin")
-    np.asarray(ends[1], np.int64).tofile(folder / "target_ends.bin")
-    np.asarray(records, np.int64).tofile(folder / "signed_records.bin")
+class _Chunk(NamedTuple):
+    """Some examples as they are on disk: tokens one after another, and how many each example has."""
+
+    counts: Counts
+    source_tokens: np.ndarray
+    source_lengths: np.ndarray
+    target_tokens: np.ndarray
+    target_lengths: np.ndarray
+    signed_records: np.ndarray  # within the chunk
+
+
+def _chunk(examples: Sequence[_Example], counts: Counts) -> _Chunk:
+    sources, targets = [], []
+    for example in examples:
+        source, target, _, mask = example.encoded or _NOTHING
+        sources.append(source)
+        # Trained tokens are negative on disk; see Tokenized.
+        targets.append(target if mask is None else np.where(mask, ~target, target))
+    return _Chunk(
+        counts,
+        np.concatenate([_NOTHING.source, *sources], dtype=np.int32),
+        np.array([len(source) for source in sources], np.int64),
+        np.concatenate([_NOTHING.target, *targets], dtype=np.int32),
+        np.array([len(target) for target in targets], np.int64),
+        np.array([~example.record if example.skipped else example.record for example in examples], np.int64),
+    )
+
+
+def _write_tokens(folder: Path, chunks: Iterable[_Chunk]) -> None:
+    """Write the arrays of a data set chunk by chunk, so that memory doesn't grow with it."""
+    with ExitStack() as stack:
+        files = {array: stack.enter_context((folder / f"{array}.bin").open("wb")) for array in _ARRAYS}
+        ends = {"source": 0, "target": 0}
+        for side in ends:
+            files[f"{side}_ends"].write(np.zeros(1, np.int64).tobytes())
+        for chunk in chunks:
+            for side in ends:
+                of_chunk = ends[side] + np.cumsum(getattr(chunk, f"{side}_lengths"))
+                files[f"{side}_tokens"].write(getattr(chunk, f"{side}_tokens").tobytes())
+                files[f"{side}_ends"].write(of_chunk.tobytes())
+                ends[side] = int(of_chunk[-1]) if len(of_chunk) else ends[side]
+            files["signed_records"].write(chunk.signed_records.tobytes())
 
 
 def _open(folder: Path, name: str, template: str, digest: str) -> Tokenized:
@@ -238,16 +340,34 @@ def _checksum(array: np.ndarray) -> int:
 
 def _tokenize_records(
     source: Source, where: str, template: str, data: Data, tokenizer: Tokenizer, format: Format, counts: Counts
-) -> Iterator[_Example]:
-    """Yield every example; counts as it goes."""
+) -> Iterator[_Chunk]:
+    """Yield the examples of every record; counts as it goes."""
     records = sources.read(source, where, keep_invalid=True)
+    chunks = iter(lambda: list(islice(records, _CHUNK)), [])
+    tokenize = _Tokenize(template, data, tokenizer, format)
     first = 0
     with Bar(f"tokenizing {sources.name_of(source)}", unit="examples") as bar:
-        while chunk := list(islice(records, _CHUNK)):
-            for example in _tokenize_chunk(chunk, template, data, tokenizer, format, counts):
-                yield example._replace(record=first + example.record)
-            first += len(chunk)
-            bar.update(len(chunk))
+        for number, chunk in processes.in_order(tokenize, chunks, data.num_workers):
+            counts.add(chunk.counts)
+            signed = chunk.signed_records
+            yield chunk._replace(signed_records=np.where(signed < 0, signed - first, signed + first))
+            first += number
+            bar.update(number)
+
+
+@dataclass(frozen=True)
+class _Tokenize:
+    """Turns records into a chunk, in this process or another."""
+
+    template: str
+    data: Data
+    tokenizer: Tokenizer
+    format: Format
+
+    def __call__(self, records: Sequence[Record]) -> tuple[int, _Chunk]:
+        counts = Counts()
+        examples = _tokenize_chunk(records, self.template, self.data, self.tokenizer, self.format, counts)
+        return len(records), _chunk(examples, counts)
 
 
 def _tokenize_chunk(
