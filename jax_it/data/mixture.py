@@ -10,11 +10,11 @@ from jax_it.data.tokenized import Tokenized, eligible
 from jax_it.errors import UserError
 
 COLUMNS = [  # of an example drawn from the stream; lengths are in tokens, including special tokens
-    ("source", np.int64),  # which data set: an index of config.data.train
+    ("source", np.int32),  # which data set: an index of config.data.train
     ("example", np.int64),  # which of its examples
-    ("template", np.int64),  # which of its templates
-    ("source_length", np.int64),  # of the encoder's input
-    ("target_length", np.int64),  # of the decoder's output, or of a causal model's whole sequence
+    ("template", np.int32),  # which of its templates
+    ("source_length", np.int32),  # of the encoder's input
+    ("target_length", np.int32),  # of the decoder's output, or of a causal model's whole sequence
 ]
 
 

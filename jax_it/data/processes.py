@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from jax_it.errors import UserError
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 _function: Callable[[Any], Any]  # of a worker
 

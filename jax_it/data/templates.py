@@ -10,6 +10,7 @@ import math
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -370,7 +371,8 @@ def _messages(fields: Fields) -> Example:
     return Example(turns, (turns[-1].text,))
 
 
-class SuperNI(NamedTuple):
+@dataclass(frozen=True)
+class SuperNI:
     """The template of Tk-Instruct for Super-NaturalInstructions (Wang et al. 2022, appendix B), in one of its settings.
 
     By name: `super_ni` has the definition and two positive examples, `super_ni:def,pos=2,neg=2,expl` more.
