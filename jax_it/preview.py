@@ -48,7 +48,8 @@ def _data_sets(built: data.Built) -> str:
             tokens = max(counts.source_tokens + counts.target_tokens, 1)
             template = "" if len(templates) == 1 else f", template {item.template!r}"
             lines += [
-                f"  {item.name}{template}: {counts.examples} examples, {counts.kept} kept",
+                f"  {item.name}{template}: {counts.examples} examples, {counts.kept} kept"
+                + (f", {counts.skipped} without text by this template" if counts.skipped else ""),
                 f"    dropped    {_share(counts.empty_completion, counts.examples)} with an empty completion, "
                 f"{_share(counts.too_long, counts.examples)} too long",
                 *_invalid(counts),

@@ -16,7 +16,7 @@ from jax_it import files
 from jax_it.config import Source
 from jax_it.data import builtin
 from jax_it.data.records import InvalidRecord, Record, read_json, read_object, suffix_of
-from jax_it.data.tables import read_csv, read_parquet
+from jax_it.data.tables import read_csv, read_parquet, without_fill_ins
 from jax_it.errors import UserError, first_line
 
 _BUILTIN = "builtin:instructions"
@@ -104,7 +104,7 @@ def _read_builtin(source: Source, where: str) -> Iterator[Record]:
 
 def _read_dataset(source: Source, where: str) -> Iterator[Record]:
     for i, fields in enumerate(_load_dataset(source, where)):
-        yield Record(fields, f"{source.path} ({source.split}), row {i + 1}")
+        yield Record(without_fill_ins(fields), f"{source.path} ({source.split}), row {i + 1}")
 
 
 def _kind(source: Source, where: str) -> str:
