@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from jax_it import typed
+from jax_it import files, typed
 from jax_it.commands import arguments
 from jax_it.curation.settings import SETTINGS, Stats
 from jax_it.errors import UserError
@@ -89,7 +89,9 @@ def run(options: argparse.Namespace) -> None:
     settings: Any = None
     if options.stage != "run":
         settings = _settings(options, Stats if options.stage == "stats" else SETTINGS[options.stage])
-    output = arguments.locate_outputs({"--output": getattr(options, "output", None)}).get("--output")
+    names = {f"--{name}": getattr(options, name, None) for name in ("output", "json", "html")}
+    outputs = arguments.locate_outputs(names)
+    output = outputs.get("--output")
 
     from jax_it.curation import input, recipe, run, stats, workers
 
@@ -103,7 +105,11 @@ def run(options: argparse.Namespace) -> None:
             return
         data = input.Input(input.sources_of(options.files, options.template), "FILE", several, Path(folder))
         if options.stage == "stats":
-            stats.run(settings, data)
+            figures = stats.figures(settings, data)
+            for option, content in (("--json", figures), ("--html", stats.page(figures))):
+                if option in outputs:
+                    files.write_output(outputs[option], content, option)
+            print(stats.text(figures))
             return
         manifest = run.run(options.stage, settings, data, output, options.on_invalid, command)
     if options.stage == "validate" and output is None and (number := manifest["counts"]["dropped"]):

@@ -16,6 +16,7 @@ In memory are some 100 bytes for each record; hashes and n-grams are in files of
 
 import bisect
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -136,8 +137,7 @@ def _apply(chunk: Chunk) -> list[Outcome]:
 
 def find(settings: Dedup, input: Input) -> Groups:
     """Return the groups of duplicates among the records that can be rendered."""
-    folder = input.folder / "dedup"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(dir=input.folder))  # a recipe may deduplicate twice
     near = settings.method == "near"
     store = _Store(folder, BANDS if near else 0)
     with store:
@@ -153,6 +153,7 @@ def find(settings: Dedup, input: Input) -> Groups:
         _near(groups, ranked, store, settings.threshold)
     if settings.method == "semantic":
         _semantic(groups, ranked, settings, input)
+    store.close()
     groups.resolve()
     return groups
 
@@ -268,6 +269,10 @@ class _Store:
         self._ngrams = os.open(self._folder / "ngrams", os.O_RDONLY)
         self._lines = np.memmap(self._folder / "lines", np.int64, "r") if self.number else np.zeros(0, np.int64)
 
+    def close(self) -> None:
+        """Close the n-grams; places can still be read."""
+        os.close(self._ngrams)
+
     def add(self, signed: _Signed) -> None:
         arrays = {"valid": signed.valid_N, "exact": signed.exact_N2, "score": signed.score_N, "sizes": signed.sizes_N}
         arrays |= {"ngrams": signed.ngrams}
@@ -376,7 +381,7 @@ def _semantic(groups: Groups, ranked: np.ndarray, settings: Dedup, input: Input)
     from jax_it.curation import embeddings  # the model's code, which other methods and the workers do not need
 
     encoder = embeddings.Encoder(settings.model)
-    file = input.folder / "dedup" / "states"
+    file = Path(tempfile.mkdtemp(dir=input.folder)) / "states"
     with file.open("wb") as stream:
         for states_ND in encoder.states(_texts(settings, input)):
             stream.write(states_ND.data)

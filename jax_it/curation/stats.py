@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from jax_it import files
 from jax_it.curation.input import Chunk, Input
 from jax_it.curation.settings import Stats
 from jax_it.curation.stage import require
@@ -84,24 +83,8 @@ class _Chunk(NamedTuple):
     sample: list[tuple[int, str]]  # the hash of a record's number and its text
 
 
-def run(settings: Stats, input: Input) -> dict[str, Any]:
-    """Print the figures of data sets, write them as the settings say, and return them. Raises UserError."""
-    outputs = {
-        option: files.locate_output(name, option)
-        for option, name in (("--json", settings.json), ("--html", settings.html))
-        if name
-    }
-    found = figures(settings, input)
-    if "--json" in outputs:
-        files.write_output(outputs["--json"], found, "--json")
-    if "--html" in outputs:
-        files.write_output(outputs["--html"], page(found), "--html")
-    print(text(found))
-    return found
-
-
 def figures(settings: Stats, input: Input) -> dict[str, Any]:
-    """Return all figures, as JSON can hold them."""
+    """Return all figures, as JSON can hold them. Raises UserError for data that cannot be read."""
     classify = require("py3langid", "telling languages").classify
     counts = _Counts()
     sample: list[tuple[int, str]] = []  # a heap with the largest hash, negated, at its top

@@ -133,6 +133,7 @@ from ml_collections import ConfigDict
 
 def get_config(arg=""):
     stages = [{{"stage": "convert", "to": "messages"}}, {{"stage": "convert", "to": "sharegpt"}}]
+    stages += [{{"stage": "dedup", "method": "exact"}}, {{"stage": "dedup", "threshold": 0.9}}]
     return ConfigDict({{"inputs": [{{"path": {path!r}}}], "stages": stages, "output": arg, "on_invalid": "drop"}})
 """
 
@@ -147,7 +148,7 @@ def test_a_recipe_runs_its_stages_and_keeps_what_is_done(tmp_path, capsys):
     (dropped,) = read(tmp_path / "out.jsonl.dropped.jsonl")
     assert (dropped["stage"], dropped["file"], dropped["line"], dropped["reason"]) == ("convert", path, 2, "invalid")
     manifest = json.loads((tmp_path / "out.jsonl.manifest.json").read_text())
-    assert [stage["counts"]["kept"] for stage in manifest["stages"]] == [2, 2]
+    assert [stage["counts"]["kept"] for stage in manifest["stages"]] == [2, 2, 2, 2]
 
     capsys.readouterr()
     (tmp_path / "out.jsonl.stages" / "1-convert.jsonl.zst").write_bytes(b"damaged")

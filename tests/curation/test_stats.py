@@ -74,3 +74,9 @@ def test_the_page_is_whole_and_names_no_outside_address(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "5 records, 1 invalid, 1 duplicates" in printed
     assert "50.0%  colors" in printed
+
+
+def test_two_outputs_need_two_files(tmp_path, capsys):
+    path, out = write(tmp_path / "a.jsonl", RECORDS), str(tmp_path / "out")
+    assert jax_it("stats", path, "--html", out, "--json", out) == 2
+    assert "--json and --html both name" in capsys.readouterr().err
