@@ -18,7 +18,7 @@ from jax_it.errors import UserError
 T = TypeVar("T")
 CHUNK_RECORDS = 512
 CHUNK_CHARACTERS = 1 << 20
-ORIGIN = "_origin"  # the field of a recipe's intermediate files that says where a record was read at first
+ORIGIN = "jax_it origin"  # the field of a recipe's intermediate files that says where a record was read at first
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,18 @@ class Chunk:
     first_line: int = 0  # the number of the first line of `text` in the file, from 1
     text: str = ""  # with a lone surrogate for each byte that is not UTF-8
     parsed: tuple[Record, ...] = ()
+    origins: bool = False  # of a recipe's intermediate file: records say where they were read at first
     note: Any = None  # what a stage's `lookup` found for these records
 
     def records(self) -> Iterator[Record]:
         """Yield the records; those that cannot be read have an `error`."""
-        yield from map(_original, self.parsed)
+        found = iter(self.parsed) if self.parsed else self._lines()
+        return map(_original, found) if self.origins else found
+
+    def _lines(self) -> Iterator[Record]:
         for number, line in enumerate(io.StringIO(self.text, newline=""), self.first_line):
             if line.strip():
-                yield _original(_read_line(line, f"{self.file}, line {number}"))
+                yield _read_line(line, f"{self.file}, line {number}")
 
 
 def _read_line(line: str, where: str) -> Record:
@@ -53,8 +57,6 @@ def _read_line(line: str, where: str) -> Record:
 
 def _original(record: Record) -> Record:
     """Return a record of a recipe's intermediate file with the place that it was read at first."""
-    if ORIGIN not in record.fields:
-        return record
     fields = dict(record.fields)
     return Record(fields, fields.pop(ORIGIN))
 
@@ -74,6 +76,7 @@ class Input:
     where: str  # what names the data sets in messages
     workers: Workers
     folder: Path  # for what a stage keeps on disk while it runs
+    origins: bool = False  # the data set is a recipe's intermediate file
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield all records in chunks, which are the same however many workers there are."""
@@ -82,7 +85,7 @@ class Input:
             where = f"{self.where}.{number}" if self.where.startswith("config") else self.where
             for chunk in _chunks(source, where, start):
                 start += chunk.size
-                yield chunk
+                yield replace(chunk, origins=self.origins)
 
     def map(self, function: Callable[[Chunk], T], lookup: Callable[[Chunk], Any] | None = None) -> Iterator[T]:
         """Yield the function's result for each chunk, in order. It runs on the workers: it must be picklable.

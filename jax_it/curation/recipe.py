@@ -76,7 +76,7 @@ def run(recipe: Recipe, workers: Workers, command: Sequence[str] = ()) -> dict[s
             lists.append((name, stage_run.dropped_of(file)))
             if isinstance(settings, Convert) and settings.to != "same":
                 template = "auto"
-            data = Input(_one(file, template), f"config.stages.{number}", workers, Path(folder))
+            data = Input(_one(file, template), f"config.stages.{number}", workers, Path(folder), origins=True)
             if not manifest["counts"]["kept"]:
                 raise UserError(f"config.stages.{number}: {name} has dropped all records, see {lists[-1][1]}")
         final = stage_run.run("convert", Convert(), data, output, recipe.on_invalid, command)

@@ -55,7 +55,7 @@ class _Write:
 
     def __call__(self, chunk: Chunk) -> Written:
         parsed = tuple(chunk.records())
-        outcomes = self.apply(dataclasses.replace(chunk, text="", parsed=parsed))
+        outcomes = self.apply(dataclasses.replace(chunk, text="", parsed=parsed, origins=False))
         kept: list[bytes] = []
         dropped: list[bytes] = []
         reasons: Counter[str] = Counter()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
+from jax_it.curation import texts
 from jax_it.curation.input import Chunk, Input
 from jax_it.curation.settings import Stats
 from jax_it.curation.stage import require
@@ -173,10 +174,15 @@ def _rounded(length: int) -> int:
 
 
 def _opening(asked: str) -> tuple[str, str]:
-    """Return the first word of an instruction and the verb it begins with, "" where it does not."""
+    """Return the first word of an instruction and the verb it begins with, "" where it does not.
+
+    In Chinese, which has no spaces, two characters are taken for a word, as most verbs have.
+    """
     first = verb = ""
     for word in asked[:120].split(None, 8)[:8]:
-        word = word.strip(".,:;!?\"'()[]").lower()
+        word = word.strip(".,:;!?\"'()[]").lower()[:30]
+        if not word.isascii() and texts.UNSPACED.match(word):
+            word = word[:2]
         first = first or word
         if word not in _LEADS:
             verb = word if word in VERBS else ""

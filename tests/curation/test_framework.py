@@ -139,7 +139,7 @@ def get_config(arg=""):
 
 
 def test_a_recipe_runs_its_stages_and_keeps_what_is_done(tmp_path, capsys):
-    path = write(tmp_path / "a.jsonl", [PAIRS[0], {"prompt": "x"}, PAIRS[1]])
+    path = write(tmp_path / "a.jsonl", [PAIRS[0], {"prompt": "x"}, {**PAIRS[1], "jax_it origin": "mine"}])
     (tmp_path / "recipe.py").write_text(RECIPE.format(path=path))
     output = tmp_path / "out.jsonl"
     assert jax_it("run", f"{tmp_path}/recipe.py:{output}") == 0

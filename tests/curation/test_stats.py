@@ -80,3 +80,8 @@ def test_two_outputs_need_two_files(tmp_path, capsys):
     path, out = write(tmp_path / "a.jsonl", RECORDS), str(tmp_path / "out")
     assert jax_it("stats", path, "--html", out, "--json", out) == 2
     assert "--json and --html both name" in capsys.readouterr().err
+
+
+def test_a_chinese_instruction_begins_with_two_characters(tmp_path):
+    found = figures(tmp_path, [{"prompt": "解释为什么水对人类至关重要。", "completion": "x"}])
+    assert found["first_words"] == {"解释": 1}
