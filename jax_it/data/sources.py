@@ -46,6 +46,17 @@ def read(source: Source, where: str = "config.data", keep_invalid: bool = False)
         raise UserError(f"{source.path} holds no records; remove it from {where} or add some")
 
 
+def line_files(source: Source, where: str) -> list[epath.Path] | None:
+    """Return the files whose lines are the records of a data set; None where it is of another kind.
+
+    Of these a file that holds one JSON list is still read as a whole. Raises UserError as `read` does.
+    """
+    kind = _kind(source, where)
+    _check_settings(source, kind, where)
+    partial = source.limit or source.max_per_file
+    return None if kind != "json" or source.records or partial else _files(source, where)
+
+
 def digest(source: Source, where: str = "config.data") -> str:
     """Return a hash of everything that decides what `read` yields."""
     kind = _kind(source, where)

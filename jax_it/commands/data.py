@@ -1,0 +1,103 @@
+"""`jax-it data`: checks, cleans and converts instruction data."""
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from jax_it import typed
+from jax_it.commands import arguments
+from jax_it.curation.settings import SETTINGS
+
+_RUN = "Run the stages of a recipe, those of them that are not done yet."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="stage", required=True, metavar="COMMAND")
+    for name, settings in SETTINGS.items():
+        description = (settings.__doc__ or "").partition("\n")[0]
+        stage = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
+        stage.add_argument(
+            "files", nargs="+", type=arguments.non_empty, metavar="FILE", help="files, globs, folders, or hub names"
+        )
+        stage.add_argument(
+            "--output",
+            type=arguments.path,
+            metavar="FILE",
+            help="where the records go: .jsonl, .jsonl.gz, .jsonl.zst or .parquet (default: only report)",
+        )
+        stage.add_argument(
+            "--template",
+            type=arguments.text,
+            default="auto",
+            help="how a record becomes a prompt and a completion (default: auto)",
+        )
+        stage.add_argument(
+            "--on-invalid",
+            choices=("error", "drop"),
+            default="error",
+            help="what to do with records that cannot be read or rendered (default: error)",
+        )
+        _add_workers(stage)
+        _add_settings(stage, settings)
+
+    recipe = commands.add_parser("run", help=_RUN, description=_RUN, allow_abbrev=False)
+    recipe.add_argument("recipe", type=arguments.non_empty, metavar="RECIPE.py", help="a config file")
+    _add_workers(recipe)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num-workers", type=arguments.positive, metavar="N", help="processes (default: one for each CPU)"
+    )
+    parser.add_argument("--ray", type=arguments.text, default="", metavar="ADDRESS", help="the Ray cluster to run on")
+
+
+def _add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Add an option for each of a stage's settings."""
+    hints = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        flag, hint = _flag(field.name), hints[field.name]
+        help = field.metadata["help"]
+        if hint is bool:
+            parser.add_argument(flag, dest=field.name, action="store_true", default=None, help=help)
+            continue
+        metavar = "|".join(typing.get_args(hint)) if typing.get_origin(hint) is Literal else None
+        default = "" if field.default in ("", ()) else f" (default: {field.default})"
+        parser.add_argument(
+            flag, dest=field.name, type=arguments.text, metavar=metavar, help=f"{help}{default}".replace("%", "%%")
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _settings(options: argparse.Namespace) -> Any:
+    kind = SETTINGS[options.stage]
+    hints = typing.get_type_hints(kind)
+    given = {name: value for name in hints if (value := getattr(options, name)) is not None}
+    return kind(**{name: typed.build(hints[name], value, _flag(name)) for name, value in given.items()})
+
+
+def run(options: argparse.Namespace) -> None:
+    settings, output = None, None
+    if options.stage != "run":
+        settings = _settings(options)
+        output = arguments.locate_outputs({"--output": options.output}).get("--output")
+
+    from jax_it.curation import input, recipe, workers
+    from jax_it.curation.run import run
+
+    command = ["jax-it", *sys.argv[1:]]
+    with workers.Workers(options.num_workers or workers.available_cpus(), options.ray) as several:
+        if options.stage == "run":
+            recipe.run(recipe.read(options.recipe), several, command)
+            return
+        with tempfile.TemporaryDirectory(prefix="jax_it-") as folder:
+            sources = input.sources_of(options.files, options.template)
+            data = input.Input(sources, "FILE", several, Path(folder))
+            run(options.stage, settings, data, output, options.on_invalid, command)

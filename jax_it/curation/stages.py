@@ -1,0 +1,13 @@
+"""The stages by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jax_it.curation import convert
+from jax_it.curation.input import Input
+from jax_it.curation.stage import Plan
+
+# plan(settings, input); the class of a stage's settings is in `settings.SETTINGS`.
+STAGES: dict[str, Callable[[Any, Input], Plan]] = {
+    "convert": convert.plan,
+}
