@@ -9,14 +9,20 @@ spaces is one. Words that a set's texts share because of their template neither 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jax_it import config, typed
 from jax_it.config import Config, Source
+from jax_it.curation.input import Chunk, Input
+from jax_it.curation.planned import planned
+from jax_it.curation.settings import Decontaminate
+from jax_it.curation.stage import Dropped, Kept, Outcome, Plan
+from jax_it.curation.texts import texts_of
 from jax_it.data import sources
-from jax_it.data.records import Fields
+from jax_it.data.records import Fields, Record
 from jax_it.errors import UserError
 from jax_it.metrics import characters
 
@@ -71,16 +77,41 @@ class Index:
     short: frozenset[int]  # texts of fewer words than COVERING, which cannot be found
 
 
-def texts_of(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the name and the text of every field that is text, those within lists and objects too."""
-    if isinstance(value, str):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from texts_of(item, f"{path}.{name}" if path else str(name))
-    elif isinstance(value, list | tuple):
-        for number, item in enumerate(value):
-            yield from texts_of(item, f"{path}.{number}" if path else str(number))
+def plan(settings: Decontaminate, input: Input) -> Plan:
+    if not settings.against:
+        raise UserError("--against is missing; name the evaluation sets, such as test.jsonl")
+    index = build_index(read(settings.against, settings.against_fields))
+    treat = planned(partial(_treat, settings.mark), input)
+    hits: list[tuple[str, list[Match]]] = []
+    for start, places, found in input.map(partial(_search, index)):
+        hits += [(where, matches) for where, matches in zip(places, found, strict=True) if matches]
+        treat.put(start, [[_shown(index, match) for match in matches] for matches in found])
+    sets = report(index, hits)
+    lines = [
+        f"{name}: {one['hit']} of {one['items']} items are in the records"
+        + (f"; {one['too_short']} are too short to be found" if one["too_short"] else "")
+        for name, one in sets.items()
+    ]
+    return Plan(treat, sets, "\n".join(lines))
+
+
+def _search(index: Index, chunk: Chunk) -> tuple[int, list[str], list[list[Match]]]:
+    records = list(chunk.records())
+    return chunk.start, [record.where for record in records], search(index, [record.fields for record in records])
+
+
+def _shown(index: Index, match: Match) -> dict[str, Any]:
+    """Return a match for the record's `contaminated_by`, and for the list of dropped records."""
+    text = index.texts[match.text]
+    return {"set": text.set, "item": text.where, "field": text.field, "rule": match.rules()}
+
+
+def _treat(mark: bool, record: Record, template: str, found: list[dict[str, Any]]) -> Outcome:
+    if not found:
+        return Kept(record.fields)
+    if mark:
+        return Kept({**record.fields, "contaminated_by": found}, ("contaminated",))
+    return Dropped("contains a text of an evaluation set", {"contaminated_by": found})
 
 
 def read(against: Sequence[str], fields: Sequence[str] = (), option: str = "--against") -> list[EvalText]:

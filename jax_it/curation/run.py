@@ -122,7 +122,7 @@ def run(
     changes: Counter[str] = Counter()
     try:
         with _Files(output, input.folder) as to, tqdm(unit=" records", desc=stage, disable=None) as bar:
-            for written in input.map(apply):
+            for written in (plan.records or input).map(apply):
                 to.write(written)
                 counts.update(written.counts)
                 reasons.update(written.reasons)

@@ -3,11 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from jax_it.curation import convert
+from jax_it.curation import convert, decontaminate, filter, sample
+from jax_it.curation.build import stage as build
 from jax_it.curation.input import Input
 from jax_it.curation.stage import Plan
 
 # plan(settings, input); the class of a stage's settings is in `settings.SETTINGS`.
 STAGES: dict[str, Callable[[Any, Input], Plan]] = {
+    "decontaminate": decontaminate.plan,
+    "filter": filter.plan,
+    "sample": sample.plan,
+    "build": build.plan,
     "convert": convert.plan,
 }

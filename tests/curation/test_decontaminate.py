@@ -8,6 +8,7 @@ import pytest
 
 from jax_it.curation import decontaminate
 from jax_it.curation.decontaminate import EvalText, build_index, search
+from jax_it.curation.texts import texts_of
 from jax_it.errors import UserError
 from jax_it.metrics import characters
 
@@ -23,7 +24,7 @@ def by_brute_force(texts, records):
     grams = lambda words, n: [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]  # noqa: E731
     found = []
     for fields in records:
-        mine = [characters(text) for _, text in decontaminate.texts_of(fields)]
+        mine = [characters(text) for _, text in texts_of(fields)]
         any_13 = {gram for words in mine for gram in grams(words, 13)}
         any_8 = {gram for words in mine for gram in grams(words, 8)}
         hits = {}

@@ -12,7 +12,7 @@ from jax_it.errors import UserError, first_line, shorten
 from jax_it.status import Bar
 
 ATTEMPTS = 8  # of a request
-LONGEST_WAIT = 60.0  # seconds between two of them
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between two of them: it doubles each time
 FATAL = {401: "check the API key", 402: "check the account", 403: "check the API key", 404: "check URL and model"}
 _RETRIED = {408, 409, 425, 429}  # and 500 to 599
 
@@ -36,10 +36,10 @@ class Endpoint:
         url: str,
         model: str,
         journal: Journal,
+        usage: Usage,
         api_key: str = "",
         concurrency: int = 16,
         timeout: float = 600.0,
-        first_wait: float = 1.0,
     ):
         try:
             import httpx2
@@ -49,9 +49,9 @@ class Endpoint:
             raise UserError(f"--endpoint {shorten(url)}: not a URL; give one such as http://localhost:8000/v1")
         self._http = httpx2
         self.name = model
-        self.usage = Usage()
+        self.usage = usage
         self._url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self._journal, self._concurrency, self._first_wait = journal, concurrency, first_wait
+        self._journal, self._concurrency = journal, concurrency
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = timeout
         self._runner: asyncio.Runner | None = None
@@ -108,7 +108,7 @@ class Endpoint:
                 if attempt < ATTEMPTS:
                     self.usage.retries += 1
                     self.usage.retried[reason] = self.usage.retried.get(reason, 0) + 1
-                    wait = self._first_wait * 2 ** (attempt - 1) * (0.5 + jitter.random())
+                    wait = FIRST_WAIT * 2 ** (attempt - 1) * (0.5 + jitter.random())
                     await asyncio.sleep(min(max(wait, error.wait), LONGEST_WAIT))
         raise UserError(
             f"--endpoint {self._url}: {ATTEMPTS} attempts failed, the last one with: {reason}; answers so far are "

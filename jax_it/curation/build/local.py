@@ -15,9 +15,9 @@ AT_ONCE = 4  # batches of prompts between two writes to the journal
 class LocalModel:
     """A `Generator` that computes; requests that the journal answers are not computed again."""
 
-    def __init__(self, path: str, journal: Journal, batch_size: int = 32):
+    def __init__(self, path: str, journal: Journal, usage: Usage, batch_size: int = 32):
         self.name = path
-        self.usage = Usage()
+        self.usage = usage
         self._run, self._params = load_run(path)
         self._journal, self._batch_size = journal, batch_size
 

@@ -102,14 +102,14 @@ class Journal:
     def __enter__(self) -> "Journal":
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self._file.open("a+b")
-            self._stream.seek(0)
             whole = 0
-            for number, line in enumerate(self._stream, 1):
-                if not line.endswith(b"\n"):
-                    break
-                self._read(line, number)
-                whole += len(line)
+            if self._file.exists():
+                with self._file.open("rb") as lines:
+                    for number, line in enumerate(lines, 1):
+                        if line.endswith(b"\n"):
+                            self._read(line, number)
+                            whole += len(line)
+            self._stream = self._file.open("ab")
             self._stream.truncate(whole)
         except OSError as error:
             raise UserError(f"cannot write the journal {self._file}: {error.strerror}; fix that") from error
@@ -123,7 +123,8 @@ class Journal:
     def _read(self, line: bytes, number: int) -> None:
         try:
             entry = json.loads(line)
-            self._answers[entry.pop("key")] = Reply(**entry)
+            key = entry.pop("key")
+            self._answers[key] = Reply(**entry)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self._file}, line {number}: not an answer; restore the journal or remove it") from None
 
