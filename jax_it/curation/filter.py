@@ -24,6 +24,7 @@ from jax_it.data.templates import Example
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError, shown
 from jax_it.metrics import characters
+from jax_it.metrics.languages import spaced
 
 SECONDS = 1.0  # of a pattern on one text
 
@@ -249,7 +250,10 @@ def unsafe_words(file: str = "") -> Any:
     words = [" ".join(line.split()) for line in text.splitlines() if line.strip() and not line.startswith("#")]
     if not words:
         raise UserError(f"--unsafe-words: {file} has no words; write one on each line")
-    return regex.compile(r"\b(?:\L<words>)\b", regex.IGNORECASE, words=sorted(set(words)))
+    # Between words of a script without spaces there is no boundary.
+    unspaced = [regex.escape(word) for word in words if spaced(word) != word]
+    patterns = [r"\b\L<words>\b", *dict.fromkeys(unspaced)]
+    return regex.compile("|".join(patterns), regex.IGNORECASE, words=words)
 
 
 def redact(fields: Fields, kinds: Sequence[str], region: str, words: Any | None) -> tuple[Fields, tuple[str, ...]]:

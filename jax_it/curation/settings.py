@@ -29,9 +29,9 @@ class Decontaminate:
     """Find records that contain texts of evaluation sets, and drop or mark them."""
 
     against: tuple[str, ...] = setting(
-        (), "evaluation sets, with commas between: files, hub data sets (NAME or NAME:SPLIT), benchmark recipes"
+        (), "evaluation sets: files, hub data sets (NAME or NAME:SPLIT), benchmark recipes"
     )
-    against_fields: tuple[str, ...] = setting((), "only these fields of the evaluation sets, with commas between")
+    against_fields: tuple[str, ...] = setting((), "only these fields of the evaluation sets")
     mark: bool = setting(False, "keep such records, with what they contain in the field 'contaminated_by'")
 
 
@@ -49,10 +49,10 @@ class Filter:
     min_tokens: int = setting(0, "the fewest tokens of --tokenizer")
     max_tokens: int = setting(0, "the most; 0: no limit")
     tokenizer: str = setting("", "a folder or hub name, for --min-tokens and --max-tokens")
-    languages: tuple[str, ...] = setting((), "keep texts in these languages: codes such as en,de")
+    languages: tuple[str, ...] = setting((), "keep texts in these languages: codes such as en de")
     match: str = setting("", "keep texts in which this regular expression is found")
     exclude: str = setting("", "drop texts in which this regular expression is found")
-    personal_data: tuple[str, ...] = setting((), "find all, or some of: email,phone,card,iban,key")
+    personal_data: tuple[str, ...] = setting((), "find all, or some of: email phone card iban key")
     phone_region: str = setting("US", "the country whose phone numbers need no country code")
     unsafe: bool = setting(False, "find unsafe words")
     unsafe_words: str = setting("", "a file with your own list of them, one on each line")

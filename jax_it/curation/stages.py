@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from jax_it.curation import convert, decontaminate, filter, sample
+from jax_it.curation import convert, decontaminate, filter
 from jax_it.curation.build import stage as build
 from jax_it.curation.input import Input
 from jax_it.curation.stage import Plan
@@ -12,7 +12,6 @@ from jax_it.curation.stage import Plan
 STAGES: dict[str, Callable[[Any, Input], Plan]] = {
     "decontaminate": decontaminate.plan,
     "filter": filter.plan,
-    "sample": sample.plan,
     "build": build.plan,
     "convert": convert.plan,
 }
