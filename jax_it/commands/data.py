@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from jax_it import typed
 from jax_it.commands import arguments
-from jax_it.curation.settings import SETTINGS
+from jax_it.curation.settings import SETTINGS, Stats
+from jax_it.errors import UserError
 
 _RUN = "Run the stages of a recipe, those of them that are not done yet."
 
@@ -18,35 +19,37 @@ _RUN = "Run the stages of a recipe, those of them that are not done yet."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="stage", required=True, metavar="COMMAND")
     for name, settings in SETTINGS.items():
-        description = (settings.__doc__ or "").partition("\n")[0]
-        stage = commands.add_parser(name, help=description, description=description, allow_abbrev=False)
+        stage = _add_command(commands, name, settings)
         stage.add_argument(
-            "files", nargs="+", type=arguments.non_empty, metavar="FILE", help="files, globs, folders, or hub names"
-        )
-        stage.add_argument(
-            "--output",
-            type=arguments.path,
-            metavar="FILE",
+            "--output", type=arguments.path, metavar="FILE",
             help="where the records go: .jsonl, .jsonl.gz, .jsonl.zst or .parquet (default: only report)",
-        )
+        )  # fmt: skip
         stage.add_argument(
-            "--template",
-            type=arguments.text,
-            default="auto",
-            help="how a record becomes a prompt and a completion (default: auto)",
-        )
-        stage.add_argument(
-            "--on-invalid",
-            choices=("error", "drop"),
-            default="error",
+            "--on-invalid", choices=("error", "drop"), default="error",
             help="what to do with records that cannot be read or rendered (default: error)",
-        )
-        _add_workers(stage)
-        _add_settings(stage, settings)
-
+        )  # fmt: skip
+    _add_command(commands, "stats", Stats)
     recipe = commands.add_parser("run", help=_RUN, description=_RUN, allow_abbrev=False)
     recipe.add_argument("recipe", type=arguments.non_empty, metavar="RECIPE.py", help="a config file")
     _add_workers(recipe)
+
+
+def _add_command(commands: Any, name: str, settings: type) -> argparse.ArgumentParser:
+    """Add a command that reads data sets, with an option for each of its settings."""
+    description = (settings.__doc__ or "").partition("\n")[0]
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=description, description=description, allow_abbrev=False
+    )
+    parser.add_argument(
+        "files", nargs="+", type=arguments.non_empty, metavar="FILE", help="files, globs, folders or hub names"
+    )
+    parser.add_argument(
+        "--template", type=arguments.text, default="auto",
+        help="how a record becomes a prompt and a completion (default: auto)",
+    )  # fmt: skip
+    _add_settings(parser, settings)
+    _add_workers(parser)
+    return parser
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
@@ -79,28 +82,34 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _settings(options: argparse.Namespace) -> Any:
-    kind = SETTINGS[options.stage]
+def _settings(options: argparse.Namespace, kind: type) -> Any:
     hints = typing.get_type_hints(kind)
     given = {name: value for name in hints if (value := getattr(options, name)) is not None}
     return kind(**{name: typed.build(hints[name], value, _flag(name)) for name, value in given.items()})
 
 
 def run(options: argparse.Namespace) -> None:
-    settings, output = None, None
+    settings: Any = None
     if options.stage != "run":
-        settings = _settings(options)
-        output = arguments.locate_outputs({"--output": options.output}).get("--output")
+        settings = _settings(options, Stats if options.stage == "stats" else SETTINGS[options.stage])
+    output = arguments.locate_outputs({"--output": getattr(options, "output", None)}).get("--output")
 
-    from jax_it.curation import input, recipe, workers
-    from jax_it.curation.run import run
+    from jax_it.curation import input, recipe, run, stats, workers
 
     command = ["jax-it", *sys.argv[1:]]
-    with workers.Workers(options.num_workers or workers.available_cpus(), options.ray) as several:
+    with (
+        tempfile.TemporaryDirectory(prefix="jax_it-") as folder,
+        workers.Workers(options.num_workers or workers.available_cpus(), options.ray) as several,
+    ):
         if options.stage == "run":
             recipe.run(recipe.read(options.recipe), several, command)
             return
-        with tempfile.TemporaryDirectory(prefix="jax_it-") as folder:
-            sources = input.sources_of(options.files, options.template)
-            data = input.Input(sources, "FILE", several, Path(folder))
-            run(options.stage, settings, data, output, options.on_invalid, command)
+        data = input.Input(input.sources_of(options.files, options.template), "FILE", several, Path(folder))
+        if options.stage == "stats":
+            stats.run(settings, data)
+            return
+        manifest = run.run(options.stage, settings, data, output, options.on_invalid, command)
+    if options.stage == "validate" and output is None and (number := manifest["counts"]["dropped"]):
+        raise UserError(
+            f"{number} of {manifest['counts']['read']} records have faults; fix them, or write the others with --output"
+        )

@@ -16,11 +16,11 @@ import numpy as np
 
 from jax_it import config, typed
 from jax_it.config import Config, Source
+from jax_it.curation.fields import texts_of
 from jax_it.curation.input import Chunk, Input
-from jax_it.curation.planned import planned
+from jax_it.curation.planned import Decisions, PerDecision
 from jax_it.curation.settings import Decontaminate
 from jax_it.curation.stage import Dropped, Kept, Outcome, Plan
-from jax_it.curation.texts import texts_of
 from jax_it.data import sources
 from jax_it.data.records import Fields, Record
 from jax_it.errors import UserError
@@ -81,18 +81,18 @@ def plan(settings: Decontaminate, input: Input) -> Plan:
     if not settings.against:
         raise UserError("--against is missing; name the evaluation sets, such as test.jsonl")
     index = build_index(read(settings.against, settings.against_fields))
-    treat = planned(partial(_treat, settings.mark), input)
+    decisions = Decisions(input)
     hits: list[tuple[str, list[Match]]] = []
     for start, places, found in input.map(partial(_search, index)):
         hits += [(where, matches) for where, matches in zip(places, found, strict=True) if matches]
-        treat.put(start, [[_shown(index, match) for match in matches] for matches in found])
+        decisions.put(start, [[_shown(index, match) for match in matches] for matches in found])
     sets = report(index, hits)
     lines = [
         f"{name}: {one['hit']} of {one['items']} items are in the records"
         + (f"; {one['too_short']} are too short to be found" if one["too_short"] else "")
         for name, one in sets.items()
     ]
-    return Plan(treat, sets, "\n".join(lines))
+    return Plan(PerDecision(partial(_treat, settings.mark)), decisions, sets, "\n".join(lines))
 
 
 def _search(index: Index, chunk: Chunk) -> tuple[int, list[str], list[list[Match]]]:

@@ -12,11 +12,12 @@ import regex
 
 from jax_it.config import Data
 from jax_it.curation import personal_data
+from jax_it.curation.fields import map_texts, texts_of
 from jax_it.curation.input import Input
-from jax_it.curation.planned import planned
+from jax_it.curation.planned import Decisions, PerDecision
 from jax_it.curation.settings import Filter
 from jax_it.curation.stage import Dropped, Kept, Outcome, PerRecord, Plan, invalid, require
-from jax_it.curation.texts import map_texts, text_of, texts_of
+from jax_it.curation.texts import part_of
 from jax_it.data import sources, templates
 from jax_it.data import tokenizer_files as tokenizers
 from jax_it.data.records import Fields, InvalidRecord, Record
@@ -109,7 +110,7 @@ def _of_text(settings: Filter, record: Record, template: str) -> Dropped | None:
     bounds = [bound for bound in bounds if bound[2] or bound[3]]
     if not (bounds or settings.languages or settings.match or settings.exclude):
         return None
-    text = text_of(templates.render(record, template), settings.on)
+    text = part_of(templates.render(record, template), settings.on)
     for what, count, least, most in bounds:
         number = count(text, settings)
         if number < least:
@@ -152,7 +153,7 @@ def _by_scores(settings: Filter, input: Input) -> Plan:
     size = settings.max_seq_length
     data = Data(max_seq_length=size, max_source_length=size, max_target_length=size, train_on="last")
     with_ifd = bool(settings.min_ifd or settings.max_ifd or settings.keep_scores)
-    treat = planned(partial(_scored, settings), input)
+    store = Decisions(input)
     scored = []
     for chunk in input.chunks():
         decisions: list[Any] = []
@@ -169,8 +170,8 @@ def _by_scores(settings: Filter, input: Input) -> Plan:
         for (number, _, _), found in zip(waiting, losses(examples, places, data, alone=with_ifd), strict=True):
             decisions[number] = decisions[number], found.loss, found.ifd
             scored.append((found.loss, found.ifd))
-        treat.put(chunk.start, decisions)
-    return Plan(treat, {"scores": _quantiles(scored)})
+        store.put(chunk.start, decisions)
+    return Plan(PerDecision(partial(_scored, settings)), store, {"scores": _quantiles(scored)})
 
 
 def _quantiles(scored: Sequence[tuple[float, float]]) -> dict[str, Any]:

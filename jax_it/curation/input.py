@@ -3,7 +3,7 @@
 import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ class Chunk:
     first_line: int = 0  # the number of the first line of `text` in the file, from 1
     text: str = ""  # with a lone surrogate for each byte that is not UTF-8
     parsed: tuple[Record, ...] = ()
+    note: Any = None  # what a stage's `lookup` found for these records
 
     def records(self) -> Iterator[Record]:
         """Yield the records; those that cannot be read have an `error`."""
@@ -83,9 +84,15 @@ class Input:
                 start += chunk.size
                 yield chunk
 
-    def map(self, function: Callable[[Chunk], T]) -> Iterator[T]:
-        """Yield the function's result for each chunk, in order. It runs on the workers: it must be picklable."""
-        return self.workers.map(function, self.chunks())
+    def map(self, function: Callable[[Chunk], T], lookup: Callable[[Chunk], Any] | None = None) -> Iterator[T]:
+        """Yield the function's result for each chunk, in order. It runs on the workers: it must be picklable.
+
+        `lookup` runs in this process; its result is the chunk's `note`.
+        """
+        chunks = self.chunks()
+        if lookup is not None:
+            chunks = (replace(chunk, note=lookup(chunk)) for chunk in chunks)
+        return self.workers.map(function, chunks)
 
     def describe(self) -> list[dict[str, str]]:
         """Return of each data set its path, its template and a hash of its content."""

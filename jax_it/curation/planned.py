@@ -12,22 +12,32 @@ from jax_it.curation.stage import Outcome, invalid
 from jax_it.data.records import InvalidRecord, Record
 
 
-@dataclass(frozen=True)
-class Planned:
-    """Treats records one by one with a function of the record, its template, and what was decided on it.
+class Decisions:
+    """A decision on each record: a `Plan`'s `lookup`."""
 
-    `put` keeps the decisions on a chunk that begins at a record's number, one for each of its records.
+    def __init__(self, input: Input):
+        self._folder = Path(tempfile.mkdtemp(dir=input.folder))
+
+    def put(self, start: int, decisions: Sequence[Any]) -> None:
+        """Keep those on a chunk that begins with record number `start`, one for each of its records."""
+        (self._folder / str(start)).write_bytes(pickle.dumps(list(decisions)))
+
+    def __call__(self, chunk: Chunk) -> list[Any]:
+        found: list[Any] = pickle.loads((self._folder / str(chunk.start)).read_bytes())
+        return found
+
+
+@dataclass(frozen=True)
+class PerDecision:
+    """Treats records one by one with a function of the record, its template, and the decision on it: the chunk's note.
+
+    The function may raise InvalidRecord.
     """
 
     function: Callable[[Record, str, Any], Outcome]
-    folder: Path
-
-    def put(self, start: int, decisions: Sequence[Any]) -> None:
-        (self.folder / str(start)).write_bytes(pickle.dumps(list(decisions)))
 
     def __call__(self, chunk: Chunk) -> list[Outcome]:
-        decisions = pickle.loads((self.folder / str(chunk.start)).read_bytes())
-        return [self._one(record, chunk.template, one) for record, one in zip(chunk.records(), decisions, strict=True)]
+        return [self._one(record, chunk.template, one) for record, one in zip(chunk.records(), chunk.note, strict=True)]
 
     def _one(self, record: Record, template: str, decision: Any) -> Outcome:
         if record.error:
@@ -36,8 +46,3 @@ class Planned:
             return self.function(record, template, decision)
         except InvalidRecord as error:
             return invalid(error)
-
-
-def planned(function: Callable[[Record, str, Any], Outcome], input: Input) -> Planned:
-    """Return a `Planned` with a folder of its own for its files."""
-    return Planned(function, Path(tempfile.mkdtemp(dir=input.folder)))

@@ -28,6 +28,7 @@ from jax_it.errors import UserError, first_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 PACKAGES = ("jax-it", "datasketch", "ftfy", "numpy", "py3langid", "xxhash")  # whose versions may change the results
+SHOWN = 100  # lines about dropped records that are printed; all are in the list
 PARQUET_ROWS = 8192  # of a row group
 
 
@@ -47,6 +48,7 @@ class _Write:
     """Applies a stage to a chunk and writes the outcomes as JSON."""
 
     apply: Callable[[Chunk], list[Outcome]]
+    write: bool  # the records that are kept; else they are only counted
     drop_invalid: bool
     origins: bool
     schema: bool
@@ -54,13 +56,14 @@ class _Write:
     def __call__(self, chunk: Chunk) -> Written:
         parsed = tuple(chunk.records())
         outcomes = self.apply(dataclasses.replace(chunk, text="", parsed=parsed))
-        kept, dropped = [], []
+        kept: list[bytes] = []
+        dropped: list[bytes] = []
         reasons: Counter[str] = Counter()
         changes: Counter[str] = Counter()
         for record, outcome in zip(parsed, outcomes, strict=True):
             if isinstance(outcome, Kept):
                 origin = {ORIGIN: record.where} if self.origins else {}
-                line = _line({**outcome.fields, **origin}, record)
+                line = _line({**outcome.fields, **origin}, record) if self.write else b""
                 if isinstance(line, bytes):
                     kept.append(line)
                     changes.update(outcome.changes)
@@ -116,18 +119,22 @@ def run(
     made_of = identity(stage, settings, input, on_invalid)
     plan = STAGES[stage](settings, input)
     parquet = output is not None and output.suffix == ".parquet"
-    apply = _Write(plan.apply, on_invalid == "drop", origins, parquet)
+    apply = _Write(plan.apply, output is not None, on_invalid == "drop", origins, parquet)
     counts: Counter[str] = Counter(read=0, kept=0, dropped=0)
     reasons: Counter[str] = Counter()
     changes: Counter[str] = Counter()
+    shown: list[str] = []
     try:
         with _Files(output, input.folder) as to, tqdm(unit=" records", desc=stage, disable=None) as bar:
-            for written in (plan.records or input).map(apply):
+            for written in (plan.records or input).map(apply, plan.lookup):
                 to.write(written)
                 counts.update(written.counts)
                 reasons.update(written.reasons)
                 changes.update(written.changes)
                 bar.update(written.counts["read"])
+                if plan.describe is not None:
+                    for line in written.dropped.splitlines()[: SHOWN - len(shown)]:
+                        shown += plan.describe(json.loads(line))
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"cannot write {output}: {reason}; {files.remedy(reason)} or name another file") from error
@@ -144,7 +151,11 @@ def run(
     if output is not None and not files.is_stream(output):
         manifest["output"] = {"file": output.name, "digest": digest(output)}
         files.write_output(manifest_of(output), manifest, "the manifest")
-    print(_summary(stage, plan, manifest), file=sys.stderr if output and files.is_stream(output) else sys.stdout)
+    shown = shown[:SHOWN]
+    print(
+        "\n".join([*shown, _summary(stage, plan, manifest)]),
+        file=sys.stderr if output and files.is_stream(output) else sys.stdout,
+    )
     return manifest
 
 

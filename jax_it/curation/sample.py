@@ -1,7 +1,7 @@
 """`jax-it data sample`: some of the records, at random, by task or far apart; or one part of a split.
 
-The choice depends on the records and the seed alone. The parts of a split share no near-duplicates: records are joined
-into groups by every pair that `dedup` would call near-duplicates, and a group is in one part.
+The choice depends on the records and the seed alone. The parts of a split share no near-duplicates that MinHash finds:
+records are joined into groups by every pair that `dedup` would call near-duplicates, and a group is in one part.
 """
 
 import itertools

@@ -6,12 +6,37 @@ A new stage is a dataclass here, a module with its `plan`, and a line in `STAGES
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Fields = Literal["prompt", "completion", "both"]
+Part = Literal["prompt", "completion", "both"]
 
 
 def setting(default: Any, help: str) -> Any:
     """Return a field with its default and the text of `--help`."""
     return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Validate:
+    """Find the faults of all records: what cannot be read or rendered, broken text, empty prompts and completions."""
+
+    fix: bool = setting(False, "mend mojibake, control characters and surrogates; records that stay faulty are dropped")
+    tokenizer: str = setting("", "a folder, file or hub name: also count what this tokenizer loses or does not know")
+    max_tokens: int = setting(2048, "with a tokenizer: count records with more tokens than this")
+
+
+@dataclass(frozen=True)
+class Dedup:
+    """Drop records that say the same as another."""
+
+    method: Literal["exact", "near", "semantic"] = setting(
+        "near", "exact: the same text but for case and spacing; near: or similar words; semantic: or similar meaning"
+    )
+    on: Part = setting("both", "what is compared")
+    keep: str = setting("first", "which record of a group stays: first, longest, or best:FIELD for the largest number")
+    threshold: float = setting(0.72, "for near: share of word 5-grams that two texts have in common, from which on")
+    model: str = setting(
+        "", "for semantic: a run, a Transformers folder or a hub name, whose encoder states are compared"
+    )
+    semantic_threshold: float = setting(0.95, "for semantic: cosine of two texts' mean states, from which on")
 
 
 @dataclass(frozen=True)
@@ -22,6 +47,15 @@ class Convert:
         "same", "the shape: {prompt, completion}, {instruction, input, output}, {messages} or {conversations}"
     )
     keep_fields: bool = setting(False, "keep the fields that are not part of the old shape, such as id and task")
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Describe data sets: lengths, tasks, languages, turns, duplicates, what instructions begin with."""
+
+    task: str = setting("task", "the field that names a record's task")
+    json: str = setting("", "a file for the figures as JSON")
+    html: str = setting("", "a file for a page with the figures and plots")
 
 
 @dataclass(frozen=True)
@@ -39,9 +73,7 @@ class Decontaminate:
 class Filter:
     """Keep records by length, language, patterns, personal data, unsafe words, loss and IFD."""
 
-    on: Literal["prompt", "completion", "both"] = setting(
-        "both", "the text that lengths, languages and patterns are about"
-    )
+    on: Part = setting("both", "the text that lengths, languages and patterns are about")
     min_characters: int = setting(0, "the fewest characters")
     max_characters: int = setting(0, "the most; 0: no limit")
     min_words: int = setting(0, "the fewest words; each character of Chinese, Japanese, Thai, … is one")
@@ -77,7 +109,7 @@ class Sample:
     share: float = setting(0.0, "the share of all records, from 0 to 1")
     stratify: str = setting("", "a field, such as task, whose values keep their shares")
     diverse: bool = setting(False, "take records that are far apart (k-centre greedy), not at random")
-    on: Literal["prompt", "completion", "both"] = setting("prompt", "the text that --diverse and --split compare")
+    on: Part = setting("prompt", "the text that --diverse and --split compare")
     model: str = setting("", "for --diverse: the model whose mean hidden state compares texts (default: hashed words)")
     split: Literal["", "train", "validation", "test"] = setting(
         "", "take this part of a split whose parts share no near-duplicates"
@@ -112,6 +144,8 @@ class Build:
 
 
 SETTINGS: dict[str, type] = {
+    "validate": Validate,
+    "dedup": Dedup,
     "decontaminate": Decontaminate,
     "filter": Filter,
     "sample": Sample,

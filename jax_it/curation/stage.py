@@ -11,8 +11,8 @@ The smallest stage is a function of one record:
             return Dropped("too long", {"characters": len(example.completion)})
         return Kept(record.fields)
 
-One that must see all records before it decides, as deduplication, reads them in `plan` (`input.map`), keeps what it
-decided in a file of `input.folder`, and returns a function that looks up each record's number there.
+One that must see all records before it decides, as deduplication, reads them in `plan` (`input.map`; files in
+`input.folder` take what does not fit into memory), and returns besides `apply` a `lookup` of what it decided.
 """
 
 from collections.abc import Callable, Mapping
@@ -48,9 +48,13 @@ class Plan(NamedTuple):
 
     # Returns one outcome for each record of a chunk, in order; sent to other processes, so it can be pickled.
     apply: Callable[[Chunk], list[Outcome]]
+    # Called here, in the main process, for each chunk; `apply` finds the result as the chunk's `note`.
+    lookup: Callable[[Chunk], Any] | None = None
     report: Mapping[str, Any] = {}  # what was found in planning, for the manifest
     text: str = ""  # the same, to be printed
     records: Input | None = None  # those that a stage has made, which are written in place of the input's
+    # Of a dropped record's line in the list the lines to be printed, where they are more than the reason.
+    describe: Callable[[Fields], list[str]] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,34 +1,30 @@
-"""The texts of a record, whatever its shape."""
+"""Texts as they are compared: folded, in words."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import re
+import unicodedata
 
+from jax_it.curation.settings import Part
 from jax_it.data.templates import Example
 
+# Thai, Lao, Burmese, Khmer, kana and Chinese characters: scripts without spaces, whose characters count as words.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORDS = re.compile(rf"(?=\w)[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
-def text_of(example: Example, on: str) -> str:
-    """Return what a rule looks at: the "prompt", the "completion" or "both"."""
-    if on == "both":
+
+def part_of(example: Example, part: Part) -> str:
+    """Return the prompt, the completion, or both."""
+    if part == "both":
         return f"{example.prompt}\n\n{example.completion}"
-    return example.prompt if on == "prompt" else example.completion
+    return example.prompt if part == "prompt" else example.completion
 
 
-def texts_of(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the name and the text of every field that is text, those within lists and objects too."""
-    if isinstance(value, str):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from texts_of(item, f"{path}.{name}" if path else str(name))
-    elif isinstance(value, list | tuple):
-        for number, item in enumerate(value):
-            yield from texts_of(item, f"{path}.{number}" if path else str(number))
+def fold(text: str) -> str:
+    """Return a text in NFKC without differences of case and white space."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def map_texts(value: Any, function: Callable[[str], str]) -> Any:
-    """Return a record with the function applied to every text in it, those within lists and objects too."""
-    if isinstance(value, str):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {name: map_texts(item, function) for name, item in value.items()}
-    return [map_texts(item, function) for item in value] if isinstance(value, list | tuple) else value
+def words(folded: str) -> list[str]:
+    """Return the words of a folded text, without punctuation; of scripts without spaces, the characters."""
+    return _WORDS.findall(folded)

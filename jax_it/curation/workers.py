@@ -24,12 +24,13 @@ from jax_it.errors import UserError
 
 S = TypeVar("S")
 T = TypeVar("T")
+FEW = 8  # chunks that are done before the first process has started
 
 
 class Workers:
     """Processes of this machine, or a Ray cluster's where its address is given; a context manager.
 
-    Processes are started when there is a second chunk, and stay for the next `map`.
+    Processes are started when there are more chunks than FEW, and stay for the next `map`.
     """
 
     def __init__(self, number: int = 1, ray_address: str = ""):
@@ -54,8 +55,8 @@ class Workers:
         if self._ray is not None:
             return self._on_ray(function, items)
         items = iter(items)
-        first = list(islice(items, 2))
-        if self._number == 1 or len(first) < 2:
+        first = list(islice(items, FEW + 1)) if self._number > 1 else []
+        if len(first) <= FEW:
             return map(function, chain(first, items))
         return self._in_processes(function, chain(first, items))
 

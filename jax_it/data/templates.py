@@ -254,9 +254,7 @@ def _auto(fields: Fields) -> Example:
 
     Some sets repeat the first user message as "prompt"; a prompt that differs from it leaves open what is meant.
     """
-    fitting = [name for name, needed in _NEEDED.items() if any(fields.get(key) is not None for key in needed)]
-    if not fitting:
-        fitting = [name for name, needed in _NEEDED.items() if any(key in fields for key in needed)]
+    fitting = shapes(fields)
     if not fitting:
         needed_fields = ", ".join(repr(key) for keys in _NEEDED.values() for key in keys)
         raise MissingField(f"has none of the fields {needed_fields}")
@@ -271,12 +269,19 @@ def _auto(fields: Fields) -> Example:
     return example
 
 
+def shapes(fields: Fields) -> list[str]:
+    """Return the templates whose fields a record has; "auto" renders it by the first."""
+    fitting = [name for key, name in _SHAPES if fields.get(key) is not None]
+    return list(dict.fromkeys(fitting or [name for key, name in _SHAPES if key in fields]))
+
+
 _NEEDED = {
     "messages": ("messages", "conversations"),
     "prompt_completion": ("prompt",),
     "alpaca": ("instruction",),
     "super_ni": ("Definition",),
 }
+_SHAPES = [(key, name) for name, keys in _NEEDED.items() for key in keys]
 
 TEMPLATES: dict[str, Callable[[Fields], Example]] = {
     "auto": _auto,

@@ -145,6 +145,13 @@ class Model:
         model_key, adapter_key = split_key(key, 2)
         return self._module(params, adapter_key).hidden_states(batch, self.options, model_key)
 
+    def encode(self, params: Params, source_BS: jax.Array, segments_BS: jax.Array) -> jax.Array:
+        """Return an encoder-decoder's encoder states [B, S, D]; segment 0 is padding."""
+        positions_BS = jnp.broadcast_to(jnp.arange(source_BS.shape[1]), source_BS.shape)
+        rows = (array[:, None] for array in (source_BS, segments_BS, positions_BS))
+        states_BSD: jax.Array = self._module(params).encode(*rows, self.options)
+        return states_BSD
+
     def head(self, params: Params) -> jax.Array:
         """Return the weights that `logits` takes, [V, D]."""
         return params["embedding" if self.config.tied else "head"]

@@ -7,11 +7,10 @@ import pytest
 from jax_it import config, models, sharding
 from jax_it.config import Data
 from jax_it.curation.answer_loss import AnswerLosses
-from jax_it.data.formats import pack_rows
-from jax_it.data.packing import Layout
+from jax_it.data.encoding import Counts
 from jax_it.data.templates import Example, Turn
 from jax_it.run import Run
-from tests.data.letters import LETTERS
+from tests.data.letters import Letters
 
 ARCHITECTURES = {
     "t5": {
@@ -28,3 +27,45 @@ EXAMPLES = [("abc def", "gh"), ("a", "bcdefgh ab"), ("hgfedcba", "a b c d"), ("a
 
 def example(prompt, answer):
     return Example((Turn("user", prompt), Turn("assistant", answer)), (answer,))
+
+
+class WithBackend(Letters):
+    class backend:
+        bos_token_id = None
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def run(request):
+    model = models.build(ARCHITECTURES[request.param], "the test", config.Model(dropout=0.0))
+    mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
+    return Run(config.Config(), model, WithBackend(), mesh), jax.jit(model.init)(jax.random.key(0))
+
+
+def test_losses_are_those_of_the_full_forward_pass(run):
+    run, params = run
+    data = Data(max_seq_length=64, max_source_length=32, max_target_length=32, train_on="last")
+    examples = [example(*pair) for pair in EXAMPLES]
+    found = AnswerLosses(run, params, 4)(examples, ["x"] * 4, data, alone=True)
+
+    def expected(encoded):
+        """The mean over the trained tokens of one example, of all of its logits."""
+        shape = run.format.fit(
+            np.array([len(encoded.source)]), np.array([len(encoded.target)]), run.format.smallest(data)
+        )
+        batch = run.format.batch([[encoded]], shape)
+        logits = run.model.logits(run.model.head(params), run.model.hidden_states(params, batch)[0])
+        losses = -jax.nn.log_softmax(logits)[0, np.arange(len(batch.targets_BT[0])), batch.targets_BT[0]]
+        return float((losses * batch.weights_BT[0]).sum() / batch.weights_BT.sum())
+
+    encoded = list(run.format.encode(examples, ["x"] * 4, data, run.tokenizer, Counts(), evaluation=True))
+    assert encoded[3] is None and np.isnan(found[3].loss)
+    for one, item in zip(encoded[:3], found, strict=False):
+        assert item.loss == pytest.approx(expected(one), abs=1e-5)
+        if one.loss_mask is None:
+            bare = one._replace(source=np.array([run.tokenizer.end], np.int32))
+        else:
+            answer = one.target[one.loss_mask]
+            mask = np.arange(len(answer) + 1) > 0
+            bare = one._replace(target=np.array([run.tokenizer.end, *answer], np.int32), loss_mask=mask)
+        assert item.alone == pytest.approx(expected(bare), abs=1e-5)
+        assert item.ifd == item.loss / item.alone

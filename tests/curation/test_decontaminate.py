@@ -8,7 +8,7 @@ import pytest
 
 from jax_it.curation import decontaminate
 from jax_it.curation.decontaminate import EvalText, build_index, search
-from jax_it.curation.texts import texts_of
+from jax_it.curation.fields import texts_of
 from jax_it.errors import UserError
 from jax_it.metrics import characters
 

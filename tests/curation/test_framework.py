@@ -1,40 +1,19 @@
 """Every stage: reading, workers, output with its manifest, recipes."""
 
-import gzip
 import json
-from pathlib import Path
 
 import pytest
 from pyarrow import parquet
 
-from jax_it import cli, errors
+from jax_it import errors
 from jax_it.config import Source
 from jax_it.curation import input, recipe, workers
 from jax_it.curation.run import run
 from jax_it.curation.settings import Convert
 from jax_it.data import sources
+from tests.curation.datasets import data_of, jax_it, read, write
 
 PAIRS = [{"id": i, "prompt": f"Say {i}, please. é", "completion": f"{i}"} for i in range(1500)]
-
-
-def write(file: Path, records: list) -> str:
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    file.write_bytes(gzip.compress(lines.encode()) if file.suffix == ".gz" else lines.encode())
-    return str(file)
-
-
-def read(file: Path) -> list[dict]:
-    return [record.fields for record in sources.read(Source(path=str(file)))]
-
-
-def data_of(*paths: str, folder: Path, number: int = 1, template: str = "auto") -> input.Input:
-    return input.Input(input.sources_of(paths, template), "FILE", workers.Workers(number), folder)
-
-
-def jax_it(*words: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        cli.main(["data", *words])
-    return left.value.code or 0
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "list.json", "a.csv", "a.parquet"])
@@ -75,7 +54,8 @@ def test_a_line_that_is_not_utf8_is_one_invalid_record(tmp_path):
     assert two.error == f"{file}, line 2: not UTF-8 text; convert the file to UTF-8"
 
 
-def test_an_output_does_not_depend_on_the_number_of_workers(tmp_path):
+def test_an_output_does_not_depend_on_the_number_of_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "FEW", 0)
     path = write(tmp_path / "a.jsonl", [*PAIRS, {"prompt": "no completion"}])
     made = []
     for number in (1, 2):

@@ -12,7 +12,7 @@ from jax_it.curation.build import answers, evolve, self_instruct, translate
 from jax_it.curation.build.endpoint import Endpoint
 from jax_it.curation.build.requests import Generator, Journal, Usage
 from jax_it.curation.input import Chunk, Input, sources_of
-from jax_it.curation.planned import planned
+from jax_it.curation.planned import Decisions, PerDecision
 from jax_it.curation.settings import Build
 from jax_it.curation.stage import Kept, Outcome, PerRecord, Plan, invalid
 from jax_it.data import templates
@@ -98,7 +98,7 @@ def _self_instruct(generator: Generator, settings: Build, input: Input) -> Plan:
         "rounds": made.rounds,
         "rejected": dict(sorted(made.rejected.items())),
     }
-    return Plan(PerRecord(_keep), report, records=records)
+    return Plan(PerRecord(_keep), report=report, records=records)
 
 
 def _keep(record: Record, template: str) -> Outcome:
@@ -141,7 +141,7 @@ _METHODS = {"answers": _answers, "evol_instruct": _evolve, "translate": _transla
 
 def _each(make: Callable[[Sequence[Item]], list[Outcome]], settings: Build, input: Input) -> Plan:
     """Plan a method that makes a record of a record."""
-    treat = planned(_decided, input)
+    store = Decisions(input)
     whole = settings.method == "translate"
     for chunk in input.chunks():
         decisions: list[Outcome | None] = []
@@ -157,8 +157,8 @@ def _each(make: Callable[[Sequence[Item]], list[Outcome]], settings: Build, inpu
             except InvalidRecord as error:
                 decisions.append(invalid(error))
         made = iter(make(items))
-        treat.put(chunk.start, [next(made) if one is None else one for one in decisions])
-    return Plan(treat)
+        store.put(chunk.start, [next(made) if one is None else one for one in decisions])
+    return Plan(PerDecision(_decided), store)
 
 
 def _decided(record: Record, template: str, decision: Outcome) -> Outcome:
