@@ -120,7 +120,7 @@ def read(against: Sequence[str], fields: Sequence[str] = (), option: str = "--ag
     Of a recipe these are the data of `eval.tasks` and of `data.eval`. `fields` are the names of the fields to take, all
     if there are none. Raises UserError for a set that cannot be read, and for one that lacks such a field.
     """
-    found = []
+    found: list[EvalText] = []
     for name in against:
         for source, where in _sources(name, option):
             before = len(found)
@@ -244,7 +244,7 @@ def search(index: Index, records: Sequence[Fields]) -> list[list[Match]]:
     for start, where in zip(at.tolist(), place.tolist(), strict=True):
         key = int(record_of[start]), int(index.text_of[where])
         if key not in shared:
-            shared[key] = index_text(index, where, ANY)
+            shared[key] = _text(index, where, ANY)
     covered: dict[tuple[int, int], np.ndarray] = {}
     at, place = _find(index, index.tables[1], words)
     if len(at):
@@ -255,8 +255,9 @@ def search(index: Index, records: Sequence[Fields]) -> list[list[Match]]:
         for start, stop in itertools.pairwise(bounds):
             covered[divmod(int(pairs[start]), len(index.texts))] = place[start:stop]
     found: list[list[Match]] = [[] for _ in records]
-    for record, text in sorted(shared.keys() | covered.keys()):
-        match = Match(text, shared.get((record, text), ""), _share(index, text, covered.get((record, text))))
+    for pair in sorted(shared.keys() | covered.keys()):
+        record, number = pair
+        match = Match(number, shared.get(pair, ""), _share(index, number, covered.get(pair)))
         if match.ngram or match.covered > COVERED:
             found[record].append(match)
     return found
@@ -280,7 +281,7 @@ def _find(index: Index, table: _Table, words: np.ndarray) -> tuple[np.ndarray, n
     return at[same], place[same]
 
 
-def index_text(index: Index, start: int, length: int) -> str:
+def _text(index: Index, start: int, length: int) -> str:
     """Return some of the index's words as text."""
     text = index.texts[int(index.text_of[start])].text
     first = start - int(np.searchsorted(index.text_of, index.text_of[start]))

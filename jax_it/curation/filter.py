@@ -126,16 +126,16 @@ def _of_text(settings: Filter, record: Record, template: str) -> Dropped | None:
     return None
 
 
+@lru_cache(maxsize=1)
+def _tokenizer(path: str) -> Tokenizer:
+    return tokenizers.load(path)
+
+
 _LENGTHS: dict[str, Callable[[str, Filter], int]] = {
     "characters": lambda text, settings: len(text),
     "words": lambda text, settings: len(characters(text)),
     "tokens": lambda text, settings: len(_tokenizer(settings.tokenizer).encode([text])[0]),
 }
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Tokenizer:
-    return tokenizers.load(path)
 
 
 def _kinds(settings: Filter) -> tuple[str, ...]:

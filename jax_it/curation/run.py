@@ -27,7 +27,9 @@ from jax_it.data.records import Record
 from jax_it.errors import UserError, first_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-PACKAGES = ("jax-it", "datasketch", "ftfy", "numpy", "py3langid", "xxhash")  # whose versions may change the results
+PACKAGES = (  # whose versions may change the results
+    "jax-it", "datasketch", "ftfy", "numpy", "phonenumbers", "py3langid", "python-stdnum", "rapidfuzz", "regex", "xxhash",
+)  # fmt: skip
 SHOWN = 100  # lines about dropped records that are printed; all are in the list
 PARQUET_ROWS = 8192  # of a row group
 

@@ -22,7 +22,7 @@ def fault(reply: Reply) -> Dropped | None:
 
 def answered(record: Record, turns: Sequence[Turn], answer: str, about: Mapping[str, Any]) -> Kept:
     """Return a record of these turns and the answer, with its id and task."""
-    fields = {name: record.fields[name] for name in ("id", "task") if name in record.fields}
+    fields: dict[str, Any] = {name: record.fields[name] for name in ("id", "task") if name in record.fields}
     if len(turns) == 1:
         fields |= {"prompt": turns[0].text, "completion": answer}
     else:
