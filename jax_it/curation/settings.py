@@ -9,9 +9,9 @@ from typing import Any, Literal
 Part = Literal["prompt", "completion", "both"]
 
 
-def setting(default: Any, help: str) -> Any:
-    """Return a field with its default and the text of `--help`."""
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, reads: bool = False) -> Any:
+    """Return a field with its default and the text of `--help`; `reads`: it names files to read."""
+    return field(default=default, metadata={"help": help, "reads": reads})
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Decontaminate:
     """Find records that contain texts of evaluation sets, and drop or mark them."""
 
     against: tuple[str, ...] = setting(
-        (), "evaluation sets: files, hub data sets (NAME or NAME:SPLIT), benchmark recipes"
+        (), "evaluation sets: files, hub data sets (NAME or NAME:SPLIT), benchmark recipes", reads=True
     )
     against_fields: tuple[str, ...] = setting((), "only these fields of the evaluation sets")
     mark: bool = setting(False, "keep such records, with what they contain in the field 'contaminated_by'")
@@ -87,7 +87,7 @@ class Filter:
     personal_data: tuple[str, ...] = setting((), "find all, or some of: email phone card iban key")
     phone_region: str = setting("US", "the country whose phone numbers need no country code")
     unsafe: bool = setting(False, "find unsafe words")
-    unsafe_words: str = setting("", "a file with your own list of them, one on each line")
+    unsafe_words: str = setting("", "a file with your own list of them, one on each line", reads=True)
     redact: bool = setting(False, "replace personal data and unsafe words, do not drop their records")
     model: str = setting("", "a run directory, a Transformers or PEFT folder or a hub name, for the scores below")
     min_loss: float = setting(
