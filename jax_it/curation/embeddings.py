@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,8 @@ def _mean_states(model: Model, params: Params, tokens_BS: jax.Array, segments_BS
         states_BSD = model.encode(params, tokens_BS, segments_BS)
     else:
         positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
-        batch = CausalBatch(tokens_BS, tokens_BS, segments_BS, segments_BS, positions_BS, jnp.zeros_like(tokens_BS))
+        arrays: Any = tokens_BS, tokens_BS, segments_BS, segments_BS, positions_BS, jnp.zeros_like(tokens_BS)
+        batch = CausalBatch(*arrays)
         states_BSD = model.hidden_states(params, batch)[0]
     sum_BD = jnp.where(segments_BS[..., None] > 0, states_BSD.astype(jnp.float32), 0).sum(1)
     return sum_BD / jnp.maximum(jnp.linalg.norm(sum_BD, axis=1, keepdims=True), 1e-12)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from jax_it import errors
-from jax_it.curation import dedup, texts
+from jax_it.curation import dedup, embeddings, texts
 from jax_it.curation.settings import Dedup
-from tests import tiny_run
 from tests.curation.datasets import data_of, jax_it, read, write
+from tests.data.chat_tokenizers import checkpoint
+from tests.harness.conftest import CAUSAL, T5
+from tests.harness.conftest import write as model_folder
 
 WORDS = [f"w{i}" for i in range(2000)]
 
@@ -166,15 +168,20 @@ def test_records_that_cannot_be_rendered_are_no_duplicates(tmp_path):
     ]  # fmt: skip
 
 
-def test_texts_of_the_same_meaning_have_states_of_a_small_angle(tmp_path, tmp_path_factory):
-    run = str(tiny_run.finished(tmp_path_factory))
-    found = ["say red 1", "say red 2", "Say  red 1", "say blue 3"]
-    path = write(tmp_path / "a.jsonl", records_of(found))
-    settings = Dedup(method="semantic", on="prompt", model=run, semantic_threshold=0.999999)
-    assert dedup.find(settings, data_of(path, folder=tmp_path)).kept_N.tolist() == [0, 1, 0, 3]
-    (tmp_path / "other").mkdir()
-    settings = Dedup(method="semantic", on="prompt", model=run, semantic_threshold=1e-6)
-    assert dedup.find(settings, data_of(path, folder=tmp_path / "other")).kept_N.tolist() == [0, 0, 0, 0]
+@pytest.mark.parametrize("values", [CAUSAL, T5], ids=["causal", "encoder-decoder"])
+def test_texts_of_the_same_meaning_have_states_of_a_small_angle(tmp_path, values):
+    model = str(model_folder(tmp_path / "model", values, checkpoint("smollm2")))
+    found = ["say red 1", "name the capital of France", "Say  red 1", "say red 1!", "x" * 90]
+    encoder = embeddings.Encoder(model)
+    (states_ND,) = encoder.states(found)
+    (alone_ND,) = encoder.states(found[:1])
+    np.testing.assert_allclose(states_ND[0], alone_ND[0], atol=1e-5)  # whatever it is padded to
+    np.testing.assert_allclose(np.linalg.norm(states_ND, axis=1), 1, atol=1e-5)
+    cosine = states_ND @ states_ND.T
+    threshold = float(max(cosine[0, 1], cosine[0, 4], cosine[1, 4], cosine[1, 3], cosine[3, 4])) + 1e-3
+    assert cosine[0, 3] > threshold
+    kept = groups(tmp_path, found, method="semantic", model=model, semantic_threshold=threshold)
+    assert kept == [0, 1, 0, 0, 4]  # the third is an exact duplicate
 
 
 @pytest.mark.parametrize(
