@@ -10,16 +10,18 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
 from jax_it import cli
-from jax_it.curation.build import endpoint, self_instruct
+from jax_it.curation.build import endpoint, local, self_instruct
 from jax_it.curation.build.endpoint import Endpoint
 from jax_it.curation.build.requests import Journal, Reply, Usage, ask, key_of
 from jax_it.curation.build.similarity import Similar
 from jax_it.errors import UserError
 from jax_it.metrics.rouge import statistics
+from jax_it.predict import Prediction
 
 
 class Stub:
@@ -172,6 +174,29 @@ def test_an_endpoint_that_keeps_failing_or_refuses_the_key_is_an_error_that_keep
         asked(stub, tmp_path, [ask("another")])
     with pytest.raises(UserError, match="not a URL; give one such as"):
         Endpoint("localhost:8000", "m", Journal(tmp_path / "j"), Usage())
+
+
+def test_a_local_model_computes_what_the_journal_lacks_in_batches_of_the_same_settings(tmp_path, monkeypatch):
+    batches = []
+
+    def predict(model, params, tokenizer, prompts, new, sampling, batch_size, mesh, stop):
+        batches.append((len(prompts), new, sampling.temperature, sampling.seed))
+        return [[Prediction(turns[-1].text.upper(), new > 8, None)] for turns in prompts]
+
+    tokenizer = SimpleNamespace(encode=lambda texts: [text.split() for text in texts])
+    run = SimpleNamespace(model=None, tokenizer=tokenizer, mesh=None)
+    monkeypatch.setattr(local, "load_run", lambda path: (run, None))
+    monkeypatch.setattr(local.predict, "predict", predict)
+    requests = [ask(f"a question {i}", max_new_tokens=8 + i % 2, temperature=0.5, seed=i) for i in range(20)]
+    usage = Usage()
+    with Journal(tmp_path / "j") as journal:
+        model = local.LocalModel("folder", journal, usage, batch_size=2)
+        replies = model([*requests, requests[0]])
+        again = model(requests)
+    assert [reply.text for reply in replies] == [f"A QUESTION {i}" for i in [*range(20), 0]] and again == replies[:20]
+    assert batches == [(8, 8, 0.5, 0), (2, 8, 0.5, 16), (8, 9, 0.5, 1), (2, 9, 0.5, 17)]
+    assert replies[1] == Reply("A QUESTION 1", True, 3, 3) and not replies[0].finished
+    assert (usage.requests, usage.from_journal) == (20, 20)
 
 
 # Similarity

@@ -11,6 +11,7 @@ from jax_it.curation.decontaminate import EvalText, build_index, search
 from jax_it.curation.fields import texts_of
 from jax_it.errors import UserError
 from jax_it.metrics import characters
+from tests.curation.datasets import jax_it, read, write
 
 WORDS = [f"w{i}" for i in range(400)]
 
@@ -146,3 +147,36 @@ def test_evaluation_texts_are_read_from_files_and_from_recipes(tmp_path):
         decontaminate.read(["configs/benchmarks/lm_eval.py:mmlu"])
     with pytest.raises(UserError, match="have no text in the fields answer"):
         decontaminate.read([str(tmp_path / "test.jsonl")], ["answer"])
+
+
+def test_the_command_drops_or_marks_what_it_finds_for_any_number_of_workers(tmp_path):
+    rng = random.Random(0)
+    questions = [sentence(rng, 20) for _ in range(50)]
+    test = write(tmp_path / "test.jsonl", [{"question": question, "answer": "no"} for question in questions])
+    records = [{"prompt": sentence(rng, 20), "completion": "x"} for _ in range(3000)]
+    for number in (7, 1234, 2999):
+        records[number]["prompt"] += " " + questions[number % 50]
+    train = write(tmp_path / "train.jsonl", records)
+    outputs = []
+    for number in ("1", "2"):
+        output = tmp_path / f"{number}.jsonl"
+        assert jax_it("decontaminate", train, "--against", test, "--num-workers", number, "--output", str(output)) == 0
+        outputs.append((output.read_bytes(), (tmp_path / f"{number}.jsonl.dropped.jsonl").read_bytes()))
+    assert outputs[0] == outputs[1]
+    assert [(row["line"], row["contaminated_by"][0]["item"]) for row in read(tmp_path / "1.jsonl.dropped.jsonl")] == [
+        (8, f"{test}, line 8"),
+        (1235, f"{test}, line 35"),
+        (3000, f"{test}, line 50"),
+    ]
+    marked = tmp_path / "marked.jsonl"
+    assert (
+        jax_it("decontaminate", train, "--against", test, "--mark", "--num-workers", "1", "--output", str(marked)) == 0
+    )
+    found = [row.get("contaminated_by") for row in read(marked)]
+    assert len(found) == 3000 and sum(map(bool, found)) == 3
+    assert found[7] == [
+        {"set": "test", "item": f"{test}, line 8", "field": "question", "rule": "13-gram and 8-grams cover 100%"}
+    ]
+    report = json.loads((tmp_path / "marked.jsonl.manifest.json").read_text())["report"]
+    assert (report["test"]["items"], report["test"]["hit"]) == (50, 3)
+    assert jax_it("decontaminate", train) == 2

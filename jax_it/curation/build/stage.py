@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from jax_it import files
 from jax_it.curation.build import answers, evolve, self_instruct, translate
 from jax_it.curation.build.endpoint import Endpoint
@@ -26,7 +28,10 @@ Item = tuple[Record, Sequence[Turn]]
 def plan(settings: Build, input: Input) -> Plan:
     _check(settings)
     with ExitStack() as stack:
-        journal = stack.enter_context(Journal(files.locate_local(settings.journal, "--journal")))
+        file = files.locate_local(settings.journal, "--journal")
+        lock = epath.Path(file.with_name(f"{file.name}.lock"))
+        stack.enter_context(files.locked(lock, f"is using the journal {file}; wait for it", "name another --journal"))
+        journal = stack.enter_context(Journal(file))
         shared = Usage()
         generator: Generator
         judge: Generator
