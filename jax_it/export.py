@@ -16,12 +16,13 @@ from jax_it.checkpointing import disk_error
 from jax_it.data import chat
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
+from jax_it.evaluation import results
 from jax_it.model_card import model_card
 from jax_it.models import Model, Params
 from jax_it.pretrained import hf, peft
 from jax_it.pretrained.safetensors import SINGLE, TensorReader
 from jax_it.run import open_run
-from jax_it.run_dir import RunDir, read_scores
+from jax_it.run_dir import SCORES, RunDir
 
 CARD = "README.md"
 
@@ -42,11 +43,14 @@ def export(
     run = open_run(run_dir, dtype="float32")
     if adapter_only and run.model.adapter is None:
         raise UserError(f"the run in {run_dir.path} trained all weights; export it without --adapter-only")
-    params = run.load_params(step)
     try:
-        scores = read_scores(run_dir.eval(step))
-    except (OSError, ValueError):  # not evaluated, or the scores are damaged
-        scores = None
+        scores = results.read(run_dir.eval(step))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{run_dir.eval(step) / SCORES}, whose scores go into the model card, cannot be read: {reason}"
+        ) from None
+    params = run.load_params(step)
     card = model_card(output.name, run, step, scores, adapter_only)
     if adapter_only:
         save_adapter(output, run.model, params, run.tokenizer, run.config.model.path, dtype or "float32", card)

@@ -372,7 +372,7 @@ def read_json_object(file: Path | epath.Path) -> dict[str, Any]:
     A key that occurs twice is an error, where Python would take the last one, and so are NaN and Infinity.
     """
     try:
-        values = json.loads(read_text(file), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        values = json.loads(read_text(file), object_pairs_hook=_strict_object)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -390,7 +390,7 @@ def read_json_object(file: Path | epath.Path) -> dict[str, Any]:
     return values
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _strict_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -398,11 +398,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if any(isinstance(text, str) and _SURROGATE.search(text) for text in (key, value)):
             raise ValueError(f"{key[:100]!a} has half of a surrogate pair, which is not text")
+        if (name := _not_finite(value)) is not None:
+            raise ValueError(f"{key[:100]!r} has the value {name}, which is not a JSON number")
     return values
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
+def _not_finite(value: Any) -> str | None:
+    """Return what Python's JSON calls a number that is not finite, or the first one in a list; None without one."""
+    if isinstance(value, list):
+        return next((name for item in value if (name := _not_finite(item)) is not None), None)
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else None
 
 
 def remove(path: Path | epath.Path) -> None:

@@ -267,6 +267,10 @@ def test_the_model_card_says_how_the_model_was_trained_and_scored(run, output, t
         "| task | rougeL | loss |\n| --- | --- | --- |\n| all | 56 | 0.5 |\n| say | 12.35 |  |\n"
         in card_of(output.with_name("other")).text
     )
+    (folder / "metrics.json").write_text('{"all": ')
+    with pytest.raises(UserError, match=r"metrics.json, whose scores go into the model card, cannot be read"):
+        export(copied, output.with_name("third"))
+    assert not output.with_name("third").exists()
 
 
 def test_a_folder_keeps_the_model_card_that_it_has(run, loaded, output, tmp_path):

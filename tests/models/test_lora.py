@@ -366,7 +366,7 @@ ENDLESS = "(.|..|...)+[!?]"  # for a name of some thirty characters
         ({"r": True}, "rank True"),
         ({"r": 10**400}, "rank 1000"),
         ({"lora_alpha": 0}, "lora_alpha 0 of "),
-        ({"lora_alpha": float("nan")}, "NaN is not a JSON number"),
+        ({"lora_alpha": float("nan")}, "'lora_alpha' has the value NaN, which is not a JSON number"),
         ({"alpha_pattern": {"q_proj": "4"}}, "lora_alpha '4' of "),
         ({"alpha_pattern": {"(": 4}}, "alpha_pattern: '(' is neither a name nor a regular expression"),
         ({"target_modules": ENDLESS}, "target_modules: '(.|..|...)+[!?]' takes too long to match; write a simpler"),

@@ -42,7 +42,10 @@ def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
         mlp_bias=True,
         layer_kinds=(LayerKind(rope=rotation),),
     )
-    reader.finish(ignored=("classifier_dropout", "is_decoder", "rope_theta", "partial_rotary_factor"))
+    # Neither has an effect on logits.
+    reader.rate("classifier_dropout", 0.0)
+    reader.get("is_decoder", bool, False)
+    reader.finish(ignored=("rope_theta", "partial_rotary_factor"))
     return config
 
 

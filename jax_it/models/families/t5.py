@@ -85,7 +85,10 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
         eos_token_ids=reader.get_tokens("eos_token_id", vocab_size) or (1,),
     )
     # The last is umT5's, and nothing reads it.
-    reader.finish(ignored=("initializer_factor", "classifier_dropout", "scalable_attention"))
+    # Neither has an effect on logits.
+    reader.rate("classifier_dropout", 0.0)
+    reader.get("initializer_factor", float, 1.0)
+    reader.finish(ignored=("scalable_attention",))
     return config
 
 

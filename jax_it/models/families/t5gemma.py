@@ -56,7 +56,8 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
     reader.expect(is_encoder_decoder=True, is_decoder=False, attention_dropout=0.0, chunk_size_feed_forward=0)
     reader.expect(decoder_start_token_id=config.decoder_start_token_id)
     reader.size("vocab_size", 1)  # the halves have their own
-    reader.finish(ignored=("classifier_dropout_rate",))
+    reader.rate("classifier_dropout_rate", 0.0)  # of a head for classification: no effect on logits
+    reader.finish()
     return config
 
 
