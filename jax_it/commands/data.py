@@ -68,6 +68,9 @@ def _add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
         if hint is bool:
             parser.add_argument(flag, dest=field.name, action="store_true", default=None, help=help)
             continue
+        if hint == tuple[str, ...]:
+            parser.add_argument(flag, dest=field.name, nargs="+", type=arguments.text, metavar="TEXT", help=help)
+            continue
         metavar = "|".join(typing.get_args(hint)) if typing.get_origin(hint) is Literal else None
         default = "" if field.default in ("", ()) else f" (default: {field.default})"
         parser.add_argument(

@@ -137,6 +137,40 @@ def _apply(chunk: Chunk) -> list[Outcome]:
 
 def find(settings: Dedup, input: Input) -> Groups:
     """Return the groups of duplicates among the records that can be rendered."""
+    groups, ranked, store = _exact_groups(settings, input)
+    if settings.method == "near":
+        _near(groups, ranked, store, settings.threshold)
+    if settings.method == "semantic":
+        _semantic(groups, ranked, settings, input)
+    store.close()
+    groups.resolve()
+    return groups
+
+
+def components(settings: Dedup, input: Input) -> np.ndarray:
+    """Return for each record [N] the number of one of its group: near-duplicates are in one, however many between."""
+    groups, ranked, store = _exact_groups(settings, input)
+    parent_N = groups.kept_N
+
+    def root(i: int) -> int:
+        while parent_N[i] != i:
+            parent_N[i] = parent_N[parent_N[i]]
+            i = int(parent_N[i])
+        return i
+
+    candidates = _Candidates(ranked, store)
+    every = np.ones(len(ranked), bool)
+    for rank in candidates.ranks.tolist():
+        i = int(ranked[rank])
+        for j in ranked[candidates.before(rank, every)].tolist():
+            if root(i) != root(j) and _similarity(store, i, j, settings.threshold) >= settings.threshold:
+                parent_N[root(i)] = root(j)
+    store.close()
+    return np.array([root(i) for i in range(len(parent_N))], np.int64)
+
+
+def _exact_groups(settings: Dedup, input: Input) -> tuple[Groups, np.ndarray, "_Store"]:
+    """Return the groups of equal texts, the kept records in their order of preference, and what is known of each."""
     folder = Path(tempfile.mkdtemp(dir=input.folder))  # a recipe may deduplicate twice
     near = settings.method == "near"
     store = _Store(folder, BANDS if near else 0)
@@ -148,14 +182,7 @@ def find(settings: Dedup, input: Input) -> Groups:
     # Those that are preferred come first; of equals the one that comes first in the input.
     ranked = np.argsort(-store.read("score", np.float64), kind="stable")
     ranked = ranked[store.read("valid", np.bool_)[ranked]]
-    ranked = _exact(groups, ranked, store.read("exact", np.uint64).reshape(-1, 2))
-    if near:
-        _near(groups, ranked, store, settings.threshold)
-    if settings.method == "semantic":
-        _semantic(groups, ranked, settings, input)
-    store.close()
-    groups.resolve()
-    return groups
+    return groups, _exact(groups, ranked, store.read("exact", np.uint64).reshape(-1, 2)), store
 
 
 # Hashes of each record, on the workers.
@@ -321,20 +348,23 @@ def _near(groups: Groups, ranked: np.ndarray, store: _Store, threshold: float) -
     candidates = _Candidates(ranked, store)
     for rank in candidates.ranks.tolist():
         i = int(ranked[rank])
-        ngrams, size = store.ngrams(i), store.size(i)
         best, best_rank = 0.0, -1
         for other in candidates.before(rank, kept):
-            j = int(ranked[other])
-            smaller, larger = sorted((size, store.size(j)))
-            if smaller < threshold * larger:
-                continue
-            shared = len(np.intersect1d(ngrams, store.ngrams(j), assume_unique=True))
-            similarity = shared / (size + store.size(j) - shared)
+            similarity = _similarity(store, i, int(ranked[other]), threshold)
             if similarity >= threshold and similarity > best:
                 best, best_rank = similarity, other
         if best_rank >= 0:
             kept[rank] = False
             groups.drop(i, int(ranked[best_rank]), "near", best)
+
+
+def _similarity(store: _Store, i: int, j: int, threshold: float) -> float:
+    """Return the Jaccard similarity of two records, or 0 where their sizes alone put it below the threshold."""
+    smaller, larger = sorted((store.size(i), store.size(j)))
+    if smaller < threshold * larger:
+        return 0.0
+    shared = len(np.intersect1d(store.ngrams(i), store.ngrams(j), assume_unique=True))
+    return shared / (smaller + larger - shared)
 
 
 class _Candidates:

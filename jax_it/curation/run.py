@@ -27,7 +27,10 @@ from jax_it.data.records import Record
 from jax_it.errors import UserError, first_line
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-PACKAGES = ("jax-it", "datasketch", "ftfy", "numpy", "py3langid", "xxhash")  # whose versions may change the results
+PACKAGES = (  # whose versions may change the results
+    "jax-it", "datasketch", "ftfy", "numpy", "phonenumbers", "py3langid", "python-stdnum", "rapidfuzz", "regex",
+    "xxhash",
+)  # fmt: skip
 SHOWN = 100  # lines about dropped records that are printed; all are in the list
 PARQUET_ROWS = 8192  # of a row group
 
@@ -126,7 +129,7 @@ def run(
     shown: list[str] = []
     try:
         with _Files(output, input.folder) as to, tqdm(unit=" records", desc=stage, disable=None) as bar:
-            for written in input.map(apply, plan.lookup):
+            for written in (plan.records or input).map(apply, plan.lookup):
                 to.write(written)
                 counts.update(written.counts)
                 reasons.update(written.reasons)
@@ -166,8 +169,22 @@ def identity(stage: str, settings: Any, input: Input, on_invalid: str) -> dict[s
         "settings": json.loads(files.to_json(dataclasses.asdict(settings))),
         "on_invalid": on_invalid,
         "inputs": input.describe(),
+        "reads": _read_beside(settings),
         "versions": {"python": platform.python_version(), **_versions()},
     }
+
+
+def _read_beside(settings: Any) -> dict[str, str]:
+    """Return a hash of each file that a stage's settings name."""
+    found = {}
+    for field in dataclasses.fields(settings):
+        if field.metadata.get("reads"):
+            value = getattr(settings, field.name)
+            for name in [value] if isinstance(value, str) else value:
+                file = files.locate(name.partition(":")[0] if ".py:" in name else name) if name else None
+                if file is not None and files.is_regular(file):
+                    found[name] = digest(file)
+    return found
 
 
 def _versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from jax_it.curation.input import Chunk
+from jax_it.curation.input import Chunk, Input
 from jax_it.data.records import Fields, InvalidRecord, Record
 from jax_it.errors import UserError
 
@@ -52,6 +52,7 @@ class Plan(NamedTuple):
     lookup: Callable[[Chunk], Any] | None = None
     report: Mapping[str, Any] = {}  # what was found in planning, for the manifest
     text: str = ""  # the same, to be printed
+    records: Input | None = None  # those that a stage has made, which are written in place of the input's
     # Of a dropped record's line in the list the lines to be printed, where they are more than the reason.
     describe: Callable[[Fields], list[str]] | None = None
 
