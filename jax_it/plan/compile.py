@@ -57,8 +57,9 @@ def build_step(config: Config, topology: Topology, rows: int = 0) -> Step:
     # The devices cannot compute: what JAX evaluates while it traces must go to the CPU.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         model = find_model(config)
-        if config.model.attention == "auto" and topology.is_tpu:
-            model = dataclasses.replace(model, options=model.options._replace(splash=True))
+        if config.model.attention == "auto":
+            options = model.options._replace(splash=topology.is_tpu, recompute=not topology.is_tpu)
+            model = dataclasses.replace(model, options=options)
         frozen: Any = {}
         if model.adapter is not None:
             dtypes = storage_dtypes(model, config.model)
