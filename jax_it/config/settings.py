@@ -158,7 +158,7 @@ class Data:
     mixing_cap: int = 0  # for "proportional": a larger data set counts as having this many examples; 0: no cap
     mixing_temperature: float = 1.0  # for "proportional": rates are proportional to size ** (1 / temperature)
     seed: int = 0  # of the order, the mixture and the choice of templates
-    cache_dir: str = "~/.cache/jax_it"  # a local folder for tokenized data
+    cache_dir: str = "~/.cache/jax_it"  # a local folder for tokenized data and compiled programs
     on_invalid: Literal["error", "drop"] = "error"  # for records that cannot be read or rendered; drop: skip and count
     max_dropped: float = 0.1  # the run is refused if a larger share of a data set's examples is dropped
     max_truncated: float = 0.5  # the run is refused if a larger share of a data set's examples is truncated
