@@ -105,7 +105,8 @@ class Model:
     tokenizer_size: int = 0  # vocabulary size of a tokenizer that is trained (tokenizer="train")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: float32 on CPU, else bfloat16
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the master weights and the optimizer state
-    # plain: attention in plain JAX; auto: on TPUs a fused kernel, where it supports the model and its row lengths
+    # plain: attention in plain JAX; auto: on TPUs a fused kernel, where it supports the model and its row lengths; on a
+    # CPU row by row, with scores and activations that the backward pass computes again
     attention: Literal["auto", "plain"] = "auto"
     remat: Literal["none", "layer"] = "none"  # layer: recompute each layer in the backward pass, to save memory
     dropout: float | None = None  # dropout rate; None: the one in config.json
@@ -162,7 +163,7 @@ class Data:
     mixing_cap: int = 0  # for "proportional": a larger data set counts as having this many examples; 0: no cap
     mixing_temperature: float = 1.0  # for "proportional": rates are proportional to size ** (1 / temperature)
     seed: int = 0  # of the order, the mixture and the choice of templates
-    cache_dir: str = "~/.cache/jax_it"  # a local folder for tokenized data
+    cache_dir: str = "~/.cache/jax_it"  # a local folder for tokenized data and compiled programs
     tokenized: str = ""  # a local folder with the training data that `jax-it data tokenize` has tokenized; "": none
     num_workers: int = 0  # processes that tokenize; 0: this one alone
     on_invalid: Literal["error", "drop"] = "error"  # for records that cannot be read or rendered; drop: skip and count

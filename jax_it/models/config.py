@@ -59,6 +59,7 @@ class ComputeOptions(NamedTuple):
     dropout: float = 0.0  # the rate, if a key is given
     prefix_lm: bool = False  # the prompt's positions see each other, within a window to either side
     splash: bool | Literal["interpret"] = False  # attention by the kernel for TPUs, if it can compute the rows
+    recompute: bool = False  # the backward pass computes activations and scores again: faster on a CPU
     unrolled: bool = False  # decoding takes the layers one by one: faster than a scan, but slower to compile
 
 

@@ -77,6 +77,8 @@ def train(config: Config, workdir: str | Path, allow_change: Sequence[str] = ())
             checkpoints,
         ):
             log.warn(summary(run, first))
+            if folder := jax.config.jax_compilation_cache_dir:
+                log.warn(f"compiled programs are kept in {folder}")
             for name, (before, after) in run.changes.items():
                 log.warn(f"config.{name} is {after!r} after step {first}; it was {before!r}")
             log.shares(phases)
