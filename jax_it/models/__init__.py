@@ -215,11 +215,11 @@ def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
     dtype = {"auto": default_dtype(), "float32": jnp.float32, "bfloat16": jnp.bfloat16}
     dropout = config.dropout if model.dropout is None else model.dropout
     on_tpu = jax.default_backend() == "tpu"
-    splash = model.attention == "auto" and on_tpu
+    fused_attention = model.attention == "auto" and on_tpu
     if model.prefix_lm and config.recompute_longrope and config.longrope_length:
         raise UserError(f"config.model.prefix_lm: the longrope of {where} is computed for causal attention alone")
     options = ComputeOptions(
-        dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, splash, unrolled=not on_tpu
+        dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, fused_attention, unrolled=not on_tpu
     )
     return Model(values, family, config, options)
 

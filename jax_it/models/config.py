@@ -57,7 +57,7 @@ class ComputeOptions(NamedTuple):
     remat: bool = False
     dropout: float = 0.0  # the rate, if a key is given
     prefix_lm: bool = False  # the prompt's positions see each other, within a window to either side
-    splash: bool | Literal["interpret"] = False  # attention by the kernel for TPUs, if it can compute the rows
+    fused_attention: bool | Literal["interpret"] = False  # by a kernel for TPUs, if one can compute the rows
     unrolled: bool = False  # decoding takes the layers one by one: faster than a scan, but slower to compile
 
 

@@ -17,14 +17,14 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """
     if key is None or not rate:
         return x
-    size, dropped = _rounded(rate)
+    size, dropped = rounded_rate(rate)
     words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] * size // 32)), jnp.uint32)
     parts = words if size == 32 else jax.lax.bitcast_convert_type(words, {8: jnp.uint8, 16: jnp.uint16}[size])
     kept = parts.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]] >= jnp.asarray(dropped, parts.dtype)
     return jnp.where(kept, x * jnp.asarray(2**size / (2**size - dropped), x.dtype), 0)
 
 
-def _rounded(rate: float) -> tuple[int, int]:
+def rounded_rate(rate: float) -> tuple[int, int]:
     """Return (bits, how many of their 2 ** bits values are dropped) for a rate in (0, 1)."""
     for size in (8, 16):
         dropped = round(rate * 2**size)

@@ -58,7 +58,7 @@ def build_step(config: Config, topology: Topology, rows: int = 0) -> Step:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         model = find_model(config)
         if config.model.attention == "auto" and topology.is_tpu:
-            model = dataclasses.replace(model, options=model.options._replace(splash=True))
+            model = dataclasses.replace(model, options=model.options._replace(fused_attention=True))
         frozen: Any = {}
         if model.adapter is not None:
             dtypes = storage_dtypes(model, config.model)
