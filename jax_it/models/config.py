@@ -11,6 +11,7 @@ within one file of models:
 
     M heads of queries that share a head of keys         U pairs of entries that rotate
     Z distances           I tokens of a device           A experts of a token         J pairs of token and expert
+    C entries of several heads, beside each other
 
 and in generation:
 
