@@ -105,8 +105,8 @@ class Model:
     tokenizer_size: int = 0  # vocabulary size of a tokenizer that is trained (tokenizer="train")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: float32 on CPU, else bfloat16
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the master weights and the optimizer state
-    # plain: attention in plain JAX; auto: on TPUs a fused kernel, where it supports the model and its row lengths; on a
-    # CPU row by row, with scores and activations that the backward pass computes again
+    # plain: attention in plain JAX; auto: on TPUs a fused kernel, where one supports the model and its row lengths; on
+    # a CPU row by row, with scores and activations that the backward pass computes again
     attention: Literal["auto", "plain"] = "auto"
     remat: Literal["none", "layer"] = "none"  # layer: recompute each layer in the backward pass, to save memory
     dropout: float | None = None  # dropout rate; None: the one in config.json

@@ -240,7 +240,7 @@ def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
     if model.prefix_lm and config.recompute_longrope and config.longrope_length:
         raise UserError(f"config.model.prefix_lm: the longrope of {where} is computed for causal attention alone")
     options = ComputeOptions(
-        dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, splash=chosen and on_tpu,
+        dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, fused_attention=chosen and on_tpu,
         recompute=chosen and on_cpu, unrolled=not on_tpu,
     )  # fmt: skip
     return Model(values, family, config, options)

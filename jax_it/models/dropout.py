@@ -28,7 +28,7 @@ def random_bits(shape: tuple[int, ...], rate: float, key: jax.Array | None) -> j
     """
     if key is None or not rate:
         return None
-    (*leading, last), (size, _) = shape, _rounded(rate)
+    (*leading, last), (size, _) = shape, rounded_rate(rate)
     row = jnp.zeros((*leading, 1), jnp.uint32)
     for axis, length in enumerate(leading):
         row = row * jnp.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, row.shape, axis)
@@ -43,12 +43,12 @@ def keep(x: jax.Array, rate: float, bits: jax.Array | None) -> jax.Array:
     """Drop the elements of `x` whose random bits say so, and scale the others."""
     if bits is None:
         return x
-    size, dropped = _rounded(rate)
+    size, dropped = rounded_rate(rate)
     kept = bits >= jnp.asarray(dropped, bits.dtype)
     return jnp.where(kept, x * jnp.asarray(2**size / (2**size - dropped), x.dtype), 0)
 
 
-def _rounded(rate: float) -> tuple[int, int]:
+def rounded_rate(rate: float) -> tuple[int, int]:
     """Return (bits, how many of their 2 ** bits values are dropped) for a rate in (0, 1)."""
     for size in (8, 16):
         dropped = round(rate * 2**size)

@@ -29,13 +29,14 @@ class Context(NamedTuple):
     options: ComputeOptions
     scores: Scores
     cos_sin: Mapping[Rope | None, CosSin]
-    bias_of: Callable[["Layer"], jax.Array | None]  # gives a layer's relative bias, if it has one
+    bias_of: Callable[["Layer"], Any]  # gives a layer's relative bias, if it has one; see `fast_attention.attend`
     real_BT: jax.Array  # false for padding, which experts do not count
     mask_BTS: jax.Array | None = None  # which positions each position may see
-    segments_BT: jax.Array | None = None
+    segments_BT: jax.Array | None = None  # if all of the mask follows from them and from `causal`
     causal: bool = False  # the mask allows no key after its query
     encoded_BSD: jax.Array | None = None  # the encoder's states; a source's blocks are rows of their own
     cross_mask_BTS: jax.Array | None = None  # which source positions each position may see
+    source_segments_BS: jax.Array | None = None
 
 
 class Attention(nnx.Module):
@@ -169,8 +170,8 @@ def _self_attend(
     assert context.mask_BTS is not None
     attended_BTNH = attend(
         query_BTNH, *keys_values, context.scores, mask_BTS=context.mask_BTS, segments_BT=context.segments_BT,
-        causal=context.causal, window=kind.window, splash=context.options.splash, recompute=context.options.recompute,
-        bias=bias, dropout_key=dropout_key,
+        causal=context.causal, window=kind.window, fused=context.options.fused_attention,
+        recompute=context.options.recompute, bias=bias, dropout_key=dropout_key,
     )  # fmt: skip
     return attention.output_projection(attended_BTNH), keys_values
 
@@ -183,7 +184,8 @@ def _cross_attend(
         assert context.encoded_BSD is not None and context.cross_mask_BTS is not None
         keys_values = cross.keys_values(context.encoded_BSD, len(x_BTD))
         attended_BTNH = attend(
-            query_BTNH, *keys_values, context.scores, mask_BTS=context.cross_mask_BTS,
+            query_BTNH, *keys_values, context.scores, mask_BTS=context.cross_mask_BTS, segments_BT=context.segments_BT,
+            key_segments_BS=context.source_segments_BS, fused=context.options.fused_attention,
             recompute=context.options.recompute, dropout_key=dropout_key,
         )  # fmt: skip
         return cross.output_projection(attended_BTNH)

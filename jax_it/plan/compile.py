@@ -109,7 +109,7 @@ def find_model(config: Config, topology: Topology) -> Model:
         model = dataclasses.replace(model, path=folder)
     found = load_model(model)
     if config.model.attention == "auto":
-        options = found.options._replace(splash=topology.is_tpu, recompute=not topology.is_tpu)
+        options = found.options._replace(fused_attention=topology.is_tpu, recompute=not topology.is_tpu)
         return dataclasses.replace(found, options=options)
     return found
 
