@@ -187,6 +187,8 @@ def overrides(rest: list[str], takes_config: bool) -> dict[str, str]:
         if not equals and (value := next(words, "--")).startswith("--"):
             raise UserError(f"{name} needs a value: {name}=VALUE")
         name = name.removeprefix("--config.")
+        if not name:
+            raise UserError(f"{shorten(word)} names no setting; write --config.SECTION.SETTING=VALUE")
         if typed.parts(name) in map(typed.parts, found):
             raise UserError(f"--config.{typed.shown_name(name)} is given twice; keep one")
         found[name] = value

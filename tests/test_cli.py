@@ -84,6 +84,7 @@ def exit_code(*arguments):
             ("preview", "--config", "x", "--config.data.train.0.path=a", "--config.data.train[0].path=b"),
             "--config.data.train[0].path is given twice; keep one",
         ),
+        (("preview", "--config", "x", "--config.=1"), "--config.=1 names no setting"),
         (("preview", "--config", "x", "--num", "few"), "--num"),
         (("generate", "--model", "x"), "one of the arguments --prompt --input --chat is required"),
         (("generate", "--model", "x", "--prompt", "y", "--input", "z"), "not allowed with"),

@@ -127,7 +127,12 @@ class _Http(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Close the connection if the head of a request does not arrive in time."""
         super().connection_made(transport)
-        self.loop.call_later(HEAD_TIMEOUT, lambda: self.cycle is None and transport.close())
+
+        def close_if_silent() -> None:
+            if not self.cycle:  # it has no request yet
+                transport.close()
+
+        self.loop.call_later(HEAD_TIMEOUT, close_if_silent)
 
 
 class _Uvicorn(uvicorn.Server):

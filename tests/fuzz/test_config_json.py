@@ -295,8 +295,6 @@ def compare(kind: str, changes: dict[str, Any], folder: Path, said: str = "") ->
         ours = build(*hf.read_config_json(settings), settings)
     except UserError as error:
         message = str(error)
-        if "no JSON number" in message:
-            return "refused", said + message
         fields = {field for name in (*values, *changes) for field in name.split(".")}
         named = any(field in message for field in fields) and "\n" not in message and len(message) < 1000
         return ("refused" if named else "fault"), said + message
@@ -326,10 +324,17 @@ def compare(kind: str, changes: dict[str, Any], folder: Path, said: str = "") ->
         ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end in range(vocabulary)]
         if list(ours.config.eos_token_ids) != ends:
             return "fault", f"{said}texts end at {ours.config.eos_token_ids}, in Transformers at {ends}"
-    difference = np.abs(found - logits).max() / np.abs(logits).max()
-    if not difference <= TOLERANCE:
-        return "fault", f"{said}the logits differ by {difference:.1e}"
+    if not relative(found, logits) <= TOLERANCE:
+        # Rounding may grow in the model itself, as where a norm divides by next to nothing: then PyTorch's grows too.
+        exact = their_logits(theirs.double(), start, vocabulary)
+        ours_off, theirs_off = relative(found, exact), relative(logits, exact)
+        if not ours_off <= max(TOLERANCE, 8 * theirs_off):
+            return "fault", f"{said}the logits are off by {ours_off:.1e}, PyTorch's float32 ones by {theirs_off:.1e}"
     return "ran", said
+
+
+def relative(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def plain(values: dict[str, Any], kind: Any = None) -> dict[str, Any]:

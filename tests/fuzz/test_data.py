@@ -146,6 +146,8 @@ def write_case(folder: Path, rng: random.Random) -> tuple[dict[str, Any], int | 
     records = records_of(rng, folder)
     content = WRITERS[suffix](records, rng)
     known: int | None = len(records)
+    if suffix == ".csv" and b"\\" in content:  # CSV has no escapes: a line break after one ends the record
+        known = None
     if rng.random() < 0.3:
         content, known = damaged(content, rng), None
     packing = rng.choice(["", "", "", ".gz", ".zst"])

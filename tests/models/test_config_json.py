@@ -247,12 +247,23 @@ def test_a_half_of_t5gemma_is_refused_by_its_name_and_field():
 
 
 @pytest.mark.parametrize(
-    "kind, field", [("t5gemma", "classifier_dropout_rate"), ("t5", "classifier_dropout"), ("t5", "initializer_factor")]
-)
+    "kind, field",
+    [
+        ("t5gemma", "classifier_dropout_rate"), ("t5", "classifier_dropout"), ("t5", "initializer_factor"),
+        ("gpt_neox", "is_decoder"), ("smollm3", "max_window_layers"), ("qwen3_moe", "max_window_layers"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("value", ["32", [None]])
 def test_a_field_without_effect_has_a_value_of_its_type(kind, field, value):
-    with pytest.raises(UserError, match=f"{field} is .*; it must be of type float"):
+    with pytest.raises(UserError, match=f"{field} is .*; it must be of type "):
         read({**FAMILY[kind], field: value})
+
+
+def test_a_default_for_padding_that_the_vocabulary_lacks_is_refused():
+    values = {key: value for key, value in FAMILY["smollm3"].items() if key != "pad_token_id"}
+    with pytest.raises(UserError, match="pad_token_id is missing, and the default, 128004, is not in the vocabulary"):
+        read(values)
+    assert read({**values, "pad_token_id": None}).pad_token_id is None
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

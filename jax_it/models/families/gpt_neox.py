@@ -42,8 +42,10 @@ def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
         mlp_bias=True,
         layer_kinds=(LayerKind(rope=rotation),),
     )
-    reader.rate("classifier_dropout", 0.0)  # of a head for classification: no effect on logits
-    reader.finish(ignored=("is_decoder", "rope_theta", "partial_rotary_factor"))
+    # Neither has an effect on logits.
+    reader.rate("classifier_dropout", 0.0)
+    reader.get("is_decoder", bool, False)
+    reader.finish(ignored=("rope_theta", "partial_rotary_factor"))
     return config
 
 

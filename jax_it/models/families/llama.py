@@ -6,6 +6,7 @@ Most families have Llama's names for their settings and weights; they begin with
 from collections.abc import Mapping
 from typing import Any
 
+from jax_it.errors import UserError
 from jax_it.models import causal_lm, rope
 from jax_it.models.config import CausalLMConfig, LayerKind, StackConfig
 from jax_it.models.config_json import ConfigReader
@@ -76,7 +77,7 @@ def read_special_tokens(
 ) -> dict[str, Any]:
     """Read the tokens that begin, end and fill texts, as arguments of `CausalLMConfig`.
 
-    Null means none; without a key it is the family's default, if the vocabulary has it.
+    Null means none; without a key it is the family's default, if the vocabulary has it. Padding must be in it.
     """
 
     def default(key: str, token: int | None) -> int | None:
@@ -86,6 +87,11 @@ def read_special_tokens(
         default(f"{name}_token_id", token) for name, token in zip(("bos", "eos", "pad"), defaults, strict=True)
     )
     given = {name: reader.get_token(f"{name}_token_id", vocab_size) for name in ("bos", "pad")}
+    if given["pad"] is None and pad != defaults[2] and not reader.is_null("pad_token_id"):
+        raise UserError(
+            f"{reader.where}: pad_token_id is missing, and the default, {defaults[2]}, is not in the vocabulary of "
+            f"{vocab_size} tokens; add the token, or null"
+        )
     ends = reader.get_tokens("eos_token_id", vocab_size)
     return {
         "eos_token_ids": ends or (() if end is None else (end,)),

@@ -61,7 +61,8 @@ def read_qwen3_moe(values: Mapping[str, Any], where: str) -> CausalLMConfig:
         if set(kinds) != {window}:
             raise reader.bad("layer_types", "in this family use_sliding_window decides, for all layers at once")
     config = _make_qwen3(reader, common, windows, experts)
-    reader.finish(ignored=("num_experts", "max_window_layers"))
+    reader.get("max_window_layers", int, 0)  # use_sliding_window decides for all layers at once
+    reader.finish(ignored=("num_experts",))
     return config
 
 

@@ -40,7 +40,8 @@ def read_config(values: Mapping[str, Any], where: str) -> CausalLMConfig:
         mlp_bias=reader.get("mlp_bias", bool, False),
         layer_kinds=shortest_period(kinds),
     )
-    reader.finish(ignored=("max_window_layers",))
+    reader.get("max_window_layers", int, 0)  # layer_types decides
+    reader.finish()
     return config
 
 
