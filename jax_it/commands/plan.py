@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name[2:].replace("-", "_")) for name in OF_SERVE}
-    if not options.serve and (found := next((name for name, value in given.items() if value), "")):
-        raise UserError(f"{found} is for a plan of a server; add --serve, or leave it out")
-    if options.serve and (found := "--rows" if options.rows else "--hlo" if options.hlo else ""):
-        raise UserError(f"{found} is for a plan of training; leave it or --serve out")
+    if not options.serve and (name := next((name for name, value in given.items() if value), "")):
+        raise UserError(f"{name} is for a plan of a server; add --serve, or leave it out")
+    if options.serve and (name := "--rows" if options.rows else "--hlo" if options.hlo else ""):
+        raise UserError(f"{name} is for a plan of training; leave it or --serve out")
     from jax_it import config, plan
 
     outputs = arguments.locate_outputs({"--json": options.json, "--hlo": options.hlo})

@@ -141,7 +141,7 @@ def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
     """Compile a program. Raises TooLarge if the compiler says that it does not fit."""
     began, worked = time.perf_counter(), time.process_time()
     try:
-        compiled = lowered.compile()
+        compiled: Any = lowered.compile()
     except Exception as error:
         if found := _too_large(str(error)):
             raise found from None
