@@ -15,21 +15,26 @@ def enable(cache_dir: str) -> str:
     Must be called before anything is compiled. Several CPU devices have none: collectives of programs that were read
     from a cache can deadlock there (seen with JAX 0.10).
     """
-    if jax.config.jax_compilation_cache_dir:
-        return jax.config.jax_compilation_cache_dir
+    if found := folder():
+        return found
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu and jax.device_count() > 1:
         return ""
     # Machines may share a home directory, and a program for one CPU can crash another. JAX's keys tell GPUs and TPUs
     # apart, but not CPUs.
-    folder = Path(cache_dir).expanduser() / "compiled" / (_cpu() if on_cpu else jax.default_backend())
+    ours = Path(cache_dir).expanduser() / "compiled" / (_cpu() if on_cpu else jax.default_backend())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        ours.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that cannot be written to is no reason to fail
         return ""
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    return str(folder)
+    jax.config.update("jax_compilation_cache_dir", str(ours))
+    return str(ours)
+
+
+def folder() -> str:
+    """Return where compiled programs are kept, "" if they are not."""
+    return jax.config.values["jax_compilation_cache_dir"] or ""
 
 
 def _cpu() -> str:

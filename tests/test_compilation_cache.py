@@ -29,6 +29,6 @@ def test_programs_are_kept_in_the_cache_directory_unless_there_are_several_cpu_d
 
 
 def test_a_folder_that_jax_was_told_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr("jax_it.compilation_cache.jax.config", type("C", (), {"jax_compilation_cache_dir": "mine"}))
+    monkeypatch.setattr(compilation_cache, "folder", lambda: "mine")
     assert compilation_cache.enable(str(tmp_path)) == "mine"
     assert not list(tmp_path.iterdir())
