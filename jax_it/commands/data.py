@@ -14,6 +14,7 @@ from jax_it.curation.settings import SETTINGS, Stats
 from jax_it.errors import UserError
 
 _RUN = "Run the stages of a recipe, those of them that are not done yet."
+_TOKENIZE = "Tokenize a config's training data into a folder, to train from it on any machine."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recipe = commands.add_parser("run", help=_RUN, description=_RUN, allow_abbrev=False)
     recipe.add_argument("recipe", type=arguments.non_empty, metavar="RECIPE.py", help="a config file")
     _add_workers(recipe)
+    tokenize = commands.add_parser("tokenize", help=_TOKENIZE, description=_TOKENIZE, allow_abbrev=False)
+    arguments.add_config(tokenize)
+    tokenize.add_argument(
+        "--output", type=arguments.path, required=True, metavar="FOLDER",
+        help="a new folder, for --config.data.tokenized",
+    )  # fmt: skip
+    arguments.add_print_config(tokenize)
 
 
 def _add_command(commands: Any, name: str, settings: type) -> argparse.ArgumentParser:
@@ -89,6 +97,12 @@ def _settings(options: argparse.Namespace, kind: type) -> Any:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.stage == "tokenize":
+        from jax_it.preview import tokenize
+
+        if (config := arguments.load_config(options)) is not None:
+            print(tokenize(config, options.output))
+        return
     settings: Any = None
     if options.stage != "run":
         settings = _settings(options, Stats if options.stage == "stats" else SETTINGS[options.stage])
