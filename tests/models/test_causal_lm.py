@@ -122,7 +122,7 @@ def test_layers_that_differ_are_computed_by_their_own_window_and_rope():
 
 
 LONGROPE = LLAMA | {
-    "model_type": "phi3", "max_position_embeddings": 64, "original_max_position_embeddings": 16,
+    "model_type": "phi3", "pad_token_id": None, "max_position_embeddings": 64, "original_max_position_embeddings": 16,
     "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]},
 }  # fmt: skip
 
@@ -175,7 +175,7 @@ def test_layers_that_are_all_of_the_second_rope_rotate_by_it(kind):
     """All layers with a window in Gemma 3, none that rotate in SmolLM3: against the same rope as the only one."""
     values = LLAMA | {"model_type": kind, "head_dim": 8, "hidden_activation": "gelu_pytorch_tanh"}
     if kind == "smollm3":
-        values = {**values, "no_rope_layers": [0, 0]}
+        values = {**values, "no_rope_layers": [0, 0], "pad_token_id": None}
         del values["hidden_activation"]
     else:
         values |= {"layer_types": ["sliding_attention"] * 2, "sliding_window": 64, "rope_local_base_freq": 10.0}

@@ -18,19 +18,20 @@ def stream(length, seed=0):
     return (jnp.float32(random.standard_normal((ROWS, length, HEADS, DIM))) for _ in range(2))
 
 
-def check_held(cache, keys, values, window):
-    """Compare what a step at the cache's positions sees with the positions that it may see, one by one."""
-    key_BKHT, value_BKTH = cache.keys_values
-    mask_BT = np.asarray(cache.mask())[:, 0]
-    capacity = mask_BT.shape[1]
-    for row, last in enumerate(np.asarray(cache.positions_B)):
-        seen = range(max(0, last - window + 1) if window else 0, last + 1)
-        assert mask_BT[row].sum() == len(seen)
-        for position in seen:
-            at = position % capacity
-            assert mask_BT[row, at]
-            np.testing.assert_array_equal(key_BKHT[row, :, :, at], keys[row, position])
-            np.testing.assert_array_equal(value_BKTH[row, :, at], values[row, position])
+def add(layer, keys, values, window):
+    """Add the tokens at the layer's positions, and compare what each sees with the positions that it may see."""
+    at_BT = np.asarray(layer.positions_BT)
+    new = (jnp.stack([x[row, at] for row, at in enumerate(at_BT)]) for x in (keys, values))
+    layer, key_BKHS, value_BKSH, mask_BTS = layer.add(*new)
+    for row, positions in enumerate(at_BT):
+        for t, last in enumerate(positions):
+            seen = list(range(max(0, last - window + 1) if window else 0, last + 1))
+            found = np.moveaxis(np.asarray(key_BKHS[row])[..., mask_BTS[row, t]], -1, 0)
+            order = [int(np.flatnonzero((found == keys[row, at]).all((1, 2)))[0]) for at in seen]
+            assert len(found) == len(seen) == len(set(order))
+            found = np.swapaxes(np.asarray(value_BKSH[row])[:, mask_BTS[row, t]], 0, 1)
+            np.testing.assert_array_equal(found[order], values[row, np.array(seen)])
+    return layer
 
 
 def add_axis(group):
@@ -44,7 +45,7 @@ def test_a_prompts_cache_holds_what_its_last_position_sees(window):
     last_B = jnp.array([7, 2])
     group = add_axis(kv_cache.from_prompt(keys, values, last_B, window))
     assert group.value.shape[3] == (window if 0 < window < 8 else 8)
-    check_held(LayerCache(group, 0, last_B), keys, values, window)
+    add(LayerCache(group, 0, last_B[:, None], 8), keys, values, window)  # the last one once more: it sees itself
 
 
 @pytest.mark.parametrize("window", [0, 3])
@@ -58,11 +59,7 @@ def test_steps_write_to_their_own_layer_at_each_rows_position(window):
         group.value.at[1, 1, :, :2].set(jnp.swapaxes(values[1, :2], 0, 1)),
     )
     for step in range(7):
-        at = start_B + step
-        rows = np.arange(ROWS)
-        cache = LayerCache(group, 1, jnp.asarray(at)).write(keys[rows, at][:, None], values[rows, at][:, None])
-        check_held(cache, keys, values, window)
-        group = cache.group
+        group = add(LayerCache(group, 1, jnp.asarray(start_B + step)[:, None], 9), keys, values, window).group
     np.testing.assert_array_equal(group.key[0], untouched)
 
 
@@ -75,10 +72,22 @@ def test_a_cache_that_grew_continues_where_the_prompt_ended(window):
     assert (cache.capacity, cache.prompt_capacity) == (12, 12)
     assert cache.groups[0].key.shape[-1] == (min(window, 12) if window else 12)
     for position in range(6, 12):
-        layer = LayerCache(cache.groups[0], 0, jnp.full(ROWS, position))
-        layer = layer.write(keys[:, position : position + 1], values[:, position : position + 1])
-        check_held(layer, keys, values, window)
+        layer = add(LayerCache(cache.groups[0], 0, jnp.full((ROWS, 1), position), 12), keys, values, window)
         cache = KVCache((layer.group,), 12, (window,))
+
+
+@pytest.mark.parametrize("window", [0, 3, 5])
+@pytest.mark.parametrize("chunk", [2, 4])
+def test_tokens_that_are_added_together_see_what_each_sees_alone(window, chunk):
+    keys, values = stream(12)
+    start_B = np.array([0, 3])
+    group = kv_cache.init_group(1, ROWS, HEADS, DIM, window or 12, jnp.float32)
+    for at in range(3):  # the second row has three positions already
+        row = LayerCache(group, 0, jnp.array([[0], [at]]), 12).add(keys[:, at : at + 1], values[:, at : at + 1])
+        group = row[0].group
+    for step in range(8 // chunk):
+        at_BT = jnp.asarray(start_B)[:, None] + step * chunk + jnp.arange(chunk)
+        group = add(LayerCache(group, 0, at_BT, 12), keys, values, window).group
 
 
 def whole(rows=4, sources=2, seed=0):

@@ -91,7 +91,7 @@ def test_it_is_taken_where_its_lengths_and_heads_allow(shape, mesh, fits):
 @pytest.mark.parametrize(
     "values",
     [
-        {"model_type": "smollm3", "no_rope_layers": [1, 0], "tie_word_embeddings": False},
+        {"model_type": "smollm3", "no_rope_layers": [1, 0], "tie_word_embeddings": False, "pad_token_id": None},
         {"model_type": "gemma3_text", "sliding_window": 50, "sliding_window_pattern": 2, "rope_local_base_freq": 10.0},
     ],
     ids=lambda values: values["model_type"],

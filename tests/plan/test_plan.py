@@ -436,7 +436,7 @@ def test_known_models_have_their_published_size(name, billions):
     from jax_it.plan.compile import find_model
 
     assert name in PUBLISHED
-    assert find_model(config).parameter_count / 1e9 == pytest.approx(billions, rel=0.01)
+    assert find_model(config, find("cpu:1")).parameter_count / 1e9 == pytest.approx(billions, rel=0.01)
 
 
 @pytest.mark.parametrize(
