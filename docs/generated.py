@@ -99,14 +99,28 @@ def looks_like_a_setting(name: str) -> bool:
 def commands_page() -> str:
     """The reference of commands, in MyST."""
     parser = cli.make_parser()
-    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     parts = [f"```{{program}} {parser.prog}\n```\n", *_options(parser)]
-    for name, command in commands.choices.items():
-        usage = re.sub(r"\s+", " ", command.format_usage()).removeprefix("usage: ").strip()
-        parts.append(f"## {name}\n\n{command.description}\n\n```text\n{_wrap(usage)}\n```\n")
-        parts.append(f"```{{program}} {parser.prog} {name}\n```\n")
-        parts += _options(command)
+    for name, command in subcommands(parser).items():
+        parts += _command(command, f"## {name}")
+        for nested, subcommand in subcommands(command).items():
+            parts += _command(subcommand, f"### {name} {nested}")
     return "\n".join(parts)
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    return {
+        name: command
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for name, command in action.choices.items()
+    }
+
+
+def _command(command: argparse.ArgumentParser, heading: str) -> Iterator[str]:
+    usage = re.sub(r"\s+", " ", command.format_usage()).removeprefix("usage: ").strip()
+    yield f"{heading}\n\n{command.description}\n\n```text\n{_wrap(usage)}\n```\n"
+    yield f"```{{program}} {command.prog}\n```\n"
+    yield from _options(command)
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[str]:

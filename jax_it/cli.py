@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from jax_it import typed
-from jax_it.commands import evaluate, export, generate, plan, preview, serve, train
+from jax_it.commands import data, evaluate, export, generate, plan, preview, serve, train
 from jax_it.errors import Interrupted, UserError, exit_now, first_line, shorten
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "serve": (serve, "Answer requests over HTTP, as OpenAI's API does."),
     "export": (export, "Write a checkpoint as a Transformers folder, or its adapters as a PEFT folder."),
     "preview": (preview, "Show what the model will see, and what happens to each data set."),
+    "data": (data, "Check, clean and convert instruction data."),
     "plan": (plan, "Compile the training step for hardware you don't have: memory, traffic, time."),
 }
 LINE = 1500  # characters of a message at most

@@ -142,24 +142,37 @@ def write_atomically(file: Path | epath.Path, content: Any) -> None:
     What a symbolic link points to is replaced, not the link. A device or a pipe is written to as it is.
     """
     text = content if isinstance(content, str) else to_json(content, indent=2) + "\n"
-    encoded = text.encode("utf-8", errors="backslashreplace")  # half a surrogate pair is escaped as in JSON
+    with open_atomically(file) as stream:
+        stream.write(text.encode("utf-8", errors="backslashreplace"))  # half a surrogate pair is escaped as in JSON
+
+
+@contextmanager
+def open_atomically(file: Path | epath.Path) -> Iterator[BinaryIO]:
+    """Yield a stream whose content replaces a file when the block ends without an error, and is discarded otherwise.
+
+    What a symbolic link points to is replaced, not the link. A device or a pipe is written to as it is. Raises OSError.
+    """
     if local(file) is None:
-        file.write_bytes(encoded)  # the object appears only when it is complete
+        with tempfile.TemporaryFile() as spool:
+            yield spool
+            spool.seek(0)
+            with open_binary(file, "wb") as target:  # the object appears only when it is complete
+                shutil.copyfileobj(spool, target, 1 << 22)
         return
     if is_stream(file):
         with _open_stream(file) as stream:
-            stream.write(encoded)
+            yield stream
         return
     file = Path(os.path.realpath(file))
     part = file.with_name(f"{_own_names(file.parent, f'.{file.name}.')}part")  # two may write the same file
     try:
-        part.write_bytes(encoded)
+        with part.open("wb") as stream:
+            yield stream
         if file.exists():
             shutil.copymode(file, part)
         part.replace(file)
-    except OSError:
+    finally:
         part.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import jax
 
 from jax_it import files, generation, hosts
 from jax_it.config import Source
-from jax_it.data import chat, sources, templates
+from jax_it.data import chat, promptsource, sources, templates
 from jax_it.data.formats import Format
 from jax_it.data.records import Record
 from jax_it.data.templates import Turn
@@ -134,6 +134,7 @@ def read_prompts(
     `raw` prompts are texts, else conversations. Raises UserError that names the file and the line.
     """
     rows, prompts = [], []
+    (_, template), *_ = promptsource.expand([template], "--template")
     for record in sources.read(Source(path=file), "--input"):
         rows.append(record.fields)
         prompts.append(_prompt(record, template, system, raw))
@@ -144,7 +145,7 @@ def _prompt(record: Record, template: str, system: str, raw: bool) -> Prompt:
     if "prediction" in record.fields:
         raise UserError(f"{record.where}: the row already has a field 'prediction'; rename or remove it")
     turns = templates.prompt(record, template)
-    if system and turns[0].role != "system":
+    if system and all(turn.role != "system" for turn in turns):
         turns = (Turn("system", system), *turns)
     if not raw:
         return turns

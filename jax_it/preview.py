@@ -1,5 +1,6 @@
 """Shows what the model will see: text, tokens, loss mask, packing; and what happens to each data set."""
 
+from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
@@ -10,10 +11,12 @@ from jax_it.config import Config
 from jax_it.data import chat
 from jax_it.data.encoding import Counts
 from jax_it.data.formats import CausalBatch, CausalFormat, Seq2SeqBatch
-from jax_it.data.tokenized import shown_characters
+from jax_it.data.tokenized import Tokenized, shown_characters
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.evaluation import training_suite
-from jax_it.run import start_run
+from jax_it.pretrained import load_model
+from jax_it.run import load_tokenizer, make_format, start_run
+from jax_it.run_checks import check_model
 
 
 def preview(config: Config, number: int) -> str:
@@ -30,9 +33,20 @@ def preview(config: Config, number: int) -> str:
     return report(run.config, run.data, run.tokenizer, number)
 
 
+def tokenize(config: Config, output: str) -> str:
+    """Tokenize the training data into a new folder, and return what became of each data set.
+
+    Raises UserError for whatever training would refuse of the data and the tokenizer.
+    """
+    config, _ = data.pin(config)
+    tokenizer, model = load_tokenizer(config), load_model(config.model)
+    check_model(config, model, tokenizer)
+    return _data_sets(data.tokenize(config.data, tokenizer, make_format(model, tokenizer), output))
+
+
 def report(config: Config, built: data.Built, tokenizer: Tokenizer, number: int) -> str:
     """Return the report for data that has been built."""
-    parts = [_data_sets(built), _rows(config, built)]
+    parts = [_data_sets(built.tokenized), _rows(config, built)]
     if tokenizer.chat_template is not None and isinstance(built.train.format, CausalFormat):
         parts.append(_generation(tokenizer))
     if number:
@@ -40,15 +54,16 @@ def report(config: Config, built: data.Built, tokenizer: Tokenizer, number: int)
     return "\n\n".join(parts)
 
 
-def _data_sets(built: data.Built) -> str:
+def _data_sets(tokenized: Sequence[Sequence[Tokenized]]) -> str:
     lines = ["Data sets"]
-    for templates in built.tokenized:
+    for templates in tokenized:
         for item in templates:
             counts = item.counts
             tokens = max(counts.source_tokens + counts.target_tokens, 1)
             template = "" if len(templates) == 1 else f", template {item.template!r}"
             lines += [
-                f"  {item.name}{template}: {counts.examples} examples, {counts.kept} kept",
+                f"  {item.name}{template}: {counts.examples} examples, {counts.kept} kept"
+                + (f", {counts.skipped} without text by this template" if counts.skipped else ""),
                 f"    dropped    {_share(counts.empty_completion, counts.examples)} with an empty completion, "
                 f"{_share(counts.too_long, counts.examples)} too long",
                 *_invalid(counts),

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jax_it import compilation_cache, data, files, pretrained, sharding
 from jax_it import config as settings
-from jax_it import data, files, pretrained, sharding
 from jax_it.checkpointing import Checkpoints, Unreadable, abstract
 from jax_it.config import Config
 from jax_it.data import Built, chat
@@ -166,6 +166,7 @@ def open_run(run_dir: RunDir, dtype: Literal["", "float32"] = "") -> Run:
     config, resolved = run_dir.open()
     if dtype:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    compilation_cache.enable(config.data.cache_dir)
     model = run_dir.model(config, resolved)
     mesh = sharding.inference_mesh(model.parameter_count)
     return Run(config, model, run_dir.tokenizer(), mesh, run_dir, resolved)
@@ -192,6 +193,7 @@ def load_run(path: str) -> tuple[Run, Params]:
             config = settings.Model(path=peft.base_of(path), lora=settings.Lora(path=path))
             if not (run_dir.path / "tokenizer_config.json").is_file():
                 tokenizer_path = config.path
+        compilation_cache.enable(settings.Data().cache_dir)
         mesh = sharding.inference_mesh(pretrained.load_model(config).parameter_count)
         model, params = pretrained.load(config, mesh)
         tokenizer = tokenizers.load(str(find_folder(tokenizer_path)))

@@ -196,3 +196,9 @@ def parts_of(letter: str) -> int:
     """Return over how many devices of the mesh of `jax.set_mesh` an axis may be split."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES.get(letter, ()))
+
+
+def mesh_size() -> int:
+    """Return the number of devices in the mesh of `jax.set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size

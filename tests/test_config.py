@@ -490,6 +490,10 @@ def test_a_duration_is_saved_as_it_was_written(text):
             "config.data.mixing_temperature: 0.0 must be",
         ),
         (
+            {"data__train": [{"path": "a.jsonl", "mixing_cap": 5}]},
+            "config.data.train.0.mixing_cap has no effect with data.mixing='all'; set that to 'proportional'",
+        ),
+        (
             {"data__mixing_cap": 5},
             "config.data.mixing_cap has no effect with data.mixing='all'; set that to 'proportional'",
         ),

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from jax_it import hosts
+    from jax_it import allocator, hosts
     from jax_it.training import dry_run, train
 
     if (config := arguments.load_config(options)) is None:
@@ -28,6 +28,7 @@ def run(options: argparse.Namespace) -> None:
         if hosts.is_first():
             print(report)
         return
+    allocator.keep_memory()
     state = train(config, options.workdir, options.allow_change)
     if hosts.is_first():
         workdir = shlex.quote(options.workdir)

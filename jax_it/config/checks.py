@@ -57,12 +57,13 @@ _SEED = _Range(-(2**31), 2**32 - 1)  # JAX's generator takes 32 bits, and others
 RANGES: dict[type, dict[str, _Range]] = {
     Lora: {"rank": _Range(0, 2**16), "alpha": _POSITIVE, "dropout": _DROPOUT},
     Model: {"tokenizer_size": _Range(0, 2**22), "dropout": _DROPOUT},
-    Source: {"weight": _AMOUNT, "limit": _COUNT, "max_per_file": _COUNT},
+    Source: {"weight": _AMOUNT, "mixing_cap": _COUNT, "limit": _COUNT, "max_per_file": _COUNT},
     Data: {
         **dict.fromkeys(("max_source_length", "max_target_length", "max_seq_length"), _Range(2, LENGTH)),
         **dict.fromkeys(("packed_source_length", "packed_target_length"), _TOKENS),
         **dict.fromkeys(("max_dropped", "max_truncated", "max_unknown"), _SHARE),
         **dict.fromkeys(("validation_size", "mixing_cap"), _COUNT), "mixing_temperature": _POSITIVE,
+        "num_workers": _Range(0, 1024),
         "seed": _Range(-(2**63), 2**63 - 1),
     },
     Optimizer: {
@@ -275,10 +276,10 @@ def check(config: Config, training: bool, saved: bool = False) -> None:
     if (model.tokenizer == "train") != bool(model.tokenizer_size):
         raise UserError("config.model.tokenizer_size goes with config.model.tokenizer='train', and only with it")
     _check_adapters(model)
-    if model.prefix_lm and data.train_on != "last":
+    if model.prefix_lm and data.train_on == "all":
         raise UserError(
-            "config.model.prefix_lm needs data.train_on='last': earlier answers are part of the "
-            "prompt, which sees all of itself"
+            "config.model.prefix_lm needs data.train_on='last' or 'per_turn': earlier answers are part of "
+            "the prompt, which sees all of itself"
         )
     if training and not data.train:
         raise UserError("config.data.train is empty; name at least one data set")
@@ -368,7 +369,8 @@ def _check_tasks(tasks: tuple[Task, ...]) -> None:
             _check_lm_eval(task, where)
             continue
         _check_source(task.data, f"{where}.data")
-        if task.score == "multiple_choice" and not task.options:
+        named = all(template.startswith("promptsource:") for template in task.data.template)  # with its own choices
+        if task.score == "multiple_choice" and not task.options and not named:
             raise UserError(
                 f"{where}.options is empty; score='multiple_choice' needs the texts to choose from, for example "
                 "'yes ||| no'"
@@ -434,10 +436,14 @@ def _check_adapters(model: Model) -> None:
 
 
 def _check_mixing(data: Data) -> None:
-    """Refuse weights that have no effect, and a mixture in which all weights are 0."""
+    """Refuse weights and caps that have no effect, and a mixture in which all weights are 0."""
     weighted = [i for i, source in enumerate(data.train) if source.weight != 1]
     if data.mixing != "weights" and weighted:
         where = f"config.data.train.{weighted[0]}.weight"
         raise UserError(f"{where} has no effect with data.mixing={data.mixing!r}; set that to 'weights'")
+    capped = [i for i, source in enumerate(data.train) if source.mixing_cap]
+    if data.mixing != "proportional" and capped:
+        where = f"config.data.train.{capped[0]}.mixing_cap"
+        raise UserError(f"{where} has no effect with data.mixing={data.mixing!r}; set that to 'proportional'")
     if data.mixing == "weights" and not any(source.weight > 0 for source in data.train):
         raise UserError("config.data.mixing='weights' needs a source with a positive weight")

@@ -105,7 +105,8 @@ class Model:
     tokenizer_size: int = 0  # vocabulary size of a tokenizer that is trained (tokenizer="train")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the computation; auto: float32 on CPU, else bfloat16
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the master weights and the optimizer state
-    # plain: attention in plain JAX; auto: on TPUs a fused kernel, where it supports the model and its row lengths
+    # plain: attention in plain JAX; auto: on TPUs a fused kernel, where one supports the model and its row lengths; on
+    # a CPU row by row, with scores and activations that the backward pass computes again
     attention: Literal["auto", "plain"] = "auto"
     remat: Literal["none", "layer"] = "none"  # layer: recompute each layer in the backward pass, to save memory
     dropout: float | None = None  # dropout rate; None: the one in config.json
@@ -127,8 +128,11 @@ class Source:
     subset: str = ""  # the configuration of a hub data set
     split: str = "train"  # the split of a hub or built-in data set
     revision: str = ""  # a branch, tag or commit of a hub data set; "": the newest when the run starts
-    template: tuple[str, ...] = ("auto",)  # names of data/templates.py, or Jinja text "prompt ||| completion"
+    # Names of data/templates.py, Jinja text "prompt ||| completion", or P3's by name: "promptsource:xsum" for all of a
+    # data set, "promptsource:super_glue/rte:GPT-3 style" for one.
+    template: tuple[str, ...] = ("auto",)
     weight: float = 1.0  # this data set's share of the mixture, with mixing="weights"
+    mixing_cap: int = 0  # this data set's own cap, with mixing="proportional"; 0: data.mixing_cap
     limit: int = 0  # examples to use, from the start; 0: all
     # For JSON files that hold one object: the field with the list of records. Each record also gets the other fields.
     records: str = ""
@@ -146,7 +150,9 @@ class Data:
     max_source_length: int = 512  # tokens of an encoder-decoder's input, including the end token
     max_target_length: int = 128  # tokens of an encoder-decoder's output, including the end token
     max_seq_length: int = 2048  # tokens of a causal model's example, including the prompt, and of a packed row
-    train_on: Literal["all", "last"] = "all"  # which assistant turns of a conversation a causal model is trained on
+    # Which assistant turns of a conversation a causal model is trained on. all: all of them, in one example; last: the
+    # last; per_turn: all of them, each in an example that ends with it, for templates that strip earlier thoughts.
+    train_on: Literal["all", "last", "per_turn"] = "all"
     # What to do with a prompt or conversation that is too long: cut it at its end or start, drop it, or stop.
     truncate: Literal["end", "start", "drop", "error"] = "end"
     packing: bool = True  # several short examples share a row
@@ -157,7 +163,9 @@ class Data:
     mixing_cap: int = 0  # for "proportional": a larger data set counts as having this many examples; 0: no cap
     mixing_temperature: float = 1.0  # for "proportional": rates are proportional to size ** (1 / temperature)
     seed: int = 0  # of the order, the mixture and the choice of templates
-    cache_dir: str = "~/.cache/jax_it"  # a local folder for tokenized data
+    cache_dir: str = "~/.cache/jax_it"  # a local folder for tokenized data and compiled programs
+    tokenized: str = ""  # a local folder with the training data that `jax-it data tokenize` has tokenized; "": none
+    num_workers: int = 0  # processes that tokenize; 0: this one alone
     on_invalid: Literal["error", "drop"] = "error"  # for records that cannot be read or rendered; drop: skip and count
     max_dropped: float = 0.1  # the run is refused if a larger share of a data set's examples is dropped
     max_truncated: float = 0.5  # the run is refused if a larger share of a data set's examples is truncated
@@ -256,7 +264,8 @@ class Task:
     # Language Model Evaluation Harness, or of the YAML files in the folder `data.path`, with its own prompts and
     # metrics
     score: Literal["generate", "multiple_choice", "perplexity", "code_execution", "lm_eval"] = "generate"
-    # For multiple_choice: Jinja text "A ||| B", or "{{ choices | join('|||') }}" for a field that is a list.
+    # For multiple_choice: Jinja text "A ||| B", or "{{ choices | join('|||') }}" for a field that is a list; "": the
+    # answer choices of promptsource's template.
     options: str = ""
     normalize: Literal["none", "tokens", "characters"] = "none"  # what an option's log-likelihood is divided by
     fewshot: Source = field(default_factory=Source)  # the few-shot examples

@@ -4,10 +4,11 @@ A record becomes turns by a template, these become token ids and a loss mask, ex
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from jax_it import hosts
+from jax_it import files, hosts
 from jax_it.config import Config, Data, Source
 from jax_it.data import evaluation_set, mixture, sources, tokenized
 from jax_it.data.formats import Format
@@ -15,6 +16,7 @@ from jax_it.data.loader import TrainData
 from jax_it.data.packing import Shape
 from jax_it.data.tokenized import Tokenized
 from jax_it.data.tokenizer import Tokenizer
+from jax_it.errors import UserError
 
 SAMPLE = 8192  # examples that the choice of row lengths looks at
 
@@ -94,7 +96,22 @@ def build_eval(
     return evaluation_set.read(data.train, "config.data.train", data, tokenizer, format, limit, held_out)
 
 
+def tokenize(data: Data, tokenizer: Tokenizer, format: Format, output: str) -> list[list[Tokenized]]:
+    """Tokenize the training data into a new folder, which `data.tokenized` names to train from it on any machine.
+
+    All processor cores work, unless `data.num_workers` says otherwise. Returns what became of each data set, by source,
+    by template. Raises UserError as `build` does, and for a folder that exists.
+    """
+    if os.path.lexists(files.locate_local(output, "--output")):  # before hours of work
+        raise UserError(f"--output: {output} already exists; name another, or remove it")
+    made = _tokenize(replace(data, num_workers=data.num_workers or os.cpu_count() or 1), tokenizer, format)
+    tokenized.save(made, output, data, tokenizer, format)
+    return made
+
+
 def _tokenize(data: Data, tokenizer: Tokenizer, format: Format) -> list[list[Tokenized]]:
+    if data.tokenized:
+        return tokenized.load(data, tokenizer, format)
     return [
         tokenized.tokenize(source, f"config.data.train.{i}", data, tokenizer, format)
         for i, source in enumerate(data.train)

@@ -1,6 +1,7 @@
 """Examples of a causal model: turns to token ids with a loss mask, and rows of these to batches."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -10,7 +11,15 @@ import numpy as np
 from jax_it.config import Data
 from jax_it.data import chat, packing
 from jax_it.data.encoded import Encoded
-from jax_it.data.encoding import Counts, cut, encode_completions, for_evaluation, prompt_texts, text_prompts
+from jax_it.data.encoding import (
+    Counts,
+    check_plain,
+    cut,
+    encode_completions,
+    for_evaluation,
+    prompt_texts,
+    text_prompts,
+)
 from jax_it.data.packing import Layout, RowCost, Rows, Shape, bucket
 from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
@@ -146,6 +155,7 @@ def _encode_texts(
     Each is tokenized by itself, so that the prompt is what generation starts from. Where they are too long
     the prompt is cut first, to no less than a quarter of the length, and then the completion, without an end token.
     """
+    check_plain(examples, locations, tokenizer)
     for item, where in zip(examples, locations, strict=True):
         if sum(turn.role == "assistant" for turn in item.turns) > 1:
             raise UserError(
@@ -192,7 +202,7 @@ def _encode_conversations(
     One that is too long loses whole exchanges, from the end or the start; the system turn stays. Where not
     even one exchange fits it is dropped or, with `keep`, cut within the last.
     """
-    full = [i for i, item in enumerate(examples) if item.completion.strip()]
+    full = [i for i, item in enumerate(examples) if _is_trained_on(item.turns, data)]
     turns, where = [examples[i].turns for i in full], [locations[i] for i in full]
     encoded = dict(zip(full, chat.encode(turns, where, tokenizer, data.train_on), strict=True))
     counts.add_characters(tokenizer, [turn.text for item in examples for turn in item.turns])
@@ -228,12 +238,29 @@ def _encode_conversations(
         yield None if shorter is None else _sequence(shorter.target, shorter.loss_mask)
 
 
+def _is_trained_on(turns: Sequence[Turn], data: Data) -> bool:
+    """Return whether the conversation has a turn that is trained on, and does not end with an empty one."""
+    answers = [turn for turn in turns if turn.role == "assistant"][0 if data.train_on == "all" else -1 :]
+    said = turns[-1].text.strip() or turns[-1].tool_calls or turns[-1].reasoning
+    return bool(said) and any(turn.train for turn in answers)
+
+
+def _exchanges(turns: Sequence[Turn]) -> tuple[Sequence[Turn], list[Sequence[Turn]]]:
+    """Return the system turn and the tools, and the rest split before each turn of the user."""
+    begins = [i for i, turn in enumerate(turns) if turn.role == "user"]
+    ends = [*begins[1:], len(turns)]
+    return turns[: begins[0]], [turns[start:stop] for start, stop in zip(begins, ends, strict=True)]
+
+
 def _shortened(turns: Sequence[Turn], where: str, data: Data, tokenizer: Tokenizer) -> Encoded | None:
     """Return as many exchanges as fit; None where not even one does."""
-    first = 1 if turns[0].role == "system" else 0
-    for lost in range(2, len(turns) - first, 2):
-        rest = turns[first + lost :] if data.truncate == "start" else turns[first : len(turns) - lost]
-        (found,) = chat.encode([(*turns[:first], *rest)], [where], tokenizer, data.train_on)
+    first, exchanges = _exchanges(turns)
+    for lost in range(1, len(exchanges)):
+        rest = exchanges[lost:] if data.truncate == "start" else exchanges[: len(exchanges) - lost]
+        shorter = (*first, *itertools.chain(*rest))
+        if not _is_trained_on(shorter, data):
+            continue
+        (found,) = chat.encode([shorter], [where], tokenizer, data.train_on)
         if len(found.target) <= data.max_seq_length:
             return found
     return None
@@ -244,13 +271,13 @@ def _clipped(turns: Sequence[Turn], where: str, data: Data, tokenizer: Tokenizer
 
     Also return whether turns before it were lost, and whether its prompt was cut.
     """
-    first = 1 if turns[0].role == "system" else 0
-    (found,) = chat.encode([(*turns[:first], *turns[-2:])], [where], tokenizer, "last")
+    first, exchanges = _exchanges(turns)
+    (found,) = chat.encode([(*first, *exchanges[-1])], [where], tokenizer, "last")
     assert found.loss_mask is not None
     start = max(int(np.argmax(found.loss_mask)) - data.max_seq_length, 0)
     span = slice(start, start + data.max_seq_length)
     clipped = _sequence(found.target[span], found.loss_mask[span])
-    return clipped, len(turns) > first + 2, start > 0
+    return clipped, len(exchanges) > 1, start > 0
 
 
 def _sequence(tokens: np.ndarray, mask: np.ndarray | None) -> Encoded:

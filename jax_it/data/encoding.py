@@ -27,6 +27,7 @@ class Counts:
     invalid: int = 0  # dropped: they cannot be read or rendered
     reasons: list[str] = field(default_factory=list)  # why, of the first of them
     empty_completion: int = 0  # dropped: nothing to train on
+    skipped: int = 0  # the template is Jinja text that is meant for other records: it gives them no text at all
     too_long: int = 0  # dropped, with truncate="drop"; of conversations, those whose every exchange is too long
     truncated: int = 0  # on either side
     truncated_source: int = 0
@@ -54,7 +55,7 @@ class Counts:
 
     @property
     def kept(self) -> int:
-        return self.examples - self.dropped
+        return self.examples - self.dropped - self.skipped
 
     def add(self, other: "Counts") -> None:
         """Add another part of the source to these counts."""
@@ -114,6 +115,16 @@ class Counts:
 
 
 _REPEATED = re.compile("(?<= ) ")
+
+
+def check_plain(examples: Iterable[Example], locations: Iterable[str], tokenizer: Tokenizer) -> None:
+    """Refuse tools, tool calls and reasoning, which only a chat template can write."""
+    for item, where in zip(examples, locations, strict=True):
+        if not item.is_plain:
+            raise UserError(
+                f"{where}: a conversation with tools, tool calls or reasoning needs a chat template, which "
+                f"{tokenizer.name} lacks; set config.model.chat_template"
+            )
 
 
 def encode_completions(examples: Sequence[Example], tokenizer: Tokenizer) -> list[list[int]]:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_it.config import Data, Source
-from jax_it.data import sources, templates
+from jax_it.data import promptsource, sources, templates
 from jax_it.data.encoded import Encoded
 from jax_it.data.encoding import Counts
 from jax_it.data.formats import CausalFormat, Format
 from jax_it.data.records import InvalidRecord, Record
-from jax_it.data.templates import Example, Turn
+from jax_it.data.templates import Example
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 
@@ -107,13 +107,14 @@ def _read_one(
     locations: list[str] = []
     skipped = 0
     name = sources.name_of(source)
+    every_template = promptsource.expand(source.template, f"{where}.template")
     most = min([n for n in (limit, None if wanted is None else len(wanted)) if n], default=0)
     numbered = enumerate(sources.read(source, where, keep_invalid=True))
     every = ((i, record) for i, record in numbered if wanted is None or i in wanted)
     invalid = Counts()
     for number, record in itertools.islice(every, most or None):  # the rest is not read
         try:
-            example = templates.render(record, source.template[number % len(source.template)])
+            example = templates.render(record, every_template[number % len(every_template)].text)
         except InvalidRecord as error:
             invalid.add_invalid(error)
             continue
@@ -131,7 +132,8 @@ def _read_one(
                 references=references,
             )
         )
-        rendered.append(Example((*example.turns[:-1], Turn("assistant", references[0])), references))
+        answer = example.turns[-1]._replace(text=references[0], train=True)
+        rendered.append(Example((*example.turns[:-1], answer), references))
         locations.append(record.where)
     invalid.examples += len(chosen) + skipped
     invalid.check_invalid(name, data)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import random
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -32,6 +33,8 @@ class RenderError(Malformed):
 _DIVIDES = "|||62841973505826149370"
 
 
+_state = threading.local()  # of this thread: .fields, which are rendered, and .chosen, how often one was chosen
+
 _ADDRESS = re.compile(" at 0x[0-9a-f]+>")  # of an object that Python prints, which differs from run to run
 
 
@@ -55,6 +58,28 @@ def _refuse_null(value: Any) -> Any:
     return value
 
 
+_CHOICES = re.compile(r"\{% set answer_choices %\}(.*?)\{% endset %\}\{% set answer_choices = ", re.DOTALL)
+
+
+def with_answer_choices(text: str, choices: str | None) -> str:
+    """Return promptsource's Jinja text with its choices, Jinja text "A ||| B", as the list `answer_choices`.
+
+    What it chooses at random is chosen by the record, the same each time.
+    """
+    text = re.sub(r"\|\s*(random|choice)\b", "| choice_of_record", text)
+    text = re.sub(r"\bchoice\s*\(", "choice_of_record(", text)
+    if not choices:
+        return text
+    setting = "{% set answer_choices %}" + choices + "{% endset %}{% set answer_choices = answer_choices | choices %}"
+    return setting + text
+
+
+def answer_choices(text: str) -> str:
+    """Return the choices that `with_answer_choices` put into a template's text, as Jinja text; "" where it did not."""
+    match = _CHOICES.match(text)
+    return match[1] if match else ""
+
+
 @cache
 def compile_template(text: str, prompt_only: bool = False) -> Callable[[Fields], list[str]]:
     """Return a function from a record's fields to the texts between the bars of Jinja text, stripped.
@@ -71,7 +96,10 @@ def compile_template(text: str, prompt_only: bool = False) -> Callable[[Fields],
         )
     del environment.filters["random"]
     environment.globals["choice"] = _choice
+    environment.globals |= {"choice_of_record": _choice_of_record, "zip": _zip}
+    environment.add_filter("choice_of_record", _choice_of_record)
     environment.add_filter("choice", _choice)
+    environment.add_filter("choices", _split)
     environment.add_filter("most_frequent", _most_frequent)
     try:
         template = environment.from_string(text.replace("|||", _DIVIDES))
@@ -82,6 +110,7 @@ def compile_template(text: str, prompt_only: bool = False) -> Callable[[Fields],
 
     def make(fields: Fields) -> list[str]:
         copied = copy.deepcopy(fields)  # which a template may change
+        _state.fields, _state.chosen = fields, 0
         try:
             rendered = render_before(template, _DIVIDES, copied) if prompt_only else template.render(copied)
         except jinja2.UndefinedError as error:
@@ -101,6 +130,23 @@ def _choice(options: Sequence[Any]) -> Any:
     """Choose one option as promptsource's `choice` does, but seeded by the options: a template is a pure function."""
     options = list(options)
     return random.Random(repr(options)).choice(options)
+
+
+@jinja2.pass_context  # so that it is not a constant
+def _choice_of_record(_: Any, options: Sequence[Any]) -> Any:
+    """Choose one option, seeded by the record and how often it has chosen: P3's templates draw orders with it."""
+    options = list(options)
+    _state.chosen += 1
+    return random.Random(repr((options, _state.chosen, _state.fields))).choice(options)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(_DIVIDES)]
+
+
+def _zip(*columns: Any) -> list[tuple[Any, ...]]:
+    """Return rows as a list, which the environment measures, of values that it has measured."""
+    return list(zip(*columns, strict=False))
 
 
 def _most_frequent(items: Sequence[Any]) -> list[Any]:

@@ -125,8 +125,12 @@ class TrainData:
         stop_row = self._row_after(duration.value) if duration.unit == "epochs" else None
         found = [drawn for row in self._examples(step, stop_row) for drawn, _ in row]
         return [
-            {"source": templates[0].name, "records": sorted({int(d.example) + 1 for d in found if d.source == i})}
+            {
+                "source": templates[0].name,
+                "records": sorted({int(records[d.example]) + 1 for d in found if d.source == i}),
+            }
             for i, templates in enumerate(self.mixture.tokenized)
+            for records in [templates[0].records]
             if any(d.source == i for d in found)
         ]
 

@@ -10,11 +10,11 @@ from jax_it.data.tokenized import Tokenized, eligible
 from jax_it.errors import UserError
 
 COLUMNS = [  # of an example drawn from the stream; lengths are in tokens, including special tokens
-    ("source", np.int64),  # which data set: an index of config.data.train
+    ("source", np.int32),  # which data set: an index of config.data.train
     ("example", np.int64),  # which of its examples
-    ("template", np.int64),  # which of its templates
-    ("source_length", np.int64),  # of the encoder's input
-    ("target_length", np.int64),  # of the decoder's output, or of a causal model's whole sequence
+    ("template", np.int32),  # which of its templates
+    ("source_length", np.int32),  # of the encoder's input
+    ("target_length", np.int32),  # of the decoder's output, or of a causal model's whole sequence
 ]
 
 
@@ -57,12 +57,17 @@ class Mixture:
             # The source's number gives two copies of one data set different orders.
             shuffled = pool[np.argsort(_hash(self._seed, pool, int(e), 2 + i), kind="stable")]
             drawn["example"][here] = shuffled[position[here] % len(pool)]
-        templates = self.tokenized[i]
-        drawn["template"] = _hash(self._seed, drawn["example"], epoch, -1) % np.uint64(len(templates))
-        for j, item in enumerate(templates):
-            here = drawn["template"] == j
+        # Of the templates that kept the example, one by hash.
+        chances = _hash(self._seed, drawn["example"], epoch, -1)
+        lengths = [item.target_lengths[drawn["example"]] for item in self.tokenized[i]]
+        kept = np.stack(lengths) > 0
+        wanted, before = chances % kept.sum(0, dtype=np.uint64), np.zeros(count, np.uint64)
+        for j, item in enumerate(self.tokenized[i]):
+            here = kept[j] & (before == wanted)
+            before += kept[j]
+            drawn["template"][here] = j
             drawn["source_length"][here] = item.source_lengths[drawn["example"][here]]
-            drawn["target_length"][here] = item.target_lengths[drawn["example"][here]]
+            drawn["target_length"][here] = lengths[j][here]
         return drawn
 
 
@@ -72,10 +77,13 @@ def mix(
     data: Data,
     held_out: Sequence[np.ndarray] | None = None,
 ) -> Mixture:
-    """Return the mixture of sources that the config asks for, without the examples that are held out."""
+    """Return the mixture of sources that the config asks for, without the records that are held out."""
     pools = [eligible(templates) for templates in tokenized]
     if held_out is not None:
-        pools = [np.setdiff1d(pool, held, assume_unique=True) for pool, held in zip(pools, held_out, strict=True)]
+        pools = [
+            pool[~np.isin(templates[0].records[pool], held)]
+            for pool, templates, held in zip(pools, tokenized, held_out, strict=True)
+        ]
     for source, pool in zip(sources, pools, strict=True):
         if not len(pool):
             raise UserError(
@@ -84,7 +92,8 @@ def mix(
     sizes = np.array([len(pool) for pool in pools])
     if data.mixing == "all":
         return Mixture(tokenized, pools, sizes, data.seed)
-    capped = np.minimum(sizes, data.mixing_cap) if data.mixing_cap else sizes
+    caps = np.array([source.mixing_cap or data.mixing_cap for source in sources])
+    capped = np.where(caps > 0, np.minimum(sizes, caps), sizes)
     if data.mixing == "weights":
         rates = np.array([source.weight for source in sources])
     else:
@@ -100,10 +109,10 @@ def mix(
 
 
 def hold_out(tokenized: Sequence[Tokenized], number: int, seed: int) -> np.ndarray:
-    """Choose `number` of a source's examples by hash, independently of the rest of the config."""
-    indices = eligible(tokenized)
-    order = np.argsort(_hash(seed, indices, 0, -2), kind="stable")
-    return np.sort(indices[order[:number]])
+    """Choose `number` of a source's records by hash, independently of the rest of the config."""
+    records = np.unique(tokenized[0].records[eligible(tokenized)])
+    order = np.argsort(_hash(seed, records, 0, -2), kind="stable")
+    return np.sort(records[order[:number]])
 
 
 def _apportion(rates: np.ndarray, total: int) -> np.ndarray:

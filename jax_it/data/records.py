@@ -90,11 +90,21 @@ class _Chunks(io.RawIOBase):
 
 def read_text_file(file: epath.Path, parse: Callable[[io.TextIOBase], Iterator[Record]]) -> Iterator[Record]:
     try:
-        # With or without the byte order mark that Excel writes.
-        with open_file(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        with open_text(file) as text:
             yield from parse(text)
     except UnicodeDecodeError:
         raise UserError(f"{file}, line {_undecodable(file)}: not UTF-8 text; convert the file to UTF-8") from None
+
+
+@contextmanager
+def open_text(file: epath.Path, errors: str = "strict") -> Iterator[io.TextIOBase]:
+    """Yield a stream of a file's text, with or without the byte order mark that Excel writes; ends of lines stay.
+
+    Raises UserError, also while the block reads from it, where the file cannot be read or unpacked.
+    """
+    try:
+        with open_file(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", errors, newline="") as text:
+            yield text
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file} cannot be read: {error}; restore or remove the file") from error
 
@@ -143,14 +153,17 @@ def read_json(file: epath.Path) -> Iterator[Record]:
                 yield from _json_list(file, "\n" * (number - 1) + line + _whole(stream, file))
                 return
             first = False
-            where = f"{file}, line {number}"
-            try:
-                record = _record(_JSON.decode(line), where)
-            except (ValueError, RecursionError) as error:
-                record = Record({}, where, str(_malformed(error, where, "line")))
-            yield record
+            yield read_line(line, f"{file}, line {number}")
 
     return read_text_file(file, parse)
+
+
+def read_line(line: str, where: str) -> Record:
+    """Return the record of one line of JSON; with its `error` where it has none."""
+    try:
+        return _record(_JSON.decode(line), where)
+    except (ValueError, RecursionError) as error:
+        return Record({}, where, str(_malformed(error, where, "line")))
 
 
 def _json_list(file: epath.Path, text: str) -> Iterator[Record]:

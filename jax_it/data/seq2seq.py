@@ -9,7 +9,7 @@ import numpy as np
 from jax_it.config import Data
 from jax_it.data import packing
 from jax_it.data.encoded import Encoded
-from jax_it.data.encoding import Counts, cut, encode_completions, for_evaluation, prompt_texts
+from jax_it.data.encoding import Counts, check_plain, cut, encode_completions, for_evaluation, prompt_texts
 from jax_it.data.packing import Layout, RowCost, Rows, Shape, bucket
 from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
@@ -63,6 +63,14 @@ class Seq2SeqFormat:
         """
         if evaluation:
             data = for_evaluation(data, data.truncate)
+        if tokenizer.chat_template is None:
+            check_plain(examples, locations, tokenizer)
+        for item, where in zip(examples, locations, strict=True):
+            if item.turns[-1].tool_calls or item.turns[-1].reasoning:
+                raise UserError(
+                    f"{where}: an encoder-decoder is trained on texts, and the last turn has reasoning or tool calls; "
+                    "write them into its content"
+                )
         sources = prompt_texts((item.turns[:-1] for item in examples), tokenizer, locations)
         prompts, completions = tokenizer.encode(sources), encode_completions(examples, tokenizer)
         counts.add_characters(tokenizer, [*sources, *(item.completion for item in examples)])

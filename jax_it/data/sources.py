@@ -16,7 +16,7 @@ from jax_it import files
 from jax_it.config import Source
 from jax_it.data import builtin
 from jax_it.data.records import InvalidRecord, Record, read_json, read_object, suffix_of
-from jax_it.data.tables import read_csv, read_parquet
+from jax_it.data.tables import read_csv, read_parquet, without_fill_ins
 from jax_it.errors import UserError, first_line
 
 _BUILTIN = "builtin:instructions"
@@ -44,6 +44,17 @@ def read(source: Source, where: str = "config.data", keep_invalid: bool = False)
             return
     if not count:
         raise UserError(f"{source.path} holds no records; remove it from {where} or add some")
+
+
+def line_files(source: Source, where: str) -> list[epath.Path] | None:
+    """Return the files whose lines are the records of a data set; None where it is of another kind.
+
+    Of these a file that holds one JSON list is still read as a whole. Raises UserError as `read` does.
+    """
+    kind = _kind(source, where)
+    _check_settings(source, kind, where)
+    partial = source.limit or source.max_per_file
+    return None if kind != "json" or source.records or partial else _files(source, where)
 
 
 def digest(source: Source, where: str = "config.data") -> str:
@@ -104,7 +115,7 @@ def _read_builtin(source: Source, where: str) -> Iterator[Record]:
 
 def _read_dataset(source: Source, where: str) -> Iterator[Record]:
     for i, fields in enumerate(_load_dataset(source, where)):
-        yield Record(fields, f"{source.path} ({source.split}), row {i + 1}")
+        yield Record(without_fill_ins(fields), f"{source.path} ({source.split}), row {i + 1}")
 
 
 def _kind(source: Source, where: str) -> str:

@@ -2,12 +2,12 @@
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from jax_it.data.records import LONGEST_LINE, Record, lines_of, read_text_file, repeated, suffix_of
+from jax_it.data.records import LONGEST_LINE, Fields, Record, lines_of, read_text_file, repeated, suffix_of
 from jax_it.errors import UserError, first_line
 
 
@@ -55,9 +55,48 @@ def read_parquet(file: epath.Path) -> Iterator[Record]:
                 for record in records:
                     row += 1
                     where = f"{file}, row {row}"
-                    yield Record(record.fields, where, record.error and f"{where}, {record.error}")
+                    yield Record(without_fill_ins(record.fields), where, record.error and f"{where}, {record.error}")
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file} cannot be read after row {row}: {first_line(error)}") from error
+
+
+def without_fill_ins(fields: Fields) -> Fields:
+    """Return a row of an Arrow table without the nulls that Arrow put into its conversation and tools.
+
+    In a column of objects each has all keys that any of them has, with null for those that it lacks: a tool call would
+    get the arguments of all other tools. Whether a null was there before cannot be known, but for an argument that its
+    tool requires: that one is kept.
+    """
+    if not fields.keys() & {"messages", "conversations", "tools"}:
+        return fields
+    found = dict(fields)
+    found["tools"] = _without_nulls(fields.get("tools"), {})
+    required = {}
+    for tool in found["tools"] if isinstance(found["tools"], list) else ():
+        function = tool.get("function", tool) if isinstance(tool, dict) else {}
+        if isinstance(function, dict) and isinstance(function.get("parameters"), dict):
+            required[function.get("name")] = function["parameters"].get("required") or ()
+    for name in ("messages", "conversations"):
+        if name in fields:
+            found[name] = _without_nulls(fields[name], required)
+    if "tools" not in fields:
+        del found["tools"]
+    return found
+
+
+def _without_nulls(value: Any, required: Mapping[Any, Sequence[str]]) -> Any:
+    """Return a value without the null fields of the objects in it; `required` has arguments to keep, by tool."""
+    if isinstance(value, list):
+        return [_without_nulls(item, required) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {name: _without_nulls(item, required) for name, item in value.items() if item is not None}
+    if isinstance(arguments := value.get("arguments"), dict):
+        kept = {name for name in required.get(value.get("name"), ()) if name in arguments}
+        found["arguments"] = {
+            name: _without_nulls(item, required) for name, item in arguments.items() if item is not None or name in kept
+        }
+    return found
 
 
 def _read_row(batch: Any, number: int) -> Record:

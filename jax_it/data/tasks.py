@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jax_it.config import Data, Task
-from jax_it.data import chat, encoding, records, sources, templates
+from jax_it.data import chat, encoding, promptsource, records, sources, templates
 from jax_it.data.evaluation_set import EvalExample, Option
 from jax_it.data.formats import CausalFormat, Format
+from jax_it.data.jinja_text import answer_choices
 from jax_it.data.records import Record
 from jax_it.data.templates import Turn
 from jax_it.data.tokenizer import Tokenizer
@@ -43,9 +44,10 @@ def read(task: Task, where: str, data: Data, tokenizer: Tokenizer, format: Forma
             break
         waiting.append((number, record))
     found: dict[int, EvalExample] = {}
-    choices = [(template, task.num_fewshot) for template in task.data.template]
+    every_template = [template.text for template in promptsource.expand(task.data.template, f"{where}.data.template")]
+    choices = [(template, task.num_fewshot) for template in every_template]
     if task.truncate == "fewshot":
-        choices += [(task.data.template[-1], fewer) for fewer in range(task.num_fewshot - 1, -1, -1)]
+        choices += [(every_template[-1], fewer) for fewer in range(task.num_fewshot - 1, -1, -1)]
     for choice, (template, num_fewshot) in enumerate(choices):
         questions = [_question(task, number, record, template, fewshot, num_fewshot) for number, record in waiting]
         waiting = []
@@ -70,7 +72,7 @@ def _question(
         raise UserError(f"{record.where}: there is no reference to compare with; fix or remove the record")
     options: tuple[str, ...] = ()
     if task.score == "multiple_choice":
-        options = tuple(templates.texts(record, task.options))
+        options = tuple(templates.texts(record, task.options or answer_choices(template)))
         listed = records.listed(map(repr, options))
         if len(options) < 2 or not all(options):
             raise UserError(f"{record.where}: two options or more are needed, none of them empty; it has {listed}")
@@ -81,7 +83,7 @@ def _question(
     before = [templates.text(record, task.description)] if task.description else []
     before += fewshot.of(record)[:num_fewshot] if fewshot else []
     text = task.fewshot_delimiter.join([*before, asked.text])
-    return _Question(number, record, (*example.turns[:-2], Turn("user", text)), references, options, num_fewshot)
+    return _Question(number, record, (*example.turns[:-2], asked._replace(text=text)), references, options, num_fewshot)
 
 
 class _FewShot:
@@ -90,8 +92,9 @@ class _FewShot:
     def __init__(self, task: Task, where: str):
         self._task, self._where = task, where
         self._by_value: dict[str, list[tuple[Record, str]]] = {}
+        template = promptsource.expand(task.fewshot.template, f"{where}.fewshot.template")[0].text
         for record in sources.read(task.fewshot, f"{where}.fewshot"):
-            example = templates.render(record, task.fewshot.template[0])
+            example = templates.render(record, template)
             if not example.prompt.strip() or not example.completion.strip():
                 raise UserError(
                     f"{record.where}: a few-shot example needs a prompt and an answer; fix or remove the record"

@@ -15,23 +15,25 @@ import platform
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jax_it import files, hosts
 from jax_it.config import Data, Source
-from jax_it.data import sources, templates
+from jax_it.data import processes, promptsource, sources, templates
 from jax_it.data.encoded import Encoded
 from jax_it.data.encoding import Counts
 from jax_it.data.formats import Format
 from jax_it.data.records import InvalidRecord, Record
 from jax_it.data.templates import Example
 from jax_it.data.tokenizer import Tokenizer
-from jax_it.errors import UserError
+from jax_it.errors import UserError, first_line, shown
 from jax_it.status import Bar
 
 _CHUNK = 1000  # records that the tokenizer takes at a time
@@ -52,6 +54,9 @@ class Tokenized:
     source_ends: np.ndarray  # int64 [examples + 1]: example i is tokens[ends[i]:ends[i + 1]]
     target_tokens: np.ndarray
     target_ends: np.ndarray
+    # int64 [examples]: the number of the record that each example is made of, from 0; its bitwise complement where the
+    # template is not meant for the record.
+    signed_records: np.ndarray
     digest: str = ""  # of the source's records
 
     def example(self, i: int) -> Encoded:
@@ -59,6 +64,14 @@ class Tokenized:
         target = self.target_tokens[self.target_ends[i] : self.target_ends[i + 1]]
         mask = target < 0
         return Encoded(source, np.where(mask, ~target, target), 0, mask) if mask.any() else Encoded(source, target)
+
+    @property
+    def records(self) -> np.ndarray:
+        return np.where(self.skipped, ~self.signed_records, self.signed_records)
+
+    @property
+    def skipped(self) -> np.ndarray:
+        return self.signed_records < 0
 
     @property
     def source_lengths(self) -> np.ndarray:
@@ -70,7 +83,7 @@ class Tokenized:
 
 
 _NOTHING = Encoded(np.zeros(0, np.int32), np.zeros(0, np.int32))
-_ARRAYS = ("source_tokens", "source_ends", "target_tokens", "target_ends")
+_ARRAYS = ("source_tokens", "source_ends", "target_tokens", "target_ends", "signed_records")
 _INDEX = "index.txt"  # the counts and the arrays' checksums in its second line, whose own checksum is the first
 
 
@@ -82,16 +95,91 @@ def tokenize(source: Source, where: str, data: Data, tokenizer: Tokenizer, forma
     """
     made = []
     cache = _cache(data)
+    named = promptsource.expand(source.template, f"{where}.template")
+    if data.train_on == "per_turn" and len(named) > 1:
+        raise UserError(
+            f"{where}.template: data.train_on='per_turn' needs data sets of one template; leave the others out"
+        )
     with hosts.first_then_others():  # what is downloaded or made once, the others find, where they share a disk
         digest = sources.digest(source, where)
-        for template in source.template:
+        for name, template in named:
             folder = cache / _key(digest, template, data, tokenizer, format)
             if not os.path.lexists(folder):
                 _write(folder, source, where, template, data, tokenizer, format)
-            made.append(_open(folder, sources.name_of(source), template, digest))
+            made.append(_open(folder, sources.name_of(source), name, digest))
     for item in made:
         _check_limits(item, data)
     return made
+
+
+def save(made: Sequence[Sequence[Tokenized]], folder: str, data: Data, tokenizer: Tokenizer, format: Format) -> None:
+    """Write tokenized training data into a new folder, which `load` reads without the records.
+
+    Raises UserError for a folder that is there already or cannot be written.
+    """
+    output = files.locate_local(folder, "--output")
+    if os.path.lexists(output):
+        raise UserError(f"--output: {output} already exists; name another, or remove it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with files.new_folder(output.parent, ".part-") as part:
+            for i, templates_ in enumerate(made):
+                for j, item in enumerate(templates_):
+                    (part / f"{i}.{j}").mkdir()
+                    for array in _ARRAYS:
+                        getattr(item, array).tofile(part / f"{i}.{j}" / f"{array}.bin")
+                    _write_index(part / f"{i}.{j}", item.counts)
+            named = [[(item.name, item.template, item.digest) for item in templates_] for templates_ in made]
+            manifest = {"made_with": _made_with(data, tokenizer, format), "data_sets": named}
+            (part / _MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
+            part.rename(output)
+    except OSError as error:
+        raise UserError(
+            f"--output: cannot write {output}: {error.strerror or error}; {files.remedy(error.strerror)} "
+            "or name another"
+        ) from error
+
+
+def load(data: Data, tokenizer: Tokenizer, format: Format) -> list[list[Tokenized]]:
+    """Return the training data in the folder `data.tokenized`, which `save` wrote.
+
+    Raises UserError for a folder that is not one of these or is damaged, and for one that was made with other data
+    sets, templates, lengths or another tokenizer.
+    """
+    where = "config.data.tokenized"
+    folder = files.locate_local(data.tokenized, where)
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        made_with, data_sets = manifest["made_with"], [[tuple(item) for item in each] for each in manifest["data_sets"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{where}: {folder} was not written by 'jax-it data tokenize': {reason}") from None
+    for name, value in _made_with(data, tokenizer, format).items():
+        if made_with.get(name) != value:
+            raise UserError(f"{where}: {folder} was made with another {name}; run 'jax-it data tokenize' again")
+    names = [sources.name_of(source) for source in data.train]
+    if names != [each[0][0] for each in data_sets]:
+        there = ", ".join(each[0][0] for each in data_sets)
+        raise UserError(f"{where}: {folder} has the data sets {there}, and config.data.train has {', '.join(names)}")
+    made = [[_open(folder / f"{i}.{j}", *item) for j, item in enumerate(each)] for i, each in enumerate(data_sets)]
+    for item in chain(*made):
+        _check_limits(item, data)
+    return made
+
+
+_MANIFEST = "manifest.json"
+
+
+def _made_with(data: Data, tokenizer: Tokenizer, format: Format) -> dict[str, Any]:
+    """Return what decides the tokens of given records, as JSON has it."""
+    made_with = {
+        "tokenizer": tokenizer.digest(),
+        "length, truncate or train_on": format.key(data),
+        "template": [source.template for source in data.train],
+        "limit": [source.limit for source in data.train],
+    }
+    found: dict[str, Any] = json.loads(json.dumps(made_with))
+    return found
 
 
 def _cache(data: Data) -> Path:
@@ -153,9 +241,7 @@ def _write(
             counts = Counts()
             _write_tokens(part, _tokenize_records(source, where, template, data, tokenizer, format, counts))
             counts.check_invalid(sources.name_of(source), data)
-            checksums = {array: _checksum(_map(part, array)) for array in _ARRAYS}
-            content = json.dumps({"counts": asdict(counts), "checksums": checksums})
-            (part / _INDEX).write_text(f"{zlib.crc32(content.encode())}\n{content}\n", encoding="utf-8")
+            _write_index(part, counts)
             try:
                 part.rename(folder)
             except OSError:  # another process was faster, with the same content
@@ -168,25 +254,67 @@ def _write(
         ) from error
 
 
-def _write_tokens(folder: Path, examples: Iterable[Encoded | None]) -> None:
-    ends: tuple[list[int], list[int]] = ([0], [0])
-    with (folder / "source_tokens.bin").open("wb") as sources, (folder / "target_tokens.bin").open("wb") as targets:
-        for example in examples:
-            source, target, _, mask = example or _NOTHING
-            if mask is not None:
-                target = np.where(mask, ~target, target)  # trained tokens are negative on disk; see Tokenized
-            for tokens, end, file in zip((source, target), ends, (sources, targets), strict=True):
-                file.write(tokens.astype(np.int32).tobytes())
-                end.append(end[-1] + len(tokens))
-    np.asarray(ends[0], np.int64).tofile(folder / "source_ends.bin")
-    np.asarray(ends[1], np.int64).tofile(folder / "target_ends.bin")
+def _write_index(folder: Path, counts: Counts) -> None:
+    checksums = {array: _checksum(_map(folder, array)) for array in _ARRAYS}
+    content = json.dumps({"counts": asdict(counts), "checksums": checksums})
+    (folder / _INDEX).write_text(f"{zlib.crc32(content.encode())}\n{content}\n", encoding="utf-8")
+
+
+class _Example(NamedTuple):
+    record: int  # its number
+    encoded: Encoded | None  # None if it was dropped or skipped
+    skipped: bool = False  # the template gives no text for it
+
+
+class _Chunk(NamedTuple):
+    """Some examples as they are on disk: tokens one after another, and how many each example has."""
+
+    counts: Counts
+    source_tokens: np.ndarray
+    source_lengths: np.ndarray
+    target_tokens: np.ndarray
+    target_lengths: np.ndarray
+    signed_records: np.ndarray  # within the chunk
+
+
+def _chunk(examples: Sequence[_Example], counts: Counts) -> _Chunk:
+    sources, targets = [], []
+    for example in examples:
+        source, target, _, mask = example.encoded or _NOTHING
+        sources.append(source)
+        # Trained tokens are negative on disk; see Tokenized.
+        targets.append(target if mask is None else np.where(mask, ~target, target))
+    return _Chunk(
+        counts,
+        np.concatenate([_NOTHING.source, *sources], dtype=np.int32),
+        np.array([len(source) for source in sources], np.int64),
+        np.concatenate([_NOTHING.target, *targets], dtype=np.int32),
+        np.array([len(target) for target in targets], np.int64),
+        np.array([~example.record if example.skipped else example.record for example in examples], np.int64),
+    )
+
+
+def _write_tokens(folder: Path, chunks: Iterable[_Chunk]) -> None:
+    """Write the arrays of a data set chunk by chunk, so that memory doesn't grow with it."""
+    with ExitStack() as stack:
+        files = {array: stack.enter_context((folder / f"{array}.bin").open("wb")) for array in _ARRAYS}
+        ends = {"source": 0, "target": 0}
+        for side in ends:
+            files[f"{side}_ends"].write(np.zeros(1, np.int64).tobytes())
+        for chunk in chunks:
+            for side in ends:
+                of_chunk = ends[side] + np.cumsum(getattr(chunk, f"{side}_lengths"))
+                files[f"{side}_tokens"].write(getattr(chunk, f"{side}_tokens").tobytes())
+                files[f"{side}_ends"].write(of_chunk.tobytes())
+                ends[side] = int(of_chunk[-1]) if len(of_chunk) else ends[side]
+            files["signed_records"].write(chunk.signed_records.tobytes())
 
 
 def _open(folder: Path, name: str, template: str, digest: str) -> Tokenized:
     try:
         if not all((folder / name).is_file() for name in (_INDEX, *map("{}.bin".format, _ARRAYS))):
             raise FileNotFoundError  # or what is there is a pipe, which would never end
-        checksum, content = (folder / _INDEX).read_text(encoding="utf-8").splitlines()
+        checksum, content = (folder / _INDEX).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         arrays = {array: _map(folder, array) for array in _ARRAYS}
         whole = checksum == str(zlib.crc32(content.encode()))
         index = json.loads(content) if whole else {}
@@ -199,7 +327,7 @@ def _open(folder: Path, name: str, template: str, digest: str) -> Tokenized:
 
 
 def _map(folder: Path, array: str) -> np.ndarray:
-    file, dtype = folder / f"{array}.bin", np.int64 if array.endswith("ends") else np.int32
+    file, dtype = folder / f"{array}.bin", np.int32 if array.endswith("tokens") else np.int64
     return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
 
 
@@ -212,45 +340,72 @@ def _checksum(array: np.ndarray) -> int:
 
 def _tokenize_records(
     source: Source, where: str, template: str, data: Data, tokenizer: Tokenizer, format: Format, counts: Counts
-) -> Iterator[Encoded | None]:
-    """Yield the tokens of every record, None for one that is dropped; counts as it goes."""
+) -> Iterator[_Chunk]:
+    """Yield the examples of every record; counts as it goes."""
     records = sources.read(source, where, keep_invalid=True)
+    chunks = iter(lambda: list(islice(records, _CHUNK)), [])
+    tokenize = _Tokenize(template, data, tokenizer, format)
+    first = 0
     with Bar(f"tokenizing {sources.name_of(source)}", unit="examples") as bar:
-        while chunk := list(islice(records, _CHUNK)):
-            yield from _tokenize_chunk(chunk, template, data, tokenizer, format, counts)
-            bar.update(len(chunk))
+        for number, chunk in processes.in_order(tokenize, chunks, data.num_workers):
+            counts.add(chunk.counts)
+            signed = chunk.signed_records
+            yield chunk._replace(signed_records=np.where(signed < 0, signed - first, signed + first))
+            first += number
+            bar.update(number)
+
+
+@dataclass(frozen=True)
+class _Tokenize:
+    """Turns records into a chunk, in this process or another."""
+
+    template: str
+    data: Data
+    tokenizer: Tokenizer
+    format: Format
+
+    def __call__(self, records: Sequence[Record]) -> tuple[int, _Chunk]:
+        counts = Counts()
+        examples = _tokenize_chunk(records, self.template, self.data, self.tokenizer, self.format, counts)
+        return len(records), _chunk(examples, counts)
 
 
 def _tokenize_chunk(
     records: Sequence[Record], template: str, data: Data, tokenizer: Tokenizer, format: Format, counts: Counts
-) -> list[Encoded | None]:
-    """Return the tokens of each record, None for one that is dropped, and add what became of them to the counts."""
+) -> list[_Example]:
+    """Return the examples of some records, which are numbered from 0; add what became of them to the counts."""
 
-    def encode(indices: Sequence[int]) -> None:
+    def encode(examples: Sequence[tuple[int, Example]]) -> Iterable[Encoded | None]:
         part = Counts()
+        locations = [records[i].where for i, _ in examples]
         try:
-            encoded = format.encode(
-                [examples[i] for i in indices], [records[i].where for i in indices], data, tokenizer, part
-            )
-            found.update(zip(indices, encoded, strict=True))
+            encoded = list(format.encode([example for _, example in examples], locations, data, tokenizer, part))
         except InvalidRecord as error:
-            if len(indices) == 1:
-                return counts.add_invalid(error)
-            encode(indices[: len(indices) // 2])
-            encode(indices[len(indices) // 2 :])
-        else:
-            counts.add(part)
+            if len(examples) == 1:
+                counts.add_invalid(error)
+                return [None]
+            half = len(examples) // 2
+            return [*encode(examples[:half]), *encode(examples[half:])]
+        counts.add(part)
+        return encoded
 
-    found: dict[int, Encoded | None] = {}
-    examples: dict[int, Example] = {}
+    examples: list[tuple[int, Example]] = []
+    found: list[_Example] = []
     for i, record in enumerate(records):
         try:
-            examples[i] = templates.render(record, template)
+            example = templates.render(record, template)
         except InvalidRecord as error:
             counts.add_invalid(error)
+            found.append(_Example(i, None))
+            continue
+        if example.is_blank and template not in templates.TEMPLATES:
+            counts.add(Counts(examples=1, skipped=1))
+            found.append(_Example(i, None, skipped=True))
+            continue
+        examples += [(i, part) for part in (example.per_turn() if data.train_on == "per_turn" else [example])]
     if examples:
-        encode(list(examples))
-    return [found.get(i) for i in range(len(records))]
+        found += map(_Example, (i for i, _ in examples), encode(examples))
+    return sorted(found, key=lambda example: example.record)
 
 
 def _check_limits(item: Tokenized, data: Data) -> None:
@@ -261,6 +416,8 @@ def _check_limits(item: Tokenized, data: Data) -> None:
     if counts.invalid:
         dropped = f"{counts.invalid} invalid, {dropped}"
     if not counts.kept:
+        if counts.skipped:
+            dropped = f"{dropped}, {counts.skipped} without any text by the template {shown(item.template, 60)}"
         reasons = f": {counts.shown_reasons(most=3)}" if counts.invalid else ""
         raise UserError(f"data set {item.name}: none of its {counts.examples} examples is left: {dropped}{reasons}")
     vanished = counts.vanished
@@ -299,13 +456,15 @@ def prompts_and_completions(items: Iterable[Source], where: str) -> Iterator[str
     """Yield all texts of some sources, for training a tokenizer."""
     for i, source in enumerate(items):
         for record in sources.read(source, f"{where}.{i}"):
-            for template in source.template:
+            for _, template in promptsource.expand(source.template, f"{where}.{i}.template"):
                 yield from (turn.text for turn in templates.render(record, template).turns)
 
 
 def eligible(tokenized: Sequence[Tokenized]) -> np.ndarray:
-    """Return the indices of the examples that every template of a source kept."""
-    kept = np.ones(tokenized[0].counts.examples, bool)
+    """Return the indices of the examples that every template of a source kept, but for those that skipped them."""
+    kept, some = np.ones(tokenized[0].counts.examples, bool), np.zeros(tokenized[0].counts.examples, bool)
     for item in tokenized:
-        kept &= item.target_lengths > 0
-    return np.flatnonzero(kept)
+        of_item = item.target_lengths > 0
+        some |= of_item
+        kept &= of_item | item.skipped
+    return np.flatnonzero(kept & some)

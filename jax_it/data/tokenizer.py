@@ -2,12 +2,16 @@
 
 import copy
 import hashlib
+import itertools
+import json
+import re
 from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regex
 import tokenizers
 
 from jax_it.errors import UserError
@@ -69,7 +73,27 @@ class Tokenizer:
         )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._words is None or not texts:
+            return self._encode(texts)
+        return self._words.encode(texts)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         return self.backend(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+    @cached_property
+    def _words(self) -> "_Words | None":
+        """Encodes word by word, where the tokenizer does so itself (T5's); None for others."""
+        if not self.backend.is_fast or not _splits_at_spaces(json.loads(self.backend.backend_tokenizer.to_str())):
+            return None
+        words = _Words(self._plain, self.added_texts)
+        probes = [
+            "It's  a test,\tof 3.5 words \n and é ü ﬁ ①.\n",
+            " x",
+            "",
+            "a\r\nb\rc",
+            "The the THE <b>x</b> 漢字 a-b",
+        ]
+        return words if words.encode(probes) == self._encode(probes) else None
 
     def lost(self, characters: Set[str]) -> set[str]:
         """Return those characters that leave no token of their own: T5's tokenizer turns line breaks into spaces.
@@ -152,3 +176,51 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         self.backend.save_pretrained(folder)
+
+
+def _splits_at_spaces(tree: dict[str, Any]) -> bool:
+    """Return whether a tokenizer of this description encodes the words between spaces one by one, as T5's does."""
+    normalizer = tree["normalizer"] or {"type": "Precompiled"}
+    splitter = tree["pre_tokenizer"] or {}
+    parts = splitter.get("pretokenizers", [])
+    return (
+        normalizer["type"] == "Precompiled"  # works on characters with the marks that follow them
+        and [part["type"] for part in parts] == ["WhitespaceSplit", "Metaspace"]
+        and parts[1]["prepend_scheme"] == "always"
+        and tree["model"]["type"] == "Unigram"
+    )
+
+
+class _Words:
+    """Encodes texts word by word, each word once: words are few, and occur again and again."""
+
+    # Marks that may form one character with the space beside them, and control characters that may not be spaces.
+    _JOINING = regex.compile(
+        r"[\p{M}\p{Cf}\p{GCB=Extend}\p{GCB=SpacingMark}\p{GCB=Prepend}\p{GCB=ZWJ}\x00-\x08\x0b\x0c\x0e-\x1f]"
+    )
+    _MOST = 1 << 18  # words that are kept, of at most 32 characters
+
+    def __init__(self, backend: tokenizers.Tokenizer, added: Iterable[str]):
+        self._backend = backend
+        self._added = re.compile("|".join(re.escape(text) for text in sorted(added, key=len, reverse=True)) or "(?!)")
+        self._known: dict[str, list[int]] = {}
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        split = [self._split(text) for text in texts]
+        new = list(set(itertools.chain.from_iterable(split)) - self._known.keys())
+        found = self._backend.encode_batch_fast(new, add_special_tokens=False)
+        self._known.update((word, item.ids) for word, item in zip(new, found, strict=True))
+        known = self._known.__getitem__
+        encoded = [list(itertools.chain.from_iterable(map(known, words))) for words in split]
+        if len(self._known) > self._MOST:
+            self._known.clear()
+        else:
+            for word in new:
+                if len(word) > 32:
+                    del self._known[word]
+        return encoded
+
+    def _split(self, text: str) -> list[str]:
+        if self._added.search(text) or self._JOINING.search(text):  # an added token may take the spaces beside it
+            return [text]
+        return text.split() if text.isascii() else text.replace("\n", " ").split(" ")

@@ -4,6 +4,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
+import regex
+
 from jax_it.metrics.metric import References
 
 _WITHOUT_SPACES = (
@@ -19,25 +21,24 @@ _UNSPACED = re.compile(f"[{_WITHOUT_SPACES}]")
 _LATIN = re.compile("[A-Za-z]")
 
 
+# A character of these scripts with its marks, or a word of any other.
+_TOKEN = regex.compile(
+    rf"[{_WITHOUT_SPACES}{_HANGUL}&&[\p{{L}}\p{{N}}]]\p{{M}}*"
+    rf"|[\p{{L}}\p{{N}}--[{_WITHOUT_SPACES}{_HANGUL}]][\p{{M}}[\p{{L}}\p{{N}}--[{_WITHOUT_SPACES}{_HANGUL}]]]*",
+    regex.V1,
+)
+# Latin letters and symbols, without marks: there `re` finds the same words, and four times as fast.
+_PLAIN, _WORD = re.compile("[\0-\u02ff\u2000-\u20cf\u2100-\u2bff]*"), re.compile(r"[^\W_]+")
+
+
 def characters(text: str) -> list[str]:
     """Return each character of Chinese, Japanese, Korean, Thai, Lao, Burmese and Khmer, and whole words of the rest.
 
     Words are runs of letters and digits, in lower case; marks stay on their letter, and all else is
     dropped. Unicode's compatibility forms count as what they stand for (NFKC): full width is half width.
     """
-    tokens: list[str] = []
-    before = ""  # what the last token can take: "" nothing, "M" marks, "LNM" letters, digits and marks
-    for character in unicodedata.normalize("NFKC", text).lower():
-        kind = unicodedata.category(character)[0]
-        alone = kind != "M" and bool(_ALONE.match(character))
-        if kind in before and not alone:
-            tokens[-1] += character
-        elif kind in "LN":
-            tokens.append(character)
-            before = "M" if alone else "LNM"
-        else:
-            before = ""
-    return tokens
+    text = unicodedata.normalize("NFKC", text).lower()
+    return (_WORD if _PLAIN.fullmatch(text) else _TOKEN).findall(text)
 
 
 def spaced(text: str) -> str:

@@ -145,6 +145,13 @@ class Model:
         model_key, adapter_key = split_key(key, 2)
         return self._module(params, adapter_key).hidden_states(batch, self.options, model_key)
 
+    def encode(self, params: Params, source_BS: jax.Array, segments_BS: jax.Array) -> jax.Array:
+        """Return an encoder-decoder's encoder states [B, S, D]; segment 0 is padding."""
+        positions_BS = jnp.broadcast_to(jnp.arange(source_BS.shape[1]), source_BS.shape)
+        rows = (array[:, None] for array in (source_BS, segments_BS, positions_BS))
+        states_BSD: jax.Array = self._module(params).encode(*rows, self.options)
+        return states_BSD
+
     def head(self, params: Params) -> jax.Array:
         """Return the weights that `logits` takes, [V, D]."""
         return params["embedding" if self.config.tied else "head"]
@@ -228,13 +235,14 @@ def build(values: Mapping[str, Any], where: str, model: ModelConfig) -> Model:
     config = family.read_config(values, where)
     dtype = {"auto": default_dtype(), "float32": jnp.float32, "bfloat16": jnp.bfloat16}
     dropout = config.dropout if model.dropout is None else model.dropout
-    on_tpu = jax.default_backend() == "tpu"
-    splash = model.attention == "auto" and on_tpu
+    on_tpu, on_cpu = (jax.default_backend() == platform for platform in ("tpu", "cpu"))
+    chosen = model.attention == "auto"
     if model.prefix_lm and config.recompute_longrope and config.longrope_length:
         raise UserError(f"config.model.prefix_lm: the longrope of {where} is computed for causal attention alone")
     options = ComputeOptions(
-        dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, splash, unrolled=not on_tpu
-    )
+        dtype[model.dtype], model.remat == "layer", dropout, model.prefix_lm, fused_attention=chosen and on_tpu,
+        recompute=chosen and on_cpu, unrolled=not on_tpu,
+    )  # fmt: skip
     return Model(values, family, config, options)
 
 

@@ -11,6 +11,7 @@ within one file of models:
 
     M heads of queries that share a head of keys         U pairs of entries that rotate
     Z distances           I tokens of a device           A experts of a token         J pairs of token and expert
+    C entries of several heads, beside each other
 
 and in generation:
 
@@ -58,7 +59,8 @@ class ComputeOptions(NamedTuple):
     remat: bool = False
     dropout: float = 0.0  # the rate, if a key is given
     prefix_lm: bool = False  # the prompt's positions see each other, within a window to either side
-    splash: bool | Literal["interpret"] = False  # attention by the kernel for TPUs, if it can compute the rows
+    fused_attention: bool | Literal["interpret"] = False  # by a kernel for TPUs, if one can compute the rows
+    recompute: bool = False  # the backward pass computes activations and scores again: faster on a CPU
     unrolled: bool = False  # decoding takes the layers one by one: faster than a scan, but slower to compile
 
 

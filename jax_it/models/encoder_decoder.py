@@ -43,7 +43,7 @@ class EncoderDecoder(nnx.Module):
         x_BTD = embed(self.config.decoder, self.embedding, batch.tokens_BT, options.dtype)
         x_BTD, _, _ = self.decoder(
             x_BTD, batch.positions_BT, segments_BT, causal_mask(segments_BT), options, decoder_key,
-            encoded_BSD=encoded_BSD, cross_mask_BTS=cross_mask_BTS,
+            encoded_BSD=encoded_BSD, cross_mask_BTS=cross_mask_BTS, source_segments_BS=source_segments_BS,
         )  # fmt: skip
         return dropout(x_BTD, options.dropout, last_key), None
 

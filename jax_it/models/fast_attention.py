@@ -1,10 +1,13 @@
 """Attention of all positions at once: one call, `attend`, over implementations chosen by shape and platform.
 
-Each computes what `attention.plain_attention` does: that itself, JAX's splash attention on TPUs, and for long rows
-block by block of queries, so that not all scores are in memory at once.
+Each computes what `attention.plain_attention` does: that itself, row by row on a CPU, on TPUs a kernel (JAX's splash
+attention or our flash attention), and for long rows block by block of queries, so that not all scores are in memory at
+once.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,9 @@ import jax.numpy as jnp
 from jax_it.models import splash_attention
 from jax_it.models.attention import Scores, by_head, plain_attention
 from jax_it.models.dropout import split_key
-from jax_it.sharding import parts_of
+from jax_it.models.relative_bias import DistanceBias
+from jax_it.models.row_attention import row_attention
+from jax_it.sharding import mesh_size, parts_of
 
 # How many of a row's queries have their scores in memory at once, as the number of scores grows with the square of the
 # length. Longer rows are computed in chunks, which the backward pass computes again.
@@ -25,39 +30,57 @@ MIN_BLOCK, MAX_BLOCKS = 128, 8
 
 def attend(
     query_BTNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, scores: Scores, *,
-    mask_BTS: jax.Array, segments_BT: jax.Array | None = None, causal: bool = False, window: int = 0,
-    splash: splash_attention.Splash = False, bias: jax.Array | None = None, dropout_key: jax.Array | None = None,
+    mask_BTS: jax.Array, segments_BT: jax.Array | None = None, key_segments_BS: jax.Array | None = None,
+    causal: bool = False, window: int = 0, fused: bool | Literal["interpret"] = False, recompute: bool = False,
+    bias: jax.Array | DistanceBias | None = None, dropout_key: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """Attend from queries to keys, and return [B, T, N, H].
 
     `mask_BTS` says which pairs are allowed; with a `window`, T = S and only keys less than `window` positions away are,
     before the query or after it.
-    `causal`: the mask allows no key after its query, so those are not read. `bias`, [N, T, S] or [B, N, T, S], is added
-    to the scores. Dropout needs a `dropout_key`.
+    `causal`: the mask allows no key after its query, so those are not read. `bias`, [N, T, S] or [B, N, T, S], or by
+    distance as kernels take it, is added to the scores. Dropout needs a `dropout_key`.
+
+    `fused`: by a kernel for TPUs, if one can compute the rows; "interpret": on a CPU, for tests. Kernels take the
+    `segments_BT`, which are given if `causal` and the equality of segments are all of the mask; those of keys are the
+    same unless they are given. What padding attends to is then not defined.
+    `recompute`: keep no scores for the backward pass.
     """
     length, heads, head_dim = query_BTNH.shape[1:]
-    if (
-        splash and causal and bias is None and segments_BT is not None
-        and not (scores.dropout and dropout_key is not None)
-        and splash_attention.fits(length, heads, key_BSKH.shape[2], head_dim)
-    ):  # fmt: skip
-        return splash_attention.attend(
-            query_BTNH, key_BSKH, value_BSKH, segments_BT, window=window, scale=scores.scale, softcap=scores.softcap,
-            interpret=splash == "interpret",
-        )  # fmt: skip
+    if fused and segments_BT is not None:
+        arrays, interpret = (query_BTNH, key_BSKH, value_BSKH), fused == "interpret"
+        # Where it can, splash computes causal rows of any length, whose keys it reads block by block.
+        splash = causal and bias is None and not (scores.dropout and dropout_key is not None)
+        if splash and splash_attention.fits(length, heads, key_BSKH.shape[2], head_dim):
+            return splash_attention.attend(
+                *arrays, segments_BT, window=window, scale=scores.scale, softcap=scores.softcap, interpret=interpret
+            )
+        from jax_it.models import flash_attention  # slow to import, and for TPUs alone
+
+        assert bias is None or isinstance(bias, DistanceBias)
+        if flash_attention.fits(query_BTNH, key_BSKH, bias=bias is not None, causal=causal):
+            return flash_attention.attend(
+                *arrays, scores, segments_BT, segments_BT if key_segments_BS is None else key_segments_BS,
+                causal=causal, window=window, bias=bias, dropout_key=dropout_key, interpret=interpret,
+            )  # fmt: skip
+    if isinstance(bias, DistanceBias):
+        bias = bias.square()
     if window:
         distance_TS = jnp.arange(length)[:, None] - jnp.arange(length)
         mask_BTS = mask_BTS & (jnp.abs(distance_TS) < window)
     keys_values = by_head(key_BSKH, value_BSKH)
+    # A loop over rows that lie on several devices would move them around.
+    row_by_row = recompute and mesh_size() == 1 and (bias is None or bias.ndim == 3)
+    compute = partial(row_attention if row_by_row else plain_attention, scores=scores)
     if causal and parts_of("T") == 1 and length > MIN_BLOCK:
-        return _attend_causal_blocks(query_BTNH, *keys_values, scores, mask_BTS, bias, dropout_key)
+        return _attend_causal_blocks(compute, query_BTNH, *keys_values, mask_BTS, bias, dropout_key)
     if length > MAX_QUERIES * parts_of("T"):
-        return _attend_in_chunks(query_BTNH, *keys_values, scores, mask_BTS, bias, dropout_key)
-    return plain_attention(query_BTNH, *keys_values, scores, mask_BTS, bias, dropout_key)
+        return _attend_in_chunks(compute, query_BTNH, *keys_values, mask_BTS, bias, dropout_key)
+    return compute(query_BTNH, *keys_values, mask_BTS=mask_BTS, bias=bias, dropout_key=dropout_key)
 
 
 def _attend_causal_blocks(
-    query_BTNH: jax.Array, key_BKHS: jax.Array, value_BKSH: jax.Array, scores: Scores, mask_BTS: jax.Array,
+    compute: Callable, query_BTNH: jax.Array, key_BKHS: jax.Array, value_BKSH: jax.Array, mask_BTS: jax.Array,
     bias: jax.Array | None, dropout_key: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
     """Attend block by block of queries, each to the keys up to its last query."""
@@ -65,7 +88,7 @@ def _attend_causal_blocks(
     size = min(max(MIN_BLOCK, -(-length // MAX_BLOCKS)), MAX_QUERIES)
     starts = range(0, length, size)
     checkpoint = jax.checkpoint if length > MAX_QUERIES else (lambda block: block)
-    block = checkpoint(partial(plain_attention, scores=scores))
+    block = checkpoint(compute)
     attended = []
     for start, block_key in zip(starts, split_key(dropout_key, len(starts)), strict=True):
         end = min(start + size, length)
@@ -79,7 +102,7 @@ def _attend_causal_blocks(
 
 
 def _attend_in_chunks(
-    query_BTNH: jax.Array, key_BKHS: jax.Array, value_BKSH: jax.Array, scores: Scores, mask_BTS: jax.Array,
+    compute: Callable, query_BTNH: jax.Array, key_BKHS: jax.Array, value_BKSH: jax.Array, mask_BTS: jax.Array,
     bias: jax.Array | None, dropout_key: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
     """Attend chunk by chunk of queries. A chunk has every n-th query, so that all devices have a share of it."""
@@ -100,7 +123,7 @@ def _attend_in_chunks(
         split(bias, -2),
         None if dropout_key is None else jax.random.split(dropout_key, chunks),
     )
-    chunk = jax.checkpoint(partial(plain_attention, scores=scores))
+    chunk = jax.checkpoint(compute)
 
     def step(_: None, x: tuple) -> tuple[None, jax.Array]:
         query_BTNH, mask_BTS, bias, chunk_key = x

@@ -29,13 +29,14 @@ class Context(NamedTuple):
     options: ComputeOptions
     scores: Scores
     cos_sin: Mapping[Rope | None, CosSin]
-    bias_of: Callable[["Layer"], jax.Array | None]  # gives a layer's relative bias, if it has one
+    bias_of: Callable[["Layer"], Any]  # gives a layer's relative bias, if it has one; see `fast_attention.attend`
     real_BT: jax.Array  # false for padding, which experts do not count
     mask_BTS: jax.Array | None = None  # which positions each position may see
-    segments_BT: jax.Array | None = None
+    segments_BT: jax.Array | None = None  # if all of the mask follows from them and from `causal`
     causal: bool = False  # the mask allows no key after its query
     encoded_BSD: jax.Array | None = None  # the encoder's states; a source's blocks are rows of their own
     cross_mask_BTS: jax.Array | None = None  # which source positions each position may see
+    source_segments_BS: jax.Array | None = None
 
 
 class Attention(nnx.Module):
@@ -81,14 +82,21 @@ class Mlp(nnx.Module):
         self.up, self.up_bias = linear(rngs, outer, inner, c.mlp_bias)
         self.down, self.down_bias = linear(rngs, inner, outer, c.mlp_bias)
 
-    def __call__(self, x_BTD: jax.Array, rate: float = 0.0, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, rate: float = 0.0, dropout_key: jax.Array | None = None, recompute: bool = False
+    ) -> jax.Array:
         """Return [B, T, D]. Dropout acts on the hidden layer."""
-        act, h_BTF = ACTIVATIONS[self.activation], project(x_BTD, self.up, "BTD,DF->BTF", self.up_bias)
-        if self.gate is None:
-            h_BTF = act(h_BTF)
-        else:
-            h_BTF *= act(project(x_BTD, self.gate, "BTD,DF->BTF", self.gate_bias))
-        return project(dropout(constrain(h_BTF, "B T F"), rate, dropout_key), self.down, "BTF,FD->BTD", self.down_bias)
+        act, up_BTF = ACTIVATIONS[self.activation], project(x_BTD, self.up, "BTD,DF->BTF", self.up_bias)
+        gate_BTF = None if self.gate is None else project(x_BTD, self.gate, "BTD,DF->BTF", self.gate_bias)
+
+        def down(up_BTF: jax.Array, gate_BTF: jax.Array | None) -> jax.Array:
+            h_BTF = act(up_BTF) if gate_BTF is None else up_BTF * act(gate_BTF)
+            h_BTF = dropout(constrain(h_BTF, "B T F"), rate, dropout_key)
+            return project(barrier(h_BTF), self.down, "BTF,FD->BTD", self.down_bias)
+
+        # Barriers keep a CPU from computing the activation, or its gradient, within each product's transposing copy.
+        barrier = jax.lax.optimization_barrier if recompute else (lambda x: x)
+        return (jax.checkpoint(down) if recompute else down)(*barrier((up_BTF, gate_BTF)))
 
 
 class Layer(nnx.Module):
@@ -118,20 +126,24 @@ class Layer(nnx.Module):
         positions are added to it: one, or of a causal model several.
         """
         c, rate, keys, routing = self.config, context.options.dropout, split_key(dropout_key, 6), None
-        mixed_BTD, kept = MIXERS[kind.mixer](self, self._norm("attention", x_BTD), context, kind, cache, keys[0])
+        read_BTD = self._norm("attention", x_BTD, context)
+        mixed_BTD, kept = MIXERS[kind.mixer](self, read_BTD, context, kind, cache, keys[0])
         h_BTD = self._add("attention", x_BTD, mixed_BTD, rate, keys[1])
         if self.cross:
-            attended_BTD = _cross_attend(self.cross, self._norm("cross", h_BTD), context, cache, keys[2])
+            attended_BTD = _cross_attend(self.cross, self._norm("cross", h_BTD, context), context, cache, keys[2])
             h_BTD = self._add("cross", h_BTD, attended_BTD, rate, keys[3])
-        read_BTD = self._norm("mlp", x_BTD if c.norm_placement == "parallel" else h_BTD)
+        read_BTD = self._norm("mlp", x_BTD if c.norm_placement == "parallel" else h_BTD, context)
         if self.experts:
             out_BTD, routing = self.experts(read_BTD, context.real_BT)
         else:
-            out_BTD = self.mlp(read_BTD, rate if "mlp" in c.dropout_in else 0.0, keys[4])
+            mlp_rate = rate if "mlp" in c.dropout_in else 0.0
+            out_BTD = self.mlp(read_BTD, mlp_rate, keys[4], context.options.recompute)
         return self._add("mlp", h_BTD, out_BTD, rate, keys[5]), kept, routing
 
-    def _norm(self, part: str, x_BTD: jax.Array) -> jax.Array:
+    def _norm(self, part: str, x_BTD: jax.Array, context: Context) -> jax.Array:
         norm = getattr(self, f"{part}_norm", None)
+        if norm and context.options.recompute:
+            return jax.checkpoint(lambda x_BTD: norm(x_BTD))(x_BTD)
         return norm(x_BTD) if norm else x_BTD
 
     def _add(
@@ -158,7 +170,8 @@ def _self_attend(
     assert context.mask_BTS is not None
     attended_BTNH = attend(
         query_BTNH, *keys_values, context.scores, mask_BTS=context.mask_BTS, segments_BT=context.segments_BT,
-        causal=context.causal, window=kind.window, splash=context.options.splash, bias=bias, dropout_key=dropout_key,
+        causal=context.causal, window=kind.window, fused=context.options.fused_attention,
+        recompute=context.options.recompute, bias=bias, dropout_key=dropout_key,
     )  # fmt: skip
     return attention.output_projection(attended_BTNH), keys_values
 
@@ -171,8 +184,10 @@ def _cross_attend(
         assert context.encoded_BSD is not None and context.cross_mask_BTS is not None
         keys_values = cross.keys_values(context.encoded_BSD, len(x_BTD))
         attended_BTNH = attend(
-            query_BTNH, *keys_values, context.scores, mask_BTS=context.cross_mask_BTS, dropout_key=dropout_key
-        )
+            query_BTNH, *keys_values, context.scores, mask_BTS=context.cross_mask_BTS, segments_BT=context.segments_BT,
+            key_segments_BS=context.source_segments_BS, fused=context.options.fused_attention,
+            recompute=context.options.recompute, dropout_key=dropout_key,
+        )  # fmt: skip
         return cross.output_projection(attended_BTNH)
     assert cache.source_segments_BS is not None
     # The rows that read one source, if several, are taken as its query positions.

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -93,7 +94,26 @@ def _product(x: jax.Array, weight: DenseWeight, spec: str) -> jax.Array:
     if isinstance(weight, Quantized):
         # Dequantized once more for the gradient: else every layer's float weight would wait for it.
         return jax.checkpoint(lambda x, weight: jnp.einsum(spec, x, dense(weight, x.dtype)))(x, weight)
-    return jnp.einsum(spec, x, dense(weight, x.dtype))
+    return _einsum(spec, x, dense(weight, x.dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Do as `jnp.einsum`, with a gradient of the weight that is computed as it is laid out.
+
+    JAX computes it transposed, and a CPU then takes 1.4 times as long.
+    """
+    return jnp.einsum(spec, x, weight)
+
+
+def _einsum_backward(spec: str, arrays: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple:
+    x, weight = arrays
+    (in_x, in_weight), out = (part.split(",") for part in spec.split("->"))
+    for_x = jnp.einsum(f"{out[0]},{in_weight}->{in_x}", gradient, weight)
+    return for_x, jnp.einsum(f"{in_x},{out[0]}->{in_weight}", x, gradient)
+
+
+_einsum.defvjp(lambda spec, *arrays: (jnp.einsum(spec, *arrays), arrays), _einsum_backward)
 
 
 def dense(weight: DenseWeight, dtype: Any) -> jax.Array:

@@ -1,7 +1,6 @@
 """Causal attention of packed rows in one kernel on TPUs, whose scores never reach memory: JAX's splash attention."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,6 @@ from jax_it import sharding
 
 LANES = 128  # of a TPU's vectors: the kernel's lengths and head dimensions are multiples
 BLOCK = 512  # positions of queries and of keys that it takes at a time
-
-Splash = bool | Literal["interpret"]  # whether to use the kernel; "interpret": on a CPU, for tests
 
 
 def fits(length: int, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:

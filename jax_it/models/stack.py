@@ -21,7 +21,7 @@ from jax_it.models.kv_cache import CrossKeyValue, KeyValue, KVCache, LayerCache,
 from jax_it.models.layer import Context, Layer
 from jax_it.models.linear import normal
 from jax_it.models.norm import Norm
-from jax_it.models.relative_bias import RelativeBias
+from jax_it.models.relative_bias import DistanceBias, RelativeBias
 from jax_it.models.rope import CosSin, Rope
 from jax_it.models.sections import LayerRun, cut, group_layers, scanned
 from jax_it.sharding import constrain
@@ -51,7 +51,7 @@ class Stack(nnx.Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, mask_BTS: jax.Array,
         options: ComputeOptions, key: jax.Array | None = None, *, lengths_BT: jax.Array | None = None,
         encoded_BSD: jax.Array | None = None, cross_mask_BTS: jax.Array | None = None,
-        cache_to_B: jax.Array | None = None,
+        source_segments_BS: jax.Array | None = None, cache_to_B: jax.Array | None = None,
     ) -> tuple[jax.Array, list[KeyValue], Routing | None]:  # fmt: skip
         """Compute all positions at once.
 
@@ -61,12 +61,17 @@ class Stack(nnx.Module):
         `lengths_BT` is the length of the text that each position belongs to, which LongRoPE depends on.
         """
         c, length = self.config, x_BTD.shape[1]
+
+        def bias(relative: RelativeBias, table_EN: jax.Array) -> jax.Array | DistanceBias:
+            by_distance = relative.by_distance(table_EN, length)
+            return by_distance if options.fused_attention else by_distance.square()
+
         context = Context(
             options, self._scores(options), self._cos_sin(positions_BT, lengths_BT),
-            self._bias_of(lambda bias, table_EN: bias.square(table_EN, length)), real_BT=segments_BT > 0,
-            mask_BTS=constrain(mask_BTS, "B T S"), segments_BT=segments_BT,
+            self._bias_of(bias), real_BT=segments_BT > 0, mask_BTS=constrain(mask_BTS, "B T S"),
+            segments_BT=None if options.prefix_lm else segments_BT,
             causal=not (c.bidirectional or options.prefix_lm), encoded_BSD=encoded_BSD,
-            cross_mask_BTS=cross_mask_BTS,
+            cross_mask_BTS=cross_mask_BTS, source_segments_BS=source_segments_BS,
         )  # fmt: skip
 
         def compute(x_BTD: jax.Array, layer: Layer, ref: LayerRef) -> tuple:
@@ -171,7 +176,7 @@ class Stack(nnx.Module):
         ropes = dict.fromkeys(kind.rope for kind in self.config.layer_kinds if kind.rope)
         return {rope: rope.cos_sin(positions_BT, lengths_BT) for rope in ropes}
 
-    def _bias_of(self, make: Callable[[RelativeBias, jax.Array], jax.Array]) -> Callable[[Layer], jax.Array | None]:
+    def _bias_of(self, make: Callable[[RelativeBias, jax.Array], Any]) -> Callable[[Layer], Any]:
         """Return what gives each layer's relative bias, made of its own table, or once of the stack's."""
         relative = self.config.relative_bias
         if relative is None:

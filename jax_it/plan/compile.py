@@ -108,8 +108,9 @@ def find_model(config: Config, topology: Topology) -> Model:
             folder = ""
         model = dataclasses.replace(model, path=folder)
     found = load_model(model)
-    if config.model.attention == "auto" and topology.is_tpu:
-        return dataclasses.replace(found, options=found.options._replace(splash=True))
+    if config.model.attention == "auto":
+        options = found.options._replace(fused_attention=topology.is_tpu, recompute=not topology.is_tpu)
+        return dataclasses.replace(found, options=options)
     return found
 
 

@@ -263,6 +263,8 @@ def _flops(op: Op) -> float:
         return _convolution_flops(op)
     if "tpu_custom_call" in op.attributes and (kernel := op.find(r"splash_mha_(fwd|dq|dkv)")):
         return {"fwd": 2, "dq": 3, "dkv": 4}[kernel] * _splash_flops(op)  # matmuls for each block
+    if "tpu_custom_call" in op.attributes and (counted := op.find(r'"cost_estimate":\{"flops":"(\d+)"')):
+        return float(counted)  # by who wrote the kernel
     if op.kind in ("fusion", "async-start", "custom-call"):
         return sum(sum(map(_flops, computation.ops)) for computation in op.called)
     return 0.0

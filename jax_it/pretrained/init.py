@@ -10,7 +10,7 @@ from jax_it.models import Model, Params
 from jax_it.models.weights import flatten, unflatten
 from jax_it.pretrained.storage import cast_or_quantize
 
-_GROUP_SIZE = 4_000_000  # values
+_GROUP_SIZE = 64_000_000  # values; each program takes a second or more to trace and compile
 
 
 def init_base(model: Model, dtypes: Mapping[str, str], mesh: jax.sharding.Mesh, seed: int) -> Params:

@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from jax_it.data import chat
-from jax_it.data.templates import Turn
+from jax_it.data import chat_template
+from jax_it.data.templates import ToolCall, Turn
 from jax_it.errors import UserError
 from jax_it.predict import encode
 from jax_it.run import Run
@@ -44,33 +44,31 @@ def encode_chat(
     have (tools, their results, variables of the template) is rendered as Transformers' `apply_chat_template` does.
     Raises ApiError for a conversation that the template refuses.
     """
-    tokenizer = run.tokenizer
+    tokenizer, variables = run.tokenizer, template_kwargs or {}
     roles: list[str] = [("system" if each.role == "developer" else each.role) for each in messages]
-    plain = not (tools or template_kwargs) and {*roles} <= {"system", "user", "assistant"} and roles[-1] == "user"
+    plain = not (tools or variables) and {*roles} <= {"system", "user", "assistant"} and roles[-1] == "user"
     if tokenizer.chat_template is None:
-        _check_without_template(tokenizer.name, roles, bool(tools), template_kwargs)
+        _check_without_template(tokenizer.name, roles, bool(tools), variables)
     else:
-        _check_variables(tokenizer.chat_template, bool(tools), template_kwargs or {})
+        _check_variables(tokenizer.chat_template, bool(tools), variables)
     for i, message in enumerate(messages):
         if message.tool_calls and (plain or message.role != "assistant"):
             plain = False
         if message.role == "user" and not message.text.strip():
             raise ApiError(400, "a user's message is empty", f"messages.{i}.content")
+    turns = [_turn(role, each, f"messages.{i}") for i, (role, each) in enumerate(zip(roles, messages, strict=True))]
+    if tools:
+        turns.insert(0, Turn("tools", json.dumps([each.model_dump(exclude_none=True) for each in tools])))
     try:
         if plain:
-            turns = tuple(Turn(role, each.text) for role, each in zip(roles, messages, strict=True))
             return encode(run.format, tokenizer, [turns])[0]
-        text = chat.render(
-            [_fields(role, each) for role, each in zip(roles, messages, strict=True)], tokenizer, "the conversation",
-            generation=True, tools=[each.model_dump(exclude_none=True) for each in tools] or None,
-            variables=template_kwargs or {},
-        )  # fmt: skip
+        text = chat_template.apply(turns, tokenizer, "the conversation", generation=True, variables=variables)
         return _started_once(run, encode(run.format, tokenizer, [text], raw=True)[0])
     except UserError as error:
         raise ApiError(400, str(error), "messages") from None
 
 
-def _check_without_template(name: str, roles: list[str], tools: bool, variables: dict[str, Any] | None) -> None:
+def _check_without_template(name: str, roles: list[str], tools: bool, variables: dict[str, Any]) -> None:
     """Refuse what a model that was not trained on conversations would not understand."""
     if tools or variables:
         field = "tools" if tools else "chat_template_kwargs"
@@ -86,7 +84,7 @@ def _check_without_template(name: str, roles: list[str], tools: bool, variables:
 
 def _check_variables(template: str, tools: bool, given: dict[str, Any]) -> None:
     """Refuse what the chat template would not read."""
-    known = chat.variables_of(template)
+    known = chat_template.variables_of(template)
     if tools and "tools" not in known:
         raise ApiError(400, "the model's chat template does not take tools", "tools")
     for name in given:
@@ -94,31 +92,19 @@ def _check_variables(template: str, tools: bool, given: dict[str, Any]) -> None:
             raise ApiError(400, f"the model's chat template has no variable {name!r} to set", "chat_template_kwargs")
 
 
-def _fields(role: str, message: Message) -> dict[str, Any]:
-    """Return a message as chat templates expect it."""
-    fields: dict[str, Any] = {"role": role, "content": message.text}
-    if message.name:
-        fields["name"] = message.name
-    if message.tool_call_id:
-        fields["tool_call_id"] = message.tool_call_id
-    if message.tool_calls:
-        fields["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
-            }
-            for call in message.tool_calls
-        ]
-    return fields
-
-
-def _arguments(text: str) -> Any:
-    """Return a call's arguments as the mapping that templates write with `tojson`, or as they are."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
+def _turn(role: str, message: Message, where: str) -> Turn:
+    calls = []
+    for number, call in enumerate(message.tool_calls):
+        try:
+            arguments = json.loads(call.function.arguments)
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise ApiError(400, "a call's arguments are not a JSON object", f"{where}.tool_calls.{number}")
+        calls.append(ToolCall(call.function.name, arguments, call.id))
+    return Turn(
+        role, message.text, tool_calls=tuple(calls), tool_call_id=message.tool_call_id or "", name=message.name or ""
+    )
 
 
 def _started_once(run: Run, tokens: list[int]) -> list[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from jax_it import evaluation, files, hosts, metrics, sharding
+from jax_it import compilation_cache, evaluation, files, hosts, metrics, sharding
 from jax_it.config import Config
 from jax_it.errors import UserError
 from jax_it.evaluation import Suite
@@ -30,6 +30,7 @@ def opened(config: Config, workdir: str | Path, allow_change: Sequence[str]) -> 
     weights_and_biases.check(config.train.wandb)
     run_dir = RunDir(files.locate(workdir))
     mesh = sharding.make_mesh(config.mesh)
+    compilation_cache.enable(config.data.cache_dir)
     with jax.set_mesh(mesh), run_dir.locked():
         resuming = run_dir.holds_a_run()
         run = resume_run(config, run_dir, mesh, allow_change) if resuming else start_run(config, mesh, run_dir)

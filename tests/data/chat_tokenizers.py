@@ -98,6 +98,7 @@ IM = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 HEADER = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 TURN = ("<start_of_turn>", "<end_of_turn>")
 PHI3 = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
+HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>")
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
 # By template; the model whose tokenizer each stands for is named in chat_templates/README.md.
@@ -120,6 +121,8 @@ KINDS = {
     "phi4": Kind("llama3", "<|im_end|>", (*IM, "<|im_sep|>")),
     "deepseek_v2": Kind("llama3", END, (), BEGIN, True),
     "deepseek_r1_distill": Kind("llama3", END, ("<｜User｜>", "<｜Assistant｜>"), BEGIN, True),
+    "smollm3": Kind("llama3", "<|im_end|>", IM),
+    "gpt_oss": Kind("llama3", "<|return|>", HARMONY, "<|startoftext|>"),
     "chatglm3": Kind("metaspace", "</s>", ("<|user|>", "<|assistant|>", "<|system|>")),
 }
 

@@ -69,7 +69,8 @@ def made(name: str, examples: Sequence[tuple[Sequence[int], Sequence[int]]], tem
     sides = [[np.asarray(pair[side], np.int32) for pair in examples] for side in (0, 1)]
     tokens = [np.concatenate([np.zeros(0, np.int32), *side]) for side in sides]
     ends = [np.cumsum([0, *map(len, side)]) for side in sides]
-    return Tokenized(name, template, Counts(examples=len(examples)), tokens[0], ends[0], tokens[1], ends[1])
+    records = np.arange(len(examples))
+    return Tokenized(name, template, Counts(examples=len(examples)), tokens[0], ends[0], tokens[1], ends[1], records)
 
 
 def of_lengths(name: str, sources: Sequence[int], targets: Sequence[int], first: int = FIRST) -> Tokenized:

@@ -299,9 +299,10 @@ def test_a_template_that_changes_blanks_is_refused_where_it_does():
 
 def test_a_template_that_ends_turns_in_different_ways_is_refused():
     it = with_answers("said", "('<|endoftext|>' if loop.last else '<|im_end|>')")
-    assert refusal(talk("a"), it).startswith(
-        "the chat template of my-checkpoint does not end each of the assistant's turns with one and the same special"
-    )
+    assert trained(encode(talk("a"), it), it) == ["a<|endoftext|>"]
+    message = refusal(talk("a", "b"), it)
+    assert "my-checkpoint does not end the assistant's turn 'a' with '<|endoftext|>'" in message
+    assert message.endswith("set config.data.train_on to 'per_turn' or 'last'")
 
 
 def test_a_template_that_changes_some_answers_alone_is_refused_where_it_does():
@@ -432,6 +433,6 @@ def test_a_checkpoint_with_several_templates_uses_its_default():
 
 def test_every_stock_template_is_tested_and_named():
     names = {path.stem for path in (Path(__file__).parent / "chat_templates").glob("*.jinja")}
-    assert names == set(STOCK) | {"chatglm3"} == set(KINDS)
+    assert names == set(STOCK) | {"chatglm3", "gpt_oss", "smollm3"} == set(KINDS)  # the last two: test_tool_chat.py
     readme = (Path(__file__).parent / "chat_templates" / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in names)

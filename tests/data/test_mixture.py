@@ -171,6 +171,13 @@ def test_size_takes_a_cap_and_then_a_temperature(cap, temperature, expected):
     assert mixed.epoch_examples == sum(expected)
 
 
+def test_a_data_set_s_own_cap_replaces_the_common_one():
+    made = [source(f"s{size}", size) for size in (10, 40, 160)]
+    sources = [Source("a"), Source("b"), Source("c", mixing_cap=80)]
+    mixed = mix(sources, made, Data(mixing="proportional", mixing_cap=20))
+    assert np.bincount(mixed.epoch(0).source).tolist() == [10, 20, 80]
+
+
 def test_small_sources_go_on_to_their_next_epoch_while_large_ones_are_not_through():
     sizes = [7, 50, 200]
     made = [source(f"s{i}", size) for i, size in enumerate(sizes)]

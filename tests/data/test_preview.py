@@ -10,7 +10,7 @@ from jax_it.data import tokenizer_files as tokenizers
 from jax_it.data.formats import CausalFormat
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
-from jax_it.preview import preview, report
+from jax_it.preview import preview, report, tokenize
 from tests.data.chat_tokenizers import KINDS, checkpoint, made
 from tests.data.letters import pairs, write
 
@@ -40,6 +40,18 @@ def shown(
     for name, changes in (sections or {}).items():
         tree[name] = tree.get(name, {}) | changes
     return preview(settings.resolve(tree), number)
+
+
+def test_what_is_tokenized_beforehand_is_shown_without_the_records(tmp_path):
+    expected = shown(tmp_path)
+    data = {
+        "train": [{"path": str(tmp_path / "quiz.jsonl")}], "max_source_length": 16, "max_target_length": 8,
+        "cache_dir": str(tmp_path / "other"), "max_dropped": 0.5, "max_unknown": 1.0,
+    }  # fmt: skip
+    model = {"pretrained": False, "architecture": ARCHITECTURE, "tokenizer": "bytes"}
+    printed = tokenize(settings.resolve({"model": model, "data": data}), str(tmp_path / "tokens"))
+    assert expected.startswith(printed)
+    assert shown(tmp_path, tokenized=str(tmp_path / "tokens"), cache_dir=str(tmp_path / "third")) == expected
 
 
 WSD = {"warmup": "4 steps", "decay": "5 steps", "schedule": "wsd"}

@@ -140,6 +140,24 @@ def test_a_super_ni_prompt_may_have_fewer_examples_than_two():
     assert example("super_ni", **without).prompt == "Definition: Add the numbers!\n\n" + last
 
 
+def test_a_super_ni_setting_has_the_definition_examples_and_explanations_that_it_names():
+    """As `def_pos_neg_with_exp` of Tk-Instruct: the collator of github.com/yizhongw/Tk-Instruct."""
+    fields = SUPER_NI | {"Negative Examples": [{"input": "1", "output": "3", "explanation": "too much"}]}
+    whole = TK_INSTRUCT.replace(" Output: 2.\n", " Output: 2.\n Explanation: a sum.\n").replace(
+        "Now complete", " Negative Example 1 -\nInput: 1.\n Output: 3.\n Explanation: too much.\n\nNow complete"
+    )
+    assert example("super_ni:def,pos=2,neg=2,expl", **fields).prompt == whole
+    assert example("super_ni:def,pos=2", **fields) == example("super_ni", **fields)
+    assert (
+        example("super_ni:pos=1", input="a", output="b").prompt
+        == "Now complete the following example -\nInput: a.\nOutput:"
+    )
+    assert example("super_ni:neg=1", **fields).prompt.startswith(" Negative Example 1 -\nInput: 1.\n Output: 3.\n\nNow")
+    assert refusal("super_ni:def,shots=2", **fields).startswith(
+        "template 'super_ni:def,shots=2': 'shots=2' is none of def, pos=K, neg=K and expl; write for example"
+    )
+
+
 def test_a_prompt_alone_is_taken_as_it_is_and_has_no_reference():
     assert example("prompt", prompt=" def f():\n") == pair(" def f():\n", "")
 
@@ -194,11 +212,12 @@ def test_a_system_message_stands_before_the_prompt():
         ("messages", {"messages": [USER, ASSISTANT, USER]}, "the messages end with the user; the last one must be the"),
         ("messages", {"messages": [USER, SYSTEM, ASSISTANT]}, "message 2 is a system message, which may only come"),
         ("messages", {"messages": [SYSTEM, SYSTEM, USER, ASSISTANT]}, "message 2 is a system message, which may only"),
-        ("messages", {"messages": [USER, {"role": "tool", "content": "4"}]}, "message 2 has the role 'tool', not"),
+        ("messages", {"messages": [USER, {"role": "tool", "content": "4"}]}, "turn 2 is a tool's result, and the"),
+        ("messages", {"messages": [USER, {"role": "critic", "content": "4"}]}, "message 2 has the role 'critic', not"),
         ("messages", {"conversations": [{"from": "bot", "value": "Hi"}]}, "message 1 has the role 'bot', not"),
         ("messages", {"messages": [{"role": "user", "content": " "}, ASSISTANT]}, "turn 1, the user's, is empty"),
         ("messages", {"messages": [USER, {**ASSISTANT, "content": ""}, USER, ASSISTANT]}, "turn 2, the assistant's"),
-        ("messages", {"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "message 2 calls a tool, which"),
+        ("messages", {"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "message 2 calls a tool without a name"),
         ("messages", {"messages": [USER, {"role": "assistant", "content": None}]}, "field 'content' or 'value' is"),
         ("auto", {"question": "a", "answer": "b"}, "has none of the fields 'messages', 'conversations', "
          "'prompt', 'instruction', 'Definition', which template 'auto' needs; its fields: question, answer; "

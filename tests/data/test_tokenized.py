@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from jax_it import data as chain
 from jax_it.config import Data, Source
-from jax_it.data import sources, templates, tokenized
+from jax_it.data import processes, sources, templates, tokenized
 from jax_it.data import tokenizer_files as tokenizers
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.tokenized import Tokenized, tokenize
@@ -112,6 +113,7 @@ def test_everything_is_counted(tmp_path, cache):
         "invalid": 0,
         "reasons": [],
         "empty_completion": 3,
+        "skipped": 0,
         "too_long": 0,
         "truncated": 3,
         "truncated_source": 2,
@@ -483,3 +485,60 @@ def test_tokens_are_those_of_templates_and_tokenizer_applied_one_by_one(tmp_path
         unknown += [*prompt, *completion].count(UNKNOWN)
         expected.append(([*prompt[:15], END], [*completion[:5], END]) if completion else ([], []))
     assert read(item) == expected and item.counts.unknown_tokens == unknown > 0
+
+
+# Processes
+
+
+def test_processes_make_what_one_makes_in_order(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(tokenized, "_CHUNK", 3)
+    texts = [f"{'ab ' * (i % 5)}{i}>{'x' * (i % 4)}" for i in range(20)]
+    path = write(tmp_path / "a.jsonl", [*pairs(*texts), {"prompt": 5}])
+    alone = run(path, cache, on_invalid="drop")
+    shared = run(path, tmp_path / "other", on_invalid="drop", num_workers=2)
+    assert read(alone) == read(shared) and alone.counts == shared.counts and len(read(alone)) == 21
+    assert alone.records.tolist() == shared.records.tolist() == list(range(21))
+    for folder in (*cache.iterdir(), *(tmp_path / "other").iterdir()):
+        assert {file.name for file in folder.iterdir()} == {"index.txt", *(f"{a}.bin" for a in tokenized._ARRAYS)}
+    assert [file.read_bytes() for file in sorted(next(cache.iterdir()).iterdir())] == [
+        file.read_bytes() for file in sorted(next((tmp_path / "other").iterdir()).iterdir())
+    ]
+    message = refusal(path, tmp_path / "third", num_workers=2, truncate="error")
+    assert message.startswith(f"{path}, line ") and "exceed the limits" in message
+
+
+def test_a_process_that_is_killed_ends_the_run_with_a_line(monkeypatch):
+    with pytest.raises(UserError, match=r"a process that tokenizes was killed, .*; lower config.data.num_workers"):
+        list(processes.in_order(os._exit, iter([1, 1, 1]), 1))
+
+
+def test_what_is_tokenized_before_is_trained_on_without_the_records(tmp_path, cache):
+    path = write(tmp_path / "a.jsonl", pairs("ab>x", "c>y", "c>"))
+    settings = {"max_source_length": 8, "max_target_length": 4, "cache_dir": str(cache), **LENIENT}
+    data = Data((Source(path, template=("auto", "{{prompt}}b ||| {{completion}}")),), **settings)
+    output = tmp_path / "made"
+    made = chain.tokenize(data, Letters(), FORMAT, str(output))
+    expected = [(read(item), item.counts, item.template, item.digest, item.records.tolist()) for item in made[0]]
+    Path(path).unlink()
+    shutil.rmtree(cache)
+    used = replace(data, tokenized=str(output))
+    ((*loaded,),) = tokenized.load(used, Letters(), FORMAT)
+    assert [(read(i), i.counts, i.template, i.digest, i.records.tolist()) for i in loaded] == expected
+    assert chain.build(used, Letters(), FORMAT, 2, lambda shape: 1.0).digest == made[0][0].digest
+
+    def refused(data: Data, tokenizer: Any = None) -> str:
+        with pytest.raises(UserError) as caught:
+            tokenized.load(data, tokenizer or Letters(), FORMAT)
+        return str(caught.value)
+
+    again = f"config.data.tokenized: {output} was made with another {{}}; run 'jax-it data tokenize' again"
+    assert refused(used, Letters("others")) == again.format("tokenizer")
+    assert refused(replace(used, max_source_length=9)) == again.format("length, truncate or train_on")
+    assert refused(replace(used, train=(Source(path),))) == again.format("template")
+    other = replace(used, train=(replace(data.train[0], path="b.jsonl"),))
+    assert refused(other).endswith("has the data sets a, and config.data.train has b")
+    assert "was not written by 'jax-it data tokenize': No such file" in refused(replace(used, tokenized=str(tmp_path)))
+    with pytest.raises(UserError, match=r"--output: .* already exists; name another, or remove it"):
+        chain.tokenize(data, Letters(), FORMAT, str(output))
+    (output / "0.1" / "target_tokens.bin").write_bytes(b"1234")
+    assert refused(used) == f"the cached data set {output}/0.1 is damaged; delete it and it will be rebuilt"

@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -300,3 +301,17 @@ def test_characters_that_become_unknown_are_told_from_those_that_are_lost():
     made = tokenizer.train(["abc cab bca"] * 20, 20)
     assert made.unknown_of(set("abé漢\n ")) == {"é", "漢"} and made.lost(set("abé漢\n")) == {"\n"}
     assert tokenizer.load("bytes").unknown_of(set("é漢")) == set()
+
+
+def test_words_that_are_encoded_once_give_what_the_whole_text_does(trained):
+    """T5's tokenizers split texts at spaces, so that words can be remembered."""
+    assert trained._words is not None
+    pieces = [
+        *"aé漢😀", " ", "  ", "\n", "\t", "\r\n", "\u00a0", "\u3000", "\u0301", "\u200d", "\u200b", "\ufeff", "\x1c",
+        "\x0b", "\ufb01", "</s>", "<unk>", "▁", "the", "cup", "\u0600", "\U0001f3fd", "\uff9e", "x" * 40,
+    ]  # fmt: skip
+    chance = random.Random(0)
+    texts = ["".join(chance.choices(pieces, k=chance.randint(0, 12))) for _ in range(3000)]
+    for start in range(0, len(texts), 100):
+        part = texts[start : start + 100]
+        assert trained.encode(part) == trained._encode(part)

@@ -120,11 +120,13 @@ def check(words: list[str], names: set[str]) -> None:
         options, rest = cli.make_parser().parse_known_args(with_config)
     except SystemExit:
         # A form, such as "generate --output", is not a whole command: its options exist at least.
-        if [word for word in with_config[1:] if not word.startswith("--")]:
+        parser, given = cli.make_parser(), with_config
+        while given and given[0] in (commands := generated.subcommands(parser)):
+            parser, given = commands[given[0]], given[1:]
+        if [word for word in given if not word.startswith("--")]:
             raise
         options, rest = None, []
-        known = cli.make_parser()._subparsers._group_actions[0].choices[words[0]]._option_string_actions
-        assert set(with_config[1:]) <= set(known), words
+        assert set(given) <= set(parser._option_string_actions), words
     assert not rest, f"{words}: there is no {rest}"
     for name in (word.partition("=")[0] for word in words if word.startswith("--config.")):
         assert generated.canonical(name) in names, f"{name} is not a setting"

@@ -325,10 +325,11 @@ def compare(kind: str, changes: dict[str, Any], folder: Path, said: str = "") ->
         if list(ours.config.eos_token_ids) != ends:
             return "fault", f"{said}texts end at {ours.config.eos_token_ids}, in Transformers at {ends}"
     if not relative(found, logits) <= TOLERANCE:
-        # Rounding may grow in the model itself, as where a norm divides by next to nothing: then PyTorch's grows too.
+        # Rounding may grow in the model itself: then PyTorch's does too, but not alike. With one hidden unit, 1 + tanh
+        # of GELU cancels to a few bits, which the norm after it makes large; JAX's tanh and PyTorch's round otherwise.
         exact = their_logits(theirs.double(), start, vocabulary)
         ours_off, theirs_off = relative(found, exact), relative(logits, exact)
-        if not ours_off <= max(TOLERANCE, 8 * theirs_off):
+        if not ours_off <= max(TOLERANCE, 16 * theirs_off):
             return "fault", f"{said}the logits are off by {ours_off:.1e}, PyTorch's float32 ones by {theirs_off:.1e}"
     return "ran", said
 

@@ -1,8 +1,11 @@
 """Texts without spaces between words are cut into what can be counted."""
 
+import unicodedata
+
 import pytest
 
 from jax_it import metrics
+from jax_it.metrics import languages
 from jax_it.metrics.languages import spaced
 
 
@@ -65,3 +68,26 @@ def test_metrics_that_cannot_count_the_references_are_named_with_what_can():
     assert metrics.advice(names, [["He went to 北京 yesterday."], ["Müller"]]) == ""
     assert metrics.advice(names, [[""], ["12"]]) == ""
     assert metrics.advice(["chrf", "rougeL_chars", "mine.py:f"], [["他昨天去了北京"]]) == ""
+
+
+def test_two_patterns_find_the_same_words_as_unicode_data_character_by_character():
+    def one_by_one(text):
+        tokens, before = [], ""
+        for character in unicodedata.normalize("NFKC", text).lower():
+            kind = unicodedata.category(character)[0]
+            alone = kind != "M" and bool(languages._ALONE.match(character))
+            if kind in before and not alone:
+                tokens[-1] += character
+            elif kind in "LN":
+                tokens.append(character)
+                before = "M" if alone else "LNM"
+            else:
+                before = ""
+        return tokens
+
+    known = [chr(code) for code in range(0x20000) if unicodedata.category(chr(code))[0] in "LMNPSZ"]
+    for start in range(0, len(known), 500):
+        text = "".join(f"a{character}\u0301b 一{character}c" for character in known[start : start + 500])
+        assert languages.characters(text) == one_by_one(text)
+    plain = "a" + "a".join(filter(languages._PLAIN.fullmatch, known))
+    assert languages.characters(plain) == one_by_one(plain)

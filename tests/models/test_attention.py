@@ -154,6 +154,14 @@ def test_dropout_drops_neighbours_independently():
         assert abs(both - 0.25) < 4 * (0.25 * 0.75 / 92_000) ** 0.5  # four deviations of a share of 92,000 pairs
 
 
+def test_dropout_drops_the_same_elements_however_they_are_sharded():
+    x, key = jnp.ones((8, 6, 20)), jax.random.key(0)
+    alone = dropout(x, 0.1, key)
+    with jax.set_mesh(sharding.make_mesh(Mesh(data=2, context=4))):
+        together = jax.jit(lambda x: dropout(sharding.constrain(x, "B T D"), 0.1, key))(x)
+    np.testing.assert_array_equal(together, alone)
+
+
 def test_without_a_key_or_a_rate_nothing_is_dropped():
     x = jax.random.normal(jax.random.key(0), (100,))
     assert dropout(x, 0.5, None) is x

@@ -109,7 +109,7 @@ def test_a_model_whose_layers_differ_in_rope_or_window_takes_it_and_learns_the_s
     batch = CausalBatch(tokens, np.roll(tokens, -1, 1), (segments > 0).astype(np.float32), segments, places)
 
     def learn(splash):
-        other = dataclasses.replace(model, options=model.options._replace(splash=splash))
+        other = dataclasses.replace(model, options=model.options._replace(fused_attention=splash))
 
         def loss(params):
             states, head = other.hidden_states(params, batch)[0], other.head(params)

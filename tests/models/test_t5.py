@@ -115,7 +115,7 @@ def test_recomputing_layers_gives_the_same_gradients(t5_1_1):
     batch = packed([1, 2, 3])
 
     def gradient(remat):
-        with_remat = dataclasses.replace(model, options=model.options._replace(remat=remat))
+        with_remat = dataclasses.replace(model, options=model.options._replace(remat=remat, recompute=False))
         traced = jax.jit(jax.grad(lambda params: jnp.square(with_remat.hidden_states(params, batch)[0]).sum())).trace(
             params
         )
@@ -143,7 +143,7 @@ def test_a_dropout_rate_of_the_run_replaces_the_models(folder):
     model, params = cases.load(folder, dropout=0.0)
     batch = packed([1, 2, 3])
     programs = [str(jax.make_jaxpr(model.hidden_states)(params, batch, key)) for key in (None, jax.random.key(0))]
-    assert not any("random_bits" in program for program in programs)
+    assert not any("threefry2x32" in program for program in programs)
 
 
 def test_logits_in_bfloat16_are_float32_and_near_those_in_float32(folder, t5_1_1, apply):

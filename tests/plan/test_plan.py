@@ -17,7 +17,9 @@ from jax_it import pretrained
 from jax_it.chips import Chip
 from jax_it.data.packing import Shape
 from jax_it.errors import UserError
-from jax_it.models import splash_attention
+from jax_it.models import flash_attention, splash_attention
+from jax_it.models.attention import Scores
+from jax_it.models.relative_bias import RelativeBias
 from jax_it.plan import compile as compiling
 from jax_it.plan import cost, find, plan, text, to_json
 from jax_it.plan import topology as topologies
@@ -347,6 +349,39 @@ def test_fused_attention_as_a_tpu_runs_it_counts_the_blocks_that_it_visits(windo
     products = 2 + 3 + 4  # forward, gradient of queries, gradients of keys and values
     one = 2 * (2 * 4) * 512 * 512 * 128
     assert sum(region.flops * region.runs for region in regions) == products * visited * one
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", ["v5e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5p", "v6e"))])
+def test_t5s_attention_compiles_for_a_tpu_in_one_kernel(chip):
+    on_one = jax.sharding.SingleDeviceSharding(find(f"{chip}:2x2x1" if chip == "v5p" else f"{chip}:2x2").devices[0])
+    rows, heads, head_dim = 2, 4, 64
+
+    def flops(length, keys, causal, bias):
+        relative, scores = RelativeBias(32, 128, not causal, per_layer=False), Scores(dropout=0.1)
+
+        def loss(query, key, value, table, segments, key_segments, dropout_key):
+            return flash_attention.attend(
+                query, key, value, scores, segments, key_segments, causal=causal, dropout_key=dropout_key,
+                bias=relative.by_distance(table, length) if bias else None,
+            ).astype(jnp.float32).sum()  # fmt: skip
+
+        query, key = ((rows, positions, heads, head_dim) for positions in (length, keys))
+        shapes = [(shape, jnp.bfloat16) for shape in (query, key, key)] + [((32, heads), jnp.float32)]
+        shapes += [((rows, length), jnp.int32), ((rows, keys), jnp.int32), ((2,), jnp.uint32)]
+        lowered = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(
+            *(jax.ShapeDtypeStruct(*shape, sharding=on_one) for shape in shapes)
+        )
+        text = lowered.compile().as_text()
+        assert not re.search(rf"\[({rows},)?{heads},{length},{keys}\]", text)
+        return sum(region.flops * region.runs for region in read(text, 1).regions)
+
+    one = (2 + 5) * 2 * rows * heads * head_dim  # products of a score, forward and backward
+    bias = 2 * 2 * 32 * heads  # of a distance: its bucket's number, and the gradient of that
+    # An encoder, three quarters of whose four tiles are on or below the diagonal; a decoder of that length; a source.
+    assert flops(1024, 1024, False, True) == pytest.approx(one * 1024**2 + bias * 2048, rel=0.01)
+    assert flops(1024, 1024, True, True) == pytest.approx(one * 3 * 512**2 + bias * 2048, rel=0.01)
+    assert flops(232, 1536, False, False) == pytest.approx(one * 256 * 1536, rel=0.01)
 
 
 @needs_libtpu

@@ -279,6 +279,13 @@ def test_splash_attention_multiplies_the_blocks_that_its_mask_visits(length, win
         assert region.memory_bytes == 2 * 128 * length * (4 * (3 * 4) + 3 * 2)
 
 
+def test_a_kernel_that_tells_its_flops_is_counted_by_them():
+    cost = 'backend_config={"custom_call_config":{"cost_estimate":{"flops":"85899345920","transcendentals":"7"}}}'
+    text = SPLASH.replace("GRID", "1,1").replace("LENGTH", "256").replace("splash_mha_KIND", "flash_attention_forward")
+    (region,) = read(text.replace('/pallas_call"}', f'/pallas_call"}}, {cost}'), 8).regions
+    assert region.flops == 85899345920
+
+
 def test_a_collective_that_goes_on_within_a_loop_counts_where_it_began():
     begin = "%begin.0 = (bf16[8,64]{1,0}, bf16[64,64]{1,0:T(8,128)(2,1)S(1)}) fusion(%k.2), kind=kCustom, calls=%fused_start\n"
     text = TPU_LOOP.replace(

@@ -1,0 +1,32 @@
+"""What tests of several stages need: files of records, an `Input` on them, the command line."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from jax_it import cli
+from jax_it.config import Source
+from jax_it.curation import input, workers
+from jax_it.data import sources
+
+
+def write(file: Path, records: list) -> str:
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    file.write_bytes(gzip.compress(lines.encode()) if file.suffix == ".gz" else lines.encode())
+    return str(file)
+
+
+def read(file: Path) -> list[dict]:
+    return [record.fields for record in sources.read(Source(path=str(file)))]
+
+
+def data_of(*paths: str, folder: Path, number: int = 1, template: str = "auto") -> input.Input:
+    return input.Input(input.sources_of(paths, template), "FILE", workers.Workers(number), folder)
+
+
+def jax_it(*words: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["data", *words])
+    return left.value.code or 0

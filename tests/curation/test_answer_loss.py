@@ -1,0 +1,71 @@
+"""An answer's loss, behind its prompt and alone, is that of the model's full forward pass."""
+
+import jax
+import numpy as np
+import pytest
+
+from jax_it import config, models, sharding
+from jax_it.config import Data
+from jax_it.curation.answer_loss import AnswerLosses
+from jax_it.data.encoding import Counts
+from jax_it.data.templates import Example, Turn
+from jax_it.run import Run
+from tests.data.letters import Letters
+
+ARCHITECTURES = {
+    "t5": {
+        "model_type": "t5", "vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2,
+        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "decoder_start_token_id": 0,
+    },
+    "llama": {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 16, "head_dim": 8, "intermediate_size": 16,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+    },
+}  # fmt: skip
+EXAMPLES = [("abc def", "gh"), ("a", "bcdefgh ab"), ("hgfedcba", "a b c d"), ("ab", "")]
+
+
+def example(prompt, answer):
+    return Example((Turn("user", prompt), Turn("assistant", answer)), (answer,))
+
+
+class WithBackend(Letters):
+    class backend:
+        bos_token_id = None
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def run(request):
+    model = models.build(ARCHITECTURES[request.param], "the test", config.Model(dropout=0.0))
+    mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
+    return Run(config.Config(), model, WithBackend(), mesh), jax.jit(model.init)(jax.random.key(0))
+
+
+def test_losses_are_those_of_the_full_forward_pass(run):
+    run, params = run
+    data = Data(max_seq_length=64, max_source_length=32, max_target_length=32, train_on="last")
+    examples = [example(*pair) for pair in EXAMPLES]
+    found = AnswerLosses(run, params, 4)(examples, ["x"] * 4, data, alone=True)
+
+    def expected(encoded):
+        """The mean over the trained tokens of one example, of all of its logits."""
+        shape = run.format.fit(
+            np.array([len(encoded.source)]), np.array([len(encoded.target)]), run.format.smallest(data)
+        )
+        batch = run.format.batch([[encoded]], shape)
+        logits = run.model.logits(run.model.head(params), run.model.hidden_states(params, batch)[0])
+        losses = -jax.nn.log_softmax(logits)[0, np.arange(len(batch.targets_BT[0])), batch.targets_BT[0]]
+        return float((losses * batch.weights_BT[0]).sum() / batch.weights_BT.sum())
+
+    encoded = list(run.format.encode(examples, ["x"] * 4, data, run.tokenizer, Counts(), evaluation=True))
+    assert encoded[3] is None and np.isnan(found[3].loss)
+    for one, item in zip(encoded[:3], found, strict=False):
+        assert item.loss == pytest.approx(expected(one), abs=1e-5)
+        if one.loss_mask is None:
+            bare = one._replace(source=np.array([run.tokenizer.end], np.int32))
+        else:
+            answer = one.target[one.loss_mask]
+            mask = np.arange(len(answer) + 1) > 0
+            bare = one._replace(target=np.array([run.tokenizer.end, *answer], np.int32), loss_mask=mask)
+        assert item.alone == pytest.approx(expected(bare), abs=1e-5)
+        assert item.ifd == item.loss / item.alone
