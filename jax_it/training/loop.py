@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from jax_it import hosts, sharding
+from jax_it import compilation_cache, hosts, sharding
 from jax_it.checkpointing import Checkpoints, abstract
 from jax_it.config import Config
 from jax_it.data.loader import Part
@@ -77,7 +77,7 @@ def train(config: Config, workdir: str | Path, allow_change: Sequence[str] = ())
             checkpoints,
         ):
             log.warn(summary(run, first))
-            if folder := jax.config.jax_compilation_cache_dir:
+            if folder := compilation_cache.folder():
                 log.warn(f"compiled programs are kept in {folder}")
             for name, (before, after) in run.changes.items():
                 log.warn(f"config.{name} is {after!r} after step {first}; it was {before!r}")
