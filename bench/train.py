@@ -1,7 +1,7 @@
 """Examples per second of training: jax_it against Transformers' Seq2SeqTrainer, or TRL's SFTTrainer.
 
     python bench/train.py --config t0_t5_small:random --config.data.train='[{"path": "data/t0/train.jsonl.gz"}]'
-    python bench/train.py --config causal_lm:FOLDER --config.data.train=…                    # TRL must be installed
+    python bench/train.py --config causal_lm --config.model.path=FOLDER --config.data.train=…     # with TRL installed
     python bench/train.py … --examples 48 --rounds 3 --config.train.batch_size=16                    # a quick look
 
 The config is jax_it's; the peer trains the same tokens with the same number of examples a step, the same model,
@@ -268,7 +268,7 @@ def main() -> None:
             remote.close()
     for name, done in found.items():
         total, seconds, work = (sum(getattr(x, field) for x in done) for field in Round._fields[:3])
-        line = f"{name}: {total / seconds:.2f} examples/s over {total}, {work / total:.2f} processor seconds each"
+        line = f"{name}: {total / seconds:.2f} examples/s over {total}, {work / total:.3g} processor seconds each"
         if name != "jax_it":
             for field in ("seconds", "processor_seconds"):
                 ratios = [
