@@ -1,7 +1,7 @@
 """Examples per second of training: jax_it against Transformers' Seq2SeqTrainer, or TRL's SFTTrainer.
 
     python bench/train.py --config t0_t5_small:random --config.data.train='[{"path": "data/t0/train.jsonl.gz"}]'
-    python bench/train.py --config causal_lm:FOLDER --config.data.train=…                    # TRL must be installed
+    python bench/train.py --config causal_lm --config.model.path=FOLDER --config.data.train=…     # with TRL installed
     python bench/train.py … --examples 48 --rounds 3 --config.train.batch_size=16                    # a quick look
 
 The config is jax_it's; the peer trains the same tokens with the same number of examples a step, the same model,
@@ -116,7 +116,7 @@ class Ours:
 class Theirs:
     """The peer's Trainer, on batches in an order that is fixed before it starts."""
 
-    def __init__(self, folder: str, examples: list[Example], batch_size: int, seed: int):
+    def __init__(self, folder: str, tokenizer: str, examples: list[Example], batch_size: int, seed: int):
         import torch
         import transformers
 
@@ -128,7 +128,7 @@ class Theirs:
         auto = transformers.AutoModelForCausalLM if self._causal else transformers.AutoModelForSeq2SeqLM
         weights = (Path(folder) / "model.safetensors").exists()
         self._model = auto.from_pretrained(folder, dtype=torch.float32) if weights else auto.from_config(values)
-        self._folder, self._examples, self._batch_size = folder, examples, batch_size
+        self._tokenizer, self._examples, self._batch_size = tokenizer, examples, batch_size
         lengths = [len(example[0]) for example in examples]
         order = torch.Generator().manual_seed(seed)
         grouped = transformers.trainer_pt_utils.get_length_grouped_indices(lengths, batch_size, generator=order)
@@ -161,6 +161,7 @@ class Theirs:
             chosen = [self._examples[i] for batch in batches for i in batch]
             trainer = (self._sft if self._causal else self._seq2seq)(chosen, common)
             trainer.add_callback(Clock())
+            trainer.remove_callback(transformers.PrinterCallback)
             trainer.train()
         seconds, processor_seconds = (end - begin for begin, end in zip(times[0], times[-1], strict=True))
         return Round(len(chosen), seconds, processor_seconds)
@@ -196,7 +197,7 @@ class Theirs:
             self._model,
             trl.SFTConfig(**common, completion_only_loss=True, gradient_checkpointing=False, max_length=None),
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=transformers.AutoTokenizer.from_pretrained(self._folder),
+            processing_class=transformers.AutoTokenizer.from_pretrained(self._tokenizer),
         )
 
     def memory(self) -> int:
@@ -250,7 +251,7 @@ def main() -> None:
         (Path(folder) / "config.json").write_text(json.dumps(values))  # of a model with random weights
         peer = folder if not config.model.pretrained else config.model.path
         ours = Remote(partial(Ours, config))
-        theirs = Remote(partial(Theirs, peer, examples, size, config.train.seed))
+        theirs = Remote(partial(Theirs, peer, config.model.path, examples, size, config.train.seed))
         print(ours.call("layout"), flush=True)
         ours.call("take", 1)
         theirs.call("take", modes[0], 1)
@@ -267,7 +268,7 @@ def main() -> None:
             remote.close()
     for name, done in found.items():
         total, seconds, work = (sum(getattr(x, field) for x in done) for field in Round._fields[:3])
-        line = f"{name}: {total / seconds:.2f} examples/s over {total}, {work / total:.2f} processor seconds each"
+        line = f"{name}: {total / seconds:.2f} examples/s over {total}, {work / total:.3g} processor seconds each"
         if name != "jax_it":
             for field in ("seconds", "processor_seconds"):
                 ratios = [

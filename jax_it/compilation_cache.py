@@ -9,32 +9,29 @@ import jax
 MAX_BYTES = 4_000_000_000  # programs that were not used for longest are removed
 
 
-def enable(cache_dir: str) -> str:
-    """Keep compiled programs in a folder of `cache_dir`, or wherever JAX's own settings say. Return which, or "".
+def folder() -> str:
+    """Return where compiled programs are kept; "": nowhere."""
+    return jax.config.jax_compilation_cache_dir or ""  # type: ignore[attr-defined]
+
+
+def enable(cache_dir: str) -> None:
+    """Keep compiled programs in a folder of `cache_dir`, or wherever JAX's own settings say.
 
     Must be called before anything is compiled. Several CPU devices have none: collectives of programs that were read
-    from a cache can deadlock there (seen with JAX 0.10).
+    from a cache can deadlock there, with JAX 0.10.
     """
-    if found := folder():
-        return found
     on_cpu = jax.default_backend() == "cpu"
-    if on_cpu and jax.device_count() > 1:
-        return ""
+    if folder() or (on_cpu and jax.device_count() > 1):
+        return
     # Machines may share a home directory, and a program for one CPU can crash another. JAX's keys tell GPUs and TPUs
     # apart, but not CPUs.
-    ours = Path(cache_dir).expanduser() / "compiled" / (_cpu() if on_cpu else jax.default_backend())
+    path = Path(cache_dir).expanduser() / "compiled" / (_cpu() if on_cpu else jax.default_backend())
     try:
-        ours.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that cannot be written to is no reason to fail
-        return ""
+        return
     jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
-    jax.config.update("jax_compilation_cache_dir", str(ours))
-    return str(ours)
-
-
-def folder() -> str:
-    """Return where compiled programs are kept, "" if they are not."""
-    return jax.config.values["jax_compilation_cache_dir"] or ""
+    jax.config.update("jax_compilation_cache_dir", str(path))
 
 
 def _cpu() -> str:

@@ -12,7 +12,8 @@ PROGRAM = """
 import jax, sys
 from jax_it import compilation_cache
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-print(compilation_cache.enable(sys.argv[1]))
+compilation_cache.enable(sys.argv[1])
+print(compilation_cache.folder())
 jax.jit(lambda x: x + 1)(1.0).block_until_ready()
 """
 
@@ -29,6 +30,6 @@ def test_programs_are_kept_in_the_cache_directory_unless_there_are_several_cpu_d
 
 
 def test_a_folder_that_jax_was_told_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(compilation_cache, "folder", lambda: "mine")
-    assert compilation_cache.enable(str(tmp_path)) == "mine"
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr("jax_it.compilation_cache.jax.config", type("C", (), {"jax_compilation_cache_dir": "mine"}))
+    compilation_cache.enable(str(tmp_path))
+    assert compilation_cache.folder() == "mine" and not list(tmp_path.iterdir())
