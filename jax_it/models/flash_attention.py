@@ -33,7 +33,8 @@ from jax_it.models.relative_bias import DistanceBias
 
 LANES, SUBLANES = 128, 8  # of a TPU's vectors
 BLOCKS = (512, 256, LANES)  # positions of a tile's queries and keys: the largest of which the length is a multiple
-MAX_VMEM = 40 << 20  # bytes of the chip's fast memory for one program, of 64 MiB or more on a v5e, v5p and v6e
+MAX_VMEM = 40 << 20  # bytes of a chip's fast memory for one program, of 64 MiB or more
+OLD_CHIPS, OLD_MAX_VMEM = ("TPU v2", "TPU v3", "TPU v4"), 16 << 20  # which have no more
 SPARE_VMEM = 8 << 20  # beside what `Attended.vmem` counts
 NO_KEYS = MASKED / 10  # above a masked score: the exponential of their difference is 0
 
@@ -113,8 +114,11 @@ def fits(query_BTNH: jax.Array, key_BSKH: jax.Array, *, bias: bool, causal: bool
     split, (heads, kv_heads) = sharding.parts_of("N"), (query_BTNH.shape[2], key_BSKH.shape[2])
     if sharding.parts_of("T") > 1 or (split > 1 and (heads % split or kv_heads % split)):
         return False
+    mesh = jax.sharding.get_abstract_mesh()
+    chip = jax.devices()[0] if mesh.empty or not mesh.abstract_device else mesh.abstract_device
+    limit = OLD_MAX_VMEM if chip.device_kind.startswith(OLD_CHIPS) else MAX_VMEM
     per_device = ((*x.shape[:2], x.shape[2] // split, x.shape[3]) for x in (query_BTNH, key_BSKH))
-    return describe(*per_device, scores=Scores(), causal=causal).vmem(query_BTNH.dtype.itemsize, bias) <= MAX_VMEM
+    return describe(*per_device, scores=Scores(), causal=causal).vmem(query_BTNH.dtype.itemsize, bias) <= limit
 
 
 def attend(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 from typing import NamedTuple
 
 import jax
@@ -231,6 +232,13 @@ def test_it_is_taken_where_its_heads_and_the_chips_memory_allow(shape, mesh, bia
     with jax.set_mesh(sharding.make_mesh(mesh)):
         query, key = (jax.ShapeDtypeStruct((8, length, n, head_dim), jnp.bfloat16) for n in (heads, kv_heads))
         assert flash_attention.fits(query, key, bias=bias, causal=False) == fits
+
+
+def test_an_old_chip_takes_it_for_short_rows_alone(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v4")])
+    for length, fits in ((512, True), (1024, False)):
+        query = jax.ShapeDtypeStruct((8, length, 32, 64), jnp.bfloat16)
+        assert flash_attention.fits(query, query, bias=True, causal=False) == fits
 
 
 @pytest.mark.parametrize("mask", ["segments", "prefix"])
