@@ -68,7 +68,8 @@ class Ours:
             self._data = run.data.train
             self._model, params = pretrained.load(config.model, self._mesh, config.train.seed)
             prepared = prepare(self._model, config, self._mesh, {}, 1000, 10, 10)
-            self._state = jax.device_put(start(params, {}, optimizer=prepared.optimizer), prepared.shardings)
+            begin = jax.jit(partial(start, optimizer=prepared.optimizer), out_shardings=prepared.shardings)
+            self._state = begin(params, {})  # as training does: the first step compiles for all
         self._prepared, self._flops = prepared, partial(step_flops, self._model)
         self._number, self._shapes = 0, set[Any]()
         matrix = jnp.ones((2048, 2048))
