@@ -91,18 +91,18 @@ def test_sigterm_lets_running_requests_end_and_the_process_ends_with_0(served_fo
         "400",
     ]
     command += ["--max-prompt-tokens", "32", "--batch-size", "2", "--model", str(served_folders["t5"])]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-    assert process.stderr
-    ready = next(line for line in process.stderr if "compiled in" in line)
-    url = ready.split(" at ")[1].split(" ")[0]
-    body = {"prompt": "Say hello", "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
-        lines = response.iter_lines()
-        next(lines)
-        process.send_signal(signal.SIGTERM)
-        rest = [line for line in lines if line]
-    assert rest[-1] == "data: [DONE]" and json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
-    with pytest.raises(httpx.TransportError):
-        httpx.get(f"{url}/health")
-    assert process.wait(30) == 0
-    assert '"status": 200' in process.stderr.read()
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as process:
+        assert process.stderr
+        ready = next(line for line in process.stderr if "compiled in" in line)
+        url = ready.split(" at ")[1].split(" ")[0]
+        body = {"prompt": "Say hello", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]" and json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{url}/health")
+        assert process.wait(30) == 0
+        assert '"status": 200' in process.stderr.read()
