@@ -21,6 +21,16 @@ class Scores(NamedTuple):
     softcap: float = 0.0  # Gemma 2: squashed into (-softcap, softcap); 0: not
     dropout: float = 0.0  # the rate of the weights, if a dropout key is given
 
+    def of(self, products: jax.Array, bias: jax.Array | None, mask: jax.Array) -> jax.Array:
+        """Return the scores of products [..., N, T, S], with a bias added, and masked where `mask` is false."""
+        if self.scale != 1:
+            products *= self.scale
+        if self.softcap:
+            products = self.softcap * jnp.tanh(products / self.softcap)
+        if bias is not None:
+            products += bias
+        return jnp.where(mask, products, MASKED)
+
 
 def plain_attention(
     query_BTNH: jax.Array, key_BKHS: jax.Array, value_BKSH: jax.Array, scores: Scores, mask_BTS: jax.Array,
@@ -33,14 +43,7 @@ def plain_attention(
     # last, and between the two there are four: anything else takes a CPU up to four times as long.
     query_BKMTH = jnp.swapaxes(query_BTNH, 1, 2).reshape(rows, kv_heads, heads // kv_heads, length, head_dim)
     scores_BKMTS = jnp.einsum("BKMTH,BKHS->BKMTS", query_BKMTH, key_BKHS, preferred_element_type=jnp.float32)
-    scores_BNTS = scores_BKMTS.reshape(rows, heads, length, -1)
-    if scores.scale != 1:
-        scores_BNTS *= scores.scale
-    if scores.softcap:
-        scores_BNTS = scores.softcap * jnp.tanh(scores_BNTS / scores.softcap)
-    if bias is not None:
-        scores_BNTS += bias
-    scores_BNTS = jnp.where(mask_BTS[:, None], scores_BNTS, MASKED)
+    scores_BNTS = scores.of(scores_BKMTS.reshape(rows, heads, length, -1), bias, mask_BTS[:, None])
     powers_BNTS = jnp.exp(scores_BNTS - jax.lax.stop_gradient(scores_BNTS.max(-1, keepdims=True)))
     # The softmax's sum divides the result: H numbers in place of S.
     sum_BNT1 = powers_BNTS.sum(-1, keepdims=True)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_it.models.attention import MASKED, Scores
+from jax_it.models.attention import Scores
 from jax_it.models.dropout import keep, random_bits
 
 
@@ -41,7 +41,7 @@ def _forward(
 ) -> tuple[jax.Array, tuple]:  # fmt: skip
     def row(arrays: tuple) -> tuple[jax.Array, ...]:
         query_KJH, key_KHS, value_KSH, mask_TS, bits_NTS = arrays
-        scores_NTS = _scores(scores, bias_NTS, mask_TS, _products(query_KJH, key_KHS, mask_TS))
+        scores_NTS = scores.of(_products(query_KJH, key_KHS, mask_TS), bias_NTS, mask_TS)
         max_NT1 = scores_NTS.max(-1, keepdims=True)
         powers_NTS = _materialize(jnp.exp(scores_NTS - max_NT1))
         sum_NT1 = powers_NTS.sum(-1, keepdims=True)
@@ -64,7 +64,9 @@ def _backward(scores: Scores, kept: tuple, gradient_BKJH: jax.Array) -> tuple:
     def row(bias_gradient_NTS: Any, arrays: tuple) -> tuple[Any, tuple]:
         query_KJH, key_KHS, key_KSH, value_KHS, gradient_KJH, mask_TS, bits_NTS, attended_KJH, max_NT1, sum_NT1 = arrays
         dtype = query_KJH.dtype
-        scores_NTS, back = jax.vjp(partial(_scores, scores, bias_NTS, mask_TS), _products(query_KJH, key_KHS, mask_TS))
+        scores_NTS, back = jax.vjp(
+            lambda products_NTS: scores.of(products_NTS, bias_NTS, mask_TS), _products(query_KJH, key_KHS, mask_TS)
+        )
         weights_NTS = jnp.exp(scores_NTS - max_NT1) / sum_NT1
         for_weights_NTS = keep(_products(gradient_KJH, value_KHS, mask_TS), scores.dropout, bits_NTS)
         shares = gradient_KJH.astype(sum_NT1.dtype) * attended_KJH.astype(sum_NT1.dtype)
@@ -95,16 +97,6 @@ def _products(left_KJH: jax.Array, right_KHS: jax.Array, mask_TS: jax.Array) -> 
     wide = jnp.promote_types(left_KJH.dtype, jnp.float32)
     products_KJS = jnp.einsum("KJH,KHS->KJS", left_KJH, right_KHS, preferred_element_type=wide)
     return _materialize(products_KJS.reshape(-1, *mask_TS.shape))
-
-
-def _scores(scores: Scores, bias_NTS: jax.Array | None, mask_TS: jax.Array, products_NTS: jax.Array) -> jax.Array:
-    if scores.scale != 1:
-        products_NTS *= scores.scale
-    if scores.softcap:
-        products_NTS = scores.softcap * jnp.tanh(products_NTS / scores.softcap)
-    if bias_NTS is not None:
-        products_NTS += bias_NTS
-    return jnp.where(mask_TS, products_NTS, MASKED)
 
 
 def _materialize(x: Any) -> Any:
