@@ -413,7 +413,7 @@ def _semantic(groups: Groups, ranked: np.ndarray, settings: Dedup, input: Input)
     encoder = embeddings.Encoder(settings.model)
     file = Path(tempfile.mkdtemp(dir=input.folder)) / "states"
     with file.open("wb") as stream:
-        for states_ND in encoder.states(_texts(settings, input)):
+        for states_ND in encoder.states(texts.of_records(input, settings.on)):
             stream.write(states_ND.data)
     states_ND = np.memmap(file, np.float32, "r").reshape(-1, encoder.size)
     kept: list[int] = []
@@ -440,13 +440,3 @@ def _semantic(groups: Groups, ranked: np.ndarray, settings: Dedup, input: Input)
             else:
                 mine.append(row)
         kept += block[mine].tolist()
-
-
-def _texts(settings: Dedup, input: Input) -> Iterator[str]:
-    """Yield the compared text of every record, "" of those that cannot be rendered."""
-    for chunk in input.chunks():
-        for record in chunk.records():
-            try:
-                yield texts.part_of(templates.render(record, chunk.template), settings.on)
-            except InvalidRecord:
-                yield ""

@@ -5,7 +5,7 @@ records are joined into groups by every pair that `dedup` would call near-duplic
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -90,7 +90,7 @@ def _read_all(settings: Sample, input: Input) -> tuple[np.ndarray, list[str], np
     if settings.diverse and settings.model:
         from jax_it.curation import embeddings
 
-        vectors = np.concatenate(list(embeddings.Encoder(settings.model).states(_texts(settings, input))))
+        vectors = np.concatenate(list(embeddings.Encoder(settings.model).states(texts.of_records(input, settings.on))))
     return np.concatenate(valid), strata, vectors
 
 
@@ -109,15 +109,6 @@ def _read(settings: Sample, chunk: Chunk) -> _Read:
         strata.append(str(record.fields.get(settings.stratify)) if settings.stratify else "")
         vectors.append(hashed_words(texts.part_of(example, settings.on)) if dimensions else np.zeros(0, np.float32))
     return _Read(np.array(valid, bool), strata, np.stack(vectors))
-
-
-def _texts(settings: Sample, input: Input) -> Iterator[str]:
-    for chunk in input.chunks():
-        for record in chunk.records():
-            try:
-                yield texts.part_of(templates.render(record, chunk.template), settings.on)
-            except InvalidRecord:
-                yield ""
 
 
 def hashed_words(text: str) -> np.ndarray:

@@ -2,8 +2,12 @@
 
 import re
 import unicodedata
+from collections.abc import Iterator
 
+from jax_it.curation.input import Input
 from jax_it.curation.settings import Part
+from jax_it.data import templates
+from jax_it.data.records import InvalidRecord
 from jax_it.data.templates import Example
 
 # Thai, Lao, Burmese, Khmer, kana and Chinese characters: scripts without spaces, whose characters count as words.
@@ -19,6 +23,16 @@ def part_of(example: Example, part: Part) -> str:
     if part == "both":
         return f"{example.prompt}\n\n{example.completion}"
     return example.prompt if part == "prompt" else example.completion
+
+
+def of_records(input: Input, part: Part) -> Iterator[str]:
+    """Yield the part's text of every record, "" of those that cannot be rendered."""
+    for chunk in input.chunks():
+        for record in chunk.records():
+            try:
+                yield part_of(templates.render(record, chunk.template), part)
+            except InvalidRecord:
+                yield ""
 
 
 def fold(text: str) -> str:
