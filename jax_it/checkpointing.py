@@ -6,12 +6,13 @@ import json
 import os
 import re
 import sys
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from jax_it import files, hosts
 from jax_it.errors import Interrupted, UserError, first_line
 
+LOOKS = 20  # at a folder whose files come and go
+T = TypeVar("T")
 Scores = Callable[[int], float | None]  # a step's score, larger is better; None while there is none
 
 
@@ -74,7 +77,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         try:
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._manager = _look(lambda: ocp.CheckpointManager(self.folder, options=options))
         except (AttributeError, KeyError, TypeError, ValueError) as error:  # from a damaged _CHECKPOINT_METADATA
             raise UserError(
                 f"the metadata of a checkpoint in {self.folder} is damaged ({_reason(error)}); remove that "
@@ -84,7 +87,7 @@ class Checkpoints:
     def _check_metadata(self) -> None:
         """Refuse pipes and the like: Orbax's manager reads these files and would hang."""
         try:
-            files.check_all_regular(self.folder, "*/*")
+            _look(lambda: files.check_all_regular(self.folder, "*/*"))
         except OSError as error:
             raise UserError(
                 f"{error.filename} cannot be read: {error.strerror}; remove it, or restore its checkpoint from a backup"
@@ -101,7 +104,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of finished checkpoints, in order."""
-        self._manager.reload()
+        _look(self._manager.reload)
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, params: Any, training: Any, position: dict[str, Any]) -> None:
@@ -219,6 +222,15 @@ class Checkpoints:
             raise UserError(
                 f"could not save a checkpoint to {self.folder}: {reason}; fix that and run the same command to {how}"
             ) from error
+
+
+def _look(listing: Callable[[], T]) -> T:
+    """List a folder, and list it again where a file vanishes meanwhile: training deletes checkpoints."""
+    for _ in range(LOOKS):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return listing()
+        time.sleep(0.05)
+    return listing()
 
 
 @cache

@@ -1,8 +1,11 @@
 """Which checkpoints are kept, and how they are written and read. Damaged ones: tests/faults/test_damage.py."""
 
+import itertools
 import json
+import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +125,33 @@ def test_a_reader_sees_what_a_writer_adds(tmp_path):
         assert reader.steps() == [1]
         save(checkpoints, 2)
         assert reader.steps() == [1, 2]
+
+
+def test_a_reader_is_not_disturbed_by_checkpoints_that_are_deleted_meanwhile(tmp_path):
+    """Orbax lists the names and reads the folders afterwards: one of them may be gone by then."""
+    done = threading.Event()
+
+    def come_and_go():
+        for step in itertools.count():
+            (tmp_path / "new" / "params").mkdir(parents=True)
+            (tmp_path / "new" / "_CHECKPOINT_METADATA").write_text("{}")
+            (tmp_path / "new").rename(tmp_path / str(step))
+            if step >= 5:
+                shutil.rmtree(tmp_path / str(step - 5))
+            time.sleep(0.1)
+            if done.is_set():
+                return
+
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(come_and_go)
+        try:
+            for _ in range(20):
+                with Checkpoints(tmp_path) as reader:
+                    for _ in range(20):
+                        assert len(reader.steps()) <= 6
+        finally:
+            done.set()
+        writer.result()
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path):

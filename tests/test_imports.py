@@ -1,6 +1,8 @@
 """Imports by a name in a string, which import-linter (its contracts are in pyproject.toml) does not see."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,3 +27,10 @@ def test_no_module_hides_an_import_that_the_layers_would_refuse() -> None:
 def test_a_name_in_a_string_is_found() -> None:
     source = "def f():\n    importlib.import_module('jax_it.models')\n    __import__('torch')\n    import_module(name)"
     assert list(hidden_imports(source)) == ["jax_it.models", "torch"]
+
+
+def test_the_stages_of_data_need_no_package_of_an_extra_before_they_run() -> None:
+    """`jax-it data filter` works without what `jax-it data build` needs."""
+    extras = "datasketch", "ftfy", "httpx2", "phonenumbers", "py3langid", "rapidfuzz", "stdnum"
+    script = f"import sys; sys.modules |= dict.fromkeys({extras}); import jax_it.curation.recipe"
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)

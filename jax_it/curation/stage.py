@@ -78,9 +78,9 @@ class PerRecord:
             return invalid(error)
 
 
-def require(package: str, what: str) -> Any:
-    """Import a package of the extra `data`. Raises UserError that says what needs it."""
+def require(module: str, what: str) -> Any:
+    """Import a module of the extra `data`. Raises UserError that says what needs it."""
     try:
-        return import_module(package)
+        return import_module(module)
     except ImportError:
-        raise UserError(f"{what} needs {package}: pip install 'jax-it[data]'") from None
+        raise UserError(f"{what} needs {module.split('.')[0]}: pip install 'jax-it[data]'") from None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jax_it.curation.build.requests import Journal, Reply, Request, Usage, key_of
+from jax_it.curation.stage import require
 from jax_it.errors import UserError, first_line, shorten
 from jax_it.status import Bar
 
@@ -41,13 +42,9 @@ class Endpoint:
         concurrency: int = 16,
         timeout: float = 600.0,
     ):
-        try:
-            import httpx2
-        except ImportError:
-            raise UserError("--endpoint needs httpx2: pip install 'jax-it[build]'") from None
+        self._http = require("httpx2", "--endpoint")
         if not url.startswith(("http://", "https://")):
             raise UserError(f"--endpoint {shorten(url)}: not a URL; give one such as http://localhost:8000/v1")
-        self._http = httpx2
         self.name = model
         self.usage = usage
         self._url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"

@@ -7,8 +7,8 @@ from array import array
 from collections import Counter
 
 import numpy as np
-from rapidfuzz.distance import LCSseq
 
+from jax_it.curation.stage import require
 from jax_it.metrics import characters
 
 
@@ -21,6 +21,7 @@ class Similar:
 
     def __init__(self, threshold: float):
         self._threshold = threshold
+        self._common_length = require("rapidfuzz.distance", "--method self_instruct").LCSseq.similarity
         self._ids: dict[tuple[str, int], int] = {}  # of the first "the" in a text, of the second, …
         self._holding: list[array[int]] = []  # for each of these, the texts that have it
         self._texts: list[list[str]] = []
@@ -46,7 +47,7 @@ class Similar:
         totals = len(words) + np.array(self._lengths)[: len(shared)]
         best: tuple[int, float] | None = None
         for number in np.flatnonzero(2 * shared > self._threshold * totals).tolist():
-            score = 2 * LCSseq.similarity(words, self._texts[number]) / int(totals[number])
+            score = 2 * self._common_length(words, self._texts[number]) / int(totals[number])
             if score > (best[1] if best else self._threshold):
                 best = number, score
         return best
