@@ -32,6 +32,30 @@ class Scores(NamedTuple):
         return jnp.where(mask, products, MASKED)
 
 
+class Mask(NamedTuple):
+    """Which keys a query may see: those that are allowed and, with a window, near."""
+
+    allowed_BTS: jax.Array
+    segments: tuple[jax.Array, jax.Array] | None = None  # of queries and keys: if they and `causal` say what is allowed
+    causal: bool = False  # no key after its query is
+    window: int = 0  # less than this many positions away, before the query or after it; 0: all
+
+
+def segment_mask(segments_BT: jax.Array, key_segments_BS: jax.Array) -> Mask:
+    """Return the mask of queries that see all keys of their segment."""
+    allowed_BTS = segments_BT[:, :, None] == key_segments_BS[:, None]
+    return Mask(allowed_BTS, (segments_BT, key_segments_BS))
+
+
+def causal_mask(segments_BT: jax.Array, prefix_BT: jax.Array | None = None) -> Mask:
+    """Return the mask of positions that see those of their segment not after them, or both in the segment's prefix."""
+    same, before_TS = segment_mask(segments_BT, segments_BT), jnp.tri(segments_BT.shape[1], dtype=bool)
+    if prefix_BT is None:
+        return same._replace(allowed_BTS=same.allowed_BTS & before_TS, causal=True)
+    in_prefix_BTS = (prefix_BT[:, :, None] > 0) & (prefix_BT[:, None] > 0)
+    return Mask(same.allowed_BTS & (before_TS | in_prefix_BTS))
+
+
 def plain_attention(
     query_BTNH: jax.Array, key_BKHS: jax.Array, value_BKSH: jax.Array, scores: Scores, mask_BTS: jax.Array,
     bias: jax.Array | None = None, dropout_key: jax.Array | None = None,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import kv_cache
+from jax_it.models.attention import causal_mask
 from jax_it.models.config import CausalLMConfig, ComputeOptions, StackConfig
 from jax_it.models.experts import Routing
 from jax_it.models.kv_cache import KVCache, LongTexts
@@ -37,14 +38,12 @@ class CausalLM(Stack):
     def hidden_states(
         self, batch: Any, options: ComputeOptions, key: jax.Array | None = None
     ) -> tuple[jax.Array, Routing | None]:
-        mask_BTS = causal_mask(batch.segments_BT, batch.prefix_BT)
+        mask, real_BT = causal_mask(batch.segments_BT, batch.prefix_BT), batch.segments_BT > 0
         x_BTD = self._embed(batch.tokens_BT, batch.positions_BT, options)
         lengths_BT = None
         if self.config.longrope_length:
             lengths_BT = (batch.segments_BT[:, :, None] == batch.segments_BT[:, None]).sum(-1)
-        x_BTD, _, routing = self(
-            x_BTD, batch.positions_BT, batch.segments_BT, mask_BTS, options, key, lengths_BT=lengths_BT
-        )
+        x_BTD, _, routing = self(x_BTD, batch.positions_BT, real_BT, mask, options, key, lengths_BT=lengths_BT)
         return x_BTD, routing
 
     def prefill(
@@ -79,9 +78,9 @@ class CausalLM(Stack):
     ) -> KVCache:
         """Compute all positions of texts whose last one is `position_B`, and return the cache that holds them."""
         positions_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
-        mask_BTS = causal_mask(segments_BS, segments_BS if options.prefix_lm else None)
+        mask = causal_mask(segments_BS, segments_BS if options.prefix_lm else None)
         _, groups, _ = self(
-            self._embed(tokens_BS, positions_BS, options), positions_BS, segments_BS, mask_BTS, options,
+            self._embed(tokens_BS, positions_BS, options), positions_BS, segments_BS > 0, mask, options,
             lengths_BT=position_B[:, None] + 1, cache_to_B=position_B,
         )  # fmt: skip
         long_texts = None
@@ -119,15 +118,6 @@ class CausalLM(Stack):
         if self.config.positions:
             x_BTD += look_up(self.positions, positions_BT, options.dtype)
         return constrain(x_BTD, "B T D")
-
-
-def causal_mask(segments_BT: jax.Array, prefix_BT: jax.Array | None = None) -> jax.Array:
-    """Return where position t may see s, [B, T, S]: in its segment, not after it, or both in the segment's prefix."""
-    length = segments_BT.shape[1]
-    seen_BTS = jnp.tri(length, dtype=bool)[None]
-    if prefix_BT is not None:
-        seen_BTS = seen_BTS | ((prefix_BT[:, :, None] > 0) & (prefix_BT[:, None] > 0))
-    return seen_BTS & (segments_BT[:, :, None] == segments_BT[:, None])
 
 
 def embed(c: StackConfig, embedding: nnx.Param, tokens_BT: jax.Array, dtype: Any) -> jax.Array:

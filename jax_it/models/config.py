@@ -41,7 +41,7 @@ NormPlacement = Literal["pre_norm", "post_norm", "sandwich_norm", "parallel"]
 class LayerKind:
     """What may differ between the layers of one model; all of it is static."""
 
-    window: int = 0  # how many positions a token sees, itself included; 0: all
+    window: int = 0  # how many positions a token sees to a side, itself included; 0: all
     rope: Rope | None = None
     mixer: Literal["attention"] = "attention"  # of positions; see `layer.MIXERS`
 
@@ -86,7 +86,6 @@ class StackConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     relative_bias: RelativeBias | None = None
-    bidirectional: bool = False  # an encoder; its windows extend `window - 1` positions to each side
     encoder_dim: int = 0  # of the states that cross-attention reads; 0: no cross-attention
     attn_scale: float | None = None  # None: H ** -0.5
     attn_logit_softcap: float = 0.0

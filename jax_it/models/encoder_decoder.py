@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import causal_lm
-from jax_it.models.causal_lm import causal_mask, embed
+from jax_it.models.attention import causal_mask, segment_mask
+from jax_it.models.causal_lm import embed
 from jax_it.models.config import ComputeOptions, EncoderDecoderConfig
 from jax_it.models.dropout import dropout, split_key
 from jax_it.models.kv_cache import KVCache, Source
@@ -39,11 +40,10 @@ class EncoderDecoder(nnx.Module):
         )
         segments_BT = batch.segments_BT
         source_segments_BS = batch.source_segments_BGS.reshape(segments_BT.shape[0], -1)
-        cross_mask_BTS = segments_BT[:, :, None] == source_segments_BS[:, None]
         x_BTD = embed(self.config.decoder, self.embedding, batch.tokens_BT, options.dtype)
         x_BTD, _, _ = self.decoder(
-            x_BTD, batch.positions_BT, segments_BT, causal_mask(segments_BT), options, decoder_key,
-            encoded_BSD=encoded_BSD, cross_mask_BTS=cross_mask_BTS, source_segments_BS=source_segments_BS,
+            x_BTD, batch.positions_BT, segments_BT > 0, causal_mask(segments_BT), options, decoder_key,
+            encoded_BSD=encoded_BSD, cross_mask=segment_mask(segments_BT, source_segments_BS),
         )  # fmt: skip
         return dropout(x_BTD, options.dropout, last_key), None
 
@@ -58,8 +58,8 @@ class EncoderDecoder(nnx.Module):
         stack_key, last_key = split_key(key, 2)
         embedding = self.embedding if self.config.shared_embedding else self.source_embedding
         x_BSD = embed(self.config.encoder, embedding, tokens_BS, options.dtype)
-        mask_BTS = segments_BS[:, :, None] == segments_BS[:, None]
-        x_BSD, _, _ = self.encoder(x_BSD, positions_BS, segments_BS, mask_BTS, options, stack_key)
+        mask = segment_mask(segments_BS, segments_BS)
+        x_BSD, _, _ = self.encoder(x_BSD, positions_BS, segments_BS > 0, mask, options, stack_key)
         return dropout(x_BSD, options.dropout, last_key)
 
     def prefill(

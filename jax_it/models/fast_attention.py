@@ -7,13 +7,13 @@ once.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jax_it.models import splash_attention
-from jax_it.models.attention import Scores, by_head, plain_attention
+from jax_it.models.attention import Mask, Scores, by_head, plain_attention
+from jax_it.models.config import ComputeOptions
 from jax_it.models.dropout import split_key
 from jax_it.models.relative_bias import DistanceBias
 from jax_it.models.row_attention import row_attention
@@ -29,39 +29,37 @@ MIN_BLOCK, MAX_BLOCKS = 128, 8
 
 
 def attend(
-    query_BTNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, scores: Scores, *,
-    mask_BTS: jax.Array, segments_BT: jax.Array | None = None, key_segments_BS: jax.Array | None = None,
-    causal: bool = False, window: int = 0, fused: bool | Literal["interpret"] = False, recompute: bool = False,
-    bias: jax.Array | DistanceBias | None = None, dropout_key: jax.Array | None = None,
+    query_BTNH: jax.Array, key_BSKH: jax.Array, value_BSKH: jax.Array, scores: Scores, mask: Mask,
+    options: ComputeOptions, *, bias: jax.Array | DistanceBias | None = None, dropout_key: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
-    """Attend from queries to keys, and return [B, T, N, H].
+    """Attend from queries to keys, and return [B, T, N, H]. With a window, both have the same positions.
 
-    `mask_BTS` says which pairs are allowed; with a `window`, T = S and only keys less than `window` positions away are,
-    before the query or after it.
-    `causal`: the mask allows no key after its query, so those are not read. `bias`, [N, T, S] or [B, N, T, S], or by
-    distance as kernels take it, is added to the scores. Dropout needs a `dropout_key`.
-
-    `fused`: by a kernel for TPUs, if one can compute the rows; "interpret": on a CPU, for tests. Kernels take the
-    `segments_BT`, which are given if `causal` and the equality of segments are all of the mask; those of keys are the
-    same unless they are given. What padding attends to is then not defined.
-    `recompute`: keep no scores for the backward pass.
+    `bias`, [N, T, S] or [B, N, T, S], or by distance as kernels take it, is added to the scores. Dropout needs a
+    `dropout_key`. Where a kernel computes the rows, which takes a mask made of segments, what padding attends to is not
+    defined. Of `options`, `fused_attention` and `recompute` are read.
     """
     length, heads, head_dim = query_BTNH.shape[1:]
-    if fused and segments_BT is not None:
-        arrays, interpret = (query_BTNH, key_BSKH, value_BSKH), fused == "interpret"
+    mask_BTS, causal, window = mask.allowed_BTS, mask.causal, mask.window
+    if options.fused_attention and mask.segments:
+        arrays, interpret = (query_BTNH, key_BSKH, value_BSKH), options.fused_attention == "interpret"
         # Where it can, splash computes causal rows of any length, whose keys it reads block by block.
         splash = causal and bias is None and not (scores.dropout and dropout_key is not None)
         if splash and splash_attention.fits(length, heads, key_BSKH.shape[2], head_dim):
             return splash_attention.attend(
-                *arrays, segments_BT, window=window, scale=scores.scale, softcap=scores.softcap, interpret=interpret
+                *arrays,
+                mask.segments[0],
+                window=window,
+                scale=scores.scale,
+                softcap=scores.softcap,
+                interpret=interpret,
             )
         from jax_it.models import flash_attention  # slow to import, and for TPUs alone
 
         assert bias is None or isinstance(bias, DistanceBias)
         if flash_attention.fits(query_BTNH, key_BSKH, bias=bias is not None, causal=causal):
             return flash_attention.attend(
-                *arrays, scores, segments_BT, segments_BT if key_segments_BS is None else key_segments_BS,
-                causal=causal, window=window, bias=bias, dropout_key=dropout_key, interpret=interpret,
+                *arrays, scores, *mask.segments, causal=causal, window=window, bias=bias, dropout_key=dropout_key,
+                interpret=interpret,
             )  # fmt: skip
     if isinstance(bias, DistanceBias):
         bias = bias.square()
@@ -70,7 +68,7 @@ def attend(
         mask_BTS = mask_BTS & (jnp.abs(distance_TS) < window)
     keys_values = by_head(key_BSKH, value_BSKH)
     # A loop over rows that lie on several devices would move them around.
-    row_by_row = recompute and mesh_size() == 1 and (bias is None or bias.ndim == 3)
+    row_by_row = options.recompute and mesh_size() == 1 and (bias is None or bias.ndim == 3)
     compute = partial(row_attention if row_by_row else plain_attention, scores=scores)
     if causal and parts_of("T") == 1 and length > MIN_BLOCK:
         return _attend_causal_blocks(compute, query_BTNH, *keys_values, mask_BTS, bias, dropout_key)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jax_it.models.attention import Scores, gather_kv, plain_attention
+from jax_it.models.attention import Mask, Scores, gather_kv, plain_attention
 from jax_it.models.config import ComputeOptions, LayerKind, StackConfig
 from jax_it.models.dropout import dropout, split_key
 from jax_it.models.experts import ExpertsMlp, Routing
@@ -31,12 +31,9 @@ class Context(NamedTuple):
     cos_sin: Mapping[Rope | None, CosSin]
     bias_of: Callable[["Layer"], Any]  # gives a layer's relative bias, if it has one; see `fast_attention.attend`
     real_BT: jax.Array  # false for padding, which experts do not count
-    mask_BTS: jax.Array | None = None  # which positions each position may see
-    segments_BT: jax.Array | None = None  # if all of the mask follows from them and from `causal`
-    causal: bool = False  # the mask allows no key after its query
+    mask: Mask | None = None
     encoded_BSD: jax.Array | None = None  # the encoder's states; a source's blocks are rows of their own
-    cross_mask_BTS: jax.Array | None = None  # which source positions each position may see
-    source_segments_BS: jax.Array | None = None
+    cross_mask: Mask | None = None  # which source positions each position may see
 
 
 class Attention(nnx.Module):
@@ -167,12 +164,11 @@ def _self_attend(
         cache, key_BKHS, value_BKSH, mask_BTS = cache.add(*keys_values)
         attended_BTNH = plain_attention(query_BTNH, key_BKHS, value_BKSH, context.scores, mask_BTS, bias)
         return attention.output_projection(attended_BTNH), cache
-    assert context.mask_BTS is not None
+    assert context.mask
+    mask = context.mask._replace(window=kind.window)
     attended_BTNH = attend(
-        query_BTNH, *keys_values, context.scores, mask_BTS=context.mask_BTS, segments_BT=context.segments_BT,
-        causal=context.causal, window=kind.window, fused=context.options.fused_attention,
-        recompute=context.options.recompute, bias=bias, dropout_key=dropout_key,
-    )  # fmt: skip
+        query_BTNH, *keys_values, context.scores, mask, context.options, bias=bias, dropout_key=dropout_key
+    )
     return attention.output_projection(attended_BTNH), keys_values
 
 
@@ -181,13 +177,11 @@ def _cross_attend(
 ) -> jax.Array:
     query_BTNH = cross.queries(x_BTD)
     if cache is None:
-        assert context.encoded_BSD is not None and context.cross_mask_BTS is not None
+        assert context.encoded_BSD is not None and context.cross_mask
         keys_values = cross.keys_values(context.encoded_BSD, len(x_BTD))
         attended_BTNH = attend(
-            query_BTNH, *keys_values, context.scores, mask_BTS=context.cross_mask_BTS, segments_BT=context.segments_BT,
-            key_segments_BS=context.source_segments_BS, fused=context.options.fused_attention,
-            recompute=context.options.recompute, dropout_key=dropout_key,
-        )  # fmt: skip
+            query_BTNH, *keys_values, context.scores, context.cross_mask, context.options, dropout_key=dropout_key
+        )
         return cross.output_projection(attended_BTNH)
     assert cache.source_segments_BS is not None
     # The rows that read one source, if several, are taken as its query positions.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_it.models import kv_cache
-from jax_it.models.attention import Scores
+from jax_it.models.attention import Mask, Scores
 from jax_it.models.config import ComputeOptions, LayerKind, StackConfig
 from jax_it.models.dropout import dropout, split_key
 from jax_it.models.experts import Routing
@@ -48,17 +48,17 @@ class Stack(nnx.Module):
             self.relative_bias = normal(rngs, (c.relative_bias.buckets, c.num_heads), c.embed_dim**-0.5)
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, mask_BTS: jax.Array,
-        options: ComputeOptions, key: jax.Array | None = None, *, lengths_BT: jax.Array | None = None,
-        encoded_BSD: jax.Array | None = None, cross_mask_BTS: jax.Array | None = None,
-        source_segments_BS: jax.Array | None = None, cache_to_B: jax.Array | None = None,
+        self, x_BTD: jax.Array, positions_BT: jax.Array, real_BT: jax.Array, mask: Mask, options: ComputeOptions,
+        key: jax.Array | None = None, *, lengths_BT: jax.Array | None = None, encoded_BSD: jax.Array | None = None,
+        cross_mask: Mask | None = None, cache_to_B: jax.Array | None = None,
     ) -> tuple[jax.Array, list[KeyValue], Routing | None]:  # fmt: skip
         """Compute all positions at once.
 
         Return three values: the states after the final norm [B, T, D]; if `cache_to_B` is given, the cache's groups,
         which hold each row up to that position; and the routing summed over layers.
 
-        `lengths_BT` is the length of the text that each position belongs to, which LongRoPE depends on.
+        `real_BT` is false for padding. `lengths_BT` is the length of the text that each position belongs to, which
+        LongRoPE depends on.
         """
         c, length = self.config, x_BTD.shape[1]
 
@@ -67,11 +67,8 @@ class Stack(nnx.Module):
             return by_distance if options.fused_attention else by_distance.square()
 
         context = Context(
-            options, self._scores(options), self._cos_sin(positions_BT, lengths_BT),
-            self._bias_of(bias), real_BT=segments_BT > 0, mask_BTS=constrain(mask_BTS, "B T S"),
-            segments_BT=None if options.prefix_lm else segments_BT,
-            causal=not (c.bidirectional or options.prefix_lm), encoded_BSD=encoded_BSD,
-            cross_mask_BTS=cross_mask_BTS, source_segments_BS=source_segments_BS,
+            options, self._scores(options), self._cos_sin(positions_BT, lengths_BT), self._bias_of(bias), real_BT,
+            mask._replace(allowed_BTS=constrain(mask.allowed_BTS, "B T S")), encoded_BSD, cross_mask,
         )  # fmt: skip
 
         def compute(x_BTD: jax.Array, layer: Layer, ref: LayerRef) -> tuple:

@@ -8,13 +8,15 @@ import pytest
 from jax_it import sharding
 from jax_it.config import Mesh
 from jax_it.models import attention, fast_attention
-from jax_it.models.attention import Scores
+from jax_it.models.attention import Mask, Scores
+from jax_it.models.config import ComputeOptions
 from jax_it.models.dropout import dropout
 from jax_it.models.fast_attention import attend
 from jax_it.models.norm import Norm
 from jax_it.models.relative_bias import RelativeBias
 from tests.parity import cases
 
+FLOAT32 = ComputeOptions(jnp.float32)
 BOTH_WAYS = pytest.mark.parametrize("bidirectional", [True, False], ids=["encoder", "decoder"])
 BUCKETS = [(32, 128), (8, 16), (8, 20), (16, 64), (32, 256), (4, 8)]
 
@@ -112,7 +114,7 @@ def test_a_query_that_may_attend_to_nothing_gets_numbers():
     mask = jnp.array([[[True, False, False], [False, False, False], [False, True, True]]])
 
     def total(x):
-        return attend(x, x, x, Scores(), mask_BTS=mask).sum()
+        return attend(x, x, x, Scores(), Mask(mask), FLOAT32).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(total))(x)
     assert np.isfinite(value) and np.isfinite(gradient).all()
@@ -126,7 +128,7 @@ def test_attention_is_the_softmax_of_scores_and_bias_without_scaling():
     weights = np.exp(np.where(mask[:, None], scores, -np.inf))
     wanted = np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), value)
     arrays = (jnp.asarray(array, jnp.float32) for array in (query, key, value))
-    ours = attend(*arrays, Scores(), mask_BTS=jnp.asarray(mask), bias=jnp.asarray(bias, jnp.float32))
+    ours = attend(*arrays, Scores(), Mask(jnp.asarray(mask)), FLOAT32, bias=jnp.asarray(bias, jnp.float32))
     np.testing.assert_allclose(ours, wanted, rtol=0, atol=5e-6)  # sums of 7 terms of order 1, after exp
 
 
@@ -183,7 +185,7 @@ def test_attention_of_some_queries_at_a_time_is_that_of_all_at_once(length, with
     bias = jnp.float32(random.standard_normal((4, length, 9))) if with_bias else None
 
     def attended(query, key, value):
-        return attend(query, key, value, Scores(0.5, softcap=3.0), mask_BTS=mask, bias=bias)
+        return attend(query, key, value, Scores(0.5, softcap=3.0), Mask(mask), FLOAT32, bias=bias)
 
     def compute():
         gradient = jax.grad(lambda *arrays: jnp.square(attended(*arrays)).sum(), argnums=(0, 1, 2))
@@ -208,7 +210,7 @@ def test_causal_attention_leaves_out_keys_that_no_query_sees(length, with_bias, 
 
     def compute(causal):
         def attended(query, key, value):
-            return attend(query, key, value, Scores(0.5), mask_BTS=mask, causal=causal, bias=bias)
+            return attend(query, key, value, Scores(0.5), Mask(mask, causal=causal), FLOAT32, bias=bias)
 
         def squares(*arrays):
             return jnp.square(attended(*arrays)).sum()
@@ -234,7 +236,7 @@ def test_attention_with_queries_on_several_devices_is_that_on_one(length, querie
     def attended(query, key, value):
         query = sharding.constrain(query, "B T N H")
         key, value = (attention.gather_kv(array, len(query)) for array in (key, value))
-        return attend(query, key, value, Scores(0.5), mask_BTS=mask, bias=bias)
+        return attend(query, key, value, Scores(0.5), Mask(mask), FLOAT32, bias=bias)
 
     def compute(*arrays):
         gradient = jax.grad(lambda *arrays: jnp.square(attended(*arrays)).sum(), argnums=(0, 1, 2))

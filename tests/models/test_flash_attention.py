@@ -14,7 +14,8 @@ from jax_it import losses, sharding
 from jax_it.config import Mesh
 from jax_it.data.formats import Seq2SeqBatch
 from jax_it.models import flash_attention
-from jax_it.models.attention import Scores, by_head, plain_attention
+from jax_it.models.attention import Scores, by_head, causal_mask, plain_attention, segment_mask
+from jax_it.models.config import ComputeOptions
 from jax_it.models.dropout import rounded_rate
 from jax_it.models.fast_attention import attend
 from jax_it.models.relative_bias import RelativeBias
@@ -244,13 +245,9 @@ def test_an_old_chip_takes_it_for_short_rows_alone(monkeypatch):
 @pytest.mark.parametrize("mask", ["segments", "prefix"])
 def test_a_mask_that_segments_do_not_tell_is_left_to_plain_attention(mask):
     query = jnp.ones((1, 16, 2, 8))
-    own = jnp.ones((1, 16), jnp.int32)
-    jaxpr = jax.make_jaxpr(
-        lambda query: attend(
-            query, query, query, Scores(), mask_BTS=own[:, :, None] == own[:, None], fused="interpret",
-            segments_BT=own if mask == "segments" else None,
-        )
-    )(query)  # fmt: skip
+    own, options = jnp.ones((1, 16), jnp.int32), ComputeOptions(jnp.float32, fused_attention="interpret")
+    given = segment_mask(own, own) if mask == "segments" else causal_mask(own, prefix_BT=own)
+    jaxpr = jax.make_jaxpr(lambda query: attend(query, query, query, Scores(), given, options))(query)
     assert ("flash_attention" in str(jaxpr)) == (mask == "segments")
 
 

@@ -11,8 +11,8 @@ from jax_it import config, losses, sharding
 from jax_it.config import Mesh
 from jax_it.data.formats import CausalBatch
 from jax_it.models import build, splash_attention
-from jax_it.models.attention import Scores
-from jax_it.models.causal_lm import causal_mask
+from jax_it.models.attention import Mask, Scores, causal_mask
+from jax_it.models.config import ComputeOptions
 from jax_it.models.fast_attention import attend
 
 ROWS, LENGTH, HEADS, KEY_HEADS, SIZE = 2, 256, 4, 2, 128
@@ -30,8 +30,8 @@ def arrays():
 
 def plain(query, key, value, segments, window, cap):
     distance = jnp.arange(LENGTH)[:, None] - jnp.arange(LENGTH)
-    mask = causal_mask(segments) & (distance < (window or LENGTH))
-    return attend(query, key, value, Scores(SIZE**-0.5, cap), mask_BTS=mask)
+    mask = Mask(causal_mask(segments).allowed_BTS & (distance < (window or LENGTH)))
+    return attend(query, key, value, Scores(SIZE**-0.5, cap), mask, ComputeOptions(jnp.float32))
 
 
 def by_kernel(query, key, value, segments, window, cap):

@@ -65,7 +65,6 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
             norm_eps=reader.positive("layer_norm_epsilon", 1e-6),
             gated_mlp=projection.startswith("gated-"),
             relative_bias=RelativeBias(buckets, max_distance, is_encoder, per_layer=kind == "umt5"),
-            bidirectional=is_encoder,
             encoder_dim=0 if is_encoder else embed_dim,
             attn_scale=1.0,
             output_scale=1.0 if is_encoder or not is_scaled else embed_dim**-0.5,

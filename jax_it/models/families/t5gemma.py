@@ -44,7 +44,7 @@ def read_config(values: Mapping[str, Any], where: str) -> EncoderDecoderConfig:
     pad = reader.get_token("pad_token_id", target.vocab_size)
     config = EncoderDecoderConfig(
         model_type=reader.choose("model_type", ["t5gemma"]),
-        encoder=dataclasses.replace(encoder, bidirectional=True, layer_kinds=kinds),
+        encoder=dataclasses.replace(encoder, layer_kinds=kinds),
         decoder=dataclasses.replace(target, encoder_dim=encoder.embed_dim),
         tied=reader.get("tie_word_embeddings", bool, True),
         shared_embedding=False,
