@@ -298,9 +298,10 @@ class Engine:
     ) -> DecodeResult:  # fmt: skip
         """Decode up to `max_steps` tokens in every slot that is not idle; stop once `until_done` slots are done.
 
-        `idle` has the first slots, as many as one of the `decode_sizes`, or all. The others stay as they are. Idle slots count as done. All steps run on the devices, and the texts then come to the host together. `plain`
-        says that all texts are (see `TextSettings`), for which there is a faster program. `top`: read alternatives too.
-        `allowed` has the tokens [V] that constraints of some slots allow next, for one step.
+        `idle` has the first slots, as many as one of the `decode_sizes`, or all; the others stay as they are. Idle ones
+        count as done. All steps run on the devices, and the texts then come to the host together. `plain` says that all
+        texts are (see `TextSettings`), for which there is a faster program. `top`: read alternatives too. `allowed` has
+        the tokens [V] that constraints of some slots allow next, for one step.
         """
         allowed_BA = None
         if not plain:
