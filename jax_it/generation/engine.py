@@ -52,7 +52,8 @@ class Engine:
     For a server, `warm_up` fixes and compiles all shapes; about `prefill_chunk` tokens of prompts are then computed
     between two steps of the running texts, and where `can_chunk` longer prompts are computed in parts.
     `prefix_cache_bytes` are for keys and values of shared beginnings of prompts, in blocks of 64 tokens; models with
-    sliding windows have none, since of a window's layers the beginnings are not kept.
+    sliding windows have none, since of a window's layers the beginnings are not kept. On one device a step then costs
+    less while few slots are busy: it decodes the first ones, as many as one of the `decode_sizes` has.
 
     It has `batch_size` slots or a few more: every device has as many, and at least those of one request. A text ends at
     one of the model's end tokens or of `eos_ids`, or at its limit. `shapes` are compiled: (program, slots, width).
@@ -98,6 +99,7 @@ class Engine:
             self.num_blocks = prefix_cache_bytes // (bytes_of_token * BLOCK)
         self.prompt_widths: tuple[int, ...] = ()  # those that prompts are padded to, after `warm_up`
         self._score_widths: tuple[int, ...] = ()  # and of prompts whose log-probabilities are asked for
+        self.decode_sizes: tuple[int, ...] = ()  # after `warm_up`: numbers of slots, ascending
         self.shapes: set[tuple[str, int, int]] = set()
         self._mesh = mesh
         self._params: Params = {}
@@ -121,6 +123,7 @@ class Engine:
                 out_shardings=(None, sharding.replicated(mesh)),
             ),
             "read_top": jax.jit(lambda state: state.texts.top, out_shardings=sharding.replicated(mesh)),
+            "move": jax.jit(lambda state, *from_to: slots.move(state, *from_to), donate_argnums=0),
             "resize": jax.jit(partial(slots.resize, strategy)),
             "extend": jax.jit(partial(chunked_prefill.extend, model), donate_argnums=1),
             "begin": jax.jit(partial(chunked_prefill.begin, sampler), donate_argnums=0),
@@ -136,7 +139,7 @@ class Engine:
         """Return an engine with these weights and empty slots, which shares the programs compiled so far."""
         loaded = copy.copy(self)
         loaded._params, loaded._weights, loaded._state, loaded._capacity = params, None, None, 0
-        loaded._blocks, loaded.prompt_widths, loaded._score_widths = None, (), ()
+        loaded._blocks, loaded.prompt_widths, loaded._score_widths, loaded.decode_sizes = None, (), (), ()
         return loaded
 
     def lower(self, params: Params, max_prompt: int) -> "LoweredPrograms":
@@ -191,11 +194,14 @@ class Engine:
         if self.num_blocks:
             self.save_prefix(0, [])
             self.load_prefix(0, [], 0)
-        idle = [True] * self.num_slots
-        for plain in (True, False):
-            self.decode(idle, 1, self.num_slots, plain)
+        self.decode_sizes = _decode_sizes(self.num_slots) if self.shards == 1 else (self.num_slots,)
+        for size in self.decode_sizes:
+            for plain in (True, False):
+                self.decode([True] * size, 1, size, plain)
+        if len(self.decode_sizes) > 1:
+            self.move(0, 0)
         if self.max_logprobs:
-            self.decode(idle, 1, self.num_slots, top=True)
+            self.decode([True] * self.num_slots, 1, self.num_slots, top=True)
             if self.scores_prompts:
                 for width in self._score_widths:
                     self.prompt_log_probs([0] * width)
@@ -292,9 +298,10 @@ class Engine:
     ) -> DecodeResult:  # fmt: skip
         """Decode up to `max_steps` tokens in every slot that is not idle; stop once `until_done` slots are done.
 
-        Idle slots count as done. All steps run on the devices, and the texts then come to the host together. `plain`
-        says that all texts are (see `TextSettings`), for which there is a faster program. `top`: read alternatives too.
-        `allowed` has the tokens [V] that constraints of some slots allow next, for one step.
+        `idle` has the first slots, as many as one of the `decode_sizes`, or all; the others stay as they are. Idle ones
+        count as done. All steps run on the devices, and the texts then come to the host together. `plain` says that all
+        texts are (see `TextSettings`), for which there is a faster program. `top`: read alternatives too. `allowed` has
+        the tokens [V] that constraints of some slots allow next, for one step.
         """
         allowed_BA = None
         if not plain:
@@ -304,9 +311,13 @@ class Engine:
         arguments = self._weights, self._state, np.array(idle), np.int32(max_steps), np.int32(until_done), allowed_BA
         program = "decode" if plain else "decode_any"
         self._state, result = self._run(program, len(idle), self._capacity, *arguments)
-        tops = TopLogProbs(*map(np.asarray, self._run("read_top", len(idle), 0, self._state))) if top else None
+        tops = TopLogProbs(*map(np.asarray, self._run("read_top", self.num_slots, 0, self._state))) if top else None
         done_B, number_B, tokens_BOT, log_probs_BOT = map(np.asarray, result)
         return DecodeResult(done_B, number_B, tokens_BOT, log_probs_BOT, tops)
+
+    def move(self, source: int, target: int) -> None:
+        """Continue the text of a slot in another one, which has none."""
+        self._state = self._run("move", self.num_slots, 0, self._state, np.int32(source), np.int32(target))
 
     def resize(self, order: Sequence[int]) -> None:
         """Replace the slots by those in `order`. One that is named again must be idle from now on."""
@@ -316,6 +327,14 @@ class Engine:
         self.shapes.add((program, num_slots, width))
         with jax.set_mesh(self._mesh):
             return self._programs[program.removesuffix("_any")](*arguments)
+
+
+def _decode_sizes(num_slots: int) -> tuple[int, ...]:
+    """Return few numbers of slots, each about four times the one before."""
+    sizes = [num_slots]
+    while sizes[0] >= 4:
+        sizes.insert(0, sizes[0] // 4)
+    return tuple(sizes)
 
 
 def _fixed_widths(longest: int) -> tuple[int, ...]:

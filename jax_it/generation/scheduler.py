@@ -84,8 +84,9 @@ class Scheduler:
     shortest prompt first, a full group at a time once it fits, so that prompts of similar length are padded together.
     For a server it is a number of tokens: each running text has an output after that many (a beam search only at its
     end), and requests are taken first come, first served, as soon as slots are free. With an engine that is warmed up,
-    one group of prompts and one chunk of a longer prompt are prefilled between two steps, and prompts that begin alike
-    share what is computed. Either way a text does not depend on other requests, nor on when it begins.
+    one group of prompts and one chunk of a longer prompt are prefilled between two steps, prompts that begin alike
+    share what is computed, and texts are kept in the first slots, since a step decodes no more of them than it has to.
+    Either way a text does not depend on other requests, nor on when it begins.
     """
 
     def __init__(self, engine: "Engine", stream_interval: int = 0):
@@ -180,19 +181,33 @@ class Scheduler:
 
     def _decode(self, steps: int, until_done: int) -> list[RequestOutput]:
         """Decode up to a number of steps, until so many slots are done, and return the outputs that are due."""
+        size = self._gather() if self._serves else len(self._slots)
         allowed, outputs = self._ask_constraints()
         texts = [text for text in self._slots if text and text.prefilled is None]
         if not texts:
             return outputs
         result = self._engine.decode(
-            [not text or text.prefilled is not None for text in self._slots],
+            [not text or text.prefilled is not None for text in self._slots[:size]],
             1 if allowed else steps,
-            len(self._slots) if allowed else until_done,
+            size if allowed else min(until_done, size),
             plain=all(text.is_plain for text in texts),
             top=any(text.request.logprobs for text in texts),
             allowed=allowed,
         )
         return [*outputs, *self._read(result)]
+
+    def _gather(self) -> int:
+        """Move the texts that decode into the first slots, and return how many slots a step has to decode."""
+        sizes = self._engine.decode_sizes
+        decoding = [slot for slot, text in enumerate(self._slots) if text and text.prefilled is None]
+        size = next(size for size in sizes if size >= len(decoding))
+        free = [slot for slot, text in enumerate(self._slots[:size]) if text is None]
+        last = [slot for slot in decoding if slot >= size]
+        for slot, target in zip(last, free, strict=False):
+            self._engine.move(slot, target)
+            self._slots[target], self._slots[slot] = self._slots[slot], None
+        # Where prompts under way are in between, some texts stay behind them.
+        return size if len(free) >= len(last) else next(size for size in sizes if size > last[-1])
 
     def _ask_constraints(self) -> tuple[dict[int, np.ndarray], list[RequestOutput]]:
         """Return the tokens that constraints allow next, by slot, and the outputs of texts that end here."""
@@ -375,8 +390,10 @@ class Scheduler:
         """Yield the outputs that are due, and free the slots of those that have ended."""
         streams = self._stream_interval and self._engine.num_beams == 1
         for slot, text in enumerate(self._slots):
+            if not text or text.prefilled is not None:
+                continue
             done = bool(result.done_B[slot])
-            if not text or text.prefilled is not None or not (done or streams or text.request.stop or text.constraint):
+            if not (done or streams or text.request.stop or text.constraint):
                 continue
             outputs = [self._output(text, result, slot, best, done) for best in range(result.tokens_BOT.shape[1])]
             ended = all(output.finish_reason for output in outputs)

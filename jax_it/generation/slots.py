@@ -109,6 +109,7 @@ def decode(
 ) -> tuple[SlotState, tuple[jax.Array, ...]]:
     """Return the slots after up to `max_steps` steps, and what `DecodeResult` holds; idle slots become done.
 
+    It decodes as many of the first slots as `idle_B` has, and all of them with beams; the others stay as they are.
     `allowed_BA` are the tokens that constraints allow, as in `sampling.allow`; None: all texts are plain.
     """
 
@@ -120,15 +121,29 @@ def decode(
         count, state = carry
         return count + 1, decode_step(model, strategy, weights, state, allowed_BA)
 
-    state = state._replace(done_B=state.done_B | idle_B)
-    state = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+    slots, all_but_cache = len(idle_B), tuple(state[2:])
+    rows = slots * strategy.num_beams
+    # The cache stays whole, so that its rows are read and written in place.
+    first = SlotState(state.cache, state.token_B[:rows], *jax.tree.map(lambda array: array[:slots], all_but_cache))
+    first = first._replace(done_B=first.done_B | idle_B)
+    first = jax.lax.while_loop(unfinished, body, (jnp.int32(0), first))[1]
+    rest = jax.tree.map(lambda old, new: old.at[:slots].set(new), all_but_cache, tuple(first[2:]))
+    state = sharded(SlotState(first.cache, state.token_B.at[:rows].set(first.token_B), *rest))
     # Copies, as the state itself will be donated.
-    return state, jax.tree.map(jnp.copy, (state.done_B, state.number_B, *strategy.read(state.texts)))
+    return state, jax.tree.map(jnp.copy, (first.done_B, first.number_B, *strategy.read(first.texts)))
 
 
 def grow(state: SlotState, by: int) -> SlotState:
     """Return the slots with capacity for prompts that are `by` tokens longer."""
     return sharded(state._replace(cache=kv_cache.grow(state.cache, by)))
+
+
+def move(state: SlotState, source: Any, target: Any) -> SlotState:
+    """Return the slots with what one has in another one too; not for beams."""
+    source_1, target_1 = jnp.asarray([source]), jnp.asarray([target])
+    cache = kv_cache.insert(state.cache, kv_cache.select(state.cache, source_1), target_1, jnp.zeros(1, jnp.int32))
+    rest = jax.tree.map(lambda array: array.at[target_1].set(array[source_1]), tuple(state[1:]))
+    return sharded(SlotState(cache, *rest))
 
 
 def resize(strategy: Strategy, state: SlotState, slots_B: Any) -> SlotState:

@@ -99,17 +99,13 @@ class CausalLM(Stack):
         tokens_BT = cache.long_texts.tokens.at[jnp.arange(tokens_B.size), positions_B].set(tokens_B)
         is_long_B = cache.long_texts.is_long
         cache = dataclasses.replace(cache, long_texts=LongTexts(tokens_BT, is_long_B))
-        grown_B = (positions_B >= self.config.longrope_length) & ~is_long_B
+        grown_B = (positions_B >= self.config.longrope_length) & ~is_long_B[: tokens_B.size]
 
         def recompute(cache: KVCache) -> KVCache:
             segments_BT = (jnp.arange(cache.capacity) <= positions_B[:, None]).astype(jnp.int32)
-            new = self._read(tokens_BT, segments_BT, positions_B, options)
-
-            def choose(axes: str, old: jax.Array, new: jax.Array) -> jax.Array:
-                grown = grown_B.reshape([-1 if axis == "B" else 1 for axis in axes])
-                return jnp.where(grown, new.astype(old.dtype), old)
-
-            return kv_cache.map_axes(choose, cache, new)
+            new = self._read(tokens_BT[: tokens_B.size], segments_BT, positions_B, options)
+            row_B = jnp.arange(tokens_B.size)
+            return kv_cache.insert(cache, new, jnp.where(grown_B, row_B, cache.rows), row_B)
 
         return jax.lax.cond(grown_B.any(), recompute, lambda cache: cache, cache)
 

@@ -58,7 +58,7 @@ class LongTexts:
 class KVCache:
     """Row b caches the tokens before the one being decoded.
 
-    With n times as many rows as sources, row b reads source b // n.
+    With n times as many rows as sources, row b reads source b // n. A step may decode the first rows alone.
     """
 
     groups: tuple[KeyValue, ...]
@@ -71,6 +71,20 @@ class KVCache:
     def prompt_capacity(self) -> int:
         """How many positions there are for prompts: a source's, or those of new tokens among them."""
         return self.source.segments.shape[1] if self.source else self.capacity
+
+    @property
+    def rows(self) -> int:
+        return self.groups[0].value.shape[1]
+
+
+class Cached(NamedTuple):
+    """Keys and values to attend to, among those of several layers and maybe of more rows than there are."""
+
+    key_LBKHS: jax.Array
+    value_LBKSH: jax.Array
+    layer: Any
+    mask_BTS: jax.Array  # which of them a position may see
+    end_B: jax.Array  # none of them from here on
 
 
 class LayerCache(NamedTuple):
@@ -85,20 +99,23 @@ class LayerCache(NamedTuple):
     source_segments_BS: jax.Array | None = None
 
     @property
-    def cross_keys_values(self) -> tuple[jax.Array, jax.Array]:
+    def cross_keys_values(self) -> "Cached":
         """Those of the source."""
-        assert self.cross is not None
-        return self.cross.key[self.index], self.cross.value[self.index]
+        assert self.cross is not None and self.source_segments_BS is not None
+        is_real_BS = self.source_segments_BS > 0
+        end_B = jnp.where(is_real_BS, jnp.arange(1, is_real_BS.shape[1] + 1), 0).max(1)
+        return Cached(self.cross.key, self.cross.value, self.index, is_real_BS[:, None], end_B)
 
-    def add(self, key_BTKH: jax.Array, value_BTKH: jax.Array) -> tuple["LayerCache", jax.Array, jax.Array, jax.Array]:
-        """Return the cache with the tokens, and what they attend to: keys, values and which they may see, [B, T, S]."""
+    def add(self, key_BTKH: jax.Array, value_BTKH: jax.Array) -> tuple["LayerCache", "Cached"]:
+        """Return the cache with the tokens, and what they attend to."""
         added, held = self._write(key_BTKH, value_BTKH), self.group.key.shape[-1]
-        key_BKHS, value_BKSH = added.group.key[self.index], added.group.value[self.index]
         if key_BTKH.shape[1] == 1 or held == self.capacity:
             # Entries that hold a position up to the token's own. A sliding window needs no mask of its own: its layers
             # have no capacity for positions outside of it.
             at_BT1 = self.positions_BT[:, :, None]
-            return added, key_BKHS, value_BKSH, at_BT1 - (at_BT1 - jnp.arange(held)) % held >= 0
+            mask_BTS = at_BT1 - (at_BT1 - jnp.arange(held)) % held >= 0
+            end_B = jnp.minimum(self.positions_BT[:, -1] + 1, held)
+            return added, Cached(added.group.key, added.group.value, self.index, mask_BTS, end_B)
         # The later tokens overwrite what the earlier ones of these still see: all see the entries before, and the new.
         last_B1 = self.positions_BT[:, :1] - 1
         held_BS = last_B1 - (last_B1 - jnp.arange(held)) % held
@@ -107,7 +124,8 @@ class LayerCache(NamedTuple):
         new_key_BKHT, new_value_BKTH = by_head(key_BTKH, value_BTKH)
         key_BKHS = jnp.concatenate([self.group.key[self.index], new_key_BKHT], axis=3)
         value_BKSH = jnp.concatenate([self.group.value[self.index], new_value_BKTH], axis=2)
-        return added, key_BKHS, value_BKSH, (distance_BTS >= 0) & (distance_BTS < held)
+        mask_BTS, all_B = (distance_BTS >= 0) & (distance_BTS < held), jnp.full(len(at_BS), at_BS.shape[1])
+        return added, Cached(key_BKHS[None], value_BKSH[None], 0, mask_BTS, all_B)
 
     def _write(self, key_BTKH: jax.Array, value_BTKH: jax.Array) -> "LayerCache":
         """Write in place into the whole group: a cache that a scan took apart and put together would be copied."""

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from jax_it.models.attention import Mask, Scores, gather_kv, plain_attention
+from jax_it.models.attention import Mask, Scores, gather_kv
+from jax_it.models.cache_attention import attend_to_cache
 from jax_it.models.config import ComputeOptions, LayerKind, StackConfig
 from jax_it.models.dropout import dropout, split_key
 from jax_it.models.experts import ExpertsMlp, Routing
@@ -161,8 +162,8 @@ def _self_attend(
     attention, cos_sin, bias = layer.attention, context.cos_sin.get(kind.rope), context.bias_of(layer)
     query_BTNH, keys_values = attention.queries(x_BTD, cos_sin), attention.keys_values(x_BTD, len(x_BTD), cos_sin)
     if cache is not None:
-        cache, key_BKHS, value_BKSH, mask_BTS = cache.add(*keys_values)
-        attended_BTNH = plain_attention(query_BTNH, key_BKHS, value_BKSH, context.scores, mask_BTS, bias)
+        cache, cached = cache.add(*keys_values)
+        attended_BTNH = attend_to_cache(query_BTNH, cached, context.scores, bias, context.options.recompute)
         return attention.output_projection(attended_BTNH), cache
     assert context.mask
     mask = context.mask._replace(window=kind.window)
@@ -183,11 +184,10 @@ def _cross_attend(
             query_BTNH, *keys_values, context.scores, context.cross_mask, context.options, dropout_key=dropout_key
         )
         return cross.output_projection(attended_BTNH)
-    assert cache.source_segments_BS is not None
+    cached = cache.cross_keys_values
     # The rows that read one source, if several, are taken as its query positions.
-    mask_BTS = cache.source_segments_BS[:, None] > 0
-    by_source = query_BTNH.reshape(len(mask_BTS), -1, *query_BTNH.shape[2:])
-    attended_BTNH = plain_attention(by_source, *cache.cross_keys_values, context.scores, mask_BTS)
+    by_source = query_BTNH.reshape(len(cached.mask_BTS), -1, *query_BTNH.shape[2:])
+    attended_BTNH = attend_to_cache(by_source, cached, context.scores, None, context.options.recompute)
     return cross.output_projection(attended_BTNH.reshape(query_BTNH.shape))
 
 

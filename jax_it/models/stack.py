@@ -90,9 +90,13 @@ class Stack(nnx.Module):
     ) -> tuple[jax.Array, KVCache]:  # fmt: skip
         """Compute the next tokens of each row. Return normed states [B, T, D] and the new cache.
 
-        They are one token a row or, without a relative bias, several. `real_BT` is false for padding behind them.
+        They are one token a row or, without a relative bias, several. `real_BT` is false for padding behind them. There
+        may be fewer rows than the cache has: its first ones.
         """
         source, distance_BS = cache.source, jnp.arange(cache.capacity) - positions_BT[:, :1]
+        if source:
+            sources = len(x_BTD) * len(source.segments) // cache.rows
+            source = Source(source.groups, source.segments[:sources])
         context = Context(
             options, self._scores(options), self._cos_sin(positions_BT, positions_BT + 1),
             self._bias_of(lambda bias, table_EN: bias.rows(table_EN, distance_BS)),

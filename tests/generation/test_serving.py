@@ -200,3 +200,22 @@ def test_what_an_engine_does_not_have_is_an_error(server):
         with pytest.raises(ValueError, match=what):
             scheduler.add_request(Request(0, **{"prompt": [5], **wrong}))
     assert not scheduler.has_unfinished
+
+
+def test_a_step_decodes_few_slots_while_few_are_busy_and_no_text_changes(server, monkeypatch):
+    decode, sizes = Engine.decode, list[int]()
+
+    def counted(engine: Engine, idle: Sequence[bool], *arguments: Any, **options: Any) -> Any:
+        sizes.append(len(idle))
+        return decode(engine, idle, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "decode", counted)
+    prompts, endless = server.prompts[:SLOTS], Sampling(ignore_eos=True)
+    alone = [finish(server.start(), [Request(0, prompt, sampling=endless)])[0, 0].tokens for prompt in prompts]
+    assert server.engine.decode_sizes == (1, SLOTS) and set(sizes) == {1}
+    limits = [2, 4, 6, LENGTH]
+    sizes.clear()
+    found = finish(server.start(), [Request(i, prompts[i], limits[i], sampling=endless) for i in range(SLOTS)])
+    assert [found[i, 0].tokens for i in range(SLOTS)] == [alone[i][: limits[i]] for i in range(SLOTS)]
+    # The text that outlives the others is moved to the first slot.
+    assert set(sizes[-3:]) == {1} and SLOTS in sizes
