@@ -92,6 +92,7 @@ class Engine:
         self.prefill_chunk = prefill_chunk
         self.can_chunk = model.can_extend and not beams
         self.scores_prompts = model.kind == "causal"
+        self._start_token = None if model.kind == "causal" else model.start_and_pad[0]
         self.num_blocks = 0
         c: Any = model.config
         if self.can_chunk and not any(kind.window for kind in c.layer_kinds):
@@ -123,7 +124,7 @@ class Engine:
                 out_shardings=(None, sharding.replicated(mesh)),
             ),
             "read_top": jax.jit(lambda state: state.texts.top, out_shardings=sharding.replicated(mesh)),
-            "move": jax.jit(lambda state, *from_to: slots.move(state, *from_to), donate_argnums=0),
+            "copy": jax.jit(lambda state, *slot_pair: slots.copy(state, *slot_pair), donate_argnums=0),
             "resize": jax.jit(partial(slots.resize, strategy)),
             "extend": jax.jit(partial(chunked_prefill.extend, model), donate_argnums=1),
             "begin": jax.jit(partial(chunked_prefill.begin, sampler), donate_argnums=0),
@@ -190,7 +191,8 @@ class Engine:
         if self.can_chunk:
             for width in (self.small_chunk, self.prefill_chunk):
                 self.extend([], width)
-            self.begin(0, [0, 0], slot_settings([], 1))
+        self.begin(0, [0, 0], slot_settings([], 1))
+        self.copy(0, 0)
         if self.num_blocks:
             self.save_prefix(0, [])
             self.load_prefix(0, [], 0)
@@ -198,8 +200,6 @@ class Engine:
         for size in self.decode_sizes:
             for plain in (True, False):
                 self.decode([True] * size, 1, size, plain)
-        if len(self.decode_sizes) > 1:
-            self.move(0, 0)
         if self.max_logprobs:
             self.decode([True] * self.num_slots, 1, self.num_slots, top=True)
             if self.scores_prompts:
@@ -259,7 +259,9 @@ class Engine:
         self._state = self._run("extend", self.num_slots, width, self._weights, self._state, batch)
 
     def begin(self, slot: int, prompt: Sequence[int], settings: SlotSettings) -> None:
-        """Start the text of a slot, in which all of the prompt but the last token is computed."""
+        """Start the text of a slot, in which all of the prompt but the last token is computed, or all of a source."""
+        if self._start_token is not None:
+            prompt = [self._start_token]
         counts_V = np.zeros(self.vocab_size, np.uint16)
         counts_V[np.asarray(prompt)] = 1
         arguments = np.int32(slot), np.int32(prompt[-1]), np.int32(len(prompt) - 1), counts_V, settings
@@ -315,9 +317,9 @@ class Engine:
         done_B, number_B, tokens_BOT, log_probs_BOT = map(np.asarray, result)
         return DecodeResult(done_B, number_B, tokens_BOT, log_probs_BOT, tops)
 
-    def move(self, source: int, target: int) -> None:
-        """Continue the text of a slot in another one, which has none."""
-        self._state = self._run("move", self.num_slots, 0, self._state, np.int32(source), np.int32(target))
+    def copy(self, source: int, target: int) -> None:
+        """Make a slot the same as another one."""
+        self._state = self._run("copy", self.num_slots, 0, self._state, np.int32(source), np.int32(target))
 
     def resize(self, order: Sequence[int]) -> None:
         """Replace the slots by those in `order`. One that is named again must be idle from now on."""

@@ -84,9 +84,9 @@ class Scheduler:
     shortest prompt first, a full group at a time once it fits, so that prompts of similar length are padded together.
     For a server it is a number of tokens: each running text has an output after that many (a beam search only at its
     end), and requests are taken first come, first served, as soon as slots are free. With an engine that is warmed up,
-    one group of prompts and one chunk of a longer prompt are prefilled between two steps, prompts that begin alike
-    share what is computed, and texts are kept in the first slots, since a step decodes no more of them than it has to.
-    Either way a text does not depend on other requests, nor on when it begins.
+    one group of prompts and one chunk of a longer prompt are prefilled between two steps. Prompts that begin alike
+    share what is computed, and so do the texts of one request. Texts are kept in the first slots, since a step decodes
+    no more of them than it has to. Either way a text does not depend on other requests, nor on when it begins.
     """
 
     def __init__(self, engine: "Engine", stream_interval: int = 0):
@@ -204,7 +204,7 @@ class Scheduler:
         free = [slot for slot, text in enumerate(self._slots[:size]) if text is None]
         last = [slot for slot in decoding if slot >= size]
         for slot, target in zip(last, free, strict=False):
-            self._engine.move(slot, target)
+            self._engine.copy(slot, target)
             self._slots[target], self._slots[slot] = self._slots[slot], None
         # Where prompts under way are in between, some texts stay behind them.
         return size if len(free) >= len(last) else next(size for size in sizes if size > last[-1])
@@ -270,10 +270,12 @@ class Scheduler:
         """Start a group of the requests that are next, and compute more of the prompts that are in slots."""
         engine, group, taken = self._engine, PrefillGroup([], 0), list[int]()
         free = [slot for slot, text in enumerate(self._slots) if text is None]
+        started = {text.request.request_id for _, text in self._prefilling}
         while self._queue and free:
             request, samples = self._queue[0]
+            waits = request.request_id in started  # for the prompt of another of its texts
             is_long = engine.can_chunk and len(request.prompt) > engine.prefill_chunk
-            if is_long or (self.prefix_cache and self.prefix_cache.match(request.prompt)):
+            if waits or is_long or (self.prefix_cache and self.prefix_cache.match(request.prompt)):
                 slot, text = free.pop(0), self._begin(request, samples[0])
                 text.prefilled = 0
                 self._slots[slot] = text
@@ -284,21 +286,26 @@ class Scheduler:
                     break
                 group = PrefillGroup([*group.prompts, self._queue[0]], width)
                 taken.append(free.pop(0))
+            started.add(request.request_id)
             self._queue.popleft()
         if taken:
             self._insert(group, taken)
             for slot, (request, _) in zip(taken, group.prompts, strict=True):
                 self._save_prefix(slot, request.prompt)
+                self._begin_copies(slot, request)
         self._prefilling = [(slot, text) for slot, text in self._prefilling if self._slots[slot] is text]
-        for slot, text in self._prefilling:
+        first: dict[int, tuple[int, RunningText]] = {}  # of each request; its other texts wait for it
+        for each in self._prefilling:
+            first.setdefault(each[1].request.request_id, each)
+        for slot, text in first.values():
             # Asked again at each step: another prompt that begins alike may be complete by then.
             blocks = self.prefix_cache.match(text.request.prompt) if self.prefix_cache and not text.prefilled else []
             if blocks:
                 text.prefilled = len(blocks) * BLOCK
                 self.cached_tokens += text.prefilled
                 engine.load_prefix(slot, blocks, text.prefilled)
-        short = [each for each in self._prefilling if self._rest(each[1]) <= engine.small_chunk]
-        long = [each for each in self._prefilling if self._rest(each[1]) > engine.small_chunk]
+        short = [each for each in first.values() if self._rest(each[1]) <= engine.small_chunk]
+        long = [each for each in first.values() if self._rest(each[1]) > engine.small_chunk]
         if engine.can_chunk:
             self._extend(short[: engine.extend_rows(engine.small_chunk)], engine.small_chunk)
             self._extend(long[: engine.extend_rows(engine.prefill_chunk)], engine.prefill_chunk)
@@ -324,6 +331,15 @@ class Scheduler:
                 self._prefilling.remove((slot, text))
                 self._engine.begin(slot, text.request.prompt, slot_settings([text.settings], 1))
                 self._save_prefix(slot, text.request.prompt)
+                self._begin_copies(slot, text.request)
+
+    def _begin_copies(self, slot: int, request: Request) -> None:
+        """Start the other texts of a request that have slots, with the prompt that is complete in one of them."""
+        for target, text in [each for each in self._prefilling if each[1].request is request]:
+            text.prefilled = None
+            self._prefilling.remove((target, text))
+            self._engine.copy(slot, target)
+            self._engine.begin(target, request.prompt, slot_settings([text.settings], 1))
 
     def _save_prefix(self, slot: int, prompt: Sequence[int]) -> None:
         """Cache the beginning of a prompt that is complete in its slot."""
@@ -341,7 +357,10 @@ class Scheduler:
             log_probs=request.logprobs is not None and self._engine.num_beams == 1,
         )
         scored = None
-        if request.prompt_logprobs is not None:
+        others = [text for text in self._slots if text and text.request is request]
+        if others:
+            scored = others[0].last.prompt_log_probs
+        elif request.prompt_logprobs is not None:
             scored = self._engine.prompt_log_probs(request.prompt, request.prompt_logprobs)
         nothing = RequestOutput(request.request_id, sample, [], [] if settings.log_probs else None, None, None, scored)
         return RunningText(request, sample, settings, nothing)

@@ -138,7 +138,7 @@ def grow(state: SlotState, by: int) -> SlotState:
     return sharded(state._replace(cache=kv_cache.grow(state.cache, by)))
 
 
-def move(state: SlotState, source: Any, target: Any) -> SlotState:
+def copy(state: SlotState, source: Any, target: Any) -> SlotState:
     """Return the slots with what one has in another one too; not for beams."""
     source_1, target_1 = jnp.asarray([source]), jnp.asarray([target])
     cache = kv_cache.insert(state.cache, kv_cache.select(state.cache, source_1), target_1, jnp.zeros(1, jnp.int32))

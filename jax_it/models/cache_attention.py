@@ -22,8 +22,8 @@ def attend_to_cache(
     rows = len(query_BTNH)
     # A loop over rows that lie on several devices would move them around.
     if not row_by_row or mesh_size() > 1:
-        keys_values = (each[cached.layer][:rows] for each in (cached.key_LBKHS, cached.value_LBKSH))
-        return plain_attention(query_BTNH, *keys_values, scores, cached.mask_BTS, bias_BNTS)
+        key_BKHS, value_BKSH = (each[cached.layer][:rows] for each in (cached.key_LBKHS, cached.value_LBKSH))
+        return plain_attention(query_BTNH, key_BKHS, value_BKSH, scores, cached.mask_BTS, bias_BNTS)
     kv_heads, head_dim, capacity = cached.key_LBKHS.shape[2:]
     lengths = [capacity]
     while lengths[0] > SHORTEST:

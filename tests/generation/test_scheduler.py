@@ -82,6 +82,10 @@ class FakeServer(FakeEngine):
 
     prompt_widths, prefill_chunk, small_chunk, can_chunk, num_blocks, max_prompt = (32, 64), 64, 32, True, 0, 1000
 
+    @property
+    def decode_sizes(self) -> tuple[int, ...]:
+        return (self.num_slots,)
+
     def prefill_rows(self, width: int) -> int:
         return 64 // width
 
@@ -98,8 +102,13 @@ class FakeServer(FakeEngine):
             self.computed = {**getattr(self, "computed", {}), slot: start + len(tokens)}
         self.calls.append(("extend", sum(len(tokens) for _, tokens, _ in prompts)))
 
+    def copy(self, source: int, target: int) -> None:
+        self.calls.append(("copy", target))
+        self.computed = getattr(self, "computed", {})
+        self.computed[target] = self.computed.get(source)
+
     def begin(self, slot: int, prompt: Sequence[int], settings: requests.SlotSettings) -> None:
-        assert self.computed[slot] == len(prompt) - 1
+        assert self.computed[slot] in (len(prompt) - 1, None)
         limit = int(settings.limit_Y[0])
         self.slots[slot] = SimpleNamespace(texts=[], done=False, limit=limit, first=prompt[0])
 
@@ -347,3 +356,16 @@ def test_random_requests_all_come_back_whole_whenever_they_arrive(interval):
                     ended[request, sample] = tokens
         whole = {(i, sample) for i in added if i not in aborted for sample in range(samples)}
         assert whole <= ended.keys()
+
+
+@pytest.mark.parametrize("length", [20, 150])
+def test_the_texts_of_one_request_share_one_prefill(length):
+    engine = FakeServer(4)
+    sampling = requests.GREEDY._replace(num_samples=3)
+    scheduler = requested(Scheduler(engine, stream_interval=1), [3] * length, [5] * 10, sampling=sampling)
+    found = {output[:2]: output.tokens for output in finish(scheduler) if output.finish_reason}
+    assert found.keys() == {(request, sample) for request in range(2) for sample in range(3)}
+    assert all(tokens[0] == (4, 6)[request] for (request, _), tokens in found.items())
+    computed = sum(told for name, told in engine.calls if name == "extend")
+    assert computed == (length - 1 if length > 64 else 0)
+    assert [told for name, told in engine.calls if name == "copy"][:2] == [1, 2]

@@ -22,7 +22,9 @@ def add(layer, keys, values, window):
     """Add the tokens at the layer's positions, and compare what each sees with the positions that it may see."""
     at_BT = np.asarray(layer.positions_BT)
     new = (jnp.stack([x[row, at] for row, at in enumerate(at_BT)]) for x in (keys, values))
-    layer, key_BKHS, value_BKSH, mask_BTS = layer.add(*new)
+    layer, cached = layer.add(*new)
+    key_BKHS, value_BKSH, mask_BTS = cached.key_LBKHS[cached.layer], cached.value_LBKSH[cached.layer], cached.mask_BTS
+    assert not any(mask_BTS[row, :, end:].any() for row, end in enumerate(cached.end_B))
     for row, positions in enumerate(at_BT):
         for t, last in enumerate(positions):
             seen = list(range(max(0, last - window + 1) if window else 0, last + 1))
