@@ -29,15 +29,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
+from measure import SIZE, Remote, flops_per_second
 
 LONGEST, FIXED, LONGEST_NEW = 512, 32, 128  # tokens of a prompt, and new ones
-SIZE = 2048  # of the matmuls whose rate is the bound of both
 TIE = 4  # float errors
 SETTINGS = {
     "fixed": f"{FIXED} new tokens each",
@@ -112,7 +111,7 @@ class Ours:
 
         matrix = jax.random.normal(jax.random.key(0), (SIZE, SIZE))
         product = jax.jit(lambda a: a @ a)
-        return _rate(lambda: product(matrix).block_until_ready())
+        return flops_per_second(lambda: product(matrix).block_until_ready())
 
 
 class Theirs:
@@ -205,44 +204,7 @@ class Theirs:
         import torch
 
         matrix = torch.randn(SIZE, SIZE)
-        return _rate(lambda: matrix @ matrix)
-
-
-def _rate(multiply: Callable[[], Any]) -> float:
-    multiply()
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        multiply()
-        seconds.append(time.perf_counter() - begin)
-    return 2 * SIZE**3 / min(seconds)
-
-
-def serve(connection: Connection, make: Callable[[], Any]) -> None:
-    """Answers calls of a side's functions until there are no more."""
-    side = make()
-    while (call := connection.recv()) is not None:
-        name, arguments = call
-        connection.send(getattr(side, name)(*arguments))
-
-
-class Remote:
-    """A side in a process of its own, which waits while the other works."""
-
-    def __init__(self, make: Callable[[], Any]):
-        context = get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, make), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def call(self, name: str, *arguments: Any) -> Any:
-        self._connection.send((name, arguments))
-        return self._connection.recv()
-
-    def close(self) -> None:
-        self._connection.send(None)
-        self._process.join()
+        return flops_per_second(lambda: matrix @ matrix)
 
 
 # What is asked for, and what it takes at least.

@@ -27,7 +27,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from generate import Remote, _rate
+from measure import SIZE, Remote, flops_per_second
 
 Example = tuple[list[int], list[int]]  # an encoder-decoder's source and target; a causal model's tokens and loss mask
 MODES = {"random": "batches at random (its default)", "grouped": "batches grouped by length"}
@@ -72,7 +72,7 @@ class Ours:
             self._state = begin(params, {})  # as training does: the first step compiles for all
         self._prepared, self._flops = prepared, partial(step_flops, self._model)
         self._number, self._shapes = 0, set[Any]()
-        matrix = jnp.ones((2048, 2048))
+        matrix = jnp.ones((SIZE, SIZE))
         self._product = jax.jit(lambda a: a @ a).lower(matrix).compile(), matrix
 
     def layout(self) -> str:
@@ -108,7 +108,7 @@ class Ours:
     def rate(self) -> float:
         """FLOPs per second of a large matmul."""
         multiply, matrix = self._product
-        return _rate(lambda: multiply(matrix).block_until_ready())
+        return flops_per_second(lambda: multiply(matrix).block_until_ready())
 
 
 # Transformers and TRL.

@@ -66,6 +66,11 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--stop", type=stop_string, action="append", default=[], metavar="TEXT",
         help=r"end a text before TEXT; may be repeated; \n, \t, \r and \\ are escapes as in Python",
     )  # fmt: skip
+    add(
+        "--prompt-lookup-num-tokens", integer(0, 1024), 0, "N",
+        "greedy decoding of causal models: draft up to N tokens a step from the prompt and the text so far, which is "
+        "faster where texts repeat parts of their prompts (default: 0)",
+    )  # fmt: skip
     parser.add_argument("--logprobs", action="store_true", help="also write the log probability of each token")
     add("--batch-size", positive, 32, "N", "texts generated at a time (default: 32)")
 
@@ -157,6 +162,8 @@ def _sampling(options: argparse.Namespace) -> Any:
         raise UserError("--length-penalty and --early-stopping are for beam search; add --num-beams")
     if not draws and options.num_return_sequences > options.num_beams:
         raise UserError("--num-return-sequences needs a --temperature above 0, or at least as many --num-beams")
+    if options.prompt_lookup_num_tokens and options.logprobs:
+        raise UserError("--prompt-lookup-num-tokens and --logprobs exclude each other; leave one out")
     if options.logprobs and not options.output:
         raise UserError("--logprobs needs --output, the file to write them to")
     early_stopping: Any = {"no": False, "yes": True, "never": "never"}[options.early_stopping]
@@ -172,6 +179,7 @@ def _sampling(options: argparse.Namespace) -> Any:
         num_beams=options.num_beams,
         length_penalty=options.length_penalty,
         early_stopping=early_stopping,
+        prompt_lookup_num_tokens=options.prompt_lookup_num_tokens,
     )
     check(sampling, options.max_new_tokens, vocab_size=options.num_beams)  # the model's is known when it is loaded
     return sampling

@@ -88,7 +88,7 @@ RANGES: dict[type, dict[str, _Range]] = {
     Eval: {
         "patience": _COUNT, "batch_size": _Range(1, 2**20), "max_new_tokens": _TOKENS, "min_new_tokens": _TOKENS,
         "num_beams": _Range(1, 1024), "length_penalty": _Range(-10, 10), "repetition_penalty": _Range(1e-3, 1e3),
-        "limit": _COUNT,
+        "prompt_lookup_num_tokens": _Range(0, 1024), "limit": _COUNT,
     },
 }  # fmt: skip
 
@@ -113,7 +113,10 @@ class _Read(NamedTuple):
             )
 
 
-_GENERATED = "max_new_tokens min_new_tokens num_beams length_penalty early_stopping repetition_penalty forced_bos_token"
+_GENERATED = (
+    "max_new_tokens min_new_tokens num_beams length_penalty early_stopping repetition_penalty forced_bos_token "
+    "prompt_lookup_num_tokens"
+)
 _FRESH = "alpha targets rank_stabilized dora dropout"
 
 # A setting that has no effect is refused, so that nobody believes it was used.

@@ -318,6 +318,9 @@ class Eval:
     length_penalty: float = 1.0  # for beam search: larger values favor longer texts
     early_stopping: bool = False  # for beam search: an example is done once `num_beams` texts have ended
     repetition_penalty: float = 1.0  # above 1: tokens that have occurred become less likely
+    # speculative decoding of greedy texts that repeat parts of their prompts, by causal models: how many tokens more a
+    # step computes at most; 0: none
+    prompt_lookup_num_tokens: int = 0
     forced_bos_token: str = ""  # a token that every generated text begins with, such as a language token
     limit: int = 0  # examples to use of each data set and task; 0: all
     run_model_code: bool = False  # allow tasks to run the programs that the model writes

@@ -120,6 +120,7 @@ def _sampling(settings: Eval, tokenizer: Tokenizer) -> Sampling:
     return Sampling(
         num_beams=settings.num_beams, length_penalty=settings.length_penalty, early_stopping=settings.early_stopping,
         repetition_penalty=settings.repetition_penalty, min_new_tokens=settings.min_new_tokens, forced_bos_token=first,
+        prompt_lookup_num_tokens=settings.prompt_lookup_num_tokens,
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def extend(model: Model, weights: DecodingWeights, state: SlotState, batch: Chun
         return jnp.where(is_new, 0, array)
 
     rows = kv_cache.map_axes(clear, kv_cache.select(state.cache, slots_Q))
-    rows = model.extend(weights, batch.tokens_QT, batch.segments_QT, batch.start_Q, rows)
+    _, rows = model.extend(weights, batch.tokens_QT, batch.segments_QT, batch.start_Q, rows)
     cache = kv_cache.insert(state.cache, rows, batch.slots_Q, jnp.arange(len(slots_Q)))
     return _wait(state._replace(cache=cache), batch.slots_Q, batch.start_Q + batch.segments_QT.sum(1))
 

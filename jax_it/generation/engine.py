@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_it import sharding
-from jax_it.generation import chunked_prefill, length_buckets, slots
+from jax_it.generation import chunked_prefill, length_buckets, prompt_lookup, slots
 from jax_it.generation.beam_search import BeamSearch
 from jax_it.generation.likelihood import token_log_probs
 from jax_it.generation.prefix_cache import BLOCK
@@ -79,7 +79,10 @@ class Engine:
         beams = sampling.num_beams > 1
         if beams and sampling.num_samples > sampling.num_beams:
             raise ValueError(f"{sampling.num_samples} texts of a prompt, from {sampling.num_beams} beams")
-        sampler = Sampler(self.eos_ids, max_new_tokens, max_logprobs)
+        looks_up = sampling.prompt_lookup_num_tokens > 0
+        if looks_up:
+            prompt_lookup.check(model, sampling)
+        sampler = Sampler(self.eos_ids, max_new_tokens, max_logprobs, sampling.prompt_lookup_num_tokens)
         strategy: Strategy = sampler
         if beams:
             strategy = BeamSearch(sampling, self.eos_ids, max_new_tokens)
@@ -90,7 +93,7 @@ class Engine:
         self.shards = sharding.batch_parts(mesh)  # the numbers of slots and of prompts are multiples of it
         self.num_slots = sharding.round_up_to_shards(max(batch_size, self.slots_per_request * self.shards), mesh)
         self.prefill_chunk = prefill_chunk
-        self.can_chunk = model.can_extend and not beams
+        self.can_chunk = model.can_extend and not beams and not looks_up
         self.scores_prompts = model.kind == "causal"
         self._start_token = None if model.kind == "causal" else model.start_and_pad[0]
         self.num_blocks = 0
@@ -119,7 +122,7 @@ class Engine:
             "grow": jax.jit(slots.grow, static_argnums=1),
             "insert": jax.jit(prefill_and_insert, donate_argnums=1),
             "decode": jax.jit(
-                partial(slots.decode, model, strategy),
+                partial(slots.decode, model, strategy, plain_step=prompt_lookup.decode_step if looks_up else None),
                 donate_argnums=1,
                 out_shardings=(None, sharding.replicated(mesh)),
             ),

@@ -45,6 +45,9 @@ class Sampling(NamedTuple):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    # Speculative decoding: a step computes up to so many tokens more that continue a text as the same tokens were
+    # continued before; 0: none. For greedy decoding, whose texts stay the same. Of an engine, not of one request.
+    prompt_lookup_num_tokens: int = 0
     ignore_eos: bool = False  # an end token is a token like others: texts have as many tokens as they may
 
 
@@ -182,6 +185,7 @@ class TextSettings(NamedTuple):
             num_beams=self.sampling.num_beams, length_penalty=self.sampling.length_penalty,
             early_stopping=self.sampling.early_stopping, num_samples=self.sampling.num_samples,
             ignore_eos=self.sampling.ignore_eos,
+            prompt_lookup_num_tokens=self.sampling.prompt_lookup_num_tokens,
         )  # fmt: skip
 
 

@@ -185,6 +185,7 @@ class Sampler:
     eos_ids: tuple[int, ...]
     max_new_tokens: int  # T
     max_logprobs: int = 0  # A
+    prompt_lookup_num_tokens: int = 0  # K; see `prompt_lookup.py`
 
     num_beams = 1  # rows of the cache for each slot
     counts_tokens = True

@@ -4,6 +4,8 @@
 when. `greedy.py` shows the same for a single prompt.
 """
 
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,6 +59,9 @@ def prefill(model: Model, strategy: Strategy, params: Params, batch: PrefillBatc
     """Return texts with no token yet: the cache of the Q prompts, and everything else for the Y slots."""
     token_Q, position_Q, cache = model.prefill(params, batch.tokens_QS, batch.segments_QS, strategy.max_new_tokens)
     token_Y, start_Y = token_Q[batch.prompts_Y], position_Q[batch.prompts_Y]
+    if isinstance(strategy, Sampler) and strategy.prompt_lookup_num_tokens:
+        prompts_QT = jnp.pad(batch.tokens_QS, ((0, 0), (0, strategy.max_new_tokens)))
+        cache = dataclasses.replace(cache, prompts=prompts_QT)
     counts_YV = None
     if strategy.counts_tokens:  # of a causal model's prompt, or of an encoder-decoder's start token
         read_QS, segments_QS = token_Q[:, None], jnp.ones_like(token_Q[:, None])
@@ -106,11 +111,13 @@ def decode(
     max_steps: Any,
     until_done: Any,
     allowed_BA: Any,
+    plain_step: Callable[..., SlotState] | None = None,
 ) -> tuple[SlotState, tuple[jax.Array, ...]]:
     """Return the slots after up to `max_steps` steps, and what `DecodeResult` holds; idle slots become done.
 
     It decodes as many of the first slots as `idle_B` has, and all of them with beams; the others stay as they are.
-    `allowed_BA` are the tokens that constraints allow, as in `sampling.allow`; None: all texts are plain.
+    `allowed_BA` are the tokens that constraints allow, as in `sampling.allow`; None: all texts are plain, and a step is
+    `plain_step`, if it is given.
     """
 
     def unfinished(carry: tuple) -> jax.Array:
@@ -119,6 +126,8 @@ def decode(
 
     def body(carry: tuple) -> tuple:
         count, state = carry
+        if plain_step and allowed_BA is None:
+            return count + 1, plain_step(model, strategy, weights, state)
         return count + 1, decode_step(model, strategy, weights, state, allowed_BA)
 
     slots, all_but_cache = len(idle_B), tuple(state[2:])

@@ -194,17 +194,21 @@ class Model:
 
     @property
     def can_extend(self) -> bool:
-        """Return whether `extend` can compute prompts in parts: what a token computes depends on those before alone."""
+        """Return whether `extend` can compute a text in parts: what a token computes depends on those before alone."""
         c = self.config
         return isinstance(c, CausalLMConfig) and not self.options.prefix_lm and not c.longrope_length
 
     def extend(
         self, weights: DecodingWeights, tokens_BT: jax.Array, segments_BT: jax.Array, start_B: jax.Array, cache: KVCache
-    ) -> KVCache:
-        """Return the cache with more tokens of each row's prompt, from position `start_B` on; segment 0 is padding."""
+    ) -> tuple[jax.Array, KVCache]:
+        """Return the logits [B, T, V] after more tokens of each row, from position `start_B` on, and the new cache.
+
+        Segment 0 is padding behind a row's tokens.
+        """
         assert self.can_extend
         module: Any = weights.module
-        return module.extend(tokens_BT, segments_BT, start_B, cache, self.options)
+        states_BTD, cache = module.extend(tokens_BT, segments_BT, start_B, cache, self.options)
+        return self.logits(weights.head_VD, states_BTD), cache
 
     def _module(self, params: Params, adapter_key: jax.Array | None = None) -> Any:
         """Return the module with its weights in the computation's dtype; norms and biases stay float32."""

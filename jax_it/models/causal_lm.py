@@ -66,12 +66,15 @@ class CausalLM(Stack):
 
     def extend(
         self, tokens_BT: jax.Array, segments_BT: jax.Array, start_B: jax.Array, cache: KVCache, options: ComputeOptions
-    ) -> KVCache:
-        """Return the cache with the next tokens of prompts, from position `start_B` on; segment 0 is padding."""
+    ) -> tuple[jax.Array, KVCache]:
+        """Compute the next tokens of each row, from position `start_B` on. Return their states [B, T, D] and the cache.
+
+        Segment 0 is padding behind them.
+        """
         positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
         real_BT = segments_BT > 0
         x_BTD = self._embed(tokens_BT, jnp.where(real_BT, positions_BT, 0), options)
-        return self.step(x_BTD, positions_BT, cache, options, real_BT)[1]
+        return self.step(x_BTD, positions_BT, cache, options, real_BT)
 
     def _read(
         self, tokens_BS: jax.Array, segments_BS: jax.Array, position_B: jax.Array, options: ComputeOptions

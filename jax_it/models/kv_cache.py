@@ -66,6 +66,7 @@ class KVCache:
     windows: tuple[int, ...] = field(metadata={"static": True})  # of each group; 0: none
     source: Source | None = None
     long_texts: LongTexts | None = None
+    prompts: jax.Array | None = field(default=None, metadata={"axes": "BT"})  # their tokens, for prompt lookup alone
 
     @property
     def prompt_capacity(self) -> int:
@@ -166,7 +167,8 @@ def grow(cache: KVCache, by: int) -> KVCache:
         more = by if not window else min(held + by, window) - held
         groups.append(map_axes(lambda axes, x, more=more: _pad(axes, x, "T", more), group))
     long_texts = map_axes(lambda axes, x: _pad(axes, x, "T", by), cache.long_texts)
-    return dataclasses.replace(cache, groups=tuple(groups), capacity=cache.capacity + by, long_texts=long_texts)
+    prompts = None if cache.prompts is None else _pad("BT", cache.prompts, "T", by)
+    return KVCache(tuple(groups), cache.capacity + by, cache.windows, long_texts=long_texts, prompts=prompts)
 
 
 def _pad(axes: str, x: jax.Array, axis: str, by: int) -> jax.Array:
@@ -222,7 +224,10 @@ def map_axes(function: Callable[..., Any], tree: Any, *others: Any, of_source: C
             continue
         values = [getattr(each, one.name) for each in (tree, *others)]
         axes = one.metadata.get("axes")
-        changes[one.name] = function(axes, *values) if axes else map_axes(function, *values, of_source=of_source)
+        if axes and values[0] is not None:
+            changes[one.name] = function(axes, *values)
+        else:
+            changes[one.name] = map_axes(function, *values, of_source=of_source)
     return dataclasses.replace(tree, **changes)
 
 
