@@ -1,4 +1,4 @@
-"""Sequences per second of decoding: jax_it's `Engine` against Transformers' `generate` in PyTorch, same tokens out.
+"""Sequences per second of decoding: jax_it's `Engine` against Transformers' `generate` and CTranslate2, same tokens.
 
     python bench/generate.py --data data/t0/train.jsonl.gz --t5-tokenizer google/t5-v1_1-small \
         --causal HuggingFaceTB/SmolLM2-135M [--json FILE]
@@ -6,17 +6,18 @@
 
 T0's prompts, cut at 512 tokens, go through T5 1.1 small (random weights) and a causal model, greedily, in float32 on
 all cores of the CPU. Either each text has 32 new tokens (`fixed`), or as many as the prompt's own completion, at most
-128 (`drawn`): jax_it is told each limit, and the peer's batch runs to its longest and is cut. End tokens are
-suppressed by `min_new_tokens`. The peer sorts prompts by length, pads each batch to its longest, and has the batch
-size that is fastest on a sample of these batches.
+128 (`drawn`): jax_it is told each limit, and a peer's batch runs to its longest and is cut. End tokens are suppressed
+by `min_new_tokens`. A peer gets prompts sorted by length, pads each batch to its longest, and has the batch size that
+is fastest on a sample of these batches; CTranslate2 also the better of one worker with all cores and a worker for each
+core. `CTranslate2 int8` has weights of 8 bits, so its texts differ.
 
-Each side has its own process, and only one works at a time. Both are warmed up before rounds begin, jax_it by a pass
-over all prompts, in which it compiles; rounds alternate, and the median counts. The bound is the matmul FLOPs of each
-text's own tokens (no padding; the head for new tokens alone; attention scores that the mask leaves) over the rate of
-float32 matmuls of 2048 x 2048, each side's own library, measured in every round.
+Each side has its own process, and only one works at a time. All are warmed up before rounds begin, jax_it by a pass
+over all prompts, in which it compiles; rounds alternate, a ratio is of one round, and the median counts. The bound is
+the matmul FLOPs of each text's own tokens (no padding; the head for new tokens alone; attention scores that the mask
+leaves) over the rate of float32 matmuls of 2048 x 2048 by jax_it's library, measured in every round.
 
-Where texts differ, the peer's model says in float64 how far apart the two tokens were at the first difference, and in
-float32 what error its logits have there: a tie is a gap within 4 errors.
+Where a text of Transformers differs, its model says in float64 how far apart the two tokens were at the first
+difference, and in float32 what error its logits have there: a tie is a gap within 4 errors.
 """
 
 import argparse
@@ -24,7 +25,6 @@ import gzip
 import json
 import os
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +34,7 @@ from statistics import mean, median
 from typing import Any
 
 import numpy as np
-from measure import SIZE, Remote, flops_per_second
+from measure import SIZE, Remote, Seconds, flops_per_second, machine, ratio, timed
 
 LONGEST, FIXED, LONGEST_NEW = 512, 32, 128  # tokens of a prompt, and new ones
 TIE = 4  # float errors
@@ -46,7 +46,7 @@ NAMES = {"t5": "T5 1.1 small, random weights", "causal": "causal"}
 
 
 @dataclass(frozen=True)
-class Request:
+class Asked:
     """The texts to generate: prompts in random order."""
 
     prompts: list[list[int]]
@@ -60,17 +60,20 @@ class Request:
 # jax_it. The functions of a side run in its own process.
 
 
-def generator(model: Any, mesh: Any, first: Request) -> Callable[[Any, Request], list[list[int]]]:
+def generator(model: Any, mesh: Any, asked: Asked) -> Callable[[Any, Asked], list[list[int]]]:
     """Return jax_it's function from a request to its texts, with settings for two cores."""
-    from jax_it.generation import Engine, Sampling, generate
+    from jax_it.generation import Engine, Request, Sampling, Scheduler
 
-    new, slots = first.new_tokens, min(64, len(first.prompts))
+    new, slots = asked.new_tokens, min(64, len(asked.prompts))
     engine = Engine(model, mesh, new, slots, Sampling(min_new_tokens=new))
 
-    def texts(params: Any, request: Request) -> list[list[int]]:
-        outputs = generate(engine, params, request.prompts, request.limits)
-        found = {output.request_id: output.tokens for output in outputs}
-        return [found[i] for i in range(len(request.prompts))]
+    def texts(params: Any, asked: Asked) -> list[list[int]]:
+        scheduler, found = Scheduler(engine.load(params)), dict[int, list[int]]()
+        for i, (prompt, limit) in enumerate(zip(asked.prompts, asked.limits, strict=True)):
+            scheduler.add_request(Request(i, prompt, max_new_tokens=limit, index=i))
+        while scheduler.has_unfinished:
+            found |= {output.request_id: output.tokens for output in scheduler.step()}
+        return [found[i] for i in range(len(asked.prompts))]
 
     return texts
 
@@ -87,23 +90,23 @@ class Ours:
         jax.monitoring.register_event_duration_secs_listener(self._listen)
         self._mesh = sharding.make_mesh(config.Mesh())
         self._model, self._params = pretrained.load(config.Model(path=folder), self._mesh)
-        self._generators: dict[str, Callable[[Any, Request], list[list[int]]]] = {}
+        self._generators: dict[str, Callable[[Any, Asked], list[list[int]]]] = {}
 
     def _listen(self, event: str, seconds: float, **_: Any) -> None:
         if event.endswith("backend_compile_duration"):
             self._compiling.append(seconds)
 
-    def warm(self, setting: str, request: Request) -> tuple[int, float]:
+    def warm(self, setting: str, request: Asked) -> tuple[int, float]:
         """Compile what the request needs: how many programs that were, and in how many seconds."""
         self._compiling.clear()
         self._generators[setting] = generator(self._model, self._mesh, request)
         self.generate(setting, request)
         return len(self._compiling), sum(self._compiling)
 
-    def generate(self, setting: str, request: Request) -> tuple[list[list[int]], float]:
-        begin = time.perf_counter()
-        texts = self._generators[setting](self._params, request)
-        return texts, time.perf_counter() - begin
+    def generate(self, setting: str, request: Asked) -> tuple[list[list[int]], Seconds]:
+        texts: list[list[int]] = []
+        seconds = timed(lambda: texts.extend(self._generators[setting](self._params, request)))
+        return texts, seconds
 
     def rate(self) -> float:
         """FLOPs per second of a large matmul."""
@@ -114,13 +117,52 @@ class Ours:
         return flops_per_second(lambda: product(matrix).block_until_ready())
 
 
-class Theirs:
-    """Transformers: the model, and its fastest batch size for each setting."""
+class Peer:
+    """What peers share: batches of prompts of similar length, and the fastest way for each setting."""
+
+    ways: tuple[int, ...] = (1,)  # numbers of workers, which a peer may have
+
+    def __init__(self) -> None:
+        self._chosen: dict[str, tuple[int, int]] = {}
+
+    def warm(self, setting: str, request: Asked, sizes: Sequence[int], sample: int) -> dict[tuple[int, int], float]:
+        """Sequences per second at each batch size and number of workers, over about `sample` prompts."""
+        rates = {}
+        for size in sizes:
+            batches = batched(request, size)
+            number = min(len(batches), max(2, sample // size))
+            chosen = [batches[(2 * i + 1) * len(batches) // (2 * number)] for i in range(number)]
+            for workers in self.ways:
+                self.run(request, chosen[-1:], workers)
+                seconds = timed(partial(self.run, request, chosen, workers))
+                rates[size, workers] = sum(map(len, chosen)) / seconds.wall
+        self._chosen[setting] = max(rates, key=lambda way: rates[way])
+        return rates
+
+    def generate(self, setting: str, request: Asked) -> tuple[list[list[int]], Seconds]:
+        (size, workers), texts = self._chosen[setting], dict[int, list[int]]()
+        seconds = timed(lambda: texts.update(self.run(request, batched(request, size), workers)))
+        return [texts[i][: request.limits[i]] for i in range(len(request.prompts))], seconds
+
+    def run(self, request: Asked, batches: list[list[int]], workers: int) -> dict[int, list[int]]:
+        """Return the text of each prompt of the batches."""
+        raise NotImplementedError
+
+
+def batched(request: Asked, size: int) -> list[list[int]]:
+    """Return batches of prompt numbers, longest first, so that widths in a batch are similar."""
+    order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+class Theirs(Peer):
+    """Transformers' model."""
 
     def __init__(self, folder: str):
         import torch
         import transformers
 
+        super().__init__()
         torch.set_num_threads(os.cpu_count() or 1)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -130,41 +172,15 @@ class Theirs:
         self._model = auto.from_pretrained(folder, dtype=torch.float32).eval()
         self._exact: Any = None  # the model in float64
         self._pad = config.pad_token_id or 0
-        self._sizes: dict[str, int] = {}
 
-    def warm(self, setting: str, request: Request, sizes: Sequence[int], sample: int) -> dict[int, float]:
-        """Sequences per second at each batch size, over about `sample` prompts of the batches that it makes."""
-        rates = {}
-        for size in sizes:
-            batches = self._batches(request, size)
-            number = min(len(batches), max(2, sample // size))
-            chosen = [batches[(2 * i + 1) * len(batches) // (2 * number)] for i in range(number)]
-            self._batch(request, chosen[-1][:1], 2)
-            begin = time.perf_counter()
-            for batch in chosen:
-                self._batch(request, batch)
-            rates[size] = sum(map(len, chosen)) / (time.perf_counter() - begin)
-        self._sizes[setting] = max(rates, key=lambda size: rates[size])
-        return rates
+    def run(self, request: Asked, batches: list[list[int]], workers: int) -> dict[int, list[int]]:
+        return {i: text for batch in batches for i, text in zip(batch, self._batch(request, batch), strict=True)}
 
-    def generate(self, setting: str, request: Request) -> tuple[list[list[int]], float]:
-        texts: list[list[int]] = [[] for _ in request.prompts]
-        begin = time.perf_counter()
-        for batch in self._batches(request, self._sizes[setting]):
-            for i, text in zip(batch, self._batch(request, batch), strict=True):
-                texts[i] = text[: request.limits[i]]
-        return texts, time.perf_counter() - begin
-
-    def _batches(self, request: Request, size: int) -> list[list[int]]:
-        """Return batches of prompt numbers, longest first, so that widths in a batch are similar."""
-        order = sorted(range(len(request.prompts)), key=lambda i: -len(request.prompts[i]))
-        return [order[start : start + size] for start in range(0, len(order), size)]
-
-    def _batch(self, request: Request, batch: Sequence[int], new_tokens: int = 0) -> list[list[int]]:
+    def _batch(self, request: Asked, batch: Sequence[int]) -> list[list[int]]:
         import torch
 
         width = max(len(request.prompts[i]) for i in batch)
-        new_tokens = new_tokens or max(request.limits[i] for i in batch)
+        new_tokens = max(request.limits[i] for i in batch)
         tokens, mask = np.full((len(batch), width), self._pad), np.zeros((len(batch), width), np.int64)
         for row, i in enumerate(batch):
             prompt = request.prompts[i]
@@ -199,12 +215,52 @@ class Theirs:
             exact, single = (model(**arguments).logits[0, -1].double() for model in (self._exact, self._model))
         return abs(exact[first] - exact[second]).item(), abs(exact - single).max().item()
 
-    def rate(self) -> float:
-        """FLOPs per second of a large matmul."""
-        import torch
 
-        matrix = torch.randn(SIZE, SIZE)
-        return flops_per_second(lambda: matrix @ matrix)
+class CTranslate2(Peer):
+    """CTranslate2's model, converted from the folder."""
+
+    ways = (1, os.cpu_count() or 1)
+
+    def __init__(self, folder: str, compute_type: str):
+        import ctranslate2
+        import transformers
+        from ctranslate2.converters import TransformersConverter
+
+        super().__init__()
+        self._causal = not transformers.AutoConfig.from_pretrained(folder).is_encoder_decoder
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        kind = ctranslate2.Generator if self._causal else ctranslate2.Translator
+        with tempfile.TemporaryDirectory() as converted:
+            TransformersConverter(folder).convert(converted, quantization=compute_type, force=True)
+            self._models = {
+                workers: kind(
+                    converted, "cpu", compute_type=compute_type, inter_threads=workers,
+                    intra_threads=(os.cpu_count() or 1) // workers,
+                )
+                for workers in dict.fromkeys(self.ways)
+            }  # fmt: skip
+
+    def run(self, request: Asked, batches: list[list[int]], workers: int) -> dict[int, list[int]]:
+        model, waiting = self._models[workers], []
+        for batch in batches:
+            new = max(request.limits[i] for i in batch)
+            prompts = [self._tokenizer.convert_ids_to_tokens(request.prompts[i]) for i in batch]
+            if self._causal:
+                waiting += model.generate_batch(
+                    prompts, sampling_topk=1, min_length=new, max_length=new, include_prompt_in_result=False,
+                    asynchronous=True,
+                )  # fmt: skip
+            else:
+                waiting += model.translate_batch(
+                    prompts, beam_size=1, min_decoding_length=new, max_decoding_length=new, asynchronous=True,
+                    max_input_length=0,
+                )  # fmt: skip
+        results = [each.result() for each in waiting]
+        if self._causal:
+            texts = [each.sequences_ids[0] for each in results]
+        else:
+            texts = [self._tokenizer.convert_tokens_to_ids(each.hypotheses[0]) for each in results]
+        return dict(zip((i for batch in batches for i in batch), texts, strict=True))
 
 
 # What is asked for, and what it takes at least.
@@ -218,14 +274,14 @@ def draw(file: str, number: int, seed: int) -> list[dict[str, str]]:
     return [records[i] for i in np.random.default_rng(seed).choice(len(records), number, replace=False)]
 
 
-def requests(records: list[dict[str, str]], tokenizer: Any, ends: list[int]) -> dict[str, Request]:
+def requests(records: list[dict[str, str]], tokenizer: Any, ends: list[int]) -> dict[str, Asked]:
     """The two settings. `ends`: the mark at a prompt's end, of an encoder-decoder."""
     prompts = [
         [*tokens[: LONGEST - len(ends)], *ends] for tokens in tokenizer.encode([record["prompt"] for record in records])
     ]
     completions = tokenizer.encode([record["completion"] for record in records])
     lengths = [min(len(tokens) + 1, LONGEST_NEW) for tokens in completions]  # the end token is generated too
-    return {"fixed": Request(prompts, [FIXED] * len(prompts)), "drawn": Request(prompts, lengths)}
+    return {"fixed": Asked(prompts, [FIXED] * len(prompts)), "drawn": Asked(prompts, lengths)}
 
 
 def flops(values: dict[str, Any], source: int, new: int) -> float:
@@ -250,125 +306,108 @@ def flops(values: dict[str, Any], source: int, new: int) -> float:
 
 @dataclass
 class Side:
-    """One of the two and what was measured of it in one setting."""
+    """One side and what was measured of it in one setting."""
 
     name: str
     remote: Remote
     texts: list[list[int]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
+    seconds: list[Seconds] = field(default_factory=list)
 
-    def take(self, setting: str, request: Request) -> None:
-        self.rates.append(self.remote.call("rate"))
+    def take(self, setting: str, request: Asked) -> None:
         texts, seconds = self.remote.call("generate", setting, request)
         assert not self.texts or texts == self.texts, f"{self.name}: another round gave other texts"
         self.texts = texts
         self.seconds.append(seconds)
 
 
-def compare(ours: Side, theirs: Side, request: Request) -> dict[str, Any]:
-    """How many texts are the same, and whether those that are not differ at a tie."""
-    differences = []
-    for i, (mine, other) in enumerate(zip(ours.texts, theirs.texts, strict=True)):
+def compare(ours: Side, theirs: Side, request: Asked) -> str:
+    """Say how many texts are the same, and whether those of Transformers that are not differ at a tie."""
+    pairs = list(zip(ours.texts, theirs.texts, strict=True))
+    different = [i for i, (mine, other) in enumerate(pairs) if mine != other]
+    said = f"{1 - len(different) / len(pairs):.1%} of texts the same"
+    if theirs.name != "Transformers":
+        return said
+    tied = 0
+    for i in different:
+        mine, other = pairs[i]
         assert len(mine) == len(other) == request.limits[i], "a text has not the length that was asked for"
-        if mine != other:
-            at = next(k for k in range(len(mine)) if mine[k] != other[k])
-            gap, error = theirs.remote.call("gap", request.prompts[i], mine[:at], mine[at], other[at])
-            differences.append({"prompt": i, "at": at, "gap": gap, "error": error, "tied": gap <= TIE * error})
-    return {
-        "same": 1 - len(differences) / len(ours.texts),
-        "distinct": len({tuple(text) for text in ours.texts}),
-        "differences": differences,
-    }
+        at = next(k for k in range(len(mine)) if mine[k] != other[k])
+        gap, error = theirs.remote.call("gap", request.prompts[i], mine[:at], mine[at], other[at])
+        tied += gap <= TIE * error
+    return f"{said}, {tied} of the {len(different)} others differ at a tie"
 
 
-def measure(setting: str, request: Request, sides: tuple[Side, Side], values: dict[str, Any], options: Any) -> Any:
-    """One setting of one model: both sides in turn, and what is to be said of it."""
-    ours, theirs = sides
+def measure(setting: str, request: Asked, sides: list[Side], values: dict[str, Any], options: Any) -> dict[str, Any]:
+    """Measure one setting of one model, all sides in turn, and print what is to be said of it."""
+    ours, *peers = sides
     programs, compiling = ours.remote.call("warm", setting, request)
-    tried = theirs.remote.call("warm", setting, request, options.batch_sizes, options.sample)
+    tried = {
+        side.name: side.remote.call("warm", setting, request, options.batch_sizes, options.sample) for side in peers
+    }
+    rates = []
     for _ in range(options.rounds):
+        rates.append(ours.remote.call("rate"))
         for side in sides:
             side.take(setting, request)
-    number = len(request.prompts)
-    needed = mean(flops(values, len(p), limit) for p, limit in zip(request.prompts, request.limits, strict=True))
-    found: dict[str, Any] = {
-        "setting": setting,
-        "new_tokens": {"mean": mean(request.limits), "median": median(request.limits), "longest": request.new_tokens},
-        "flops": needed,
-        "compiled": {"programs": programs, "seconds": compiling},
-        "batch_sizes": tried,
-        "batch_size": max(tried, key=lambda size: tried[size]),
-    }
+    number, new = len(request.prompts), request.limits
+    needed = mean(flops(values, len(p), limit) for p, limit in zip(request.prompts, new, strict=True))
+    bound = median(rates) / needed
+    print(
+        f"{setting}: {SETTINGS[setting]} (mean {mean(new):.1f}, median {median(new):g}, longest {max(new)}); "
+        f"{needed / 1e9:.2f} GFLOP a sequence, {median(rates) / 1e9:.0f} GFLOP/s: at most {bound:.1f} sequences/s\n"
+        f"  jax_it compiled {programs} programs in {compiling:.1f} s, before the rounds"
+    )
+    found: dict[str, Any] = {"setting": setting, "flops": needed, "bound": bound, "compiling": [programs, compiling]}
     for side in sides:
-        rate, bound = number / median(side.seconds), median(side.rates) / needed
-        found[side.name] = {
-            "sequences_per_second": rate,
-            "seconds": side.seconds,
-            "matmul_flops_per_second": median(side.rates),
-            "bound": bound,
-            "share": rate / bound,
-        }
-    found["ratio"] = median(theirs.seconds) / median(ours.seconds)
-    return found | {"texts": compare(ours, theirs, request)}
+        rate = number / median(each.wall for each in side.seconds)
+        found[side.name] = {"sequences_per_second": rate, "seconds": side.seconds}
+        line = f"  {side.name}: {rate:.2f} sequences/s, {rate / bound:.1%} of the bound"
+        if side is not ours:
+            size, workers = max(tried[side.name], key=lambda way: tried[side.name][way])
+            line += (
+                f", {size} at a time, {workers} workers; takes {ratio(ours.seconds, side.seconds)} of jax_it's time; "
+                f"{compare(ours, side, request)}"
+            )
+        print(line, flush=True)
+    return found
 
 
-def report(found: dict[str, Any]) -> str:
-    new, compiled, texts = found["new_tokens"], found["compiled"], found["texts"]
-    lines = [
-        f"{found['setting']}: {SETTINGS[found['setting']]} (mean {new['mean']:.1f}, median {new['median']:g}, "
-        f"longest {new['longest']}); {found['flops'] / 1e9:.2f} GFLOP a sequence",
-        f"  {'':12} {'sequences/s':>11}  {'bound':>6}  {'share':>6}  {'matmul GFLOP/s':>14}  rounds, s",
-    ]
-    for name in ("jax_it", "Transformers"):
-        side = found[name]
-        lines.append(
-            f"  {name:12} {side['sequences_per_second']:11.2f}  {side['bound']:6.1f}  {side['share']:6.1%}  "
-            f"{side['matmul_flops_per_second'] / 1e9:14.0f}  {' '.join(f'{s:.1f}' for s in side['seconds'])}"
-        )
-    tried = ", ".join(f"{size}: {rate:.2f}" for size, rate in found["batch_sizes"].items())
-    differences = texts["differences"]
-    lines += [
-        f"  ratio {found['ratio']:.2f}",
-        f"  Transformers' batch size {found['batch_size']}, of sequences/s on a sample at {tried}",
-        f"  jax_it compiled {compiled['programs']} programs in {compiled['seconds']:.1f} s, before the rounds",
-        f"  same texts {texts['same']:.2%}, {texts['distinct']} distinct; "
-        f"{len(differences)} differ, {sum(d['tied'] for d in differences)} of them at a tie",
-    ]
-    lines += [
-        f"    prompt {d['prompt']}, token {d['at']}: gap {d['gap']:.1e}, float error {d['error']:.1e}"
-        for d in differences
-    ]
-    return "\n".join(lines)
+PEERS: dict[str, Callable[[str], Any]] = {
+    "Transformers": Theirs,
+    "CTranslate2": partial(CTranslate2, compute_type="float32"),
+    "CTranslate2 int8": partial(CTranslate2, compute_type="int8"),
+}
 
 
-def run(name: str, folder: str, built: dict[str, Request], options: Any) -> list[dict[str, Any]]:
-    """All settings of one model."""
+def run(name: str, folder: str, built: dict[str, Asked], options: Any) -> list[dict[str, Any]]:
+    """Measure all settings of one model."""
     values = json.loads((Path(folder) / "config.json").read_text())
     lengths = [len(prompt) for prompt in built["fixed"].prompts]
     print(
         f"\n{name}: {len(lengths)} prompts of mean {mean(lengths):.0f}, median {median(lengths):g} tokens, "
-        f"at most {LONGEST}; {os.cpu_count()} cores, float32",
+        f"at most {LONGEST}; float32",
         flush=True,
     )
-    remotes = Remote(partial(Ours, folder)), Remote(partial(Theirs, folder))
+    makes = {"jax_it": Ours, **{peer: PEERS[peer] for peer in options.peers}}
+    remotes = {side: Remote(partial(make, folder)) for side, make in makes.items()}
     found = []
     for setting in options.settings:
-        sides = Side("jax_it", remotes[0]), Side("Transformers", remotes[1])
+        sides = [Side(side, remote) for side, remote in remotes.items()]
         found.append(measure(setting, built[setting], sides, values, options))
-        print(report(found[-1]), flush=True)
-    for remote in remotes:
+    for remote in remotes.values():
         remote.close()
     return found
 
 
-def write_t5(folder: str, seed: int) -> None:
-    """T5 1.1 small with random weights, as a folder in Transformers' format."""
+def write_t5(folder: str, tokenizer: str, seed: int) -> None:
+    """Write T5 1.1 small with random weights as a folder in Transformers' format."""
     from jax_it import config, pretrained, sharding
+    from jax_it.data import tokenizer_files
     from jax_it.pretrained import hf
 
     recipe = config.load(f"{Path(__file__).parents[1] / 'configs' / 't0_t5_small.py'}:random")
     hf.save(Path(folder), *pretrained.load(recipe.model, sharding.make_mesh(recipe.mesh), seed))
+    tokenizer_files.load(tokenizer).backend.save_pretrained(folder)  # CTranslate2's converter reads it
 
 
 def main() -> None:
@@ -378,6 +417,7 @@ def main() -> None:
     parser.add_argument("--causal", default="HuggingFaceTB/SmolLM2-135M", help="a folder in Transformers format")
     parser.add_argument("--models", default="t5,causal", type=lambda text: text.split(","))
     parser.add_argument("--settings", default="fixed,drawn", type=lambda text: text.split(","))
+    parser.add_argument("--peers", default=",".join(PEERS), type=lambda text: text.split(","))
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-sizes", default="1,2,4,8,16,32,64", type=lambda t: [int(n) for n in t.split(",")])
@@ -387,13 +427,16 @@ def main() -> None:
     options = parser.parse_args()
     from jax_it.data import tokenizer_files as tokenizers
 
+    print(machine(), flush=True)
     records = draw(options.data, options.prompts, options.seed)
     found: dict[str, Any] = {"prompts": options.prompts, "seed": options.seed, "cores": os.cpu_count(), "models": {}}
     for model in options.models:
         if model == "t5":
             tokenizer = tokenizers.load(options.t5_tokenizer)
             with tempfile.TemporaryDirectory() as folder:
-                process = get_context("spawn").Process(target=write_t5, args=(folder, options.seed))
+                process = get_context("spawn").Process(
+                    target=write_t5, args=(folder, options.t5_tokenizer, options.seed)
+                )
                 process.start()
                 process.join()
                 found["models"][model] = run(

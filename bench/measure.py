@@ -43,7 +43,7 @@ def _serve(connection: Connection, make: Callable[[], Any]) -> None:
 
 
 class Seconds(NamedTuple):
-    """How long something took, and the time that processors worked on it, of all cores of its process."""
+    """How long something took, and how long all cores worked on it, in its process and in those that it waited for."""
 
     wall: float
     processor: float
@@ -51,9 +51,9 @@ class Seconds(NamedTuple):
 
 def timed(function: Callable[[], Any]) -> Seconds:
     """Call a function, which waits for its results, in this process."""
-    began, worked = time.perf_counter(), time.process_time()
+    began, worked = time.perf_counter(), sum(os.times()[:4])
     function()
-    return Seconds(time.perf_counter() - began, time.process_time() - worked)
+    return Seconds(time.perf_counter() - began, sum(os.times()[:4]) - worked)
 
 
 def alternate(rounds: int, sides: Mapping[Any, Callable[[], Seconds]]) -> dict[Any, list[Seconds]]:
