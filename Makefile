@@ -12,7 +12,7 @@ constraints = constraints/$$($(1)/bin/python -c 'import sys; print("py%d%d" % sy
 
 SEED ?= 0
 
-.PHONY: help setup quickstart test test-slow faults fuzz parity lint libtpu plans docs clean
+.PHONY: help setup quickstart test test-slow faults fuzz parity lint libtpu plans bench docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -51,6 +51,22 @@ libtpu: setup ## TPU's compiler (700 MB), into .venv: with it `make test` compil
 
 plans: libtpu ## write the tables of plans in tpu/README.md again; half an hour
 	$(VENV)/bin/python tpu/plans.py tpu/README.md
+
+# Some hours, on a machine without other work; each script's docstring has a quick look.
+DATA ?= data/t0/train.jsonl.gz
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+T5_TOKENIZER ?= google/t5-v1_1-small
+bench: $(VENV)-parity/stamp ## measure on this CPU, beside PyTorch and CTranslate2: DATA=T0.jsonl.gz MODEL=FOLDER
+	$(BENCH)/train.py --config t0_t5_small:random $(T0)
+	$(BENCH)/memory.py --config t0_t5_small:random $(T0)
+	$(BENCH)/packing.py --config t0_t5_small:random $(T0)
+	$(BENCH)/generate.py --data $(DATA) --t5-tokenizer $(T5_TOKENIZER) --causal $(MODEL)
+	$(BENCH)/prompt_lookup.py --data $(DATA) --model $(MODEL)
+	$(BENCH)/int8.py
+	$(BENCH)/data.py --data $(DATA) --model $(MODEL)
+	$(BENCH)/startup.py
+BENCH = $(VENV)-parity/bin/python bench
+T0 = --config.model.tokenizer=$(T5_TOKENIZER) --config.data.train='[{"path": "$(DATA)"}]'
 
 docs: setup ## the documentation site: docs/_build/html/index.html
 	$(VENV)/bin/python -m pip install -q -e '.[docs]' -c $(call constraints,$(VENV))

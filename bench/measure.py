@@ -48,6 +48,9 @@ class Seconds(NamedTuple):
     wall: float
     processor: float
 
+    def times(self, factor: float) -> "Seconds":
+        return Seconds(self.wall * factor, self.processor * factor)
+
 
 def timed(function: Callable[[], Any]) -> Seconds:
     """Call a function, which waits for its results, in this process."""
