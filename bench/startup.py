@@ -3,8 +3,8 @@
     python bench/startup.py --config quickstart [--config.x.y=v …] [--rounds 3]
 
 Every measurement is a new process. `cold`: with an empty cache directory, `warm`: with what the run before it left
-there (compiled programs, tokenized data). The peer's imports are those of a script with Seq2SeqTrainer, and `--help`
-that of TRL, where they are installed. The limit is an interpreter that does nothing.
+there (compiled programs, tokenized data). The peers' imports are those of a script with Seq2SeqTrainer or
+SFTTrainer, where they are installed. The limit is an interpreter that does nothing.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
     if find_spec("torch"):
         commands["from transformers import Seq2SeqTrainer"] = ["-c", "from transformers import Seq2SeqTrainer"]
     if find_spec("trl"):
-        commands["trl --help"] = ["-m", "trl.cli", "--help"]
+        commands["from trl import SFTTrainer"] = ["-c", "from trl import SFTTrainer"]
     sides = {name: partial(timed, partial(start, command)) for name, command in commands.items()}
     alternate(1, sides)  # writes bytecode, and brings files into memory
     for name, found in alternate(options.rounds, sides).items():
