@@ -39,7 +39,8 @@ def tokenize(config: Config, output: str) -> str:
     Raises UserError for whatever training would refuse of the data and the tokenizer.
     """
     config, _ = data.pin(config)
-    tokenizer, model = load_tokenizer(config), load_model(config.model)
+    tokenizer = load_tokenizer(config)
+    model = load_model(config.model, tokenizer.ids_of(config.model.new_tokens))
     check_model(config, model, tokenizer)
     return _data_sets(data.tokenize(config.data, tokenizer, make_format(model, tokenizer), output))
 

@@ -433,6 +433,11 @@ def _check_adapters(model: Model) -> None:
         )
     if adapted and not model.lora.path and not model.lora.targets:
         raise UserError("config.model.lora.targets is empty; name modules, or leave it out for all linear layers")
+    if model.lora.path and model.new_tokens:
+        raise UserError(
+            "config.model.new_tokens: adapters of model.lora.path are trained on with the tokens that they have; merge "
+            "them into their base model, and name that as model.path"
+        )
 
 
 def _check_mixing(data: Data) -> None:

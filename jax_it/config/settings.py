@@ -113,6 +113,9 @@ class Model:
     # A Jinja file with a chat template; "": the checkpoint's own; "default": one that suits base models; "none": no
     # template, so prompts are plain text.
     chat_template: str = ""
+    # Tokens that the vocabulary lacks, to be added to tokenizer, embedding and head. Their rows are trained beside
+    # adapters too.
+    new_tokens: tuple[str, ...] = ()
     prefix_lm: bool = False  # True: in a causal model, the prompt's tokens attend to the whole prompt
     lora: Lora = field(default_factory=Lora)
     quantize: Literal["none", "int8", "nf4"] = "none"  # of the frozen linear layers (QLoRA, Dettmers et al. 2023)
