@@ -1,4 +1,4 @@
-"""Models with tokens added, against Transformers' and PEFT's own: `resize_token_embeddings`, `trainable_token_indices`."""
+"""Tokens added to models, against `resize_token_embeddings` and PEFT's `trainable_token_indices`. `make parity`."""
 
 from pathlib import Path
 from typing import Any
