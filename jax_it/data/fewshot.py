@@ -40,7 +40,7 @@ def read_pool(records: Iterable[Record], template: str) -> Pool:
             example = templates.render(record, template)
         except InvalidRecord:  # which is counted and reported where the record is tokenized
             continue
-        if not _is_exchange(example):
+        if not (_is_exchange(example) and example.prompt.strip() and example.completion.strip()):
             continue
         found[key] = record.fields
         heapq.heappush(heap, -key)
@@ -67,6 +67,8 @@ class FewShot:
             raise InvalidRecord(
                 f"{record.where}: few-shot examples need a prompt and an answer, each a text; leave num_fewshot out"
             )
+        if not example.completion.strip():  # it is dropped and counted as such
+            return example
         task, key = _task(record.fields), _hash(record.fields)
         pool, left = self.pool.get(task, []), self.max_length - _MARGIN - self._length(example.prompt)
         left -= self._length(example.completion) if self.with_answer else 0
@@ -97,11 +99,7 @@ class FewShot:
 
 
 def _is_exchange(example: Example) -> bool:
-    return (
-        example.is_plain
-        and [turn.role for turn in example.turns] == ["user", "assistant"]
-        and all(turn.text.strip() for turn in example.turns)
-    )
+    return example.is_plain and [turn.role for turn in example.turns] == ["user", "assistant"]
 
 
 def _task(fields: Fields) -> str:

@@ -61,6 +61,8 @@ def test_examples_that_do_not_fit_are_left_out_and_a_record_without_any_is_skipp
         found = prompts(made(given[:10], 3, asked + room), given[:10])
         numbers[room // each] = {prompt.count("\n\n\n") if prompt else 0 for prompt in found}
     assert numbers == {0: {0}, 1: {1}, 2: {2}, 9: {3}}
+    empty = [Record({"q": "q", "a": "", "task": "t0"}, "an answer that is dropped")]
+    assert prompts(made(given[:10], 3), empty) == ["Q: q"]
     alone = records(1)
     assert prompts(made(alone, 3), alone) == [""], "nothing but itself"
 
