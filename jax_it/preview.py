@@ -64,7 +64,7 @@ def _data_sets(tokenized: Sequence[Sequence[Tokenized]]) -> str:
             template = "" if len(templates) == 1 else f", template {item.template!r}"
             lines += [
                 f"  {item.name}{template}: {counts.examples} examples, {counts.kept} kept"
-                + (f", {counts.skipped} without text by this template, or no few-shot example fits" if counts.skipped else ""),
+                + (f", {counts.skipped} without text by this template or its examples" if counts.skipped else ""),
                 f"    dropped    {_share(counts.empty_completion, counts.examples)} with an empty completion, "
                 f"{_share(counts.too_long, counts.examples)} too long",
                 *_invalid(counts),
