@@ -86,6 +86,8 @@ def _training(run: Run, step: int) -> list[list[str]]:
     if model.adapter:
         ranks = ", ".join(map(str, sorted({target.rank for target in model.adapter.targets})))
         weights = f"{'DoRA' if model.adapter.dora else 'LoRA'} adapters of rank {ranks}"
+        if model.adapter.token_ids:
+            weights += f", and the rows of {len(model.adapter.token_ids)} tokens in the embedding and the head"
     length = f"{data.max_seq_length} tokens"
     if model.kind == "seq2seq":
         length = f"{data.max_source_length} source and {data.max_target_length} target tokens"

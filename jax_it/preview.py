@@ -39,7 +39,8 @@ def tokenize(config: Config, output: str) -> str:
     Raises UserError for whatever training would refuse of the data and the tokenizer.
     """
     config, _ = data.pin(config)
-    tokenizer, model = load_tokenizer(config), load_model(config.model)
+    tokenizer = load_tokenizer(config)
+    model = load_model(config.model, tokenizer.ids_of(config.model.new_tokens))
     check_model(config, model, tokenizer)
     return _data_sets(data.tokenize(config.data, tokenizer, make_format(model, tokenizer), output))
 
@@ -63,7 +64,7 @@ def _data_sets(tokenized: Sequence[Sequence[Tokenized]]) -> str:
             template = "" if len(templates) == 1 else f", template {item.template!r}"
             lines += [
                 f"  {item.name}{template}: {counts.examples} examples, {counts.kept} kept"
-                + (f", {counts.skipped} without text by this template" if counts.skipped else ""),
+                + (f", {counts.skipped} without text by this template or its examples" if counts.skipped else ""),
                 f"    dropped    {_share(counts.empty_completion, counts.examples)} with an empty completion, "
                 f"{_share(counts.too_long, counts.examples)} too long",
                 *_invalid(counts),

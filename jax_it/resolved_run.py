@@ -49,6 +49,7 @@ def from_json(saved: dict[str, Any]) -> ResolvedRun:
     layout = Layout(Shape(*layout.pop("shape")), **layout)
     if adapter:
         adapter["targets"] = tuple(Target(*target) for target in adapter["targets"])
+        adapter |= {name: tuple(adapter.get(name, ())) for name in ("token_ids", "token_weights")}
         adapter = Adapter(**adapter)
     return ResolvedRun(layout=layout, adapter=adapter, **saved)
 

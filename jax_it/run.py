@@ -58,6 +58,11 @@ class Run:
         return make_format(self.model, self.tokenizer)
 
     @property
+    def new_ids(self) -> tuple[int, ...]:
+        """The tokens that the run has added to its model's."""
+        return self.tokenizer.ids_of(self.config.model.new_tokens)
+
+    @property
     def layout(self) -> Layout:
         """The rows that a loss is computed on: those of training, or as many as make up TOKENS."""
         if self.resolved:
@@ -89,7 +94,7 @@ class Run:
                     f"the weights in {config.model.path} have changed since the run in {self.run_dir.path} was "
                     "started; restore them"
                 )
-        return pretrained.load_base(config.model, self.mesh, config.train.seed)[1]
+        return pretrained.load_base(config.model, self.mesh, config.train.seed, self.new_ids)[1]
 
 
 def start_run(
@@ -103,9 +108,15 @@ def start_run(
         run_dir.check_new()
     config, commits = data.pin(config)
     tokenizer = load_tokenizer(config)
-    model = pretrained.load_model(config.model)
+    model = pretrained.load_model(config.model, tokenizer.ids_of(config.model.new_tokens))
     if config.model.lora.path:
-        model = dataclasses.replace(model, adapter=peft.read_adapter(config.model.lora.path, model)[0])
+        adapter = peft.read_adapter(config.model.lora.path, model)[0]
+        if max(adapter.token_ids, default=0) >= tokenizer.size:
+            raise UserError(
+                f"config.model.tokenizer: it lacks tokens that the adapters in {config.model.lora.path} have; name "
+                "their folder, if it has a tokenizer"
+            )
+        model = dataclasses.replace(model, adapter=adapter)
     run = Run(config, model, tokenizer, mesh, run_dir)
     check_model(config, model, tokenizer)
     check_mesh(config, model, sizes or mesh.shape)
@@ -126,7 +137,7 @@ def start_run(
 def with_weights(run: Run) -> tuple[Run, Params, Params]:
     """Read or draw a new run's weights, which tell the rest of its model. Returns (run, trained, frozen)."""
     config = run.config
-    model, params = pretrained.load(config.model, run.mesh, config.train.seed)
+    model, params = pretrained.load(config.model, run.mesh, config.train.seed, run.new_ids)
     base_digest = fingerprint(find_folder(config.model.path)) if model.adapter and config.model.path else ""
     assert run.resolved
     resolved = dataclasses.replace(run.resolved, tied=model.config.tied, adapter=model.adapter, base_digest=base_digest)
@@ -203,12 +214,13 @@ def load_run(path: str) -> tuple[Run, Params]:
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """Load the tokenizer that the config names, or train one on the training data."""
+    """Load the tokenizer that the config names, or train one on the training data, and add the new tokens."""
     model = config.model
     if model.tokenizer == "train":
         found = tokenizers.train(data.texts(config.data.train), model.tokenizer_size)
     else:
         found = tokenizers.load(model.tokenizer or str(find_folder(model.path)))
+    found = found.with_new_tokens(model.new_tokens, "config.model.new_tokens")
     return chat.with_chat_template(found, model.chat_template)
 
 

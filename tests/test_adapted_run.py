@@ -189,3 +189,53 @@ def test_what_no_adapter_can_use_is_refused_by_name(recipe, tmp_path, capfd):
     assert "config.model.prefix_lm needs data.train_on='last'" in refuses("model.prefix_lm=True")
     assert "config.train.router_aux_loss_coef is for mixtures" in refuses("train.router_aux_loss_coef=0.1")
     assert not (tmp_path / "run").exists()
+
+
+def test_new_tokens_are_trained_saved_resumed_and_exported(recipe, tmp_path, capfd):
+    run = tmp_path / "run"
+    tokens = '--config.model.new_tokens=["say", "again"]'
+    given = ("train", "--config", recipe, "--config.train.duration=4 steps", "--config.train.checkpoint_every=2 steps")
+    succeeds(capfd, *given, "--workdir", run, tokens)
+    first = losses(run)
+    shutil.rmtree(run / "checkpoints" / "4")
+    succeeds(capfd, *given, "--workdir", run, tokens)
+    assert losses(run) == first
+    message = fails(capfd, *given, "--workdir", run, '--config.model.new_tokens=["say"]')
+    assert "holds a run with config.model.new_tokens" in message
+
+    succeeds(capfd, "export", "--workdir", run, "--output", tmp_path / "merged", "--dtype", "float32")
+    succeeds(capfd, "export", "--workdir", run, "--output", tmp_path / "adapter", "--adapter-only")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["vocab_size"] == 386
+    indices = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["trainable_token_indices"]
+    assert indices == {"model.embed_tokens": [384, 385], "lm_head": [384, 385]}
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    rows = tensors["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    before = load_file(recipe.parent / "base" / "model.safetensors")["model.embed_tokens.weight"]
+    assert np.abs(rows - before.mean(0)).max(1).min() > 1e-3, "both rows must have been trained, from the mean on"
+    np.testing.assert_array_equal(
+        load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"],
+        np.concatenate([before, rows]),
+    )
+
+    asked = write_rows(tmp_path / "in.jsonl", [{"messages": talk(i)["messages"][:3]} for i in range(3)])
+    answers = []
+    for model in (run, tmp_path / "merged", tmp_path / "adapter"):
+        out = tmp_path / f"{model.name}.jsonl"
+        succeeds(capfd, "generate", "--model", model, "--input", asked, "--output", out, "--max-new-tokens", 6)
+        answers.append([json.loads(line)["prediction"] for line in out.read_text().splitlines()])
+    assert answers[0] == answers[1] == answers[2] and any(answers[0])
+    succeeds(capfd, "eval", "--workdir", run)
+
+
+@pytest.mark.parametrize(
+    "tokens, message",
+    [
+        ('["<a>", "<a>"]', "config.model.new_tokens.1: '<a>' is listed twice; leave one out"),
+        ('["<a>", " "]', "config.model.new_tokens.1: ' ' is no text that could be a token; leave it out"),
+        ('["</s>"]', "config.model.new_tokens.0: '</s>' is in the vocabulary already, as token 1; leave it out"),
+    ],
+)
+def test_a_token_that_cannot_be_added_is_refused(tokens, message, recipe, tmp_path, capfd):
+    overrides = [f"--config.model.new_tokens={tokens}"]
+    assert message in fails(capfd, "train", "--config", recipe, "--workdir", tmp_path / "run", *overrides)
+    assert not (tmp_path / "run").exists()

@@ -11,6 +11,7 @@ from jax_it.errors import UserError
 
 INT32 = 2**31 - 1
 LENGTH = 2**20  # tokens
+_MOST_FEWSHOT = 100
 EPOCHS = 10_000  # at most: all are planned before the first step
 FLOAT32 = 3e38
 TINY = 1.2e-38  # the smallest normal float32
@@ -289,6 +290,12 @@ def check(config: Config, training: bool, saved: bool = False) -> None:
     named = [("train", i, s) for i, s in enumerate(data.train)] + [("eval", i, s) for i, s in enumerate(data.eval)]
     for part, i, source in named:
         _check_source(source, f"config.data.{part}.{i}")
+    with_fewshot = [i for i, source in enumerate(data.train) if any(source.num_fewshot)]
+    if data.validation_size and with_fewshot:
+        raise UserError(
+            f"config.data.validation_size: what it holds out would be among the few-shot examples of data.train."
+            f"{with_fewshot[0]}; name data.eval instead"
+        )
     if data.validation_size and data.eval:
         raise UserError("config.data.validation_size and config.data.eval exclude each other; keep one")
     _check_mixing(data)
@@ -349,6 +356,12 @@ def _check_source(source: Source, where: str) -> None:
         raise UserError(f"{where}.path is empty; give a file, a glob or a data set's name")
     if not source.template:
         raise UserError(f"{where}.template is empty; name a template or leave it out")
+    if not source.num_fewshot or len({*source.num_fewshot}) < len(source.num_fewshot):
+        raise UserError(f"{where}.num_fewshot: name one number of examples or more, each once, such as (0, 5)")
+    if not all(0 <= number <= _MOST_FEWSHOT for number in source.num_fewshot):
+        raise UserError(f"{where}.num_fewshot: numbers must be from 0 to {_MOST_FEWSHOT}")
+    if any(source.num_fewshot) and not where.startswith("config.data.train."):
+        raise UserError(f"{where}.num_fewshot is for training; in a task of config.eval.tasks, set fewshot instead")
 
 
 def measured(task: Task) -> tuple[str, ...]:
@@ -436,6 +449,11 @@ def _check_adapters(model: Model) -> None:
         )
     if adapted and not model.lora.path and not model.lora.targets:
         raise UserError("config.model.lora.targets is empty; name modules, or leave it out for all linear layers")
+    if model.lora.path and model.new_tokens:
+        raise UserError(
+            "config.model.new_tokens: adapters of model.lora.path are trained on with the tokens that they have; merge "
+            "them into their base model, and name that as model.path"
+        )
 
 
 def _check_mixing(data: Data) -> None:

@@ -113,6 +113,9 @@ class Model:
     # A Jinja file with a chat template; "": the checkpoint's own; "default": one that suits base models; "none": no
     # template, so prompts are plain text.
     chat_template: str = ""
+    # Tokens that the vocabulary lacks, to be added to tokenizer, embedding and head. Their rows are trained beside
+    # adapters too.
+    new_tokens: tuple[str, ...] = ()
     prefix_lm: bool = False  # True: in a causal model, the prompt's tokens attend to the whole prompt
     lora: Lora = field(default_factory=Lora)
     quantize: Literal["none", "int8", "nf4"] = "none"  # of the frozen linear layers (QLoRA, Dettmers et al. 2023)
@@ -131,6 +134,9 @@ class Source:
     # Names of data/templates.py, Jinja text "prompt ||| completion", or P3's by name: "promptsource:xsum" for all of a
     # data set, "promptsource:super_glue/rte:GPT-3 style" for one.
     template: tuple[str, ...] = ("auto",)
+    # For training: each template comes in a variant for each number, with so many examples of the same task and their
+    # answers before the prompt; (0, 5): without any and with five.
+    num_fewshot: tuple[int, ...] = (0,)
     weight: float = 1.0  # this data set's share of the mixture, with mixing="weights"
     mixing_cap: int = 0  # this data set's own cap, with mixing="proportional"; 0: data.mixing_cap
     limit: int = 0  # examples to use, from the start; 0: all

@@ -27,7 +27,7 @@ class Counts:
     invalid: int = 0  # dropped: they cannot be read or rendered
     reasons: list[str] = field(default_factory=list)  # why, of the first of them
     empty_completion: int = 0  # dropped: nothing to train on
-    skipped: int = 0  # the template is Jinja text that is meant for other records: it gives them no text at all
+    skipped: int = 0  # Jinja text for other records gives them no text at all; no few-shot example fits before it
     too_long: int = 0  # dropped, with truncate="drop"; of conversations, those whose every exchange is too long
     truncated: int = 0  # on either side
     truncated_source: int = 0

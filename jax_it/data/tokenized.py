@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from jax_it.config import Data, Source
 from jax_it.data import processes, promptsource, sources, templates
 from jax_it.data.encoded import Encoded
 from jax_it.data.encoding import Counts
+from jax_it.data.fewshot import FewShot, read_pool
 from jax_it.data.formats import Format
 from jax_it.data.records import InvalidRecord, Record
 from jax_it.data.templates import Example
@@ -96,17 +97,17 @@ def tokenize(source: Source, where: str, data: Data, tokenizer: Tokenizer, forma
     made = []
     cache = _cache(data)
     named = promptsource.expand(source.template, f"{where}.template")
-    if data.train_on == "per_turn" and len(named) > 1:
+    if data.train_on == "per_turn" and (len(named) > 1 or source.num_fewshot != (0,)):
         raise UserError(
             f"{where}.template: data.train_on='per_turn' needs data sets of one template; leave the others out"
         )
     with hosts.first_then_others():  # what is downloaded or made once, the others find, where they share a disk
         digest = sources.digest(source, where)
-        for name, template in named:
-            folder = cache / _key(digest, template, data, tokenizer, format)
+        for (name, template), shots in product(named, source.num_fewshot):
+            folder = cache / _key(digest, template, shots, data, tokenizer, format)
             if not os.path.lexists(folder):
-                _write(folder, source, where, template, data, tokenizer, format)
-            made.append(_open(folder, sources.name_of(source), name, digest))
+                _write(folder, source, where, template, shots, data, tokenizer, format)
+            made.append(_open(folder, sources.name_of(source), f"{name}, {shots}-shot" if shots else name, digest))
     for item in made:
         _check_limits(item, data)
     return made
@@ -176,6 +177,7 @@ def _made_with(data: Data, tokenizer: Tokenizer, format: Format) -> dict[str, An
         "tokenizer": tokenizer.digest(),
         "length, truncate or train_on": format.key(data),
         "template": [source.template for source in data.train],
+        "num_fewshot": [source.num_fewshot for source in data.train],
         "limit": [source.limit for source in data.train],
     }
     found: dict[str, Any] = json.loads(json.dumps(made_with))
@@ -192,8 +194,8 @@ def _cache(data: Data) -> Path:
     return folder
 
 
-def _key(digest: str, template: str, data: Data, tokenizer: Tokenizer, format: Format) -> str:
-    parts = (digest, template, tokenizer.digest(), format.key(data), _code())
+def _key(digest: str, template: str, shots: int, data: Data, tokenizer: Tokenizer, format: Format) -> str:
+    parts = (digest, template, shots, tokenizer.digest(), format.key(data), _code())
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -234,12 +236,13 @@ def _imports(*roots: str) -> tuple[dict[str, bytes], set[str]]:
 
 
 def _write(
-    folder: Path, source: Source, where: str, template: str, data: Data, tokenizer: Tokenizer, format: Format
-) -> None:
+    folder: Path, source: Source, where: str, template: str, shots: int, data: Data, tokenizer: Tokenizer,
+    format: Format,
+) -> None:  # fmt: skip
     try:
         with files.new_folder(folder.parent, ".part-") as part:
             counts = Counts()
-            _write_tokens(part, _tokenize_records(source, where, template, data, tokenizer, format, counts))
+            _write_tokens(part, _tokenize_records(source, where, template, shots, data, tokenizer, format, counts))
             counts.check_invalid(sources.name_of(source), data)
             _write_index(part, counts)
             try:
@@ -263,7 +266,7 @@ def _write_index(folder: Path, counts: Counts) -> None:
 class _Example(NamedTuple):
     record: int  # its number
     encoded: Encoded | None  # None if it was dropped or skipped
-    skipped: bool = False  # the template gives no text for it
+    skipped: bool = False  # the template gives no text for it, or no few-shot example fits
 
 
 class _Chunk(NamedTuple):
@@ -339,12 +342,18 @@ def _checksum(array: np.ndarray) -> int:
 
 
 def _tokenize_records(
-    source: Source, where: str, template: str, data: Data, tokenizer: Tokenizer, format: Format, counts: Counts
-) -> Iterator[_Chunk]:
+    source: Source, where: str, template: str, shots: int, data: Data, tokenizer: Tokenizer, format: Format,
+    counts: Counts,
+) -> Iterator[_Chunk]:  # fmt: skip
     """Yield the examples of every record; counts as it goes."""
+    fewshot = None
+    if shots:
+        pool = read_pool(sources.read(source, where, keep_invalid=True), template)
+        length, with_answer = getattr(data, format.length_field), format.length_field == "max_seq_length"
+        fewshot = FewShot(shots, template, pool, tokenizer, length, with_answer)
     records = sources.read(source, where, keep_invalid=True)
     chunks = iter(lambda: list(islice(records, _CHUNK)), [])
-    tokenize = _Tokenize(template, data, tokenizer, format)
+    tokenize = _Tokenize(template, fewshot, data, tokenizer, format)
     first = 0
     with Bar(f"tokenizing {sources.name_of(source)}", unit="examples") as bar:
         for number, chunk in processes.in_order(tokenize, chunks, data.num_workers):
@@ -360,19 +369,21 @@ class _Tokenize:
     """Turns records into a chunk, in this process or another."""
 
     template: str
+    fewshot: FewShot | None
     data: Data
     tokenizer: Tokenizer
     format: Format
 
     def __call__(self, records: Sequence[Record]) -> tuple[int, _Chunk]:
         counts = Counts()
-        examples = _tokenize_chunk(records, self.template, self.data, self.tokenizer, self.format, counts)
+        examples = _tokenize_chunk(records, self.template, self.fewshot, self.data, self.tokenizer, self.format, counts)
         return len(records), _chunk(examples, counts)
 
 
 def _tokenize_chunk(
-    records: Sequence[Record], template: str, data: Data, tokenizer: Tokenizer, format: Format, counts: Counts
-) -> list[_Example]:
+    records: Sequence[Record], template: str, fewshot: FewShot | None, data: Data, tokenizer: Tokenizer,
+    format: Format, counts: Counts,
+) -> list[_Example]:  # fmt: skip
     """Return the examples of some records, which are numbered from 0; add what became of them to the counts."""
 
     def encode(examples: Sequence[tuple[int, Example]]) -> Iterable[Encoded | None]:
@@ -393,12 +404,16 @@ def _tokenize_chunk(
     found: list[_Example] = []
     for i, record in enumerate(records):
         try:
-            example = templates.render(record, template)
+            example: Example | None = templates.render(record, template)
+            if example and example.is_blank and template not in templates.TEMPLATES:
+                example = None
+            if example and fewshot:
+                example = fewshot.before(record, example)
         except InvalidRecord as error:
             counts.add_invalid(error)
             found.append(_Example(i, None))
             continue
-        if example.is_blank and template not in templates.TEMPLATES:
+        if example is None:
             counts.add(Counts(examples=1, skipped=1))
             found.append(_Example(i, None, skipped=True))
             continue

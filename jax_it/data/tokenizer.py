@@ -59,6 +59,39 @@ class Tokenizer:
         changed.template_name = name
         return changed
 
+    def with_new_tokens(self, tokens: Sequence[str], where: str) -> "Tokenizer":
+        """Return this tokenizer with tokens added as Transformers' `add_tokens` does: they are not special.
+
+        Raises UserError, which names the setting `where`, for one that is empty, listed twice, or known already.
+        """
+        vocabulary = self.backend.get_vocab()
+        for number, token in enumerate(tokens):
+            if not token.strip():
+                raise UserError(f"{where}.{number}: {token!r} is no text that could be a token; leave it out")
+            if token in tokens[:number]:
+                raise UserError(f"{where}.{number}: {token!r} is listed twice; leave one out")
+            if token in vocabulary:
+                id = vocabulary[token]
+                raise UserError(
+                    f"{where}.{number}: {token!r} is in the vocabulary already, as token {id}; leave it out"
+                )
+        if not tokens:
+            return self
+        backend = copy.deepcopy(self.backend)
+        backend.add_tokens(list(tokens))
+        made = Tokenizer(backend, self.name)
+        made.template_name = self.template_name
+        for number, (token, found) in enumerate(zip(tokens, made.ids_of(tokens), strict=True)):
+            if found not in made.encode([token])[0]:
+                raise UserError(
+                    f"{where}.{number}: the tokenizer cuts {token!r} up although it was added; choose another text"
+                )
+        return made
+
+    def ids_of(self, tokens: Sequence[str]) -> tuple[int, ...]:
+        """Return the ids of tokens that the vocabulary has."""
+        return tuple(int(id) for id in self.backend.convert_tokens_to_ids(list(tokens)))
+
     @cached_property
     def added_texts(self) -> frozenset[str]:
         """The texts that are one token wherever they occur: special tokens, and others that were added."""

@@ -152,9 +152,19 @@ class Model:
         states_BSD: jax.Array = self._module(params).encode(*rows, self.options)
         return states_BSD
 
+    @property
+    def _head_path(self) -> str:
+        return "embedding" if self.config.tied else "head"
+
+    @property
+    def trains_head(self) -> bool:
+        """Return whether the weights that `logits` takes are trained, or rows of them."""
+        return self.adapter is None or self._head_path in self.adapter.token_weights
+
     def head(self, params: Params) -> jax.Array:
         """Return the weights that `logits` takes, [V, D]."""
-        return params["embedding" if self.config.tied else "head"]
+        head_VD: jax.Array = params[self._head_path]
+        return self.adapter.with_rows(self._head_path, head_VD, params[ADAPTER]) if self.adapter else head_VD
 
     def logits(self, head_VD: jax.Array, states: jax.Array) -> jax.Array:
         """Return float32 logits [..., V] of states [..., D]."""

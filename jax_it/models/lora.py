@@ -1,7 +1,8 @@
-"""Adapters: low-rank matrices beside frozen weights (LoRA, rsLoRA, DoRA), for every family alike.
+"""Adapters: low-rank matrices beside frozen weights (LoRA, rsLoRA, DoRA), and rows of new tokens, for every family.
 
 An adapter's params are a tree of their own, with a node {"a", "b"} (and "magnitude" for DoRA) at the path of
-each weight that has one. A is [inputs, R] and B is [R, outputs], each with the axis L of its weight before.
+each weight that has one. A is [inputs, R] and B is [R, outputs], each with the axis L of its weight before. At the
+path of an embedding or a head it has a node {"rows"}: what takes the place of some tokens' rows, [tokens, D].
 """
 
 import math
@@ -38,6 +39,8 @@ class Adapter:
     targets: tuple[Target, ...]
     dora: bool
     dropout: float
+    token_ids: tuple[int, ...] = ()  # tokens whose rows are trained,
+    token_weights: tuple[str, ...] = ()  # in the embeddings and heads of these paths
 
     def logical_axes(self, weights: Mapping[str, WeightSpec]) -> dict[str, Any]:
         """Return the adapter's tree with each array's logical axes."""
@@ -48,10 +51,11 @@ class Adapter:
             leaves[f"{target.path}.b"] = " ".join(["L", "R", *outputs])
             if self.dora:
                 leaves[f"{target.path}.magnitude"] = " ".join(["L", *outputs])
+        leaves |= {f"{path}.rows": weights[path].logical_axes for path in self.token_weights}
         return unflatten(leaves)
 
     def init(self, key: jax.Array, weights: Mapping[str, WeightSpec], base: Mapping[str, Any]) -> dict[str, Any]:
-        """Draw adapters that change nothing yet: A as in PEFT, B zero, magnitudes those of the weights `base`."""
+        """Draw adapters that change nothing yet: A as in PEFT, B zero, magnitudes and rows from the weights `base`."""
         leaves: dict[str, jax.Array] = {}
         found = flatten(base)
         for number, target in enumerate(self.targets):
@@ -67,6 +71,8 @@ class Adapter:
                 # Of the weight alone, as B is zero. XLA's CPU compiler (jaxlib 0.10.2 to 0.12.0) reads uninitialized
                 # memory for A times constant zeros: for a dot with a broadcast scalar, fused with a sum (__ynn_fusion).
                 leaves[f"{target.path}.magnitude"] = jax.lax.map(partial(column_norm, inputs=len(inputs)), weight)
+        for path in self.token_weights:
+            leaves[f"{path}.rows"] = dense(found[path], jnp.float32)[jnp.array(self.token_ids)]
         return unflatten(leaves)
 
     def attach(
@@ -88,11 +94,21 @@ class Adapter:
                 scale=target.scale,
                 dropout=self.dropout,
             )
+        for path in self.token_weights:
+            leaves[path] = self.with_rows(path, leaves[path], adapters)
         return unflatten(leaves)
+
+    def with_rows(self, path: str, weight_VD: jax.Array, adapters: Mapping[str, Any]) -> jax.Array:
+        """Return an embedding or head with the rows of the tokens that are trained, if it has such."""
+        if path not in self.token_weights:
+            return weight_VD
+        return weight_VD.at[jnp.array(self.token_ids)].set(adapters[path]["rows"].astype(weight_VD.dtype))
 
     def merge(self, base: Mapping[str, Any], adapters: Mapping[str, Any], weights: Mapping[str, WeightSpec]) -> Any:
         """Return the base's tree in float32, with the adapters added to their weights."""
-        leaves = flatten(self.attach(base, adapters))
+        found = flatten(base)
+        found |= {path: found[path].astype(jnp.float32) for path in self.token_weights}  # as the rows are
+        leaves = flatten(self.attach(unflatten(found), adapters))
         for path, leaf in leaves.items():
             if isinstance(leaf, Adapted):
                 inputs, _ = split_axes(weights[path].logical_axes)
@@ -102,14 +118,23 @@ class Adapter:
         return unflatten(leaves)
 
 
-def make_adapter(config: Lora, weights: Mapping[str, WeightSpec], layers: Mapping[str, int]) -> Adapter:
+def make_adapter(
+    config: Lora, weights: Mapping[str, WeightSpec], layers: Mapping[str, int], new_ids: Sequence[int] = ()
+) -> Adapter:
     """Return the adapter that the config asks for. `layers` says how many layers each stacked weight has.
 
-    Raises UserError for a target that is not a weight, or that names only some of the layers.
+    The rows of the tokens `new_ids` are trained too. Raises UserError for a target that is not a weight, or that names
+    only some of the layers.
     """
     paths = choose_targets(config.targets, weights, layers)
     scale = config.alpha / (math.sqrt(config.rank) if config.rank_stabilized else config.rank)
-    return Adapter(tuple(Target(path, config.rank, scale) for path in paths), config.dora, config.dropout)
+    targets = tuple(Target(path, config.rank, scale) for path in paths)
+    return Adapter(targets, config.dora, config.dropout, tuple(new_ids), vocabulary_weights(weights) if new_ids else ())
+
+
+def vocabulary_weights(weights: Mapping[str, WeightSpec]) -> tuple[str, ...]:
+    """Return the paths of the embeddings, and of a head of its own, with a row for each token."""
+    return tuple(path for path, weight in weights.items() if weight.logical_axes == "V D")
 
 
 def choose_targets(

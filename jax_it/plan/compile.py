@@ -108,6 +108,9 @@ def find_model(config: Config, topology: Topology) -> Model:
             folder = ""
         model = dataclasses.replace(model, path=folder)
     found = load_model(model)
+    if model.new_tokens:  # as if no row were to spare: the tokenizer may not be at hand
+        size = found.config.vocab_size
+        found = load_model(model, range(size, size + len(model.new_tokens)))
     if config.model.attention == "auto":
         options = found.options._replace(fused_attention=topology.is_tpu, recompute=not topology.is_tpu)
         return dataclasses.replace(found, options=options)

@@ -5,7 +5,7 @@ Reading is strict: a weight that is missing, unknown or of another shape is a Us
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jax_it.errors import UserError
 from jax_it.files import read_json_object
 from jax_it.models import Model, Params, with_tied_head
 from jax_it.models.config import EncoderDecoderConfig
+from jax_it.models.lora import vocabulary_weights
 from jax_it.models.weights import flatten, tensor_shapes
 from jax_it.pretrained.folder import find_folder
 from jax_it.pretrained.safetensors import DTYPES, TensorReader, write_files
@@ -35,6 +36,29 @@ def read_config_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
         except FileNotFoundError:
             raise UserError(f"{file} is missing: {config.path} is not a model in Transformers format") from None
     return {**values, **config.architecture}, where
+
+
+def with_vocab_size(values: dict[str, Any], size: int) -> dict[str, Any]:
+    """Return the values of config.json for a model with so many tokens; T5Gemma's halves have their own number."""
+    halves: dict[str, Any] = {
+        name: {**values[name], "vocab_size": max(size, values[name].get("vocab_size", size))}
+        for name in ("encoder", "decoder")
+        if name in values
+    }
+    return {**values, **(halves or {"vocab_size": size})}
+
+
+def set_new_rows(model: Model, tensors: TensorReader, new_ids: Sequence[int]) -> None:
+    """Give the embeddings and the head a row for each token of the model.
+
+    Those of the tokens `new_ids`, and those that the files lack, are the mean of the rows of the tokens before them:
+    Transformers' `resize_token_embeddings` draws them from near it, with 1e-9 of the rows' covariance.
+    """
+    family = model.family
+    repeated = [family.head, *(family.aliases or {})]
+    for name in {*(model.weights[path].name for path in vocabulary_weights(model.weights)), *repeated}:
+        if name in tensors.names() and len(tensors.shape(name)) == 2:
+            tensors.set_new_rows(name, max(tensors.shape(name)[0], model.config.vocab_size), new_ids)
 
 
 def resolve_tying(model: Model, tensors: TensorReader) -> Model:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,19 @@ from jax_it.files import read_json_object
 from jax_it.models import Model, Params
 from jax_it.models.lora import Adapter, Target, choose_targets, is_linear, matches, module_name, split_axes
 from jax_it.models.weights import WeightSpec, flatten, split_layout, tensor_shapes
+from jax_it.pretrained import peft_tokens
 from jax_it.pretrained.folder import find_folder
 from jax_it.pretrained.safetensors import DTYPES, TensorReader
 from jax_it.pretrained.sharded import gather, gather_tensors, read_params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 
 # What of an adapter_config.json is read, or says nothing of what an adapter computes. Other keys must be empty.
 _READ = frozenset(
     """
     base_model_name_or_path r lora_alpha target_modules rank_pattern alpha_pattern use_rslora use_dora lora_dropout
     auto_mapping fan_in_fan_out inference_mode peft_version revision runtime_config task_type loftq_config eva_config
+    trainable_token_indices
     """.split()
 )
 _MAX_RANK = 1 << 16
@@ -79,7 +80,19 @@ def read_adapter(path: str, model: Model) -> tuple[Adapter, Path]:
     paths = choose_targets(_named(values, where), model.weights, layers, f"{where}: target_modules")
     patterns = {key: _patterns(values, key, where) for key in ("rank_pattern", "alpha_pattern")}
     targets = tuple(_target(path, model.weights[path], layers[path], values | patterns, where) for path in paths)
-    return Adapter(targets, bool(values.get("use_dora")), float(dropout)), folder
+    rows = peft_tokens.read(values, model, where)
+    adapter = Adapter(targets, bool(values.get("use_dora")), float(dropout))
+    if rows:
+        with_rows = tuple(dict.fromkeys(each.path for each in rows))
+        adapter = dataclasses.replace(adapter, token_ids=tuple(dict.fromkeys(rows[0].ids)), token_weights=with_rows)
+    return adapter, folder
+
+
+def token_ids(path: str) -> list[int]:
+    """Return the tokens whose rows of the embedding a PEFT folder's adapters have trained."""
+    folder = find_folder(path)
+    by_module = peft_tokens.by_module(_read_values(folder), str(folder / CONFIG))
+    return sorted({id for ids in by_module.values() for id in ids})
 
 
 def _named(values: Mapping[str, Any], where: str) -> list[str]:
@@ -113,14 +126,16 @@ def load(path: str, model: Model, mesh: jax.sharding.Mesh, name: str, dtype: str
     _check_base(base_of(folder), name, folder)
     model = dataclasses.replace(model, adapter=adapter)
     with TensorReader(folder, WEIGHTS) as tensors:
-        _check_tensors(model, tensors)
+        rows = peft_tokens.read(_read_values(folder), model, str(folder / CONFIG))
+        _check_tensors(model, tensors, peft_tokens.check_tensors(model, rows, tensors, name))
         model, within = _with_own_ranks(model, tensors)
         table = weight_table(model, within)
-        return model, read_params(table, model.trained_shapes, tensors, dict.fromkeys(table, dtype), mesh)
+        found = read_params(table, model.trained_shapes, tensors, dict.fromkeys(table, dtype), mesh)
+        return model, {**found, **peft_tokens.read_params(model, rows, tensors, dtype, mesh)}
 
 
-def _check_tensors(model: Model, tensors: TensorReader) -> None:
-    """Raise UserError unless the tensors are those that the adapters of this base model have."""
+def _check_tensors(model: Model, tensors: TensorReader, others: Set[str]) -> None:
+    """Raise UserError unless the tensors are those that the adapters of this base model have, and `others`."""
     file, there = tensors.folder / WEIGHTS, tensors.names()
     wanted = tensor_shapes(weight_table(model), flatten(model.trained_shapes))
     for name, shape in wanted.items():
@@ -131,7 +146,7 @@ def _check_tensors(model: Model, tensors: TensorReader) -> None:
                 f"{file}: {name} has shape {tensors.shape(name)}, and this base model needs {shape}: "
                 "the adapter is for another base model"
             )
-    if extra := sorted(there - wanted.keys()):
+    if extra := sorted(there - wanted.keys() - others):
         raise UserError(
             f"{file}: {extra[0]} does not belong to any module of this base model: the adapter is for another one"
         )
@@ -196,14 +211,18 @@ def save(folder: Path, model: Model, params: Params, base: str, dtype: str = "fl
         "fan_in_fan_out": model.config.model_type == "gpt2",
         "target_modules": _target_modules(model),
     }
+    if model.adapter.token_ids:
+        values["trainable_token_indices"] = {each.module: each.ids for each in peft_tokens.to_write(model)}
     (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    tensors = dict(gather_tensors(weight_table(model), leaves, DTYPES[dtype]))
+    tensors = dict(tensors_of(model, params, DTYPES[dtype]))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def tensors_of(model: Model, params: Params, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Return PEFT's (name, tensor) pairs of a model's adapters."""
-    return gather_tensors(weight_table(model), _gather(model, params), dtype)
+    leaves = _gather(model, params)
+    yield from gather_tensors(weight_table(model), leaves, dtype)
+    yield from peft_tokens.tensors_of(model, leaves, dtype)
 
 
 def _gather(model: Model, params: Params) -> dict[str, np.ndarray]:
@@ -236,7 +255,7 @@ def weight_table(model: Model, within: Mapping[str, tuple[int, int]] | None = No
     for target in model.adapter.targets:
         weight = model.weights[target.path]
         inputs, outputs = _layouts(weight)
-        name = _PREFIX + weight.name.removesuffix(".weight")
+        name = peft_tokens.PREFIX + weight.name.removesuffix(".weight")
         before, after = (within or {}).get(target.path, (0, 0))
         ranks = f"{before}+R+{after}"
         table[f"{target.path}.a"] = WeightSpec(axes[f"{target.path}.a"], f"{name}.lora_A.weight", f"{ranks} {inputs}")

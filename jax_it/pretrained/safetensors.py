@@ -3,7 +3,8 @@
 import json
 import mmap
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ class TensorReader:
         self.folder = folder
         self._single = single
         self._entries: dict[str, _Entry] = {}
+        self._new_rows: dict[str, _NewRows] = {}
         self._last: _Entry | None = None
         for file in self._find_files():
             try:
@@ -63,6 +65,11 @@ class TensorReader:
         if prefix and not any(name.startswith(prefix) for name in self._entries):
             self._entries = {name if name == but else prefix + name: found for name, found in self._entries.items()}
 
+    def set_new_rows(self, name: str, total: int, new: Sequence[int]) -> None:
+        """Give a matrix `total` rows. Those in `new`, and those that the file lacks, are the mean of those before."""
+        rows, *others = self._entries[name].shape
+        self._new_rows[name] = _NewRows((total, *others), frozenset({*new, *range(rows, total)}))
+
     def _find_files(self) -> list[str]:
         index = self.folder / INDEX
         if self._single == SINGLE and (index.exists() or index.is_symlink()):
@@ -88,10 +95,33 @@ class TensorReader:
         return set(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._entries[name].shape
+        return self._new_rows[name].shape if name in self._new_rows else self._entries[name].shape
 
     def read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
         """Return a view of the file, to be copied before the next read. Raises UserError if it is not finite."""
+        if name in self._new_rows:
+            return self._read_with_new_rows(name, slices)
+        return self._read(name, slices)
+
+    def _read_with_new_rows(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
+        """Return an array of its own. The mean is taken over pieces of a bounded size, in float64."""
+        entry, new = self._entries[name], self._new_rows[name]
+        if new.mean is None:
+            rows, number = 4096, min(new.ids)
+            total = np.zeros(new.shape[1:])
+            for start in range(0, number, rows):
+                total += self._read(name, (slice(start, min(start + rows, number)),)).sum(0, dtype=np.float64)
+            new.mean = (total / number).astype(entry.dtype)
+        first, *others = slices or (slice(None),)
+        start, stop, _ = first.indices(new.shape[0])
+        mean = new.mean[tuple(others)]
+        made = np.empty((stop - start, *mean.shape), entry.dtype)
+        there = slice(start, max(min(stop, entry.shape[0]), start))
+        made[: there.stop - start] = self._read(name, (there, *others))
+        made[[row - start for row in new.ids if start <= row < stop]] = mean
+        return made
+
+    def _read(self, name: str, slices: tuple[slice, ...]) -> np.ndarray:
         entry = self._entries[name]
         if entry is not self._last:
             self._release()
@@ -131,6 +161,15 @@ def _is_finite(array: np.ndarray) -> bool:
     limit = np.array(2.0**128 if array.itemsize == 8 else np.inf, array.dtype)
     lowest, of_negative = int(limit.view(unsigned)), int((-limit).view(unsigned))
     return bool(array.view(signed).max() < lowest and array.view(unsigned).max() < of_negative)
+
+
+@dataclass
+class _NewRows:
+    """Rows that a matrix gets in addition to, or in place of, those of its file."""
+
+    shape: tuple[int, ...]
+    ids: frozenset[int]
+    mean: np.ndarray | None = None  # computed when it is needed
 
 
 class _Entry(NamedTuple):

@@ -58,6 +58,8 @@ def load_models(models: Sequence[tuple[str, str]], adapters: Sequence[tuple[str,
     for name, path in adapters:
         if base.run.model.adapter is not None:
             raise UserError(f"--adapter {name}={path}: {base.path} has adapters itself; give its base model as --model")
+        if peft.token_ids(path):
+            raise UserError(f"--adapter {name}={path}: it has tokens of its own; serve it as --model {name}={path}")
         model, adapter = peft.load(path, base.run.model, base.run.mesh, base.path)
         run = dataclasses.replace(base.run, model=model)
         add(ServedModel(name, run, model.join(adapter, base.params), path, base.name))

@@ -66,7 +66,7 @@ def loss_fn(
     states_BTD, routing = model.hidden_states(params, batch, key)
     total, weight = losses.chunked_sum(
         token_loss(config), model.logits, config.loss_chunk, model.head(params), states_BTD, batch.targets_BT,
-        batch.weights_BT, head_trained=model.adapter is None,
+        batch.weights_BT, head_trained=model.trains_head,
     )  # fmt: skip
     if balance_X is not None:
         assert routing is not None

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from datasets import Features, List, Translation, Value
 
 from jax_it import config as settings
-from jax_it.data import sources, templates
+from jax_it.data import mixture, sources, templates, tokenized, tokenizer_files
+from jax_it.data.formats import Seq2SeqFormat
 from jax_it.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -239,3 +241,80 @@ def test_every_recipe_that_names_a_hub_data_set_is_rendered_here():
         file.stem for file in RECIPES if any(item.format == "datasets" for item in settings.load(str(file)).data.train)
     }
     assert named == {name.partition(":")[0] for name in RENDERED}
+
+
+# Mixtures of P3's data sets
+
+TEMPLATES = """\
+templates:
+  1: !Template
+    answer_choices: null
+    jinja: "Summarize: {{document}} ||| {{summary}}"
+    name: short
+  2: !Template
+    answer_choices: null
+    jinja: "{{document}}\\n\\nIn a sentence: ||| {{summary}}"
+    name: long
+"""
+
+
+@pytest.fixture
+def promptsource_folder(tmp_path) -> Path:
+    """A folder with two templates for each data set of the recipe."""
+    tree = settings.read("instruction_mixture")
+    for name in [each["name"] for each in tree["data"]["train"]]:
+        (tmp_path / "templates" / name).mkdir(parents=True)
+        (tmp_path / "templates" / name / "templates.yaml").write_text(TEMPLATES)
+    return tmp_path / "templates"
+
+
+def mixed(arg: str, sizes: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """The recipe's data sets of these sizes, in xsum's schema, tokenized and mixed."""
+
+    def load_dataset(path: str, subset: str | None, split: str, revision: str | None) -> datasets.Dataset:
+        rows = [{"document": f"{path} {i}", "summary": f"of {i}", "id": str(i)} for i in range(sizes[path])]
+        return datasets.Dataset.from_list(rows, features=Features(dict.fromkeys(("document", "summary", "id"), TEXT)))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = settings.read(f"instruction_mixture:{arg}")
+    config["data"]["train"] = [
+        {**each, "format": "datasets"} for each in config["data"]["train"] if each["path"] in sizes
+    ]
+    config["data"] |= {"cache_dir": str(tmp_path / "cache"), "max_unknown": 1.0}
+    data = settings.resolve(config).data
+    bytes_, form = tokenizer_files.load("bytes"), Seq2SeqFormat(0, 0)
+    made = [tokenized.tokenize(each, f"config.data.train.{i}", data, bytes_, form) for i, each in enumerate(data.train)]
+    return made, mixture.mix(data.train, made, data)
+
+
+def test_flans_mixture_caps_each_data_set_and_has_few_shot_prompts_half_of_the_time(
+    promptsource_folder, tmp_path, monkeypatch
+):
+    sizes = {"xsum": 3200, "samsum": 300}
+    made, found = mixed(f"flan,{promptsource_folder}", sizes, tmp_path, monkeypatch)
+    drawn = found.epoch(0)
+    names = [made[i][0].name for i in range(2)]
+    assert {names[i]: int((drawn["source"] == i).sum()) for i in range(2)} == {"xsum": 3000, "samsum": 300}
+    templates_ = [item.template.rpartition(":")[2] for item in made[0]]
+    assert templates_ == ["short", "short, 5-shot", "long", "long, 5-shot"]
+    shares = np.bincount(drawn["template"], minlength=4) / len(drawn)
+    np.testing.assert_allclose(shares, 0.25, atol=4 * (0.25 * 0.75 / len(drawn)) ** 0.5)
+    few = made[0][1]
+    prompt = tokenizer_files.load("bytes").decode(few.example(7).source)
+    assert prompt.count("\n\n\n") == 5 and prompt.endswith("\n\n\nSummarize: samsum 7")
+
+
+def test_t0s_mixture_caps_the_templates_of_a_data_set_together(promptsource_folder, tmp_path, monkeypatch):
+    sizes = {"xsum": 900, "samsum": 300}
+    monkeypatch.setattr(settings, "read", lambda path, read=settings.read: scaled(read(path)))
+
+    def scaled(tree: dict[str, Any]) -> dict[str, Any]:
+        assert {each["mixing_cap"] for each in tree["data"]["train"]} == {250_000}  # 500,000 for two templates
+        for each in tree["data"]["train"]:
+            each["mixing_cap"] //= 500  # so that 1,000 examples are many
+        return tree
+
+    made, found = mixed(f"t0,{promptsource_folder}", sizes, tmp_path, monkeypatch)
+    drawn = found.epoch(0)
+    counted = {made[i][0].template.split("/")[-1]: int((drawn["source"] == i).sum()) for i in range(len(made))}
+    assert counted == {"samsum:short": 300, "samsum:long": 300, "xsum:short": 500, "xsum:long": 500}

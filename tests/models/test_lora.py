@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from jax_it.models.quantized import Quantized, block_size, quantize
 from jax_it.models.weights import flatten, unflatten
 from jax_it.pretrained import peft
 from jax_it.pretrained.storage import cast_or_quantize, storage_dtypes
+from jax_it.training.step import loss_fn
 from tests.parity import cases
 
 FAMILIES = pytest.mark.parametrize("name", ["llama3", "phi3", "gpt2", "mixtral", "t5_1_1"])
@@ -439,3 +441,33 @@ def test_an_adapter_for_another_base_model_is_refused(adapter, base, folders):
     rewrite(adapter, base_model_name_or_path="someone/another-model")
     with pytest.raises(UserError, match="trained for someone/another-model, not for someone/this-model"):
         peft.load(str(adapter), base, mesh(), "someone/this-model")
+
+
+@pytest.mark.parametrize("name", ["llama3", "t5"])
+def test_rows_of_new_tokens_have_the_gradients_of_the_whole_embedding_on_any_mesh(name, folders):
+    """97 rows, which 2 devices do not share equally; fresh adapters change nothing."""
+    new, case = (95, 96), cases.BY_NAME[name]
+    given = cases.inputs(case)
+    texts = {
+        field: np.where((tokens % 3 == 0) & (tokens > 1), 95 + tokens % 2, tokens)
+        for field, tokens in given._asdict().items()
+        if "mask" not in field
+    }
+    batch = cases.batch(case, given._replace(**texts))
+    found = []
+    for rank, sizes in ((0, {}), (2, {}), (2, {"fsdp": 2, "tensor": 2})):
+        settings = config.Model(path=str(folders(name)), dropout=0.0, lora=config.Lora(rank=rank))
+        devices = sharding.make_mesh(config.Mesh(data=1, **sizes), jax.devices()[: 4 if sizes else 1])
+        with jax.set_mesh(devices):
+            model, params = pretrained.load(settings, devices, new_ids=new)
+            trained, frozen = model.split(params)
+            gradient = jax.jit(jax.grad(partial(loss_fn, model, config.Train()), has_aux=True))
+            found.append(flatten(gradient(trained, frozen, batch, None, None)[0]))
+    whole, *beside = found
+    paths = ["embedding"] if model.config.tied else ["embedding", "head"]
+    for path in paths:
+        wanted = np.asarray(whole[path])[list(new)]
+        assert np.abs(wanted).max(1).min() > 1e-3, "a token that the text lacks would say nothing"
+        for gradients in beside:
+            np.testing.assert_allclose(gradients[f"{path}.rows"], wanted, rtol=0, atol=TOLERANCE)
+    assert all(path in beside[0] for path in (f"{path}.rows" for path in paths)) and "embedding" not in beside[0]
