@@ -12,7 +12,7 @@ constraints = constraints/$$($(1)/bin/python -c 'import sys; print("py%d%d" % sy
 
 SEED ?= 0
 
-.PHONY: help setup quickstart test test-slow faults fuzz parity lint libtpu plans bench docs clean
+.PHONY: help setup quickstart test test-slow faults fuzz parity lint libtpu ray plans bench docs clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -48,6 +48,9 @@ lint: setup ## style, the layers of modules, and types
 
 libtpu: setup ## TPU's compiler (700 MB), into .venv: with it `make test` compiles for TPU slices too
 	$(VENV)/bin/python -m pip install -q -e '.[tpu]' -c $(call constraints,$(VENV))
+
+ray: setup ## Ray (75 MB), into .venv: with it `make test-slow` runs data tools on a cluster of two nodes
+	$(VENV)/bin/python -m pip install -q -e '.[ray]' -c $(call constraints,$(VENV))
 
 plans: libtpu ## write the tables of plans in tpu/README.md again; half an hour
 	$(VENV)/bin/python tpu/plans.py tpu/README.md

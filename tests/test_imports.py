@@ -34,3 +34,9 @@ def test_the_stages_of_data_need_no_package_of_an_extra_before_they_run() -> Non
     extras = "datasketch", "ftfy", "httpx2", "phonenumbers", "py3langid", "rapidfuzz", "stdnum"
     script = f"import sys; sys.modules |= dict.fromkeys({extras}); import jax_it.curation.recipe"
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)
+
+
+def test_data_tools_do_without_jax() -> None:
+    """Each process of theirs, and each that tokenizes, would need a second to import it."""
+    script = "import sys; sys.modules['jax'] = None; import jax_it.curation.recipe, jax_it.commands.data"
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True)

@@ -110,7 +110,8 @@ def run(options: argparse.Namespace) -> None:
     outputs = arguments.locate_outputs(names)
     output = outputs.get("--output")
 
-    from jax_it.curation import input, recipe, run, stats, workers
+    from jax_it import workers
+    from jax_it.curation import input, recipe, run, stats
 
     command = ["jax-it", *sys.argv[1:]]
     with (

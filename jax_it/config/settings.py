@@ -171,7 +171,7 @@ class Data:
     seed: int = 0  # of the order, the mixture and the choice of templates
     cache_dir: str = "~/.cache/jax_it"  # a local folder for tokenized data and compiled programs
     tokenized: str = ""  # a local folder with the training data that `jax-it data tokenize` has tokenized; "": none
-    num_workers: int = 0  # processes that tokenize; 0: this one alone
+    num_workers: int = 0  # processes that tokenize; 0 or 1: this one alone
     on_invalid: Literal["error", "drop"] = "error"  # for records that cannot be read or rendered; drop: skip and count
     max_dropped: float = 0.1  # the run is refused if a larger share of a data set's examples is dropped
     max_truncated: float = 0.5  # the run is refused if a larger share of a data set's examples is truncated

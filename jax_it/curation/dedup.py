@@ -400,8 +400,10 @@ class _Candidates:
             order = np.argsort(hashes, kind="stable")
             hashes = hashes[order]
             same = hashes[1:] == hashes[:-1]
-            shared = np.concatenate([same, [False]]) | np.concatenate([[False], same])
-            first = np.concatenate([[True], ~same])[shared]
+            shared = np.zeros(len(hashes), bool)
+            shared[1:] |= same
+            shared[:-1] |= same
+            first = np.append(True, ~same)[: len(shared)][shared]
             order = order[shared].astype(np.int32)
             yield order, np.maximum.accumulate(np.where(first, np.arange(len(order)), 0)).astype(np.int32)
 

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from etils import epath
 
 from jax_it.config import Source
-from jax_it.curation.workers import Workers
 from jax_it.data import records, sources
 from jax_it.data.records import Record
 from jax_it.errors import UserError
+from jax_it.workers import Workers
 
 T = TypeVar("T")
 CHUNK_RECORDS = 512

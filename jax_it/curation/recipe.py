@@ -24,8 +24,8 @@ from jax_it.config import Source
 from jax_it.curation import run as stage_run
 from jax_it.curation.input import Input
 from jax_it.curation.settings import SETTINGS, Convert
-from jax_it.curation.workers import Workers
 from jax_it.errors import UserError, shown
+from jax_it.workers import Workers
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,7 @@ class _Write:
 
 
 def _encoded(fields: Mapping[str, Any]) -> bytes:
-    text = json.dumps(fields, ensure_ascii=False, allow_nan=False, default=_plain)
-    return text.encode("utf-8", errors="backslashreplace") + b"\n"  # half a surrogate pair is escaped as JSON does
+    return _JSON.encode(fields).encode("utf-8", errors="backslashreplace") + b"\n"  # escapes halves of surrogate pairs
 
 
 def _line(fields: Mapping[str, Any], record: Record) -> bytes | Dropped:
@@ -100,6 +99,9 @@ def _plain(value: Any) -> str:
     if isinstance(value, decimal.Decimal):
         return str(value)
     raise TypeError(f"a value of type {type(value).__name__}")
+
+
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_plain)
 
 
 def run(

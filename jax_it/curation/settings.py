@@ -19,8 +19,8 @@ class Validate:
     """Find the faults of all records: what cannot be read or rendered, broken text, empty prompts and completions."""
 
     fix: bool = setting(False, "mend mojibake, control characters and surrogates; records that stay faulty are dropped")
-    tokenizer: str = setting("", "a folder, file or hub name: also count what this tokenizer loses or does not know")
-    max_tokens: int = setting(2048, "with a tokenizer: count records with more tokens than this")
+    tokenizer: str = setting("", "a folder, file or hub name: also find what this tokenizer loses or does not know")
+    max_tokens: int = setting(2048, "with a tokenizer: records with more tokens than this have a fault")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """`jax-it data validate`: every fault of every record, with its field and how to mend it.
 
 A record with a fault is dropped, and its line in the list of dropped records has all of its faults; with `fix`, faulty
-texts are mended first, by ftfy. What a tokenizer makes of the records is only reported.
+texts are mended first, by ftfy. With a tokenizer it is a fault what training would cut, drop or not know; white space
+that the tokenizer changes is none, and is only counted.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -17,7 +18,9 @@ from jax_it.curation.stage import Dropped, Kept, Outcome, Plan, require
 from jax_it.data import encoding, templates, tokenizer_files
 from jax_it.data.encoding import Counts
 from jax_it.data.records import Fields, InvalidRecord, Record
+from jax_it.data.templates import Example
 from jax_it.data.tokenized import shown_characters
+from jax_it.data.tokenizer import Tokenizer
 
 # Of each kind of fault in a text, what to do about it.
 REMEDIES = {
@@ -27,6 +30,7 @@ REMEDIES = {
     "mojibake": "decode the text as what it was encoded in",
 }
 UNREADABLE, NOT_RENDERED, EMPTY = "unreadable record", "record that the template refuses", "empty text"
+TOO_LONG, UNKNOWN, LOST = "too many tokens", "unknown to the tokenizer", "lost by the tokenizer"
 
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
 _PLAIN_ASCII = bytes({9, 10, 13, *range(32, 127)})
@@ -50,33 +54,49 @@ def plan(settings: Validate, input: Input) -> Plan:
         for some in input.map(partial(_count, settings)):
             counts.add(some)
     return Plan(
-        _Validate(settings.fix),
+        _Validate(settings),
         report={"tokenizer": dataclasses.asdict(counts)} if counts else {},
         text=_tokenizer_text(counts, settings) if counts else "",
         describe=_describe,
     )
 
 
+class _Checked(NamedTuple):
+    record: Record
+    faults: list[Fault]
+    changes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class _Validate:
-    fix: bool
+    settings: Validate
 
     def __call__(self, chunk: Chunk) -> list[Outcome]:
-        return [self._one(record, chunk.template) for record in chunk.records()]
+        checked = [self._check(record, chunk.template) for record in chunk.records()]
+        if self.settings.tokenizer:
+            tokenizer = _tokenizer(self.settings.tokenizer)
+            encoded = _encode([item.record for item in checked], chunk.template, tokenizer)
+            for item, one in zip(checked, encoded, strict=True):
+                if one is not None:
+                    item.faults.extend(_of_tokens(one, tokenizer, self.settings.max_tokens))
+        return [_outcome(item) for item in checked]
 
-    def _one(self, record: Record, template: str) -> Outcome:
+    def _check(self, record: Record, template: str) -> _Checked:
         found = faults(record, template)
-        changes: tuple[str, ...] = ()
-        if found and self.fix and not record.error:
-            broken = {fault.field for fault in found if fault.kind in REMEDIES}
-            record = record._replace(fields=_mended(record.fields, "", broken))
-            before = {fault.kind for fault in found}
-            found = faults(record, template)
-            changes = tuple(f"{kind} mended" for kind in sorted(before - {fault.kind for fault in found}))
-        if not found:
-            return Kept(record.fields, changes)
-        listed = [{"field": fault.field, "fault": fault.message} for fault in found]
-        return Dropped(found[0].kind, {"faults": listed})
+        if not (found and self.settings.fix) or record.error:
+            return _Checked(record, found)
+        broken = {fault.field for fault in found if fault.kind in REMEDIES}
+        record = record._replace(fields=_mended(record.fields, "", broken))
+        left = faults(record, template)
+        mended = {fault.kind for fault in found} - {fault.kind for fault in left}
+        return _Checked(record, left, tuple(f"{kind} mended" for kind in sorted(mended)))
+
+
+def _outcome(item: _Checked) -> Outcome:
+    if not item.faults:
+        return Kept(item.record.fields, item.changes)
+    listed = [{"field": fault.field, "fault": fault.message} for fault in item.faults]
+    return Dropped(item.faults[0].kind, {"faults": listed})
 
 
 def faults(record: Record, template: str) -> list[Fault]:
@@ -178,25 +198,61 @@ def _describe(dropped: Fields) -> list[str]:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: str) -> Any:
+def _tokenizer(path: str) -> Tokenizer:
     return tokenizer_files.load(path)
+
+
+class _Encoded(NamedTuple):
+    example: Example
+    prompt: list[int]
+    completion: list[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.completion) + 2  # special tokens
+
+
+def _encode(found: Sequence[Record], template: str, tokenizer: Tokenizer) -> list[_Encoded | None]:
+    """Return what the tokenizer makes of each record; None of one that cannot be rendered."""
+    examples: list[Example | None] = []
+    for record in found:
+        try:
+            examples.append(templates.render(record, template))
+        except InvalidRecord:
+            examples.append(None)
+    rendered = [example for example in examples if example is not None]
+    prompts = tokenizer.encode([example.prompt for example in rendered])
+    encoded = map(_Encoded, rendered, prompts, encoding.encode_completions(rendered, tokenizer))
+    return [None if example is None else next(encoded) for example in examples]
+
+
+def _of_tokens(item: _Encoded, tokenizer: Tokenizer, max_tokens: int) -> Iterator[Fault]:
+    """Yield what training would cut, drop or not know of an example."""
+    for name, text, tokens in (
+        ("prompt", item.example.prompt, item.prompt),
+        ("completion", item.example.completion, item.completion),
+    ):
+        counts = Counts()
+        counts.add_characters(tokenizer, [text])
+        if tokenizer.unknown in tokens:
+            which = shown_characters(counts.unknown) or "some of the words"
+            yield Fault(name, UNKNOWN, f"the tokenizer does not know {which}; replace these, or use another tokenizer")
+        if counts.vanished:
+            yield Fault(name, LOST, f"the tokenizer drops {shown_characters(counts.vanished)}; replace or remove these")
+    if item.example.completion.strip() and not item.completion:
+        yield Fault("completion", EMPTY, "the tokenizer makes no token of it; fix or remove the record")
+    if item.length > max_tokens:
+        yield Fault("", TOO_LONG, f"{item.length} tokens are more than --max-tokens {max_tokens}; shorten the record")
 
 
 def _count(settings: Validate, chunk: Chunk) -> Counts:
     counts, tokenizer = Counts(), _tokenizer(settings.tokenizer)
-    examples = []
-    for record in chunk.records():
-        try:
-            examples.append(templates.render(record, chunk.template))
-        except InvalidRecord as error:
-            counts.add_invalid(error)
-    prompts = tokenizer.encode([example.prompt for example in examples])
-    completions = encoding.encode_completions(examples, tokenizer)
-    counts.add_characters(tokenizer, [text for item in examples for text in (item.prompt, item.completion)])
-    for prompt, completion in zip(prompts, completions, strict=True):
-        counts.add_tokens(tokenizer, prompt, completion, added=1)
-        counts.empty_completion += not completion
-        counts.too_long += len(prompt) + len(completion) + 2 > settings.max_tokens
+    for item in _encode(list(chunk.records()), chunk.template, tokenizer):
+        if item is not None:
+            counts.add_characters(tokenizer, [item.example.prompt, item.example.completion])
+            counts.add_tokens(tokenizer, item.prompt, item.completion, added=1)
+            counts.empty_completion += not item.completion
+            counts.too_long += item.length > settings.max_tokens
     return counts
 
 

@@ -161,6 +161,8 @@ def _texts_of(turns: Iterable[Turn]) -> Iterator[str]:
 def _check_unicode(*texts: str) -> None:
     """Refuse half of a surrogate pair, which JSON can spell and tokenizers cannot encode."""
     for text in texts:
+        if text.isascii():  # most are, and this takes no time
+            continue
         try:
             text.encode()
         except UnicodeEncodeError as error:

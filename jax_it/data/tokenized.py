@@ -26,7 +26,7 @@ import numpy as np
 
 from jax_it import files, hosts
 from jax_it.config import Data, Source
-from jax_it.data import processes, promptsource, sources, templates
+from jax_it.data import promptsource, sources, templates
 from jax_it.data.encoded import Encoded
 from jax_it.data.encoding import Counts
 from jax_it.data.fewshot import FewShot, read_pool
@@ -36,6 +36,7 @@ from jax_it.data.templates import Example
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError, first_line, shown
 from jax_it.status import Bar
+from jax_it.workers import Workers
 
 _CHUNK = 1000  # records that the tokenizer takes at a time
 
@@ -355,8 +356,11 @@ def _tokenize_records(
     chunks = iter(lambda: list(islice(records, _CHUNK)), [])
     tokenize = _Tokenize(template, fewshot, data, tokenizer, format)
     first = 0
-    with Bar(f"tokenizing {sources.name_of(source)}", unit="examples") as bar:
-        for number, chunk in processes.in_order(tokenize, chunks, data.num_workers):
+    with (
+        Bar(f"tokenizing {sources.name_of(source)}", unit="examples") as bar,
+        Workers(data.num_workers, option="config.data.num_workers") as workers,
+    ):
+        for number, chunk in workers.map(tokenize, chunks):
             counts.add(chunk.counts)
             signed = chunk.signed_records
             yield chunk._replace(signed_records=np.where(signed < 0, signed - first, signed + first))

@@ -231,6 +231,7 @@ class _Words:
     _JOINING = regex.compile(
         r"[\p{M}\p{Cf}\p{GCB=Extend}\p{GCB=SpacingMark}\p{GCB=Prepend}\p{GCB=ZWJ}\x00-\x08\x0b\x0c\x0e-\x1f]"
     )
+    _PLAIN_ASCII = bytes({9, 10, 13, *range(32, 128)})
     _MOST = 1 << 18  # words that are kept, of at most 32 characters
 
     def __init__(self, backend: tokenizers.Tokenizer, added: Iterable[str]):
@@ -254,6 +255,8 @@ class _Words:
         return encoded
 
     def _split(self, text: str) -> list[str]:
-        if self._added.search(text) or self._JOINING.search(text):  # an added token may take the spaces beside it
+        if self._added.search(text):  # it may take the spaces beside it
             return [text]
-        return text.split() if text.isascii() else text.replace("\n", " ").split(" ")
+        if text.isascii():
+            return [text] if text.encode().translate(None, self._PLAIN_ASCII) else text.split()
+        return [text] if self._JOINING.search(text) else text.replace("\n", " ").split(" ")

@@ -13,9 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-import jax
-from jax._src import distributed
-
 from jax_it.errors import Interrupted, UserError, exit_now, first_line
 from jax_it.hosts.cluster_env import LOST_AFTER_VAR, START_TIMEOUT_VAR, detect, seconds
 from jax_it.hosts.connections import Connections, connect
@@ -23,6 +20,13 @@ from jax_it.hosts.connections import Connections, connect
 _NOTICE = 10.0  # seconds between an error in JAX and the news of the lost process that caused it
 _connections: Connections | None = None
 _rounds = itertools.count()  # every process makes the same calls in the same order
+
+
+def _state() -> Any:
+    """Return JAX's client and its numbers. Importing JAX takes a second, which the data tools do without."""
+    from jax._src import distributed
+
+    return distributed.global_state
 
 
 def start() -> None:
@@ -33,6 +37,8 @@ def start() -> None:
     that did not come in time.
     """
     global _connections
+    import jax
+
     if _connections is not None or jax.distributed.is_initialized():
         return
     env = detect()
@@ -54,7 +60,7 @@ def is_first() -> bool:
     """Return whether this process writes what all share: the run directory, logs, reports."""
     if _connections is not None:
         return _connections.env.process_id == 0
-    return distributed.global_state.process_id == 0
+    return bool(_state().process_id == 0)
 
 
 def barrier(name: str) -> None:
@@ -71,12 +77,12 @@ def all_agree(yes: bool) -> bool:
 
 
 def _all_agree(name: str, yes: bool) -> bool:
-    client = distributed.global_state.client
+    client = _state().client
     if client is None:
         return yes
     key = f"jax_it/{next(_rounds)}/{name}"
     client.key_value_increment(f"{key}/yes", int(yes))
-    count = distributed.global_state.num_processes
+    count = _state().num_processes
     if client.key_value_increment(f"{key}/arrived", 1) == count:  # the last one to arrive tells all
         client.key_value_set(f"{key}/all", str(client.key_value_increment(f"{key}/yes", 0) == count))
     return _wait_for(f"{key}/all") == "True"
@@ -84,7 +90,7 @@ def _all_agree(name: str, yes: bool) -> bool:
 
 def from_first(make: Callable[[], str]) -> str:
     """Return on every process what `make` returns on the first one, which alone calls it."""
-    client = distributed.global_state.client
+    client = _state().client
     if client is None:
         return make()
     key = f"jax_it/{next(_rounds)}/shared"
@@ -101,7 +107,9 @@ def _wait_for(key: str) -> str:
 
     It asks once a second: JAX's client can be interrupted neither in `wait_at_barrier` nor while it waits for a key.
     """
-    client: Any = distributed.global_state.client
+    import jax
+
+    client = _state().client
     while True:
         try:
             return client.blocking_key_value_get(key, 1000)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from jax_it import cli
+from jax_it import cli, workers
 from jax_it.config import Source
-from jax_it.curation import input, workers
+from jax_it.curation import input
 from jax_it.data import sources
 
 

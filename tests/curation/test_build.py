@@ -176,6 +176,17 @@ def test_an_endpoint_that_keeps_failing_or_refuses_the_key_is_an_error_that_keep
         Endpoint("localhost:8000", "m", Journal(tmp_path / "j"), Usage())
 
 
+def test_requests_that_an_endpoint_refused_are_asked_again_by_the_next_run(tmp_path):
+    requests = [ask(f"question {i}") for i in range(3)]
+    refusal = "/v1/chat/completions: all 3 requests were refused, the first with: status 400: it is 400;"
+    with Stub(lambda text, body: text, [400] * 3) as stub, pytest.raises(UserError, match=refusal):
+        asked(stub, tmp_path, requests)
+    with Stub(lambda text, body: text) as stub:
+        assert [reply.text for reply in asked(stub, tmp_path, requests)] == [f"question {i}" for i in range(3)]
+    with Stub(lambda text, body: text, [400]) as stub:  # one more, which is refused beside what is answered
+        assert asked(stub, tmp_path, [*requests, ask("long")])[3].error == "status 400: it is 400"
+
+
 def test_a_local_model_computes_what_the_journal_lacks_in_batches_of_the_same_settings(tmp_path, monkeypatch):
     batches = []
 
@@ -264,6 +275,7 @@ def test_self_instruct_makes_instructions_and_instances_with_their_origin(tmp_pa
     file, output = seeds(tmp_path / "seeds.jsonl"), tmp_path / "made.jsonl"
     with Stub(model) as stub:
         words = [file, "--method", "self_instruct", "--endpoint", stub.url, "--model", "m", "--number", "40"]
+        words += ["--max-new-tokens", "300"]
         assert jax_it(*words, "--journal", str(tmp_path / "j"), "--output", str(output)) == 0
     made = rows(output)
     instructions = list(dict.fromkeys(row["instruction"] for row in made))
@@ -281,6 +293,7 @@ def test_self_instruct_makes_instructions_and_instances_with_their_origin(tmp_pa
     assert report["rejected"]["instance: one input with several outputs"] == 64
     assert {"instruction: like another", "instruction: too short"} < set(report["rejected"])
     assert report["usage"]["requests"] == len(stub.asked)
+    assert {body["max_tokens"] for body in stub.asked} == {8, 300}
 
 
 def test_what_is_made_does_not_depend_on_how_many_requests_run_at_a_time_nor_on_a_stop(tmp_path):

@@ -197,3 +197,11 @@ def test_settings_that_cannot_be_followed_are_refused(tmp_path, settings, messag
     path = write(tmp_path / "a.jsonl", records_of(["a"]))
     with pytest.raises(errors.UserError, match=message):
         dedup.plan(Dedup(**settings), data_of(path, folder=tmp_path))
+
+
+@pytest.mark.parametrize("command", [["dedup"], ["dedup", "--method", "exact"], ["sample", "--split", "train"]])
+def test_data_without_a_record_that_can_be_rendered_leave_nothing(tmp_path, command):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "x"}])
+    output = tmp_path / "b.jsonl"
+    assert jax_it(command[0], path, *command[1:], "--on-invalid", "drop", "--output", str(output)) == 0
+    assert read(tmp_path / "b.jsonl.dropped.jsonl")[0]["reason"] == "invalid" and output.read_bytes() == b""

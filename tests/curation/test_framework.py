@@ -5,9 +5,9 @@ import json
 import pytest
 from pyarrow import parquet
 
-from jax_it import errors
+from jax_it import errors, workers
 from jax_it.config import Source
-from jax_it.curation import input, recipe, workers
+from jax_it.curation import input, recipe
 from jax_it.curation.run import run
 from jax_it.curation.settings import Convert
 from jax_it.data import sources

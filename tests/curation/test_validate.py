@@ -1,12 +1,15 @@
 """Which faults `jax-it data validate` finds, and what it mends."""
 
 import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from jax_it.curation import validate
 from jax_it.data.records import Record
 from tests.curation.datasets import jax_it, read, write
 
 PAIR = {"prompt": "Say red.", "completion": "red"}
+LETTERS = [(letter, -1.0) for letter in "▁abn"]
 
 
 def kinds(fields: dict) -> list[tuple[str, str]]:
@@ -82,9 +85,38 @@ def test_fix_mends_what_is_broken_and_nothing_else(tmp_path):
     assert reasons == ["replacement character"] * 2  # a lone half leaves a mark
 
 
-def test_a_tokenizer_reports_what_it_does_not_know(tmp_path, capsys):
-    path = write(tmp_path / "a.jsonl", [PAIR, {"prompt": "x" * 40, "completion": "y"}])
-    assert jax_it("validate", path, "--tokenizer", "bytes", "--max-tokens", "30") == 0
-    printed = capsys.readouterr().out
-    assert "too long 1 records of more than 30 tokens" in printed
-    assert "lost     no character" in printed
+def test_what_a_tokenizer_cuts_drops_or_does_not_know_is_a_fault_of_its_record(tmp_path, capsys):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *LETTERS], 0))
+    tokenizer.normalizer = tokenizers.normalizers.Replace("\u00ad", "")  # a soft hyphen
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(tmp_path)
+    pairs = [
+        ("ab\nab", "b"), ("aéb漢é", "b"), ("ab", "\u00ad"), ("a" * 30, "b\u00adb\u00ad"), ("na\x07ï", "a"), ("a", "b"),
+    ]  # fmt: skip
+    path = write(tmp_path / "a.jsonl", [{"prompt": prompt, "completion": completion} for prompt, completion in pairs])
+    words = ["validate", path, "--tokenizer", str(tmp_path), "--max-tokens", "30"]
+    assert jax_it(*words) == 2
+    remedy = "replace these, or use another tokenizer"
+    lost = "completion: the tokenizer drops '\\xad' {} times; replace or remove these"
+    printed = capsys.readouterr()
+    assert [line for line in printed.out.splitlines() if line.startswith(path)] == [
+        f"{path}, line 1: prompt: the tokenizer does not know '\\n' 1 times; {remedy}",
+        f"{path}, line 2: prompt: the tokenizer does not know '\\xe9' 2 times, '\\u6f22' 1 times; {remedy}",
+        f"{path}, line 3: {lost.format(1)}",
+        f"{path}, line 3: completion: the tokenizer makes no token of it; fix or remove the record",
+        f"{path}, line 4: {lost.format(2)}",
+        f"{path}, line 4: 36 tokens are more than --max-tokens 30; shorten the record",
+        f"{path}, line 5: prompt: control character U+0007 at character 3; remove it",
+        f"{path}, line 5: prompt: the tokenizer does not know '\\x07' 1 times, '\\xef' 1 times; {remedy}",
+    ]
+    assert "too long 1 records of more than 30 tokens" in printed.out
+    assert jax_it(*words, "--fix", "--output", str(tmp_path / "b.jsonl")) == 0
+    assert [record["prompt"] for record in read(tmp_path / "b.jsonl")] == ["a"]
+    faults = [fault["fault"] for fault in read(tmp_path / "b.jsonl.dropped.jsonl")[4]["faults"]]
+    assert faults == [f"the tokenizer does not know '\\xef' 1 times; {remedy}"]
+
+
+def test_white_space_that_a_tokenizer_changes_is_counted_and_no_fault(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a\nb  c", "completion": "y"}])
+    assert jax_it("validate", path, "--tokenizer", "bytes") == 0
+    assert "lost     no character" in capsys.readouterr().out

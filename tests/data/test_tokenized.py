@@ -17,8 +17,9 @@ import pyarrow.parquet
 import pytest
 
 from jax_it import data as chain
+from jax_it import workers
 from jax_it.config import Data, Source
-from jax_it.data import processes, sources, templates, tokenized
+from jax_it.data import sources, templates, tokenized
 from jax_it.data import tokenizer_files as tokenizers
 from jax_it.data.formats import Seq2SeqFormat
 from jax_it.data.tokenized import Tokenized, tokenize
@@ -492,6 +493,7 @@ def test_tokens_are_those_of_templates_and_tokenizer_applied_one_by_one(tmp_path
 
 def test_processes_make_what_one_makes_in_order(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(tokenized, "_CHUNK", 3)
+    monkeypatch.setattr(workers, "FEW", 0)
     texts = [f"{'ab ' * (i % 5)}{i}>{'x' * (i % 4)}" for i in range(20)]
     path = write(tmp_path / "a.jsonl", [*pairs(*texts), {"prompt": 5}])
     alone = run(path, cache, on_invalid="drop")
@@ -505,11 +507,6 @@ def test_processes_make_what_one_makes_in_order(tmp_path, cache, monkeypatch):
     ]
     message = refusal(path, tmp_path / "third", num_workers=2, truncate="error")
     assert message.startswith(f"{path}, line ") and "exceed the limits" in message
-
-
-def test_a_process_that_is_killed_ends_the_run_with_a_line(monkeypatch):
-    with pytest.raises(UserError, match=r"a process that tokenizes was killed, .*; lower config.data.num_workers"):
-        list(processes.in_order(os._exit, iter([1, 1, 1]), 1))
 
 
 def test_what_is_tokenized_before_is_trained_on_without_the_records(tmp_path, cache):

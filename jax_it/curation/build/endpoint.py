@@ -29,7 +29,7 @@ class Endpoint:
 
     Requests that the journal answers are not sent. A request is sent again, after a growing wait, when the endpoint is
     busy (429), fails (5xx), cannot be reached, takes too long or answers with broken JSON. One that the endpoint
-    refuses (other 4xx) becomes a `Reply` with the error.
+    refuses (other 4xx) becomes a `Reply` with the error; UserError is raised where it has refused all so far.
     """
 
     def __init__(
@@ -75,8 +75,13 @@ class Endpoint:
             with Bar("asking", len(missing), "requests") as bar:
                 self._runner.run(self._ask_all(missing, bar))
             self.usage.seconds += time.monotonic() - began
-        found = [self._journal.get(key) for key in keys]
-        return [reply for reply in found if reply is not None]
+        found = [reply for key in keys if (reply := self._journal.get(key)) is not None]
+        if self.usage.requests == self.usage.refused > 0 and not self.usage.from_journal:
+            raise UserError(
+                f"--endpoint {self._url}: all {self.usage.refused} requests were refused, the first with: "
+                f"{found[0].error}; change the command or the endpoint's limits"
+            )
+        return found
 
     async def _ask_all(self, missing: dict[str, Request], bar: Bar) -> None:
         waiting = iter(missing.items())

@@ -124,9 +124,11 @@ class Journal:
         try:
             entry = json.loads(line)
             key = entry.pop("key")
-            self._answers[key] = Reply(**entry)
+            reply = Reply(**entry)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self._file}, line {number}: not an answer; restore the journal or remove it") from None
+        if not reply.error:  # a refusal cost nothing, and the endpoint's limits may have changed
+            self._answers[key] = reply
 
     def get(self, key: str) -> Reply | None:
         return self._answers.get(key)

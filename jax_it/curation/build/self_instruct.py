@@ -67,7 +67,9 @@ def read_task(record: Record, template: str) -> Task:
     return Task(example.prompt, record.where, (("", example.completion),))
 
 
-def make(generator: Generator, seeds: Sequence[Task], number: int, seed: int, temperature: float = 0.7) -> Made:
+def make(
+    generator: Generator, seeds: Sequence[Task], number: int, seed: int, temperature: float, max_new_tokens: int
+) -> Made:
     """Return records of `number` new instructions, fewer if the model has no more to give; a record is an instance.
 
     Raises UserError for fewer than eight seeds.
@@ -75,14 +77,14 @@ def make(generator: Generator, seeds: Sequence[Task], number: int, seed: int, te
     if len(seeds) < SHOWN:
         raise UserError(f"Self-Instruct shows {SHOWN} seed tasks in each prompt, and there are {len(seeds)}; add some")
     made = Made([])
-    new = _new_tasks(generator, seeds, number, seed, temperature, made)
+    new = _new_tasks(generator, seeds, number, seed, temperature, max_new_tokens, made)
     made.instructions = len(new)
     kinds = generator([_is_classification(task, seeds, seed) for task in new])
     new = [
         task._replace(is_classification=reply.text.strip().lower().startswith("yes"))
         for task, reply in zip(new, kinds, strict=True)
     ]
-    replies = generator([_instances(task, seeds, seed) for task in new])
+    replies = generator([_instances(task, seeds, seed, max_new_tokens) for task in new])
     for task, reply in zip(new, replies, strict=True):
         for input_text, output in _checked(task, reply, made.rejected):
             parents = task.where.split("\n")
@@ -94,7 +96,13 @@ def make(generator: Generator, seeds: Sequence[Task], number: int, seed: int, te
 
 
 def _new_tasks(
-    generator: Generator, seeds: Sequence[Task], number: int, seed: int, temperature: float, made: Made
+    generator: Generator,
+    seeds: Sequence[Task],
+    number: int,
+    seed: int,
+    temperature: float,
+    max_new_tokens: int,
+    made: Made,
 ) -> list[Task]:
     similar = Similar(SIMILAR)
     for task in seeds:
@@ -104,7 +112,7 @@ def _new_tasks(
     while len(new) < number and fruitless < FRUITLESS:
         shown = [_shown(seeds, new, random.Random(f"{seed}:{made.rounds}:{i}")) for i in range(ROUND)]
         requests = [
-            _propose(tasks, temperature, seed=seed * 1_000_003 + made.rounds * ROUND + i)
+            _propose(tasks, temperature, max_new_tokens, seed=seed * 1_000_003 + made.rounds * ROUND + i)
             for i, tasks in enumerate(shown)
         ]
         before = len(new)
@@ -132,14 +140,14 @@ def _shown(seeds: Sequence[Task], made: Sequence[Task], rng: random.Random) -> l
     return tasks
 
 
-def _propose(tasks: Sequence[Task], temperature: float, seed: int) -> Request:
+def _propose(tasks: Sequence[Task], temperature: float, max_new_tokens: int, seed: int) -> Request:
     lines = [f"{number}. {_one_line(task.instruction)}" for number, task in enumerate(tasks, 1)]
     text = (
         f"Come up with a series of tasks. Below are the first {len(tasks)}. Continue the list with tasks "
         f"{len(tasks) + 1} to {len(tasks) + ASKED}, each on one line behind its number and each of another kind. Write "
         "nothing else.\n\n" + "\n".join(lines)
     )
-    return ask(text, max_new_tokens=1024, temperature=temperature, top_p=0.95, seed=seed)
+    return ask(text, max_new_tokens=max_new_tokens, temperature=temperature, top_p=0.95, seed=seed)
 
 
 def _one_line(text: str) -> str:
@@ -188,7 +196,7 @@ def _is_classification(task: Task, seeds: Sequence[Task], seed: int) -> Request:
     )
 
 
-def _instances(task: Task, seeds: Sequence[Task], seed: int) -> Request:
+def _instances(task: Task, seeds: Sequence[Task], seed: int, max_new_tokens: int) -> Request:
     rng = random.Random(f"{seed}:{task.instruction}")
     alike = [one for one in seeds if one.is_classification == task.is_classification and one.instances]
     shown = rng.sample(alike, min(5, len(alike)))
@@ -217,7 +225,7 @@ def _instances(task: Task, seeds: Sequence[Task], seed: int) -> Request:
             for one in shown
         ]
     text += "".join(f"Task: {one.instruction}\n{part}\n" for one, part in zip(shown, parts, strict=True))
-    return ask(f"{text}Task: {task.instruction}\n", max_new_tokens=1024)
+    return ask(f"{text}Task: {task.instruction}\n", max_new_tokens=max_new_tokens)
 
 
 def _checked(task: Task, reply: Reply, rejected: Counter[str]) -> list[tuple[str, str]]:

@@ -53,8 +53,6 @@ def plan(settings: Build, input: Input) -> Plan:
         else:
             found = _each(_METHODS[settings.method](settings, generator, judge), settings, input)
     usage = shared.report(settings.input_price, settings.output_price)
-    if usage["refused"] and usage["refused"] == usage["requests"]:
-        raise UserError(f"the endpoint refused all {usage['requests']} requests; see the errors in {settings.journal}")
     text = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in usage.items() if name != "retried")
     return found._replace(report={"usage": usage, **found.report}, text=f"{text}\n{found.text}".strip())
 
@@ -88,7 +86,9 @@ def _api_key(variable: str) -> str:
 
 def _self_instruct(generator: Generator, settings: Build, input: Input) -> Plan:
     seeds = [self_instruct.read_task(record, chunk.template) for chunk, record in _records(input)]
-    made = self_instruct.make(generator, seeds, settings.number, settings.seed, settings.temperature)
+    made = self_instruct.make(
+        generator, seeds, settings.number, settings.seed, settings.temperature, settings.max_new_tokens
+    )
     if made.instructions < settings.number:
         text = f"the model made {made.instructions} new instructions of {settings.number}, and no more"
         print(f"jax-it data build: {text}", file=sys.stderr)

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -20,21 +21,23 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jax_it.errors import UserError
+from jax_it.errors import UserError, first_line
 
 S = TypeVar("S")
 T = TypeVar("T")
 FEW = 8  # chunks that are done before the first process has started
+CONNECT_TIMEOUT = 10.0  # seconds
 
 
 class Workers:
     """Processes of this machine, or a Ray cluster's where its address is given; a context manager.
 
-    Processes are started when there are more chunks than FEW, and stay for the next `map`.
+    With a number of 0 or 1 this process works alone. Others are started when there are more chunks than FEW, and stay
+    for the next `map`; `option` is what sets their number, for the message that is shown when one is killed.
     """
 
-    def __init__(self, number: int = 1, ray_address: str = ""):
-        self._number = number
+    def __init__(self, number: int = 1, ray_address: str = "", option: str = "--num-workers"):
+        self._number, self._option = number, option
         self._pool: ProcessPoolExecutor | None = None
         self._ray: Any = None
         if ray_address:
@@ -79,7 +82,7 @@ class Workers:
                     yield pending.popleft().result()
             except BrokenProcessPool:
                 raise UserError(
-                    "a worker process was killed, probably because memory ran out; lower --num-workers"
+                    f"a worker process was killed, probably because memory ran out; lower {self._option}"
                 ) from None
             finally:
                 for future in pending:
@@ -107,18 +110,24 @@ def _connect(address: str) -> tuple[Any, int]:
     """Return the module ray, connected, and the number of the cluster's CPUs."""
     if not find_spec("ray"):
         raise UserError("--ray needs ray: pip install 'jax-it[ray]'")
-    import ray
-
+    host, _, port = address.rpartition("/")[2].rpartition(":")
     try:
+        if port.isdecimal():  # Ray itself tries for a quarter of an hour, even where nothing listens
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT).close()
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # of 20 attempts of 40 s, if it is no Ray that listens
+        import ray
+
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"--ray {address}: {error}; give the address of a running cluster, or 'local'") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise UserError(f"--ray {address}: {reason}; give the address of a running cluster, or 'local'") from None
     return ray, max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def _start() -> None:
-    """Leave Ctrl-C to the main process, which ends the others."""
+    """Leave Ctrl-C to the main process, which ends the others, and one core to each process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["RAYON_NUM_THREADS"] = "1"  # of tokenizers
 
 
 @lru_cache(maxsize=1)
