@@ -1,4 +1,4 @@
-"""Hostile requests over a real connection: each is answered or refused in OpenAI's shape, in time, and harms no other."""
+"""Hostile requests over a real connection: each is answered or refused in OpenAI's shape, in time, and harms none."""
 
 import asyncio
 import copy
@@ -35,7 +35,8 @@ NUMBERS = [Raw(text) for text in (
     "18446744073709551615", "18446744073709551616", "1" + "0" * 400, "9" * 5000, "1e999999", "01", "+1", ".5", "1.",
 )]  # fmt: skip
 TEXTS = (
-    "", " ", "x", "0", "1", "-1", "nan", "\x00", "a\nb\r\n", "\ud800", "\udfff\ud800", "ü☃𝒳🏳️‍🌈", "\u202e\u0301", "\ufffd",
+    "", " ", "x", "0", "1", "-1", "nan", "\x00", "a\nb\r\n", "\ud800", "\udfff\ud800", "ü☃𝒳🏳️‍🌈",
+    "\u202e\u0301", "\ufffd",
     "<|im_start|>", "<|im_end|><|im_start|>system", "</s>", "{{ 7 * 7 }}", "{% raw %}", "%s%n", "data: [DONE]\n\n",
     "x" * 300, "word " * 3000, "llama", "t5", "system", "tool", "auto", "../../etc/passwd", '"', "\\", "<tool_call>",
 )  # fmt: skip
@@ -54,7 +55,8 @@ SCHEMAS = (
     {"type": "array", "minItems": -1}, {"$ref": "#"}, {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}},
     {"$ref": "http://127.0.0.1:1/schema.json"}, {"$ref": "file:///etc/passwd"}, {"enum": []}, {"const": Raw("1e400")},
     {"enum": [f"value {i}" for i in range(20_000)]}, {"type": "number", "multipleOf": Raw("1e-300")},
-    {"type": "number", "minimum": Raw("1e300"), "maximum": Raw("-1e300")}, {"type": "integer", "minimum": Raw("9" * 400)},
+    {"type": "number", "minimum": Raw("1e300"), "maximum": Raw("-1e300")},
+    {"type": "integer", "minimum": Raw("9" * 400)},
     {"properties": {f"p{i}": {"type": "string"} for i in range(3000)}, "required": [f"p{i}" for i in range(3000)]},
     {"allOf": [{"properties": {f"q{i}": {"type": "integer"}}} for i in range(200)]},
     {"anyOf": [{"type": "object", "properties": {"x": {"const": i}}} for i in range(2000)]},
@@ -66,7 +68,8 @@ SCHEMAS = (
 REGEX_ENDS = ("", "$", "{2,900}", "+?", "|", "(?!a)", "\\1", "[^\\x00]")
 CONTENT_TYPES = (
     "", "text/plain", "application/xml", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded",
-    "application/json; charset=utf-16", "application/problem+json", "application/json; charset=nope", "json", ",", "\xff",
+    "application/json; charset=utf-16", "application/problem+json", "application/json; charset=nope",
+    "json", ",", "\xff",
 )  # fmt: skip
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
@@ -92,7 +95,10 @@ BODIES: dict[str, list[dict[str, Any]]] = {
         {"prompt": "x", "best_of": 2, "use_beam_search": True, "model": "t5"}, {"prompt": "x", "min_tokens": 3},
         {"prompt": "x", "echo": True, "max_tokens": 0}, {"prompt": "x", "ignore_eos": True, "user": "me"},
     ],
-    "/tokenize": [{"prompt": "Say hello", "return_token_strs": True}, CHAT, CHAT | {"tools": [TOOL]}, {"prompt": "x", "model": "t5"}],
+    "/tokenize": [
+        {"prompt": "Say hello", "return_token_strs": True}, CHAT, CHAT | {"tools": [TOOL]},
+        {"prompt": "x", "model": "t5"},
+    ],
     "/detokenize": [{"tokens": [5, 6, 7]}, {"tokens": []}],
     "/render": [{"template": "{{ x }} ||| {{ y }}", "fields": {"x": "1"}}],
 }  # fmt: skip
@@ -103,7 +109,8 @@ LIMITS = {  # values at the edge of what a field may have, on both sides of it
     "logit_bias": ({str(i): 100 for i in range(300)}, {str(i): -100 for i in range(301)}, {"0": 100}, {"5": -100}),
     "top_k": (-1, 1, 2**31 - 1, 2**31, 2**64, 10**30), "min_p": (0, 1, 1e-30), "repetition_penalty": (1e-6, 1e30, 1e-9),
     "min_tokens": (24, 2**40), "logprobs": (True, 0, 1, 5, 20), "top_logprobs": (0, 20, 21), "echo": (True,),
-    "length_penalty": (1e30, -1e308), "best_of": (1, 2, 2**40), "user": ("\ud800", "\n" * 5000), "model": ("t5", "llama"),
+    "length_penalty": (1e30, -1e308), "best_of": (1, 2, 2**40), "user": ("\ud800", "\n" * 5000),
+    "model": ("t5", "llama"),
     "response_format": ({"type": "json_object"}, {"type": "text"}), "tool_choice": ("none", "required"),
     "chat_template_kwargs": ({"tools": 1}, {"bos_token": [1]}, {"x": 1}), "parallel_tool_calls": (False,),
 }  # fmt: skip

@@ -17,8 +17,9 @@ PATH = "/v1/completions"
 BODY = {"prompt": "Say hello"}
 
 
-def head(length: int, path: str = PATH) -> bytes:
-    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode()
+def head(length: int) -> bytes:
+    lines = f"POST {PATH} HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {length}"
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def request(**fields) -> bytes:

@@ -1,0 +1,225 @@
+"""Served texts are those of Transformers' `generate` for each request alone, whatever arrives beside it.
+
+Tiny models of five families, and real weights:
+
+    JAX_IT_SMOLLM2=FOLDER make parity PYTEST_ARGS="-k served_by_smollm2 -s"
+"""
+
+import asyncio
+import dataclasses
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from jax_it.data import chat
+from jax_it.data import tokenizer_files as tokenizers
+from jax_it.serving.admission import Limits
+from jax_it.serving.models import load_models
+from jax_it.serving.worker import EngineOptions, Workers
+from tests.data.chat_tokenizers import TEXTS, checkpoint
+from tests.parity import cases, pytorch
+from tests.serving.conftest import Served, events, listening  # noqa: F401
+
+pytestmark = [pytest.mark.parity, pytest.mark.slow]
+
+SMOLLM2 = os.environ.get("JAX_IT_SMOLLM2", "")
+TOKENIZERS = {"t5_1_1": None, "mt5": None, "llama3": "llama3", "qwen3": "qwen3", "gemma2": "gemma"}
+PATH = "/v1/completions"
+SECONDS = 0.05  # between two requests, on average
+# What requests ask, as fields of the API and as settings of `generate`.
+WAYS: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = (
+    ({}, {}),
+    ({}, {}),
+    ({"repetition_penalty": 1.3, "min_tokens": 3}, {"repetition_penalty": 1.3, "min_new_tokens": 3}),
+    ({"use_beam_search": True, "best_of": 3}, {"num_beams": 3}),
+    (
+        {"use_beam_search": True, "best_of": 2, "length_penalty": 2.0, "n": 2},
+        {"num_beams": 2, "length_penalty": 2.0, "num_return_sequences": 2},
+    ),
+)
+TIE = 1e-4  # of logits in float64 that float32 may put in either order
+
+
+@dataclass
+class Peer:
+    """Transformers' model and tokenizer of a folder."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        import transformers
+
+        self.model = pytorch.open_folder(self.folder)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder)
+        self.ends = sorted({*pytorch._ends(self.model), *chat.ends(tokenizers.load(str(self.folder)))})
+        self._found: dict[str, list[list[int]]] = {}
+
+    def tokens(self, prompt: str, max_new_tokens: int, **settings: Any) -> list[list[int]]:
+        """The new tokens of each text, without the end token."""
+        import torch
+
+        key = json.dumps([prompt, max_new_tokens, settings])
+        if key not in self._found:
+            inputs = self.tokenizer(prompt, return_tensors="pt")
+            made = self.model.generate(
+                input_ids=inputs.input_ids, attention_mask=torch.ones_like(inputs.input_ids), do_sample=False,
+                max_new_tokens=max_new_tokens, eos_token_id=self.ends, pad_token_id=0, **settings,
+            )  # fmt: skip
+            start = 1 if self.model.config.is_encoder_decoder else inputs.input_ids.shape[1]
+            texts = [pytorch._until_end(text, self.ends) for text in made[:, start:].tolist()]
+            self._found[key] = [[token for token in text if token not in self.ends] for text in texts]
+        return self._found[key]
+
+    def text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def lead(self, prompt: str, tokens: list[int]) -> float:
+        """How near in float64 the two likeliest tokens are where they are nearest, in a greedy text."""
+        import torch
+
+        model = self.model.double()
+        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            if model.config.is_encoder_decoder:
+                start = model.config.decoder_start_token_id
+                logits = model(input_ids=ids, decoder_input_ids=torch.tensor([[start, *tokens]])).logits[0]
+            else:
+                logits = model(input_ids=torch.cat([ids, torch.tensor([tokens]).long()], 1)).logits[
+                    0, ids.shape[1] - 1 :
+                ]
+        self.model = model.float()
+        best, second = logits.topk(2).values.unbind(-1)
+        return (best - second).min().item()
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> dict[str, str]:
+    """A folder of each family: numpy's weights, and a tokenizer that was trained here."""
+    made = {}
+    for name, kind in TOKENIZERS.items():
+        tokenizer = tokenizers.train(TEXTS, 300) if kind is None else checkpoint(kind)
+        case = cases.BY_NAME[name]
+        values = {**case.values, "vocab_size": tokenizer.size, "eos_token_id": tokenizer.end}
+        if "max_position_embeddings" in values:
+            values["max_position_embeddings"] = 256
+        folder = tmp_path_factory.mktemp("served") / name
+        cases.write(dataclasses.replace(case, values=values), folder)
+        tokenizer.save(folder)
+        made[name] = str(folder)
+    return made
+
+
+@pytest.fixture
+def serve() -> Iterator[Any]:
+    started: list[Workers] = []
+
+    def start(folders: Mapping[str, str], longest: int, batch_size: int) -> Served:
+        models = load_models([*folders.items()], [])
+        limits = Limits(max_new_tokens=longest, max_prompt=128, max_queue=1000, timeout=900.0)
+        workers = Workers(models, EngineOptions(longest, 128, batch_size))
+        started.append(workers)
+        workers.start()
+        while not workers.is_ready:
+            assert workers.failure is None
+            time.sleep(0.05)
+        return Served(workers, models, limits)
+
+    yield start
+    for workers in started:
+        workers.stop()
+
+
+def test_texts_served_by_tiny_models_are_those_of_transformers(families, serve, listening):  # noqa: F811
+    url = listening(serve(families, 24, 4))
+    words = " ".join(TEXTS).split()
+    seen = asyncio.run(load(url, families, words, [1, 5, 12, 24], 500))
+    assert seen["requests"] == 500 and seen["ties"] <= 2
+    assert min(seen[kind] for kind in ("cancelled", "sampled", "streamed", "beams", "greedy")) >= 30
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="JAX_IT_SMOLLM2 names no folder that holds SmolLM2-135M")
+def test_texts_served_by_smollm2_are_those_of_transformers(serve, listening):  # noqa: F811
+    folders = {"smollm2": SMOLLM2}
+    words = " ".join(TEXTS).split()
+    number = int(os.environ.get("JAX_IT_REQUESTS", "100"))
+    seen = asyncio.run(load(listening(serve(folders, 24, 8)), folders, words, [1, 6, 12, 24], number))
+    assert seen["requests"] == number
+
+
+async def load(url: str, folders: Mapping[str, str], words: list[str], lengths: list[int], number: int) -> Counter[str]:
+    """Requests of all kinds at random times, each compared; counts them by kind."""
+    rng, seen = random.Random(0), Counter[str]()
+    peers = {name: Peer(Path(folder)) for name, folder in folders.items()}
+    prompts = {}
+    for name in folders:
+        starts = [rng.randrange(len(words)) for _ in range(12)]
+        prompts[name] = [" ".join(words[at : at + rng.choice((1, 2, 5, 9, 20))]) for at in starts]
+
+    async def ask(client: httpx.AsyncClient, body: Mapping[str, Any]) -> list[str]:
+        response = await client.post(PATH, json=body)
+        assert response.status_code == 200, response.text
+        return [choice["text"] for choice in response.json()["choices"]]
+
+    async def streamed(client: httpx.AsyncClient, body: Mapping[str, Any], parts: int | None) -> list[str]:
+        """The texts of a stream, or of its first parts, after which it is cut."""
+        texts = [""] * body.get("n", 1)
+        async with client.stream("POST", PATH, json=body | {"stream": True}) as response:
+            async for line in response.aiter_lines():
+                for event in events(line):
+                    if event == "[DONE]":
+                        return texts
+                    texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+                    parts = parts and parts - 1
+                if parts == 0:
+                    return texts
+        raise AssertionError("a stream without an end")
+
+    async def one(client: httpx.AsyncClient, draw: random.Random, alone: Mapping[str, list[str]]) -> None:
+        await asyncio.sleep(draw.random() * number * SECONDS)
+        name, max_tokens, kind = draw.choice([*folders]), draw.choice(lengths), draw.random()
+        seen["requests"] += 1
+        if alone and kind < 0.15:
+            key = draw.choice([*alone])
+            seen["sampled"] += 1
+            body = json.loads(key)
+            assert await (ask(client, body) if draw.random() < 0.5 else streamed(client, body, None)) == alone[key], key
+            return
+        prompt, (fields, settings) = draw.choice(prompts[name]), draw.choice(WAYS)
+        max_tokens = max(max_tokens, fields.get("min_tokens", 0))
+        body = {"model": name, "prompt": prompt, "max_tokens": max_tokens, **fields}
+        beams = "num_beams" in settings
+        cut = not beams and kind > 0.85
+        wanted = peers[name].tokens(prompt, max_tokens, **settings)
+        texts = [peers[name].text(tokens) for tokens in wanted]
+        seen["cancelled" if cut else "streamed" if kind > 0.5 else "whole"] += 1
+        seen["beams" if beams else "penalized" if settings else "greedy"] += 1
+        found = await (streamed(client, body, draw.randint(1, 3) if cut else None) if kind > 0.5 else ask(client, body))
+        if cut:
+            texts = [text[: len(part)] for text, part in zip(texts, found, strict=True)]
+        if found != texts:
+            assert not settings, (body, found, texts)
+            lead = peers[name].lead(prompt, wanted[0])
+            assert lead < TIE, (body, found, texts, lead)
+            seen["ties"] += 1
+
+    async with httpx.AsyncClient(base_url=url, timeout=900) as client:
+        alone = {}
+        for i in range(2 * len(folders)):
+            name = [*folders][i % len(folders)]
+            body = {
+                "model": name, "prompt": rng.choice(prompts[name]), "max_tokens": max(lengths), "seed": i,
+                "temperature": rng.choice([0.7, 1.3]), "top_p": rng.choice([1.0, 0.9]), "n": 1 + i % 2,
+            }  # fmt: skip
+            alone[json.dumps(body)] = await ask(client, body)
+        await asyncio.gather(*(one(client, random.Random(f"request {i}"), alone) for i in range(number)))
+    print(dict(seen))
+    return seen
