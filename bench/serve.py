@@ -12,7 +12,8 @@ by the engine of `jax-it generate`, and every reply must be that text, or the be
 
 A second load has one client, without waiting: one request at a time. The peer of a causal model is `transformers
 serve` with continuous batching, that of an encoder-decoder a FastAPI app around `model.generate` that batches the
-requests of a few milliseconds, both in PyTorch with the same weights in float32. Servers run one after the other.
+requests of a few milliseconds, both in PyTorch with the same weights in float32. Servers run one after the other,
+`--rounds` times in turn; processes are started anew each time.
 """
 
 import argparse
@@ -302,8 +303,8 @@ def report(name: str, load: Load) -> str:
     )
 
 
-def measure(name: str, url: str, process: Any, asked: Sequence[Question], options: Any) -> tuple[Load, Load]:
-    """Return the loads of one client and of all, on a server that is warmed up by each question's length."""
+def measure(name: str, url: str, process: Any, asked: Sequence[Question], options: Any) -> Load:
+    """Load a server that is warmed up with one client, and then with all; return the load of all."""
     options.pid = process.pid
     options.mixed = False
     asyncio.run(put_load(url, asked[: options.clients], min(32, options.clients), options.warm, 0.0, options))
@@ -312,10 +313,45 @@ def measure(name: str, url: str, process: Any, asked: Sequence[Question], option
     options.mixed = True
     many = asyncio.run(put_load(url, asked, options.clients, options.seconds, options.wait, options))
     print(report(f"{name}, {options.clients} clients", many), flush=True)
-    print(f"{name}: {many.rate / one.rate:.1f} times the tokens per second of one request at a time", flush=True)
+    ratio = many.rate / one.rate if one.rate else float("inf")
+    print(f"{name}: {ratio:.1f} times the tokens per second of one request at a time", flush=True)
     for expected, answered in many.wrong[:3]:
         print(f"  wrong: {answered!r} instead of {expected!r}", flush=True)
-    return one, many
+    many.wrong += one.wrong
+    return many
+
+
+def ours(asked: Sequence[Question], options: Any) -> Load:
+    """Return the load of all clients on `jax-it serve`."""
+    port = free_port()
+    command = [
+        sys.executable, "-m", "jax_it", "serve", f"--model=m={options.model}", f"--port={port}",
+        f"--batch-size={options.batch_size}", f"--max-new-tokens={LONGEST_NEW}", f"--max-prompt-tokens={LONGEST}",
+        "--max-queue=1000",
+    ]  # fmt: skip
+    options.is_ours, options.streams, options.name = True, True, "m"
+    with running(command, port, options.logs / "jax-it.log", "/health") as process:
+        return measure("jax-it serve", f"http://127.0.0.1:{port}", process, asked, options)
+
+
+def peer(asked: Sequence[Question], options: Any, is_causal: bool) -> tuple[str, Load]:
+    """Return the peer's name, and the load of all clients on it."""
+    port = free_port()
+    if is_causal:
+        name = "transformers serve"
+        command = [
+            str(Path(options.peer_python).with_name("transformers")), "serve", options.model, f"--port={port}",
+            "--continuous-batching", "--dtype=float32", "--device=cpu",
+        ]  # fmt: skip
+    else:
+        name = "FastAPI and generate"
+        command = [
+            options.peer_python, __file__, "--model", options.model, "--data=-", f"--micro-batches={port}",
+            f"--batch-size={options.batch_size}",
+        ]  # fmt: skip
+    options.is_ours, options.streams, options.name = False, is_causal, options.model
+    with running(command, port, options.logs / "peer.log", "/health") as process:
+        return name, measure(name, f"http://127.0.0.1:{port}", process, asked, options)
 
 
 def main() -> None:
@@ -329,7 +365,8 @@ def main() -> None:
     parser.add_argument("--warm", type=float, default=20, help="seconds of load before anything is counted")
     parser.add_argument("--wait", type=float, default=10, help="mean seconds between an answer and the next request")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--peer", action="store_true", help="measure the peer too")
+    parser.add_argument("--rounds", type=int, default=1, help="of jax-it and the peer, alternately")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python with PyTorch")
     parser.add_argument("--logs", type=Path, default=Path("runs/bench"))
     parser.add_argument("--seed", type=int, default=0)
@@ -345,36 +382,19 @@ def main() -> None:
     print("| | tokens/s | first token p50 / p99 | per token p50 / p99 | statuses | cut | wrong | errors | memory |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
 
-    port = free_port()
-    command = [
-        sys.executable, "-m", "jax_it", "serve", f"--model=m={options.model}", f"--port={port}",
-        f"--batch-size={options.batch_size}", f"--max-new-tokens={LONGEST_NEW}", f"--max-prompt-tokens={LONGEST}",
-        "--max-queue=1000",
-    ]  # fmt: skip
-    options.is_ours, options.streams, options.name = True, True, "m"
-    with running(command, port, options.logs / "jax-it.log", "/health") as process:
-        one, many = measure("jax-it serve", f"http://127.0.0.1:{port}", process, asked, options)
-    failed = bool(one.wrong or many.wrong or many.errors) or any(status >= 500 for status in many.statuses)
-
+    is_causal = True
     if options.peer:
-        is_causal = json.loads((Path(options.model) / "config.json").read_text())["model_type"] not in ("t5", "mt5")
-        port = free_port()
-        if is_causal:
-            name = "transformers serve"
-            command = [
-                str(Path(options.peer_python).with_name("transformers")), "serve", options.model, f"--port={port}",
-                "--continuous-batching", "--dtype=float32", "--device=cpu",
-            ]  # fmt: skip
-        else:
-            name = "FastAPI and generate"
-            command = [
-                options.peer_python, __file__, "--model", options.model, "--data=-", f"--micro-batches={port}",
-                f"--batch-size={options.batch_size}",
-            ]  # fmt: skip
-        options.is_ours, options.streams, options.name = False, is_causal, options.model
-        with running(command, port, options.logs / "peer.log", "/health") as process:
-            _, theirs = measure(name, f"http://127.0.0.1:{port}", process, asked, options)
-        print(f"jax-it serve: {many.rate / theirs.rate:.1f} times the tokens per second of {name}")
+        from transformers import AutoConfig
+
+        is_causal = not AutoConfig.from_pretrained(options.model).is_encoder_decoder
+    failed = False
+    for number in range(options.rounds):
+        many = ours(asked, options)
+        failed |= bool(many.wrong or many.errors) or any(status >= 500 for status in many.statuses)
+        if options.peer:
+            name, theirs = peer(asked, options, is_causal)
+            ratio = many.rate / theirs.rate if theirs.rate else float("inf")
+            print(f"round {number + 1}: jax-it serve: {ratio:.2f} times the tokens per second of {name}", flush=True)
     sys.exit(1 if failed else 0)
 
 

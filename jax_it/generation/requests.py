@@ -69,8 +69,8 @@ def check(sampling: Sampling, max_new_tokens: int, vocab_size: int) -> None:
         if not 0 <= (value := getattr(sampling, name)) <= 1:
             raise UserError(f"{name} {value:g}: it must be from 0 to 1")
     for name in ("top_k", "min_new_tokens"):
-        if (value := getattr(sampling, name)) < 0:
-            raise UserError(f"{name} {value}: it must not be negative")
+        if not 0 <= (value := getattr(sampling, name)) < 1 << 31:
+            raise UserError(f"{name} {value}: it must be from 0 to 2147483647")
     if sampling.num_samples < 1:
         raise UserError(f"num_samples {sampling.num_samples}: a prompt has one text at least")
     if len(sampling.logit_bias) > MAX_LOGIT_BIAS:

@@ -48,7 +48,7 @@ def make_app(server: Server, cors_origins: Sequence[str] = ()) -> FastAPI:
 
     app = FastAPI(
         title="jax-it serve", version=importlib.metadata.version("jax-it"), lifespan=lifespan, docs_url=None,
-        redoc_url=None, max_body_size=server.limits.max_body,
+        redoc_url=None, redirect_slashes=False,
         responses={status: {"description": text} for status, text in STATUSES.items()},
     )  # fmt: skip
     add_error_handlers(app)

@@ -1,6 +1,6 @@
 """Token ids of a text that is still growing to text: only what no later token changes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from jax_it.generation import StopStrings
 
@@ -12,18 +12,28 @@ class Detokenizer:
     """Decode one text bit by bit; the parts together are what decoding all of its tokens at once gives.
 
     Held back are the first bytes of a character, the beginning of a stop string, and, where the tokenizer removes
-    spaces before punctuation, a space that may go.
+    spaces before punctuation, a space that may go. So are `byte_tokens` at the end, such as Llama 2's `<0x0A>`: one
+    byte that is wrong makes all of those before it wrong.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = (), cleans_up: bool = False):
-        self._decode = decode
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str] = (),
+        cleans_up: bool = False,
+        byte_tokens: Container[int] = (),
+    ):
+        self._decode, self._byte_tokens = decode, byte_tokens
         self._stop = StopStrings(stop, decode) if stop else None
         self._cleans_up = cleans_up
         self.text = ""  # shown so far
 
     def add(self, tokens: Sequence[int], is_last: bool) -> str:
         """Return what is new of the text of all tokens so far; it may be empty."""
-        text = self._decode(tokens)
+        number = len(tokens)
+        while number and not is_last and tokens[number - 1] in self._byte_tokens:
+            number -= 1
+        text = self._decode(tokens[:number])
         if self._stop:
             text = self._stop.cut(text)
         if not is_last:

@@ -1,4 +1,4 @@
-"""What holds for every path: keys, errors in one shape, a time limit for bodies, the access log."""
+"""What holds for every path: keys, errors in one shape, limits of bodies, the access log."""
 
 import asyncio
 import hmac
@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from jax_it.errors import shorten
 from jax_it.serving import page
 from jax_it.serving.admission import Server
 from jax_it.serving.errors import ApiError
@@ -36,7 +37,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> JSONResponse:
-        what = {404: "there is no such path", 405: "the path does not take this method", 413: "the body is too large"}
+        what = {404: "there is no such path", 405: "the path does not take this method"}
         message = what.get(error.status_code, str(error.detail))
         return JSONResponse(ApiError(error.status_code, message).body, error.status_code, error.headers)
 
@@ -51,7 +52,7 @@ def _of_validation(errors: Sequence[Any]) -> ApiError:
     path = [str(each) for each in found["loc"] if each != "body"]
     # The kinds of value that a field may have are part of pydantic's path, and not of the body.
     names = [each for each in path if "[" not in each and each not in ("str", "constrained-str", "function-after")]
-    param = ".".join(names) or None
+    param = shorten(".".join(names), 100) or None
     if found["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field {param!r}", param, "unknown_field")
     if found["type"] == "json_invalid":
@@ -82,13 +83,14 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
-            await send(message)
+            async with asyncio.timeout(self._server.limits.timeout):  # of a client that reads nothing
+                await send(message)
 
         due = asyncio.get_running_loop().time() + self._server.limits.body_timeout
-        is_whole = False
+        is_whole, size = False, 0
 
         async def receive_in_time() -> Any:
-            nonlocal is_whole
+            nonlocal is_whole, size
             if is_whole:
                 return await receive()
             try:
@@ -97,6 +99,9 @@ class Guard:
             except TimeoutError:
                 raise HTTPException(408, "the body did not arrive in time") from None
             is_whole = not message.get("more_body")
+            size += len(message.get("body", b""))
+            if size > self._server.limits.max_body:
+                raise HTTPException(413, f"the body is larger than {self._server.limits.max_body} bytes")
             return message
 
         try:

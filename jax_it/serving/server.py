@@ -26,7 +26,7 @@ from jax_it.serving.models import load_models
 from jax_it.serving.worker import EngineOptions, Workers
 
 KEYS_VARIABLE = "JAX_IT_API_KEYS"
-HEAD_TIMEOUT = 30.0  # seconds in which a new connection has to ask something
+HEAD_TIMEOUT = 30.0  # seconds after which a connection is closed that asks nothing
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def serve(options: ServeOptions) -> None:
         server = Server(models, workers, limits, keys, AccessLog(sys.stderr, options.log_prompts))
         config = uvicorn.Config(
             make_app(server, options.cors_origins), log_config=None, access_log=False, lifespan="on",
-            timeout_graceful_shutdown=options.drain_timeout, timeout_keep_alive=30, http=_Http,
+            timeout_graceful_shutdown=options.drain_timeout, timeout_keep_alive=30, http=HttpProtocol,
         )  # fmt: skip
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
         host, port = listener.getsockname()[:2]
@@ -121,18 +121,35 @@ def _watch(workers: Workers, server: "_Uvicorn", what: str) -> None:
     server.should_exit = True
 
 
-class _Http(H11Protocol):
+class HttpProtocol(H11Protocol):
     """uvicorn's protocol, which would wait for a request for ever."""
 
+    _deadline: asyncio.TimerHandle | None = None
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Close the connection if the head of a request does not arrive in time."""
         super().connection_made(transport)
+        self._expect_request(self.cycle)
 
-        def close_if_silent() -> None:
-            if not self.cycle:  # it has no request yet
-                transport.close()
+    def on_response_complete(self) -> None:
+        cycle = self.cycle
+        super().on_response_complete()  # which begins with the next request, if that is here already
+        self._expect_request(cycle)
 
-        self.loop.call_later(HEAD_TIMEOUT, close_if_silent)
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._deadline:
+            self._deadline.cancel()
+
+    def _expect_request(self, last: object) -> None:
+        """Close the connection if no request comes after the last one in time, whatever else comes."""
+
+        def close() -> None:
+            if self.cycle is last:
+                self.transport.close()
+
+        if self._deadline:
+            self._deadline.cancel()
+        self._deadline = self.loop.call_later(HEAD_TIMEOUT, close)
 
 
 class _Uvicorn(uvicorn.Server):

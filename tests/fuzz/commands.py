@@ -80,6 +80,7 @@ def _serve(folder: Path) -> None:
     import jax_it.training  # what the commands import, but for JAX's backends: those must not exist before a fork
     from jax_it import export, plan, predict, preview  # noqa: F401
     from jax_it.evaluation import evaluate, follow  # noqa: F401
+    from jax_it.serving import server  # noqa: F401
 
     assert jax_it.training and all((AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, T5Tokenizer))
     for line in sys.stdin:

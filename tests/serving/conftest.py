@@ -15,6 +15,7 @@ from jax_it.data import tokenizer_files as tokenizers
 from jax_it.serving.admission import Limits, Server
 from jax_it.serving.app import make_app
 from jax_it.serving.models import load_models
+from jax_it.serving.server import HttpProtocol
 from jax_it.serving.worker import EngineOptions, Worker, Workers
 from tests.data.chat_tokenizers import TEXTS, checkpoint
 from tests.harness.conftest import CAUSAL, T5, write
@@ -126,7 +127,8 @@ def listening() -> Iterator[Callable[[Served], str]]:
     servers: list[tuple[uvicorn.Server, threading.Thread]] = []
 
     def listen(served: Served) -> str:
-        server = uvicorn.Server(uvicorn.Config(served.app, port=0, lifespan="off", log_config=None, access_log=False))
+        options = {"port": 0, "lifespan": "off", "log_config": None, "access_log": False, "http": HttpProtocol}
+        server = uvicorn.Server(uvicorn.Config(served.app, **options))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         servers.append((server, thread))

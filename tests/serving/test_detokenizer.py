@@ -3,6 +3,7 @@
 import pytest
 
 from jax_it.serving.detokenizer import Detokenizer
+from tests.data.chat_tokenizers import checkpoint
 
 
 def parts(pieces: list[bytes], stop=(), cleans_up=False, decode=None) -> list[str]:
@@ -50,3 +51,12 @@ def test_the_parts_of_any_split_are_the_text_before_the_first_stop_string(stop):
     whole = data.decode()
     end = min((at for string in stop if (at := whole.find(string)) >= 0), default=len(whole))
     assert "".join(parts([data[i : i + 1] for i in range(len(data))], stop=stop)) == whole[:end]
+
+
+def test_bytes_are_held_back_that_a_later_one_makes_wrong():
+    tokenizer = checkpoint("gemma")
+    six, broken = tokenizer.backend.convert_tokens_to_ids(["<0x36>", "<0x81>"])
+    growing = Detokenizer(tokenizer.decode, byte_tokens={six, broken})
+    tokens = [*tokenizer.encode(["a"])[0], six, broken]
+    parts = [growing.add(tokens[:n], n == len(tokens)) for n in range(1, len(tokens) + 1)]
+    assert "".join(parts) == tokenizer.decode(tokens) == "a��"

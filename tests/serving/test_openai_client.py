@@ -1,10 +1,13 @@
-"""The openai package, which no one here wrote, over a real connection."""
+"""The openai package, which no one here wrote, over a real connection, and the requests that Open WebUI makes."""
 
 import asyncio
 import json
 
+import httpx2 as httpx
 import openai
 import pytest
+
+from tests.serving.conftest import events
 
 MESSAGES = [{"role": "user", "content": "Say hello"}]
 TOOL = {
@@ -86,3 +89,27 @@ def test_a_schema_is_kept(client):
     schema = {"type": "json_schema", "json_schema": {"name": "color", "strict": True, "schema": {"enum": ["red", 7]}}}
     reply = client.chat.completions.create(model="llama", messages=MESSAGES, response_format=schema)
     assert json.loads(reply.choices[0].message.content) in ("red", 7)
+
+
+def test_requests_of_open_webui_are_answered(served, listening):
+    """As its backend sends them: the models, an answer that streams with the settings of a chat, a title, tags."""
+    with httpx.Client(
+        base_url=f"{listening(served)}/v1", headers={"Authorization": "Bearer any"}, timeout=60
+    ) as client:
+        model = client.get("/models").json()["data"][0]
+        assert model["id"] == "llama" and model["object"] == "model"
+        settings = {
+            "temperature": 0.7, "top_p": 0.9, "max_tokens": 8, "frequency_penalty": 0.5, "presence_penalty": 0.1,
+            "seed": 1, "stop": ["###"], "logit_bias": {"5": -10}, "top_k": 40, "min_p": 0.05,
+        }  # fmt: skip
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say hello"}]
+        answer = {"stream": True, "stream_options": {"include_usage": True}, "model": model["id"], "messages": messages}
+        for body in (answer, answer | settings):
+            *chunks, usage, done = events(client.post("/chat/completions", json=body).text)
+            assert done == "[DONE]" and usage["usage"]["total_tokens"] and chunks[-1]["choices"][0]["finish_reason"]
+        title = {"model": model["id"], "messages": messages[1:], "stream": False}
+        for limit in ({}, {"max_completion_tokens": 20}, {"max_tokens": 20}):  # of tags, and of titles
+            reply = client.post("/chat/completions", json=title | limit).json()["choices"][0]["message"]
+            assert reply["role"] == "assistant" and reply["content"]
+        refused = client.post("/chat/completions", json=title | {"max_completion_tokens": 1000})
+        assert refused.status_code == 400 and "--max-new-tokens" in refused.json()["error"]["message"]

@@ -226,6 +226,18 @@ def test_nothing_is_wider_than_a_phone_or_too_pale_to_read(page, width, scheme):
         page.screenshot(path=Path(SCREENSHOTS) / f"{width}-{scheme}-settings.png")
 
 
+@needs_chromium
+def test_a_long_conversation_leaves_room_for_the_settings_on_a_phone(page):
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.reload()
+    ask(page, "line\n" * 60)
+    expect(page.locator("li.assistant small")).to_contain_text("tokens/s")
+    page.locator("#settings").evaluate("each => each.hidden = false")
+    assert page.locator("#settings").bounding_box()["height"] > 300
+    send = page.locator("#send").bounding_box()
+    assert send["y"] + send["height"] <= 740
+
+
 def test_the_page_is_open_without_a_key_loads_nothing_from_elsewhere_and_is_all_there(listening):
     assert set(chat_page.FILES.values()) == {file.name for file in chat_page.STATIC.iterdir()}
     for path, name in chat_page.FILES.items():
