@@ -59,7 +59,7 @@ def _check(settings: Filter) -> None:
             raise UserError(f"--min-{what} {least} is more than --max-{what} {most}; exchange them")
     if bool(of_tokens) != bool(settings.tokenizer):
         raise UserError("--min-tokens and --max-tokens need --tokenizer, and it needs one of them; add what is missing")
-    if bool(of_model) > bool(settings.model) or bool(settings.model) > bool(of_model or settings.keep_scores):
+    if (of_model and not settings.model) or (settings.model and not (of_model or settings.keep_scores)):
         raise UserError("scores need --model, and it needs --max-loss, --max-ifd or the like; add what is missing")
     if settings.keep_scores and not (settings.model or settings.classifier):
         raise UserError("--keep-scores needs --model or --classifier; add one of them")
