@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from etils import epath
 
@@ -501,7 +501,7 @@ class Appending:
 
 @contextmanager
 def locked(file: epath.Path, refusal: str, advice: str) -> Iterator[None]:
-    """Lock a file for this process, and write the process into it; do nothing in an object store.
+    """Lock a file for this process, write the process into it, and remove it at the end; do nothing in an object store.
 
     The lock is the operating system's: it ends with the process, however that ends. Raises UserError where another
     process holds it (who that is, and the `refusal`), and with the `advice` where the file cannot be written.
@@ -510,24 +510,61 @@ def locked(file: epath.Path, refusal: str, advice: str) -> Iterator[None]:
     if path is None:
         yield
         return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write to {path.parent}: {error.strerror or error}; {advice}") from error
-    with stream:
+    with _lock(path, refusal, advice):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+
+@contextmanager
+def locked_output(file: epath.Path, option: str) -> Iterator[None]:
+    """Keep other processes from writing an output file that `locate_output` returned, unless it is a device or a pipe.
+
+    Raises UserError where another one is writing it.
+    """
+    if is_stream(file):
+        yield
+        return
+    target = _epath(Path(os.path.realpath(file))) if local(file) else file  # a link and its target are one output
+    lock = target.with_name(f".{target.name}.lock")
+    with locked(lock, f"is writing {file}; wait for it, or give another {option}", f"give another {option}"):
+        yield
+
+
+def _lock(path: Path, refusal: str, advice: str) -> IO[str]:
+    """Return the file, open and locked."""
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write to {path.parent}: {error.strerror or error}; {advice}") from error
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_open(path, stream):  # its holder removed it before it was locked here: others make a new one
+                stream.close()
+                continue
             stream.truncate(0)
             stream.write(f"process {os.getpid()} on {platform.node()}")
             stream.flush()
         except BlockingIOError:
-            stream.seek(0)
-            owner = stream.read() or "another process"
+            with stream:
+                stream.seek(0)
+                owner = stream.read() or "another process"
             raise UserError(f"{owner} {refusal}") from None
         except OSError:  # a file system without locks, or a full one, which the next write will report
             pass
-        yield
+        return stream
+
+
+def _is_open(path: Path, stream: IO[str]) -> bool:
+    """Return whether the file of this name is the open one."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(stream.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def lines(file: epath.Path) -> Iterator[str]:

@@ -126,19 +126,19 @@ class RunDir:
             yield
             return
         refusal = f"trains in {self.path}; wait for it or stop it, or name another --workdir"
-        with files.locked(self.path / ".lock", refusal, "name another --workdir"):
-            new = not self.holds_a_run()
-            try:
-                yield
-            except Exception as error:
-                if new and not isinstance(error, Interrupted):
-                    self._discard()
-                raise
-            finally:
-                if (path := files.local(self.path)) and not self.holds_a_run():
-                    (path / ".lock").unlink(missing_ok=True)
-                    with suppress(OSError):  # it holds something else
-                        path.rmdir()
+        try:
+            with files.locked(self.path / ".lock", refusal, "name another --workdir"):
+                new = not self.holds_a_run()
+                try:
+                    yield
+                except Exception as error:
+                    if new and not isinstance(error, Interrupted):
+                        self._discard()
+                    raise
+        finally:
+            if (path := files.local(self.path)) and not self.holds_a_run():
+                with suppress(OSError):  # it holds something else, or another process's lock
+                    path.rmdir()
 
     def _discard(self) -> None:
         """Remove a new run that has no checkpoint, no score and no step in its log."""

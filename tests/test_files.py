@@ -1,5 +1,6 @@
 """Files of local folders and of object stores: whole or not at all, and growing ones as far as they can."""
 
+import fcntl
 import json
 import os
 import platform
@@ -250,3 +251,19 @@ def test_readers_never_see_half_a_file(tmp_path):
     while writer.is_alive():
         assert json.loads(file.read_text()) in contents
     writer.join()
+
+
+def test_a_lock_is_taken_on_the_file_that_has_the_name_and_removed_at_the_end(tmp_path, monkeypatch):
+    file, flock = files.locate(tmp_path / "x.lock"), fcntl.flock
+
+    def after_its_holder_has_removed_it(stream, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        os.unlink(file)
+        flock(stream, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_its_holder_has_removed_it)
+    with files.locked(file, "is here", "go away"):
+        assert file.read_text() == f"process {os.getpid()} on {platform.node()}"
+        with pytest.raises(UserError, match=rf"^process {os.getpid()} on .* is here$"):
+            files.locked(file, "is here", "go away").__enter__()
+    assert not list(tmp_path.iterdir())

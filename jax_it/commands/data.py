@@ -5,6 +5,7 @@ import dataclasses
 import sys
 import tempfile
 import typing
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,7 +130,8 @@ def run(options: argparse.Namespace) -> None:
                     files.write_output(outputs[option], content, option)
             print(stats.text(figures))
             return
-        manifest = run.run(options.stage, settings, data, output, options.on_invalid, command)
+        with files.locked_output(output, "--output") if output is not None else nullcontext():
+            manifest = run.run(options.stage, settings, data, output, options.on_invalid, command)
     if options.stage == "validate" and output is None and (number := manifest["counts"]["dropped"]):
         raise UserError(
             f"{number} of {manifest['counts']['read']} records have faults; fix them, or write the others with --output"

@@ -7,6 +7,7 @@ from functools import cache, lru_cache, partial
 from importlib.resources import files as package_files
 from typing import Any
 
+import jinja2
 import numpy as np
 import regex
 
@@ -18,12 +19,12 @@ from jax_it.curation.planned import Decisions, PerDecision
 from jax_it.curation.settings import Filter
 from jax_it.curation.stage import Dropped, Kept, Outcome, PerRecord, Plan, invalid, require
 from jax_it.curation.texts import part_of
-from jax_it.data import sources, templates
+from jax_it.data import chat_template, sources, templates
 from jax_it.data import tokenizer_files as tokenizers
 from jax_it.data.records import Fields, InvalidRecord, Record
 from jax_it.data.templates import Example
 from jax_it.data.tokenizer import Tokenizer
-from jax_it.errors import UserError, shown
+from jax_it.errors import UserError, first_line, shown
 from jax_it.metrics import characters
 from jax_it.metrics.languages import spaced
 
@@ -32,7 +33,7 @@ SECONDS = 1.0  # of a pattern on one text
 
 def plan(settings: Filter, input: Input) -> Plan:
     _check(settings)
-    if not settings.model:
+    if not settings.model and not settings.classifier:
         return Plan(PerRecord(partial(_by_texts, settings)))
     return _by_scores(settings, input)
 
@@ -47,7 +48,7 @@ def _check(settings: Filter) -> None:
     named = {name for name, value in bounds if value}
     of_tokens, of_model = named & {"min_tokens", "max_tokens"}, named & {"min_loss", "max_loss", "min_ifd", "max_ifd"}
     texts = (settings.languages, settings.match, settings.exclude, settings.personal_data, settings.unsafe)
-    if not named and not any(texts) and not settings.keep_scores:
+    if not named and not any(texts) and not settings.classifier and not settings.keep_scores:
         raise UserError("filter: no rule is given; see jax-it data filter --help")
     for name, value in bounds:
         if value < 0 or not math.isfinite(value):
@@ -58,8 +59,11 @@ def _check(settings: Filter) -> None:
             raise UserError(f"--min-{what} {least} is more than --max-{what} {most}; exchange them")
     if bool(of_tokens) != bool(settings.tokenizer):
         raise UserError("--min-tokens and --max-tokens need --tokenizer, and it needs one of them; add what is missing")
-    if bool(of_model or settings.keep_scores) != bool(settings.model):
+    if (of_model and not settings.model) or (settings.model and not (of_model or settings.keep_scores)):
         raise UserError("scores need --model, and it needs --max-loss, --max-ifd or the like; add what is missing")
+    if settings.keep_scores and not (settings.model or settings.classifier):
+        raise UserError("--keep-scores needs --model or --classifier; add one of them")
+    _check_classifier(settings)
     if settings.redact and not (settings.personal_data or settings.unsafe):
         raise UserError("--redact replaces what --personal-data or --unsafe find; add one of them")
     if settings.unsafe_words and not settings.unsafe:
@@ -83,6 +87,33 @@ def _check(settings: Filter) -> None:
         unsafe_words(settings.unsafe_words)
     if settings.tokenizer:
         _tokenizer(settings.tokenizer)
+
+
+def _check_classifier(settings: Filter) -> None:
+    options = ("classifier_prompt", "classifier_labels", "max_unsafe_probability")
+    for name in options:
+        if not settings.classifier and getattr(settings, name) != getattr(Filter(), name):
+            raise UserError(f"--{name.replace('_', '-')} is for --classifier; add that")
+    if not 0 < settings.max_unsafe_probability <= 1:
+        raise UserError(f"--max-unsafe-probability: {settings.max_unsafe_probability} is not above 0 and at most 1")
+    if len(settings.classifier_labels) < 2:
+        raise UserError("--classifier-labels: give two or more, first the unsafe one")
+    if settings.classifier_prompt:
+        _check_prompt(settings.classifier_prompt)
+
+
+def _check_prompt(file: str) -> None:
+    """Refuse a file that is not Jinja text, and text that reads nothing of a record or what there is not."""
+    try:
+        names = chat_template.variables_of(sources.read_text(file, "--classifier-prompt"))
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise UserError(f"--classifier-prompt: {file} is not valid Jinja: {first_line(error)}") from None
+    known = {"prompt", "completion", "messages", "tools"}
+    listed = ", ".join(sorted(known))
+    if unknown := sorted(name for name in names - known - {"add_generation_prompt"} if not name.endswith("_token")):
+        raise UserError(f"--classifier-prompt: {file} reads {shown(unknown[0], 60)}; the variables are {listed}")
+    if not names & known:
+        raise UserError(f"--classifier-prompt: {file} reads nothing of a record; the variables are {listed}")
 
 
 def _by_texts(settings: Filter, record: Record, template: str) -> Outcome:
@@ -144,40 +175,60 @@ def _kinds(settings: Filter) -> tuple[str, ...]:
 
 
 def _by_scores(settings: Filter, input: Input) -> Plan:
-    """Plan with a model: the records that the other rules keep are scored here, in this process."""
+    """Plan with models: the records that the other rules keep are scored here, in this process."""
     from jax_it.curation.answer_loss import AnswerLosses
+    from jax_it.curation.classifier import Classifier
     from jax_it.run import load_run
 
-    run, params = load_run(settings.model)
-    losses = AnswerLosses(run, params, settings.batch_size)
-    size = settings.max_seq_length
+    size, rows = settings.max_seq_length, settings.batch_size
+    losses = AnswerLosses(*load_run(settings.model), rows) if settings.model else None
+    classifier = None
+    if settings.classifier:
+        file, labels = settings.classifier_prompt, settings.classifier_labels
+        template = sources.read_text(file, "--classifier-prompt") if file else ""
+        classifier = Classifier(*load_run(settings.classifier), rows, template, labels, size)
     data = Data(max_seq_length=size, max_source_length=size, max_target_length=size, train_on="last")
     with_ifd = bool(settings.min_ifd or settings.max_ifd or settings.keep_scores)
     store = Decisions(input)
-    scored = []
+    scored: list[dict[str, float]] = []
     for chunk in input.chunks():
         decisions: list[Any] = []
-        waiting: list[tuple[int, Record, Example]] = []
+        waiting: list[int] = []
+        examples: list[Example] = []
+        places: list[str] = []
+        prompts: list[str] = []
         for number, record in enumerate(chunk.records()):
             try:
                 outcome = invalid(record.error) if record.error else _by_texts(settings, record, chunk.template)
                 if isinstance(outcome, Kept):
-                    waiting.append((number, record, templates.render(record, chunk.template)))
+                    example = templates.render(record, chunk.template)
+                    if classifier is not None:
+                        prompts.append(classifier.prompt(example, record.where))
+                    examples.append(example)
+                    places.append(record.where)
+                    waiting.append(number)
             except InvalidRecord as error:
                 outcome = invalid(error)
             decisions.append(outcome)
-        examples, places = [item[2] for item in waiting], [item[1].where for item in waiting]
-        for (number, _, _), found in zip(waiting, losses(examples, places, data, alone=with_ifd), strict=True):
-            decisions[number] = decisions[number], found.loss, found.ifd
-            scored.append((found.loss, found.ifd))
+        scores: list[dict[str, float]] = [{} for _ in waiting]
+        if losses is not None:
+            for item, found in zip(scores, losses(examples, places, data, alone=with_ifd), strict=True):
+                item.update(loss=found.loss, ifd=found.ifd)
+        if classifier is not None:
+            for item, probability in zip(scores, classifier(prompts), strict=True):
+                item.update(unsafe=probability)
+        for number, item in zip(waiting, scores, strict=True):
+            decisions[number] = decisions[number], item
+        scored += scores
         store.put(chunk.start, decisions)
     return Plan(PerDecision(partial(_scored, settings)), store, {"scores": _quantiles(scored)})
 
 
-def _quantiles(scored: Sequence[tuple[float, float]]) -> dict[str, Any]:
+def _quantiles(scored: Sequence[dict[str, float]]) -> dict[str, Any]:
     """Return how the scores are spread, to choose limits by."""
     found = {}
-    for name, column in zip(("loss", "ifd"), np.array(scored, float).reshape(-1, 2).T, strict=True):
+    for name in scored[0] if scored else ():
+        column = np.array([scores[name] for scores in scored], float)
         known = column[np.isfinite(column)]
         points = (5, 25, 50, 75, 95)
         if len(known):
@@ -190,20 +241,27 @@ def _quantiles(scored: Sequence[tuple[float, float]]) -> dict[str, Any]:
 def _scored(settings: Filter, record: Record, template: str, decision: Any) -> Outcome:
     if isinstance(decision, Dropped | Kept):
         return decision
-    kept, loss, ifd = decision
-    for name, value in (("loss", loss), ("ifd", ifd)):
+    kept, scores = decision
+    for name in ("loss", "ifd"):
         least, most = getattr(settings, f"min_{name}"), getattr(settings, f"max_{name}")
         if not (least or most):
             continue
+        value = scores[name]
         if not math.isfinite(value):
             return Dropped("no answer to score")
         if value < least:
             return Dropped(f"{name} below {least}", {name: round(value, 6)})
         if most and value > most:
             return Dropped(f"{name} above {most}", {name: round(value, 6)})
+    if settings.classifier:
+        if not math.isfinite(scores["unsafe"]):
+            return Dropped(f"more than {settings.max_seq_length} tokens for the classifier")
+        if scores["unsafe"] > settings.max_unsafe_probability:
+            return Dropped(f"unsafe above {settings.max_unsafe_probability}", {"unsafe": round(scores["unsafe"], 6)})
     if not settings.keep_scores:
         return kept
-    return Kept({**kept.fields, "scores": {"loss": round(loss, 6), "ifd": round(ifd, 6)}}, kept.changes)
+    finite = {name: round(value, 6) if math.isfinite(value) else None for name, value in scores.items()}
+    return Kept({**kept.fields, "scores": finite}, kept.changes)
 
 
 @lru_cache(maxsize=8)

@@ -62,7 +62,11 @@ def run(recipe: Recipe, workers: Workers, command: Sequence[str] = ()) -> dict[s
     manifests = []
     sources, template = recipe.inputs, _template(recipe.inputs, stages[0][1])
     lists = []  # of dropped records, with the stages' names
-    with tempfile.TemporaryDirectory(prefix="jax_it-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="jax_it-") as folder,
+        files.locked_output(output, "config.output"),
+        files.locked(work_dir / ".lock", f"runs a recipe in {work_dir}; wait for it", "give another config.work_dir"),
+    ):
         data = Input(sources, "config.inputs", workers, Path(folder))
         stage_run.check_output(output, data)
         for number, (name, settings) in enumerate(stages):
@@ -80,9 +84,9 @@ def run(recipe: Recipe, workers: Workers, command: Sequence[str] = ()) -> dict[s
             if not manifest["counts"]["kept"]:
                 raise UserError(f"config.stages.{number}: {name} has dropped all records, see {lists[-1][1]}")
         final = stage_run.run("convert", Convert(), data, output, recipe.on_invalid, command)
-    final["stages"] = manifests
-    _join(lists, stage_run.dropped_of(output))
-    files.write_atomically(stage_run.manifest_of(output), final)
+        final["stages"] = manifests
+        _join(lists, stage_run.dropped_of(output))
+        files.write_atomically(stage_run.manifest_of(output), final)
     return final
 
 

@@ -71,7 +71,7 @@ class Decontaminate:
 
 @dataclass(frozen=True)
 class Filter:
-    """Keep records by length, language, patterns, personal data, unsafe words, loss and IFD."""
+    """Keep records by length, language, patterns, personal data, unsafe words, loss, IFD and a classifier."""
 
     on: Part = setting("both", "the text that lengths, languages and patterns are about")
     min_characters: int = setting(0, "the fewest characters")
@@ -96,8 +96,18 @@ class Filter:
     max_loss: float = setting(0.0, "the highest; 0: no limit")
     min_ifd: float = setting(0.0, "the lowest IFD score: the answer's loss behind its prompt, by that without")
     max_ifd: float = setting(0.0, "the highest; 0: no limit. At 1 the prompt does not help the model")
-    keep_scores: bool = setting(False, "add both scores to the records, in the field 'scores'")
-    max_seq_length: int = setting(2048, "tokens of an example that are scored; a longer one is cut")
+    classifier: str = setting("", "the same kinds of model: drop what it calls unsafe, as Llama Guard does")
+    classifier_prompt: str = setting(
+        "", "a Jinja file of prompt, completion or messages that it answers (default: its chat template)", reads=True
+    )
+    classifier_labels: tuple[str, ...] = setting(
+        ("unsafe", "safe"), "its answers, first the unsafe one (default: unsafe safe)"
+    )
+    max_unsafe_probability: float = setting(0.5, "the highest, of the first label among all")
+    keep_scores: bool = setting(False, "add the scores of the models to the records, in the field 'scores'")
+    max_seq_length: int = setting(
+        2048, "tokens of an example that are scored; a longer one is cut, and for --classifier dropped"
+    )
     batch_size: int = setting(16, "examples that are scored at a time")
 
 

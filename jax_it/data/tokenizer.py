@@ -241,7 +241,8 @@ class _Words:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         split = [self._split(text) for text in texts]
-        new = list(set(itertools.chain.from_iterable(split)) - self._known.keys())
+        # Not `set(…) - keys()`, which goes through all words that are known: few-shot prompts come one by one.
+        new = [word for word in set(itertools.chain.from_iterable(split)) if word not in self._known]
         found = self._backend.encode_batch_fast(new, add_special_tokens=False)
         self._known.update((word, item.ids) for word, item in zip(new, found, strict=True))
         known = self._known.__getitem__

@@ -1,6 +1,11 @@
 """Every stage: reading, workers, output with its manifest, recipes."""
 
 import json
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from pyarrow import parquet
@@ -125,6 +130,33 @@ def test_fields_of_several_types_do_not_become_a_column(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [*PAIRS[:600], {"id": "x", "prompt": "x", "completion": "y"}])
     assert jax_it("convert", path, "--output", str(tmp_path / "b.parquet")) == 2
     assert "write .jsonl" in capsys.readouterr().err
+
+
+def test_a_second_command_into_the_same_output_is_refused_until_the_first_ends_even_if_it_is_killed(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": f"{i} " * 9, "completion": "x"} for i in range(30_000)])
+    (tmp_path / "link.jsonl").symlink_to("out.jsonl")
+
+    def words(stage: str, output: str) -> list[str]:
+        command = [sys.executable, "-m", "jax_it", "data", stage, path, "--num-workers", "1"]
+        return [*command, "--output", str(tmp_path / output)]
+
+    first = subprocess.Popen(words("dedup", "out.jsonl"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        lock = tmp_path / ".out.jsonl.lock"
+        while not (lock.exists() and lock.read_bytes()) and first.poll() is None:
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)
+        second = subprocess.run(words("convert", "link.jsonl"), capture_output=True, text=True)
+        assert first.poll() is None, "the first command ended before the second began"
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    message = rf"process {first.pid} on .* is writing .*link.jsonl; wait for it, or give another --output"
+    assert re.search(message, second.stderr)
+    assert subprocess.run(words("convert", "link.jsonl"), stdout=subprocess.DEVNULL).returncode == 0
+    made = ["link.jsonl.dropped.jsonl", "link.jsonl.manifest.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "link.jsonl", *made, "out.jsonl"]
 
 
 RECIPE = """

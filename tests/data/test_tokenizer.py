@@ -315,3 +315,17 @@ def test_words_that_are_encoded_once_give_what_the_whole_text_does(trained):
     for start in range(0, len(texts), 100):
         part = texts[start : start + 100]
         assert trained.encode(part) == trained._encode(part)
+
+
+def test_encoding_a_short_text_does_not_go_through_all_words_that_are_known(trained):
+    class LookedUp(dict):
+        def __iter__(self):
+            raise AssertionError("all known words are gone through")
+
+        keys = values = items = __iter__
+
+    words = type(trained._words)(trained._plain, ())
+    words._known = LookedUp()
+    for text in ("the cup", "a cup"):
+        assert words.encode([text]) == trained._encode([text])
+    assert len(words._known) == 3
