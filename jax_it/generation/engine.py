@@ -328,6 +328,10 @@ class Engine:
         """Replace the slots by those in `order`. One that is named again must be idle from now on."""
         self._state = self._run("resize", len(order), self._capacity, self._state, np.array(order, np.int32))
 
+    def block_until_ready(self) -> None:
+        """Wait until the devices have run all that was asked of them."""
+        jax.block_until_ready((self._weights, self._state, self._blocks))
+
     def _run(self, program: str, num_slots: int, width: int, *arguments: Any) -> Any:
         self.shapes.add((program, num_slots, width))
         with jax.set_mesh(self._mesh):

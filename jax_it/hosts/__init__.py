@@ -120,6 +120,25 @@ def _wait_for(key: str) -> str:
                 raise
 
 
+def send_to_others(message: bytes) -> None:
+    """Send a message from the first process to all others, which is there for their `receive` at once and in order."""
+    assert _connections
+    _connections.send_bytes(message)
+
+
+def receive() -> bytes:
+    """Wait on another process for the next message of the first one. Raises if a process has ended."""
+    assert _connections
+    return _connections.receive_bytes()
+
+
+def ended_early() -> Exception | None:
+    """Return what the early end of another process means for this one: UserError or Interrupted. None: all run."""
+    if _connections is not None and _connections.wait_for_end(0):
+        return _connections.error()
+    return None
+
+
 @contextmanager
 def first_then_others() -> Iterator[None]:
     """Run the block on the first process and then on the others, which find what it has made on a shared disk.

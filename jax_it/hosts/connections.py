@@ -10,11 +10,13 @@ JAX's coordination client does not do this. Measured on JAX 0.10.2 and 0.12.0, w
 - That timeout aborts all other processes, and within 0.1 s so does the death of process 0. A handler of SIGABRT can
   set the exit code, but `wait_at_barrier`, called there, never returned: the handler must know who was lost already.
 
-So these connections carry heartbeats and the reason why a process ends early. Their messages are lines of JSON.
+So these connections carry heartbeats and the reason why a process ends early. Their messages are lines of JSON. After
+some of them come bytes from process 0: JAX's key-value store would keep them all until they are deleted.
 """
 
 import ctypes
 import json
+import queue
 import select
 import signal
 import socket
@@ -37,13 +39,14 @@ class Connection:
     """Send and receive dicts over a socket, each as a line of JSON."""
 
     def __init__(self, stream: socket.socket):
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or a message waits for the last one's receipt
         self.stream = stream
         self._reader = stream.makefile("rb")
 
-    def send(self, **message: Any) -> None:
-        """Send a message; it does not matter if the other side is gone."""
+    def send(self, payload: bytes = b"", **message: Any) -> None:
+        """Send a message, and bytes after it; it does not matter if the other side is gone."""
         with suppress(OSError):
-            self.stream.sendall(json.dumps(message).encode() + b"\n")
+            self.stream.sendall(json.dumps(message).encode() + b"\n" + payload)
 
     def receive(self, timeout: float) -> dict[str, Any]:
         """Return the next message.
@@ -58,6 +61,13 @@ class Connection:
         if not isinstance(message, dict):
             raise ValueError("not a message")
         return message
+
+    def receive_bytes(self, number: int) -> bytes:
+        """Return as many bytes as the last message has after it. Raises as `receive` does."""
+        payload = self._reader.read(number)
+        if len(payload) < number:
+            raise ConnectionResetError("it has closed the connection")
+        return payload
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,7 @@ class Connections:
         self._end: End | None = None  # the first one, which may be this process's own
         self._left: set[int] = set()  # processes that have ended with the run
         self._other_ended = threading.Event()
+        self._payloads: queue.SimpleQueue[bytes] = queue.SimpleQueue()  # from process 0
         threads = {index: threading.Thread(target=self._listen, args=(index,), daemon=True) for index in connections}
         self._listeners = threads.values()
         for thread in (*self._listeners, threading.Thread(target=self._send_heartbeats, daemon=True)):
@@ -89,10 +100,21 @@ class Connections:
             time.sleep(seconds(LOST_AFTER_VAR) / 4)
             self._send()
 
-    def _send(self, **message: Any) -> None:
+    def _send(self, payload: bytes = b"", **message: Any) -> None:
         with self._lock:
             for connection in self._connections.values():
-                connection.send(**message)
+                connection.send(payload, **message)
+
+    def send_bytes(self, payload: bytes) -> None:
+        """Send bytes from process 0 to all others, whatever they do just now."""
+        self._send(payload, bytes=len(payload))
+
+    def receive_bytes(self) -> bytes:
+        """Wait for the next bytes of process 0. Raises if a process has ended."""
+        while True:
+            with suppress(queue.Empty):
+                return self._payloads.get(timeout=1)
+            self.check()
 
     def _listen(self, index: int) -> None:
         """Receive what a process sends until it leaves or is lost."""
@@ -103,6 +125,8 @@ class Connections:
                 if "left" in message:
                     self._left.add(index)
                     return
+                if "bytes" in message:
+                    self._payloads.put(self._connections[index].receive_bytes(message["bytes"]))
                 if "reason" in message:
                     self._note(End(**message))
         except TimeoutError:

@@ -13,17 +13,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from jax_it import files, status
+from jax_it import files, hosts, status
 from jax_it.errors import UserError
 from jax_it.serving.access_log import AccessLog
 from jax_it.serving.admission import Limits, Server
 from jax_it.serving.app import make_app
+from jax_it.serving.engines import EngineOptions, follow
 from jax_it.serving.models import load_models
-from jax_it.serving.worker import EngineOptions, Workers
+from jax_it.serving.worker import Workers
 
 KEYS_VARIABLE = "JAX_IT_API_KEYS"
 HEAD_TIMEOUT = 30.0  # seconds after which a connection is closed that asks nothing
@@ -49,10 +49,12 @@ class ServeOptions:
 def serve(options: ServeOptions) -> None:
     """Load the models and answer requests. Returns after SIGTERM or Ctrl-C, when running requests have ended.
 
-    Raises UserError for a model that cannot be loaded, a key file that cannot be read, or a port that is taken.
+    Of several hosts the first one answers; the others work for it until it ends. Raises UserError for a model that
+    cannot be loaded, a key file that cannot be read, or a port that is taken.
     """
-    if jax.process_count() > 1:
-        raise UserError("a server runs on one host; start one on each of them, behind a load balancer")
+    if not hosts.is_first():
+        follow(load_models(options.models, options.adapters))
+        return
     keys = read_keys(options.key_file)
     with _bind(options.host, options.port) as listener:
         models = load_models(options.models, options.adapters)
@@ -77,6 +79,7 @@ def serve(options: ServeOptions) -> None:
             uvicorn_server.run(sockets=[listener])
     if workers.failure is not None:
         raise workers.failure
+    workers.engines.end()
 
 
 def read_keys(file: str | None) -> list[str]:
@@ -118,6 +121,8 @@ def _watch(workers: Workers, server: "_Uvicorn", what: str) -> None:
             is_ready = True
             seconds = time.monotonic() - began
             print(f"jax-it serve: {what} (compiled in {seconds:.0f} s)", file=sys.stderr, flush=True)
+    if failure := workers.engines.failure:
+        workers.fail(failure)
     server.should_exit = True
 
 

@@ -16,16 +16,14 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from jax_it.data import chat
 from jax_it.errors import first_line
-from jax_it.generation import Engine, Request, RequestOutput, Scheduler, StopStrings
+from jax_it.generation import Request, RequestOutput, Scheduler, StopStrings
 from jax_it.generation.requests import GREEDY, Sampling
 from jax_it.serving.constraints import SchemaConstraint
+from jax_it.serving.engines import EngineOptions, Engines
 from jax_it.serving.models import ServedModel
-from jax_it.serving.schemas import MAX_LOGPROBS
 
 MAX_BEAM_WORKERS = 4  # beam searches of different settings at a time; the one used longest ago makes way
-PREFIX_CACHE_BYTES = 1 << 28  # for keys and values of shared beginnings of prompts, of each model
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +40,6 @@ class Prompt:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     constraint: SchemaConstraint | None = None
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What engines are made for."""
-
-    max_new_tokens: int
-    max_prompt: int  # tokens
-    batch_size: int = 32
-    stream_interval: int = 1
 
 
 class EngineFailed(Exception):
@@ -110,8 +98,8 @@ class Worker:
     A beam search compiles its programs when they are first needed.
     """
 
-    def __init__(self, served: ServedModel, sampling: Sampling, options: EngineOptions):
-        self._served, self._sampling, self._options = served, sampling, options
+    def __init__(self, served: ServedModel, sampling: Sampling, options: EngineOptions, engines: Engines):
+        self._served, self._sampling, self._options, self._engines = served, sampling, options, engines
         self._commands: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
         self._ids = itertools.count()
         self._requests: dict[int, Request] = {}
@@ -120,7 +108,7 @@ class Worker:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"worker of {served.name}", daemon=True)
         self.scheduler: Scheduler | None = None
-        self.failure: BaseException | None = None  # why the thread has ended
+        self.failure: BaseException | None = None  # why it answers no requests any more
 
     @property
     def is_ready(self) -> bool:
@@ -151,27 +139,24 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            served, options, sampling = self._served, self._options, self._sampling
-            run, beams = served.run, sampling.num_beams
-            self._engine = Engine(
-                run.model, run.mesh, options.max_new_tokens, max(1, options.batch_size // beams), sampling,
-                chat.ends(run.tokenizer),
-                max_logprobs=0 if beams > 1 else min(MAX_LOGPROBS, run.model.config.vocab_size),
-                prefix_cache_bytes=PREFIX_CACHE_BYTES,
-            )  # fmt: skip
-            self._restart()
-            self._ready.set()
-            while self._take():
-                if self._requests:
-                    self._deliver(self._step())
+            with self._engines.open(self._served, self._sampling, self._options) as self._engine:
+                self._restart()
+                self._ready.set()
+                while self._take():
+                    if self._requests:
+                        self._deliver(self._step())
         except BaseException as error:
-            self.failure = error
             logger.exception("the worker of %s has ended", self._served.name)
-            self._fail_all(error)
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Answer all requests with an error, now and from now on: the thread has ended, or waits for ever."""
+        self.failure = error
+        self._fail_all(error)
 
     def _fail_all(self, error: BaseException) -> None:
         """Answer all that was submitted, as the thread has ended."""
-        tickets = [ticket for ticket, _ in self._owners.values()]
+        tickets = [ticket for ticket, _ in list(self._owners.values())]
         with contextlib.suppress(queue.Empty):
             while True:
                 tickets += [ticket for ticket in self._commands.get_nowait()[1:] if ticket]
@@ -295,7 +280,8 @@ class Workers:
 
     def __init__(self, models: Mapping[str, ServedModel], options: EngineOptions):
         self._models, self.options = models, options
-        self._of_models = {name: Worker(served, GREEDY, options) for name, served in models.items()}
+        self.engines = Engines()
+        self._of_models = {name: Worker(served, GREEDY, options, self.engines) for name, served in models.items()}
         self._of_beams: OrderedDict[tuple[str, Sampling], Worker] = OrderedDict()
 
     def start(self) -> None:
@@ -307,7 +293,7 @@ class Workers:
         for worker in self._all():
             worker.stop()
         for worker in self._all():
-            worker.join(60)
+            worker.join(60 if worker.failure is None else 0)
 
     def _all(self) -> list[Worker]:
         return [*self._of_models.values(), *self._of_beams.values()]
@@ -318,8 +304,14 @@ class Workers:
 
     @property
     def failure(self) -> BaseException | None:
-        """Why a model's thread has ended, after which the server is of no use."""
-        return next((worker.failure for worker in self._of_models.values() if worker.failure), None)
+        """Why the server is of no use: a model's thread has ended, or one of several hosts."""
+        failures = (worker.failure for worker in self._of_models.values() if worker.failure)
+        return self.engines.failure or next(failures, None)
+
+    def fail(self, error: BaseException) -> None:
+        """Answer all requests with an error: the threads may wait for a host that is lost."""
+        for worker in self._all():
+            worker.fail(error)
 
     @contextlib.asynccontextmanager
     async def submit(self, model: str, prompts: Sequence[Prompt]) -> AsyncIterator[Ticket]:
@@ -348,7 +340,7 @@ class Workers:
                 if idle is None:
                     raise Overloaded("other kinds of beam search are running; try again later")
                 self._of_beams.pop(idle).stop()
-            self._of_beams[key] = Worker(self._models[model], sampling, self.options).start()
+            self._of_beams[key] = Worker(self._models[model], sampling, self.options, self.engines).start()
         self._of_beams.move_to_end(key)
         return self._of_beams[key]
 

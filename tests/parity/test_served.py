@@ -23,8 +23,9 @@ import pytest
 from jax_it.data import chat
 from jax_it.data import tokenizer_files as tokenizers
 from jax_it.serving.admission import Limits
+from jax_it.serving.engines import EngineOptions
 from jax_it.serving.models import load_models
-from jax_it.serving.worker import EngineOptions, Workers
+from jax_it.serving.worker import Workers
 from tests.data.chat_tokenizers import TEXTS, checkpoint
 from tests.parity import cases, pytorch
 from tests.serving.conftest import Served, events, listening  # noqa: F401

@@ -14,9 +14,10 @@ import uvicorn
 from jax_it.data import tokenizer_files as tokenizers
 from jax_it.serving.admission import Limits, Server
 from jax_it.serving.app import make_app
+from jax_it.serving.engines import EngineOptions
 from jax_it.serving.models import load_models
 from jax_it.serving.server import HttpProtocol
-from jax_it.serving.worker import EngineOptions, Worker, Workers
+from jax_it.serving.worker import Worker, Workers
 from tests.data.chat_tokenizers import TEXTS, checkpoint
 from tests.harness.conftest import CAUSAL, T5, write
 

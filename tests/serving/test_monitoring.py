@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from jax_it import cli
+from jax_it.serving.engines import EngineOptions
 from jax_it.serving.metrics import Metrics
-from jax_it.serving.worker import EngineOptions, Workers
+from jax_it.serving.worker import Workers
 
 ROOT = Path(__file__).parents[2]
 TPU = ROOT / "tpu"
