@@ -53,10 +53,12 @@ def serve(options: ServeOptions) -> None:
     cannot be loaded, a key file that cannot be read, or a port that is taken.
     """
     if not hosts.is_first():
+        _check_models(options)
         follow(load_models(options.models, options.adapters))
         return
     keys = read_keys(options.key_file)
     with _bind(options.host, options.port) as listener:
+        _check_models(options)
         models = load_models(options.models, options.adapters)
         limits = options.limits
         workers = Workers(
@@ -80,6 +82,14 @@ def serve(options: ServeOptions) -> None:
     if workers.failure is not None:
         raise workers.failure
     workers.engines.end()
+
+
+def _check_models(options: ServeOptions) -> None:
+    """Raise UserError on a host that is to serve other models than the first one; all hosts must call this."""
+    mine = ", ".join(f"{name}={path}" if name else path for name, path in (*options.models, *options.adapters))
+    of_first = hosts.from_first(lambda: mine)
+    if mine != of_first:
+        raise UserError(f"this host is to serve {mine}, the first one {of_first}; start the same command on all hosts")
 
 
 def read_keys(file: str | None) -> list[str]:

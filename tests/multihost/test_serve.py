@@ -5,7 +5,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tests.harness.conftest import CAUSAL, T5, write
 from tests.multihost import processes
 
 LENGTH = 12
+OPTIONS = ("--port=0", "--batch-size=4", f"--max-new-tokens={LENGTH}", "--max-prompt-tokens=128")
 SYSTEM = "Answer in one word, and say nothing that was not asked for, whatever it is. " * 3  # more than a block
 REQUESTS: list[dict[str, Any]] = [
     {"model": "llama", "prompt": ["Say hello", "Who are you?", "Is grass green?"]},
@@ -46,10 +47,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @contextmanager
-def serving(count: int, *models: Path) -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
+def serving(count: int, *command: Any) -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
     """A server on so many processes of two devices in all, which is ready: its URL."""
-    options = ("--port=0", "--batch-size=4", f"--max-new-tokens={LENGTH}", "--max-prompt-tokens=128")
-    hosts = processes.start(count, "serve", *(f"--model={model}" for model in models), *options, devices=2)
+    hosts = processes.start(count, *command, devices=2)
     try:
         lines = []
         for line in hosts[0].stdout or ():
@@ -63,6 +63,10 @@ def serving(count: int, *models: Path) -> Iterator[tuple[str, list[subprocess.Po
         for host in hosts:
             host.kill()
             host.communicate()
+
+
+def both(folders: dict[str, Path]) -> list[str]:
+    return [f"--model={folder}" for folder in folders.values()]
 
 
 def ask(url: str, **body: Any) -> Any:
@@ -112,7 +116,7 @@ def test_two_hosts_answer_as_one_and_a_signal_ends_both_after_the_running_reques
         offline(run, params, prompts[:1], sampled),
         offline(run, params, prompts[1:2], beams),
     ]
-    with serving(2, folders["llama"]) as (url, hosts):
+    with serving(2, "serve", *OPTIONS, f"--model={folders['llama']}") as (url, hosts):
         assert [[choice["text"] for choice in choices] for choices in replies(url, requests)] == wanted
         body = {"prompt": "Say hello", "ignore_eos": True, "stream": True, "max_tokens": LENGTH}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
@@ -127,7 +131,7 @@ def test_two_hosts_answer_as_one_and_a_signal_ends_both_after_the_running_reques
 
 @pytest.fixture(scope="module")
 def replies_of_one(folders: dict[str, Path]) -> list[Any]:
-    with serving(1, *folders.values()) as (url, _):
+    with serving(1, "serve", *OPTIONS, *both(folders)) as (url, _):
         return replies(url, REQUESTS)
 
 
@@ -136,7 +140,7 @@ def replies_of_one(folders: dict[str, Path]) -> list[Any]:
 def test_two_models_take_turns_and_the_loss_of_a_host_ends_the_other(
     folders: dict[str, Path], replies_of_one: list[Any], lost: int
 ) -> None:
-    with serving(2, *folders.values()) as (url, hosts):
+    with serving(2, "serve", *OPTIONS, *both(folders)) as (url, hosts):
         for _ in range(3):
             check_same(replies(url, REQUESTS), replies_of_one)
         with ThreadPoolExecutor(1) as threads:
@@ -153,3 +157,27 @@ def test_two_models_take_turns_and_the_loss_of_a_host_ends_the_other(
                 assert isinstance(running.exception(), httpx.TransportError)
     assert ended.code == 75, ended
     assert f"(process {lost}) was lost" in ended.text
+
+
+FAILS_LATE = """import os
+from jax_it.generation import Engine
+decode, calls = Engine.decode, []
+def fails(self, *rest, **named):
+    calls.append(named)
+    if len(calls) > 10 and os.environ["JAX_PROCESS_ID"] == "1":
+        raise ValueError("a fault")
+    return decode(self, *rest, **named)
+Engine.decode = fails
+from jax_it.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_the_engine_on_one_host_ends_both(folders: dict[str, Path]) -> None:
+    with serving(2, FAILS_LATE, "serve", *OPTIONS, f"--model={folders['t5']}") as (url, hosts):
+        for _ in range(2):
+            with suppress(httpx.TransportError):
+                httpx.post(f"{url}/v1/completions", json={"prompt": "Say hello", "ignore_eos": True}, timeout=60)
+        first, second = processes.ends(hosts, 40)
+    assert (first.code, second.code) == (75, 1) and "ValueError: a fault" in second.text
