@@ -230,7 +230,7 @@ def test_nothing_is_wider_than_a_phone_or_too_pale_to_read(page, width, scheme):
 def test_a_long_conversation_leaves_room_for_the_settings_on_a_phone(page):
     page.set_viewport_size({"width": 360, "height": 740})
     page.reload()
-    ask(page, "line\n" * 60)
+    ask(page, "line\n" * 40)
     expect(page.locator("li.assistant small")).to_contain_text("tokens/s")
     page.locator("#settings").evaluate("each => each.hidden = false")
     assert page.locator("#settings").bounding_box()["height"] > 300
