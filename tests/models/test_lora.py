@@ -469,5 +469,7 @@ def test_rows_of_new_tokens_have_the_gradients_of_the_whole_embedding_on_any_mes
         wanted = np.asarray(whole[path])[list(new)]
         assert np.abs(wanted).max(1).min() > 1e-3, "a token that the text lacks would say nothing"
         for gradients in beside:
-            np.testing.assert_allclose(gradients[f"{path}.rows"], wanted, rtol=0, atol=TOLERANCE)
+            # Entries are float32 sums of terms as large as the largest ones, up to 36, in another order.
+            most = 1e-5 * np.abs(wanted).max()
+            np.testing.assert_allclose(gradients[f"{path}.rows"], wanted, rtol=0, atol=most)
     assert all(path in beside[0] for path in (f"{path}.rows" for path in paths)) and "embedding" not in beside[0]
