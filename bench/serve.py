@@ -13,7 +13,7 @@ by the engine of `jax-it generate`, and every reply must be that text, or the be
 A second load has one client, without waiting: one request at a time. The peer of a causal model is `transformers
 serve` with continuous batching, that of an encoder-decoder a FastAPI app around `model.generate` that batches the
 requests of a few milliseconds, both in PyTorch with the same weights in float32. Servers run one after the other,
-`--rounds` times in turn; processes are started anew each time.
+`--rounds` times in turn; each round starts new processes.
 """
 
 import argparse

@@ -114,7 +114,9 @@ def _connect(address: str) -> tuple[Any, int]:
     try:
         if port.isdecimal():  # Ray itself tries for a quarter of an hour, even where nothing listens
             socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT).close()
-        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "1")  # of 20 attempts of 40 s, if it is no Ray that listens
+        os.environ.setdefault(
+            "RAY_NUM_REDIS_GET_RETRIES", "1"
+        )  # of 20, which take 40 s each where something else listens
         import ray
 
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

@@ -131,6 +131,17 @@ def test_quantized_weights_are_made_again_and_the_run_resumes_bit_for_bit(recipe
     assert losses(two) == losses(tmp_path / "one")
 
 
+def check_same_answers(run, exports, capfd) -> None:
+    """The run, its merged export and its adapter give the same texts."""
+    asked = write_rows(exports / "in.jsonl", [{"messages": talk(i)["messages"][:3]} for i in range(3)])
+    answers = []
+    for model in (run, exports / "merged", exports / "adapter"):
+        out = exports / f"{model.name}.jsonl"
+        succeeds(capfd, "generate", "--model", model, "--input", asked, "--output", out, "--max-new-tokens", 6)
+        answers.append([json.loads(line)["prediction"] for line in out.read_text().splitlines()])
+    assert answers[0] == answers[1] == answers[2] and any(answers[0])
+
+
 def test_merged_adapter_and_run_say_the_same_after_a_conversation(run, tmp_path, capfd):
     succeeds(capfd, "export", "--workdir", run, "--output", tmp_path / "merged", "--dtype", "float32")
     succeeds(capfd, "export", "--workdir", run, "--output", tmp_path / "adapter", "--adapter-only")
@@ -138,13 +149,7 @@ def test_merged_adapter_and_run_say_the_same_after_a_conversation(run, tmp_path,
     assert (tmp_path / "merged" / "chat_template.jinja").is_file()
     ends = json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"]
     assert 1 in ends, "the export must stop at what the run was trained to end its answers with"
-    asked = write_rows(tmp_path / "in.jsonl", [{"messages": talk(i)["messages"][:3]} for i in range(3)])
-    answers = []
-    for model in (run, tmp_path / "merged", tmp_path / "adapter"):
-        out = tmp_path / f"{model.name}.jsonl"
-        succeeds(capfd, "generate", "--model", model, "--input", asked, "--output", out, "--max-new-tokens", 6)
-        answers.append([json.loads(line)["prediction"] for line in out.read_text().splitlines()])
-    assert answers[0] == answers[1] == answers[2] and any(answers[0])
+    check_same_answers(run, tmp_path, capfd)
 
 
 def test_evaluation_scores_the_adapted_model(run, tmp_path, capfd):
@@ -217,13 +222,7 @@ def test_new_tokens_are_trained_saved_resumed_and_exported(recipe, tmp_path, cap
         np.concatenate([before, rows]),
     )
 
-    asked = write_rows(tmp_path / "in.jsonl", [{"messages": talk(i)["messages"][:3]} for i in range(3)])
-    answers = []
-    for model in (run, tmp_path / "merged", tmp_path / "adapter"):
-        out = tmp_path / f"{model.name}.jsonl"
-        succeeds(capfd, "generate", "--model", model, "--input", asked, "--output", out, "--max-new-tokens", 6)
-        answers.append([json.loads(line)["prediction"] for line in out.read_text().splitlines()])
-    assert answers[0] == answers[1] == answers[2] and any(answers[0])
+    check_same_answers(run, tmp_path, capfd)
     succeeds(capfd, "eval", "--workdir", run)
 
 
@@ -231,7 +230,7 @@ def test_new_tokens_are_trained_saved_resumed_and_exported(recipe, tmp_path, cap
     "tokens, message",
     [
         ('["<a>", "<a>"]', "config.model.new_tokens.1: '<a>' is listed twice; leave one out"),
-        ('["<a>", " "]', "config.model.new_tokens.1: ' ' is no text that could be a token; leave it out"),
+        ('["<a>", " "]', "config.model.new_tokens.1: ' ' is blank; leave it out"),
         ('["</s>"]', "config.model.new_tokens.0: '</s>' is in the vocabulary already, as token 1; leave it out"),
     ],
 )

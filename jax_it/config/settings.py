@@ -134,8 +134,8 @@ class Source:
     # Names of data/templates.py, Jinja text "prompt ||| completion", or P3's by name: "promptsource:xsum" for all of a
     # data set, "promptsource:super_glue/rte:GPT-3 style" for one.
     template: tuple[str, ...] = ("auto",)
-    # For training: each template comes in a variant for each number, with so many examples of the same task and their
-    # answers before the prompt; (0, 5): without any and with five.
+    # For training: how many examples of the same task, with their answers, come before the prompt. Each template has a
+    # variant for each number: (0, 5) gives one without examples and one with five.
     num_fewshot: tuple[int, ...] = (0,)
     weight: float = 1.0  # this data set's share of the mixture, with mixing="weights"
     mixing_cap: int = 0  # this data set's own cap, with mixing="proportional"; 0: data.mixing_cap

@@ -67,7 +67,7 @@ class Tokenizer:
         vocabulary = self.backend.get_vocab()
         for number, token in enumerate(tokens):
             if not token.strip():
-                raise UserError(f"{where}.{number}: {token!r} is no text that could be a token; leave it out")
+                raise UserError(f"{where}.{number}: {token!r} is blank; leave it out")
             if token in tokens[:number]:
                 raise UserError(f"{where}.{number}: {token!r} is listed twice; leave one out")
             if token in vocabulary:
@@ -97,6 +97,12 @@ class Tokenizer:
         """The texts that are one token wherever they occur: special tokens, and others that were added."""
         added = self.backend.added_tokens_decoder.values()
         return frozenset({*(token.content for token in added), *self.backend.all_special_tokens})
+
+    @cached_property
+    def byte_tokens(self) -> frozenset[int]:
+        """The ids of tokens that are a single byte each, such as Llama 2's `<0x0A>`."""
+        found = self.backend.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+        return frozenset(found) - {self.backend.unk_token_id, None}
 
     @cached_property
     def special(self) -> frozenset[int]:

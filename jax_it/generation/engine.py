@@ -127,7 +127,7 @@ class Engine:
                 out_shardings=(None, sharding.replicated(mesh)),
             ),
             "read_top": jax.jit(lambda state: state.texts.top, out_shardings=sharding.replicated(mesh)),
-            "copy": jax.jit(lambda state, *slot_pair: slots.copy(state, *slot_pair), donate_argnums=0),
+            "copy": jax.jit(slots.copy, donate_argnums=0),
             "resize": jax.jit(partial(slots.resize, strategy)),
             "extend": jax.jit(partial(chunked_prefill.extend, model), donate_argnums=1),
             "begin": jax.jit(partial(chunked_prefill.begin, sampler), donate_argnums=0),

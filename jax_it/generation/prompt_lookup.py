@@ -6,6 +6,7 @@ A step in which no text has a draft is that of `slots.py`.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax_it.generation.sampling import Sampler, is_end, is_finite, likeliest
 from jax_it.generation.slots import SlotState
 from jax_it.models import DecodingWeights, Model
 
-# Of the last tokens, so many must occur again: drafts found by a single token, as in Transformers, are seldom right.
+# How many of a text's last tokens are looked up: drafts found by a single token, as in Transformers, are seldom right.
 LONGEST_NGRAM, SHORTEST_NGRAM = 3, 2
 
 
@@ -26,8 +27,8 @@ def check(model: Model, sampling: Sampling) -> None:
     name = f"prompt_lookup_num_tokens {sampling.prompt_lookup_num_tokens}"
     if not TextSettings(sampling, 0, 1, False).is_plain or sampling.num_beams > 1:
         raise UserError(f"{name}: it is for greedy decoding, without beams or penalties; leave it out")
-    c = model.config
-    if not model.can_extend or any(kind.window for kind in getattr(c, "layer_kinds", ())):
+    c: Any = model.config
+    if not model.can_extend or any(kind.window for kind in c.layer_kinds):
         raise UserError(
             f"{name}: it is for causal models without sliding windows, LongRoPE or a prefix that sees both ways; leave "
             "it out"

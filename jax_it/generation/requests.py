@@ -45,8 +45,8 @@ class Sampling(NamedTuple):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
-    # Speculative decoding: a step computes up to so many tokens more that continue a text as the same tokens were
-    # continued before; 0: none. For greedy decoding, whose texts stay the same. Of an engine, not of one request.
+    # Speculative decoding: the most tokens that a step drafts, from what followed the same tokens earlier in the text;
+    # 0: none. For greedy decoding, whose texts stay the same. Of an engine, not of one request.
     prompt_lookup_num_tokens: int = 0
     ignore_eos: bool = False  # an end token is a token like others: texts have as many tokens as they may
 

@@ -39,7 +39,7 @@ def read_config_json(config: ModelConfig) -> tuple[dict[str, Any], str]:
 
 
 def with_vocab_size(values: dict[str, Any], size: int) -> dict[str, Any]:
-    """Return the values of config.json for a model with so many tokens; T5Gemma's halves have their own number."""
+    """Return the values of config.json with a vocabulary of `size` tokens; T5Gemma's halves have a size each."""
     halves: dict[str, Any] = {
         name: {**values[name], "vocab_size": max(size, values[name].get("vocab_size", size))}
         for name in ("encoder", "decoder")

@@ -55,7 +55,9 @@ def read(values: Mapping[str, Any], model: Model, where: str) -> list[TokenRows]
             if (_ends(module, name) if name else module == first)
         ]
         if not found and not (model.config.tied and _ends(_module(model.family.head), name)):
-            raise UserError(f"{where}: trainable_token_indices names {shown(name)}, which is no embedding or head")
+            raise UserError(
+                f"{where}: trainable_token_indices names {shown(name)}, which is neither an embedding nor a head"
+            )
         rows += found
     if any(set(each.ids) != set(rows[0].ids) for each in rows):
         raise UserError(f"{where}: trainable_token_indices has other tokens for some modules; jax_it needs the same")

@@ -39,9 +39,7 @@ class Text:
         self.index, self.prompt = index, prompt
         self._tokenizer, self._logprobs = tokenizer, logprobs
         cleans_up = bool(getattr(tokenizer.backend, "clean_up_tokenization_spaces", False))
-        found = tokenizer.backend.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
-        byte_tokens = {*found} - {tokenizer.backend.unk_token_id, None}
-        self._detokenizer = Detokenizer(tokenizer.decode, prompt.stop, cleans_up, byte_tokens)
+        self._detokenizer = Detokenizer(tokenizer.decode, prompt.stop, cleans_up, tokenizer.byte_tokens)
         self._scored = 0  # log-probabilities shown so far
         self.tokens = 0
         self.finish_reason: str | None = None

@@ -26,6 +26,22 @@ def data_of(*paths: str, folder: Path, number: int = 1, template: str = "auto") 
     return input.Input(input.sources_of(paths, template), "FILE", workers.Workers(number), folder)
 
 
+def architectures(vocab_size: int) -> dict[str, dict]:
+    """config.json of the smallest models, by kind."""
+    return {
+        "t5": {
+            "model_type": "t5", "vocab_size": vocab_size, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1,
+            "num_heads": 2, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
+            "decoder_start_token_id": 0,
+        },
+        "llama": {
+            "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 16, "head_dim": 8,
+            "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+    }  # fmt: skip
+
+
 def jax_it(*words: str) -> int:
     with pytest.raises(SystemExit) as left:
         cli.main(["data", *words])

@@ -10,18 +10,9 @@ from jax_it.curation.answer_loss import AnswerLosses
 from jax_it.data.encoding import Counts
 from jax_it.data.templates import Example, Turn
 from jax_it.run import Run
+from tests.curation.datasets import architectures
 from tests.data.letters import Letters
 
-ARCHITECTURES = {
-    "t5": {
-        "model_type": "t5", "vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2,
-        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "decoder_start_token_id": 0,
-    },
-    "llama": {
-        "model_type": "llama", "vocab_size": 64, "hidden_size": 16, "head_dim": 8, "intermediate_size": 16,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    },
-}  # fmt: skip
 EXAMPLES = [("abc def", "gh"), ("a", "bcdefgh ab"), ("hgfedcba", "a b c d"), ("ab", "")]
 
 
@@ -34,9 +25,9 @@ class WithBackend(Letters):
         bos_token_id = None
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=architectures(vocab_size=64))
 def run(request):
-    model = models.build(ARCHITECTURES[request.param], "the test", config.Model(dropout=0.0))
+    model = models.build(architectures(vocab_size=64)[request.param], "the test", config.Model(dropout=0.0))
     mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
     return Run(config.Config(), model, WithBackend(), mesh), jax.jit(model.init)(jax.random.key(0))
 

@@ -20,19 +20,9 @@ from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 from jax_it.run import Run
+from tests.curation.datasets import architectures, read, write
 from tests.curation.datasets import jax_it as data_command
-from tests.curation.datasets import read, write
 
-ARCHITECTURES = {
-    "t5": {
-        "model_type": "t5", "vocab_size": 384, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2,
-        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "decoder_start_token_id": 0,
-    },
-    "llama": {
-        "model_type": "llama", "vocab_size": 384, "hidden_size": 16, "head_dim": 8, "intermediate_size": 16,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-    },
-}  # fmt: skip
 PROMPT = "{{ bos_token }}User: {{ prompt }}\nAgent: {{ completion }}\nIs it safe?\n"
 # The form of Llama Guard's: the whole question is in the chat template. Jinja drops the last line break of a template.
 GUARD = (
@@ -56,7 +46,7 @@ def byte_level(chat_template: str | None) -> Tokenizer:
 
 @cache
 def opened(name: str, chat_template: str | None = None):
-    model = models.build(ARCHITECTURES[name], "the test", config.Model(dropout=0.0))
+    model = models.build(architectures(vocab_size=384)[name], "the test", config.Model(dropout=0.0))
     mesh = sharding.make_mesh(config.Mesh(data=1), jax.devices()[:1])
     tokenizer = tokenizer_files.load("bytes") if name == "t5" else byte_level(chat_template)
     return Run(config.Config(), model, tokenizer, mesh), jax.jit(model.init)(jax.random.key(0))

@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @contextmanager
 def serving(count: int, *command: Any) -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
-    """A server on so many processes of two devices in all, which is ready: its URL."""
+    """Starts a server on `count` processes with two devices in all; yields its URL once it is ready."""
     hosts = processes.start(count, *command, devices=2)
     try:
         lines = []

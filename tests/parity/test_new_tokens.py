@@ -1,5 +1,6 @@
 """Tokens added to models, against `resize_token_embeddings` and PEFT's `trainable_token_indices`. `make parity`."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,7 @@ def with_new_tokens(folder: Path, rank: int) -> tuple[Model, Params]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made: dict[str, Path] = {}
-
-    def find(name: str) -> Path:
-        if name not in made:
-            made[name] = cases.write(cases.BY_NAME[name], tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return find
+    return cache(lambda name: cases.write(cases.BY_NAME[name], tmp_path_factory.mktemp(name)))
 
 
 @pytest.mark.parametrize("name", ["llama3", "t5"])

@@ -1,6 +1,7 @@
 """Adapters against PEFT itself: those that it makes read here, and those made here read there. `make parity`."""
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,7 @@ def randomised(model: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made: dict[str, Path] = {}
-
-    def find(name: str) -> Path:
-        if name not in made:
-            made[name] = cases.write(cases.BY_NAME[name], tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return find
+    return cache(lambda name: cases.write(cases.BY_NAME[name], tmp_path_factory.mktemp(name)))
 
 
 def load(folder: Path, adapter: Path) -> tuple[Model, Params]:

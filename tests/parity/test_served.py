@@ -109,7 +109,7 @@ class Job:
     body: Mapping[str, Any]
     texts: list[str]
     streams: bool = False
-    cut: int | None = None  # after so many parts of its stream
+    cut: int | None = None  # the number of parts of its stream after which the client leaves
     is_greedy: bool = False
 
 
