@@ -136,7 +136,7 @@ class _Watch:
         # Orbax makes its manager on all hosts together, and then tells each one the steps by itself.
         self._checkpoints, self._total = scorer.checkpoints, scorer.total_steps
         self._unscored: set[int] = set()  # steps that had a checkpoint and no scores at the last look
-        self._tries: dict[tuple[float, ...], int] = {}
+        self._tries: dict[tuple[float, ...], int] = {}  # failed reads of each folder, by `_key`
         self._warning = ""
         self.restart_timeout()
 
@@ -177,7 +177,9 @@ class _Watch:
                 _log(_deleted(step))
         self._unscored = set(unscored)
         for step in unscored:
-            tries = self._tries.get(self._key(step), 0)
+            # Taken before the folder is read: one that replaces it meanwhile has tries of its own.
+            self._tried = self._key(step)
+            tries = self._tries.get(self._tried, 0)
             if tries < TRIES:
                 if self._heartbeat:
                     self._heartbeat.move(step)
@@ -210,14 +212,13 @@ class _Watch:
         self._warning = text
 
     def unreadable(self, step: int, error: Unreadable) -> str:
-        """Count a failed read of a checkpoint. Returns why it failed if the checkpoint exists and is given up."""
+        """Count a failed read of the checkpoint of `next`. Returns why it failed if it exists and is given up."""
         if step not in self._checkpoints.steps():
             self._unscored.discard(step)
             _log(_deleted(step))
             return ""
-        key = self._key(step)
-        self._tries[key] = self._tries.get(key, 0) + 1
-        return f"{error.reason}; it is skipped" if self._tries[key] == TRIES else ""
+        tries = self._tries[self._tried] = self._tries.get(self._tried, 0) + 1
+        return f"{error.reason}; it is skipped" if tries == TRIES else ""
 
     def _is_scored(self, step: int) -> bool:
         return files.is_regular(self._options.folder(self._run_dir, step) / SCORES)

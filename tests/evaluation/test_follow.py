@@ -115,19 +115,17 @@ def test_a_checkpoint_that_was_damaged_is_scored_when_training_has_written_it_an
     cut(run)
     whole = copy(run / "checkpoints" / "45", run.parent / "whole")
     (run / "checkpoints" / "45" / "params" / "manifest.ocdbt").write_bytes(b"")
+    count = following._Watch.unreadable
 
-    def mend():
-        while "cannot be read" not in capfd.readouterr().err:
-            time.sleep(0.1)
+    def replaced_before_it_is_counted(*arguments):
         shutil.rmtree(run / "checkpoints" / "45")
         shutil.move(whole, run / "checkpoints" / "45")
+        return count(*arguments)
 
-    thread = threading.Thread(target=mend)
-    thread.start()
+    monkeypatch.setattr(following._Watch, "unreadable", replaced_before_it_is_counted)
     with pytest.raises(Interrupted, match="no new checkpoint"):
-        followed(run, timeout=4)
-    thread.join()
-    assert list(scored(run)) == [45]
+        followed(run, timeout=1)
+    assert list(scored(run)) == [45] and capfd.readouterr().err.count("cannot be read") == 1
 
 
 def test_a_checkpoint_that_is_being_written_is_left_alone(run):
