@@ -277,8 +277,15 @@ def check(config: Config, training: bool, saved: bool = False) -> None:
         raise UserError("config.model.pretrained needs config.model.path; set it to False for random weights")
     if not model.path and not model.tokenizer:
         raise UserError("config.model.tokenizer is empty and there is no config.model.path to take it from")
-    if (model.tokenizer == "train") != bool(model.tokenizer_size):
-        raise UserError("config.model.tokenizer_size goes with config.model.tokenizer='train', and only with it")
+    if model.tokenizer == "train" and not model.tokenizer_size:
+        raise UserError(
+            "config.model.tokenizer='train' needs config.model.tokenizer_size, the number of its tokens, such as 8000"
+        )
+    if model.tokenizer_size and model.tokenizer != "train":
+        raise UserError(
+            "config.model.tokenizer_size is of tokenizers that are trained; leave it out, or set "
+            "config.model.tokenizer='train'"
+        )
     _check_adapters(model)
     if model.prefix_lm and data.train_on == "all":
         raise UserError(

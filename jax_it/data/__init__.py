@@ -74,7 +74,12 @@ def build(
     held_out = [mixture.hold_out(templates, data.validation_size, data.seed) for templates in made]
     mixed = mixture.mix(data.train, made, data, held_out)
     sample = mixed.epoch(0)[:SAMPLE]
-    layout = format.layout(sample["source_length"], sample["target_length"], data, batch_size, row_cost)
+    every = [each for templates in made for each in templates]
+    longest = tuple(
+        max(int(lengths.max(initial=0)) for lengths in several)
+        for several in ([each.source_lengths for each in every], [each.target_lengths for each in every])
+    )
+    layout = format.layout(sample["source_length"], sample["target_length"], longest, data, batch_size, row_cost)
     digest = ":".join(templates[0].digest for templates in made)
     return Built(TrainData(mixed, format, layout, data.packing), made, digest)
 

@@ -104,9 +104,10 @@ class CausalFormat:
         return Shape(0, 0, data.max_seq_length)
 
     def layout(
-        self, sources: np.ndarray, targets: np.ndarray, data: Data, batch_size: int, row_cost: RowCost
-    ) -> Layout:
-        """Return the shape of rows and their number in a step, for examples of these lengths."""
+        self, sources: np.ndarray, targets: np.ndarray, longest: tuple[int, int], data: Data, batch_size: int,
+        row_cost: RowCost,
+    ) -> Layout:  # fmt: skip
+        """Return the shape of rows, `data.max_seq_length` or one's own, and their number in a step."""
         if data.packed_source_length:
             raise UserError(
                 "config.data.packed_source_length has no effect on a causal model, whose rows hold "

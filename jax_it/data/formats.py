@@ -6,7 +6,7 @@ import numpy as np
 
 from jax_it.data.causal import CausalBatch, CausalFormat
 from jax_it.data.encoded import Encoded
-from jax_it.data.packing import Layout
+from jax_it.data.packing import Layout, Shape
 from jax_it.data.seq2seq import Seq2SeqBatch, Seq2SeqFormat
 
 Format = Seq2SeqFormat | CausalFormat
@@ -20,14 +20,17 @@ __all__ = [
 def pack_rows(format: Format, examples: Sequence[Encoded], layout: Layout, rows: int) -> list[Batch]:
     """Return all examples in batches of `rows` packed rows; empty rows fill the last batch.
 
-    Examples without a token to train on are left out, so there may be no batch at all.
+    The rows are longer than the layout's where an example is. Examples without a token to train on are left out, so
+    there may be no batch at all.
     """
     examples = [example for example in examples if example.loss_mask is None or example.loss_mask[1:].any()]
     if not examples:
         return []
     sources = np.array([len(example.source) for example in examples])
     targets = np.array([len(example.target) for example in examples])
-    packed = format.pack(sources, targets, layout.shape)
+    blocks, source, target = layout.shape
+    shape = Shape(blocks, max(source, int(sources.max())), max(target, int(targets.max())))
+    packed = format.pack(sources, targets, shape)
     filled = [[examples[i]._replace(block=block) for i, block in packed.row(row)] for row in range(len(packed))]
     filled += [[]] * (-len(filled) % rows)
-    return [format.batch(filled[i : i + rows], layout.shape) for i in range(0, len(filled), rows)]
+    return [format.batch(filled[i : i + rows], shape) for i in range(0, len(filled), rows)]

@@ -9,12 +9,13 @@ their own across the blocks: a few long ones are evened out by many short ones.
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+MAX_TARGET = 2048  # positions, of rows whose target has more than the longest example's for each block
 WINDOW = 16384  # examples that are packed together; the memory and the time of a plan are bounded by it
 
 
@@ -162,14 +163,10 @@ def choose_layout(
     """
     if shape is not None:
         return layout_of(pack(sources, targets, shape), sources, targets, batch_size, shape)
-    layouts = []
-    for blocks in (1, 2, 3, 4, 6, 8):
-        loose = Shape(blocks, smallest.source, max(smallest.target, blocks * smallest.target))
-        per_row = float(np.sum(targets)) / max(len(pack(sources, targets, loose)), 1)
-        first = max(_round_up(per_row, 8), smallest.target)
-        for length in range(first, max(_round_up(1.5 * per_row, 8), first) + 1, 8):
-            tried = Shape(blocks, smallest.source, length)
-            layouts.append(layout_of(pack(sources, targets, tried), sources, targets, batch_size, tried))
+    layouts = [
+        layout_of(pack(sources, targets, tried), sources, targets, batch_size, tried)
+        for tried in _candidates(sources, targets, smallest)
+    ]
 
     def off_target(layout: Layout) -> float:
         return abs(layout.rows * layout.examples_per_row / batch_size - 1)
@@ -179,6 +176,24 @@ def choose_layout(
     least = min(cost(layout.shape) / layout.examples_per_row for layout in right)
     cheap = [layout for layout in right if cost(layout.shape) / layout.examples_per_row <= 1.05 * least]
     return max(cheap, key=lambda layout: layout.target_fill)
+
+
+def _candidates(sources: np.ndarray, targets: np.ndarray, smallest: Shape) -> Iterator[Shape]:
+    """Yield the shapes of rows to try: for each number of blocks, targets about as long as full blocks need."""
+    for blocks in (1, 2, 3, 4, 6, 8):
+        most, mean = blocks * smallest.target, 0.0
+        while True:
+            rows = pack(sources, targets, Shape(blocks, smallest.source, most))
+            before, mean = mean, float(targets.sum()) / max(len(rows), 1)
+            if mean < 1.1 * before:
+                break  # the blocks are full
+            first = max(_round_up(mean, 8), smallest.target)
+            last = max(_round_up(1.5 * mean, 8), first)
+            for length in range(first, last + 1, _round_up(first / 32, 8)):
+                yield Shape(blocks, smallest.source, length)
+            most *= 2  # where sources are short, a block has room for those of several long targets
+            if most > MAX_TARGET:
+                break
 
 
 def layout_of(rows: Rows, sources: np.ndarray, targets: np.ndarray, batch_size: int, shape: Shape) -> Layout:

@@ -15,6 +15,8 @@ from jax_it.data.templates import Example, Turn
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError
 
+MULTIPLE = 64  # of which the lengths of rows are that are shorter than the settings allow
+
 
 class Seq2SeqBatch(NamedTuple):
     """Rows of an encoder-decoder. Segment 0 is padding; the letters are those of `models/config.py`.
@@ -118,9 +120,13 @@ class Seq2SeqFormat:
         return Shape(1, data.max_source_length, data.max_target_length)
 
     def layout(
-        self, sources: np.ndarray, targets: np.ndarray, data: Data, batch_size: int, row_cost: RowCost
-    ) -> Layout:
-        """Return the shape of rows and their number in a step, for examples of these lengths."""
+        self, sources: np.ndarray, targets: np.ndarray, longest: tuple[int, int], data: Data, batch_size: int,
+        row_cost: RowCost,
+    ) -> Layout:  # fmt: skip
+        """Return the shape of rows and their number in a step, for examples of these lengths.
+
+        `longest` has the longest source and the longest target of all examples.
+        """
         smallest = self.smallest(data)
         if not data.packing:
             fills = float(sources.mean()) / smallest.source, float(targets.mean()) / smallest.target
@@ -129,6 +135,7 @@ class Seq2SeqFormat:
         if data.packed_source_length:
             blocks = data.packed_source_length // data.max_source_length
             given = Shape(blocks, data.max_source_length, data.packed_target_length)
+        smallest = Shape(1, *map(_shortened, smallest[1:], longest))
         return packing.choose_layout(sources, targets, batch_size, row_cost, given, smallest)
 
     def pack(self, sources: np.ndarray, targets: np.ndarray, shape: Shape) -> Rows:
@@ -166,6 +173,13 @@ class Seq2SeqFormat:
                 at = there.stop
         weights = (segments > 0).astype(np.float32)
         return Seq2SeqBatch(source, source_segments, source_positions, tokens, targets, weights, segments, positions)
+
+
+def _shortened(limit: int, longest: int) -> int:
+    """Return a limit of lengths halved as often as `longest` allows: devices that can share the limit can share it."""
+    while limit % (2 * MULTIPLE) == 0 and longest <= limit // 2:
+        limit //= 2
+    return limit
 
 
 def _with_special_token(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:

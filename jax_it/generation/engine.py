@@ -53,7 +53,8 @@ class Engine:
     between two steps of the running texts, and where `can_chunk` longer prompts are computed in parts.
     `prefix_cache_bytes` are for keys and values of shared beginnings of prompts, in blocks of 64 tokens; models with
     sliding windows have none, since of a window's layers the beginnings are not kept. On one device a step then costs
-    less while few slots are busy: it decodes the first ones, as many as one of the `decode_sizes` has.
+    less while few slots are busy: it decodes the first ones, as many as one of the `decode_sizes` has. So does a
+    prefill of few prompts.
 
     It has `batch_size` slots or a few more: every device has as many, and at least those of one request. A text ends at
     one of the model's end tokens or of `eos_ids`, or at its limit. `shapes` are compiled: (program, slots, width).
@@ -160,7 +161,7 @@ class Engine:
             )  # fmt: skip
 
         width = _fixed_widths(min(max_prompt, self.prefill_chunk) if self.can_chunk else max_prompt)[-1]
-        rows = self.prefill_rows(width)
+        rows = self.prefill_sizes(width)[-1]
         slots_Q = prompts_Q = np.zeros(rows, np.int32)
         batch = PrefillBatch(*length_buckets.pad([], rows, width), slots_Q, prompts_Q, slot_settings([], rows))
         with jax.set_mesh(self._mesh):
@@ -186,20 +187,21 @@ class Engine:
         if self._capacity <= BLOCK:
             self.num_blocks = 0
         for width in widths:
-            rows = self.prefill_rows(width)
-            no_slots, no_prompts = np.full(rows, self.num_slots, np.int32), np.zeros(rows, np.int32)
-            self.insert(
-                PrefillBatch(*length_buckets.pad([], rows, width), no_slots, no_prompts, slot_settings([], rows))
-            )
+            for rows in self.prefill_sizes(width):
+                no_slots, no_prompts = np.full(rows, self.num_slots, np.int32), np.zeros(rows, np.int32)
+                self.insert(
+                    PrefillBatch(*length_buckets.pad([], rows, width), no_slots, no_prompts, slot_settings([], rows))
+                )
         if self.can_chunk:
             for width in (self.small_chunk, self.prefill_chunk):
-                self.extend([], width)
+                for rows in self.extend_sizes(width):
+                    self.extend([(self.num_slots, [], 0)] * rows, width)
         self.begin(0, [0, 0], slot_settings([], 1))
         self.copy(0, 0)
         if self.num_blocks:
             self.save_prefix(0, [])
             self.load_prefix(0, [], 0)
-        self.decode_sizes = _decode_sizes(self.num_slots) if self.shards == 1 else (self.num_slots,)
+        self.decode_sizes = _sizes(self.num_slots) if self.shards == 1 else (self.num_slots,)
         for size in self.decode_sizes:
             for plain in (True, False):
                 self.decode([True] * size, 1, size, plain)
@@ -219,13 +221,14 @@ class Engine:
         """Return the width of the last parts of prompts, of which several are computed together."""
         return min(self.prefill_chunk, max(SMALLEST_WIDTH, self.prefill_chunk // 4))
 
-    def prefill_rows(self, width: int) -> int:
-        """Return how many prompts of a width are prefilled together, after `warm_up`."""
-        return sharding.round_up_to_shards(max(1, min(self.num_slots, self.prefill_chunk // width)), self._mesh)
+    def prefill_sizes(self, width: int) -> tuple[int, ...]:
+        """Return how many prompts of a width can be prefilled together after `warm_up`: a few numbers, ascending."""
+        most = sharding.round_up_to_shards(max(1, min(self.num_slots, self.prefill_chunk // width)), self._mesh)
+        return _sizes(most) if self.shards == 1 else (most,)
 
-    def extend_rows(self, width: int) -> int:
-        """Return how many prompts are extended together by up to `width` tokens."""
-        return max(1, self.prefill_chunk // width)
+    def extend_sizes(self, width: int) -> tuple[int, ...]:
+        """Return how many prompts can be extended together by up to `width` tokens: a few numbers, ascending."""
+        return _sizes(max(1, self.prefill_chunk // width))
 
     @property
     def prefill_widths(self) -> set[int]:
@@ -252,7 +255,7 @@ class Engine:
 
     def extend(self, prompts: Sequence[tuple[int, Sequence[int], int]], width: int) -> None:
         """Compute more of some prompts: (slot, tokens, how many tokens of the prompt are there before these)."""
-        rows = self.extend_rows(width)
+        rows = next(size for size in self.extend_sizes(width) if size >= len(prompts))
         padding = rows - len(prompts)
         batch = chunked_prefill.ChunkBatch(
             *length_buckets.pad([tokens for _, tokens, _ in prompts], rows, width),
@@ -338,9 +341,9 @@ class Engine:
             return self._programs[program.removesuffix("_any")](*arguments)
 
 
-def _decode_sizes(num_slots: int) -> tuple[int, ...]:
-    """Return few numbers of slots, each about four times the one before."""
-    sizes = [num_slots]
+def _sizes(most: int) -> tuple[int, ...]:
+    """Return few numbers of slots or prompts, each about four times the one before."""
+    sizes = [most]
     while sizes[0] >= 4:
         sizes.insert(0, sizes[0] // 4)
     return tuple(sizes)

@@ -282,7 +282,7 @@ class Scheduler:
                 self._prefilling.append((slot, text))
             else:
                 width = max(group.width, next(w for w in engine.prompt_widths if w >= len(request.prompt)))
-                if len(group.prompts) >= engine.prefill_rows(width):
+                if len(group.prompts) >= engine.prefill_sizes(width)[-1]:
                     break
                 group = PrefillGroup([*group.prompts, self._queue[0]], width)
                 taken.append(free.pop(0))
@@ -307,8 +307,8 @@ class Scheduler:
         short = [each for each in first.values() if self._rest(each[1]) <= engine.small_chunk]
         long = [each for each in first.values() if self._rest(each[1]) > engine.small_chunk]
         if engine.can_chunk:
-            self._extend(short[: engine.extend_rows(engine.small_chunk)], engine.small_chunk)
-            self._extend(long[: engine.extend_rows(engine.prefill_chunk)], engine.prefill_chunk)
+            self._extend(short[: engine.extend_sizes(engine.small_chunk)[-1]], engine.small_chunk)
+            self._extend(long[: engine.extend_sizes(engine.prefill_chunk)[-1]], engine.prefill_chunk)
 
     def _rest(self, text: RunningText) -> int:
         """Return how many tokens of a prompt are not computed; the first step computes the last one."""
@@ -394,8 +394,9 @@ class Scheduler:
         return -(-rows // self._engine.shards) * self._engine.shards
 
     def _batch(self, group: PrefillGroup, texts: list[RunningText], slots: list[int]) -> PrefillBatch:
-        """Return a group's arrays, padded to as many prompts and slots as all groups of its width have."""
-        rows = self._engine.prefill_rows(group.width) if self._serves else self._prefill_rows(group.width)
+        """Return a group's arrays, padded to a number of prompts, and of their slots, that is compiled."""
+        sizes = self._engine.prefill_sizes(group.width) if self._serves else (self._prefill_rows(group.width),)
+        rows = next(size for size in sizes if size >= len(group.prompts))
         padding = [0] * (rows * self._each - len(texts))
         prompts_Y = [i for i, prompt in enumerate(group.prompts) for _ in prompt.samples]
         return PrefillBatch(

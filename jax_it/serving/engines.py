@@ -25,7 +25,7 @@ from jax_it.serving.models import ServedModel
 from jax_it.serving.schemas import MAX_LOGPROBS
 
 PREFIX_CACHE_BYTES = 1 << 28  # for keys and values of shared beginnings of prompts, of each model
-ON_THIS_HOST = ("block_until_ready", "extend_rows", "lower", "prefill_rows")  # methods that change no device's state
+ON_THIS_HOST = ("block_until_ready", "extend_sizes", "lower", "prefill_sizes")  # methods that change no device's state
 
 
 @dataclass(frozen=True)

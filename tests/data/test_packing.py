@@ -1,3 +1,4 @@
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jax_it.data.packing import (
+    MAX_TARGET,
     Layout,
     Rows,
     Shape,
@@ -159,11 +161,13 @@ def test_the_chosen_rows_are_full_on_lengths_like_t0_s():
 
 def every_layout(sources: np.ndarray, targets: np.ndarray, batch_size: int) -> Iterator[Layout]:
     """All layouts that may be chosen, each measured by packing, in no clever way."""
-    for blocks in (1, 2, 3, 4, 6, 8):
-        loose = Shape(blocks, SMALLEST.source, blocks * SMALLEST.target)
+    for blocks, share in itertools.product((1, 2, 3, 4, 6, 8), (1, 2, 4, 8, 16)):
+        if share > 1 and blocks * share > MAX_TARGET // SMALLEST.target:
+            continue
+        loose = Shape(blocks, SMALLEST.source, blocks * share * SMALLEST.target)
         least = targets.sum() / len(pack(sources, targets, loose))
         first = max(math.ceil(least / 8) * 8, SMALLEST.target)
-        for length in range(first, max(math.ceil(1.5 * least / 8) * 8, first) + 1, 8):
+        for length in range(first, max(math.ceil(1.5 * least / 8) * 8, first) + 1, math.ceil(first / 256) * 8):
             shape = Shape(blocks, SMALLEST.source, length)
             rows = pack(sources, targets, shape)
             per_row = len(sources) / len(rows)
@@ -180,9 +184,12 @@ COSTS = {
 }
 
 
+@pytest.mark.parametrize("short_sources", [False, True])
 @pytest.mark.parametrize("cost", COSTS)
-def test_of_the_cheapest_layouts_whose_step_holds_the_batch_the_fullest_is_chosen(cost):
+def test_of_the_cheapest_layouts_whose_step_holds_the_batch_the_fullest_is_chosen(cost, short_sources):
     sources, targets = like_t0(400)
+    if short_sources:
+        sources = 5 + sources // 20
     for batch_size in (4, 32, 100):
         chosen = choose_layout(sources, targets, batch_size, COSTS[cost], None, SMALLEST)
         layouts = list(every_layout(sources, targets, batch_size))
@@ -196,6 +203,17 @@ def test_of_the_cheapest_layouts_whose_step_holds_the_batch_the_fullest_is_chose
         assert price[chosen.shape] <= 1.05 * min(price.values())
         fills = {layout.shape: layout.target_fill for layout in layouts}
         assert fills[chosen.shape] == max(fills[shape] for shape in price if price[shape] <= 1.05 * min(price.values()))
+
+
+def test_short_sources_with_long_targets_fill_their_blocks():
+    """As instructions and their answers are: one block's worth of targets would leave nearly all of it empty."""
+    rng = np.random.default_rng(0)
+    sources, targets = rng.integers(5, 40, 2000), rng.integers(60, 129, 2000)
+    layout = choose_layout(sources, targets, 128, arithmetic, None, SMALLEST)
+    assert layout.shape.target > 4 * layout.shape.blocks * SMALLEST.target and layout.target_fill > 0.9
+    one_long_target_a_block = pack(sources, targets, Shape(1, 512, 136))
+    was = arithmetic(Shape(1, 512, 136)) * len(one_long_target_a_block)
+    assert arithmetic(layout.shape) * 2000 / layout.examples_per_row < 0.5 * was
 
 
 @pytest.mark.parametrize("batch_size", [16, 24, 32, 48, 64, 100, 128, 200, 256, 1000, 4096])

@@ -86,17 +86,18 @@ class FakeServer(FakeEngine):
     def decode_sizes(self) -> tuple[int, ...]:
         return (self.num_slots,)
 
-    def prefill_rows(self, width: int) -> int:
-        return 64 // width
+    def prefill_sizes(self, width: int) -> tuple[int, ...]:
+        return tuple(dict.fromkeys([1, 64 // width]))
 
-    extend_rows = prefill_rows
+    extend_sizes = prefill_sizes
 
     def insert(self, batch: PrefillBatch) -> None:
         self.capacity = self.max_prompt
+        self.calls.append(("prefill", batch.tokens_QS.shape))
         super().insert(batch)
 
     def extend(self, prompts: Sequence[tuple[int, Sequence[int], int]], width: int) -> None:
-        assert 0 < len(prompts) <= self.extend_rows(width)
+        assert 0 < len(prompts) <= self.extend_sizes(width)[-1]
         for slot, tokens, start in prompts:
             assert 0 < len(tokens) <= width
             self.computed = {**getattr(self, "computed", {}), slot: start + len(tokens)}
@@ -331,6 +332,13 @@ def test_a_prompt_that_is_aborted_between_its_chunks_leaves_its_slot():
     assert scheduler.step() == [] and scheduler.num_running == scheduler.num_waiting == 1
     scheduler.abort(0)
     assert [output.tokens for output in scheduler.step()] == [[11]]
+
+
+@pytest.mark.parametrize("lengths, shape", [([20], (1, 32)), ([20, 5], (2, 32)), ([50], (1, 64)), ([20, 50], (1, 32))])
+def test_a_server_prefills_few_prompts_in_few_rows(lengths, shape):
+    engine = FakeServer(4)
+    requested(Scheduler(engine, stream_interval=1), *([5] * length for length in lengths)).step()
+    assert ("prefill", shape) in engine.calls
 
 
 @pytest.mark.parametrize("interval", [0, 1, 5])
