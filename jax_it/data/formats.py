@@ -20,8 +20,8 @@ __all__ = [
 def pack_rows(format: Format, examples: Sequence[Encoded], layout: Layout, rows: int) -> list[Batch]:
     """Return all examples in batches of `rows` packed rows; empty rows fill the last batch.
 
-    The rows are longer than the layout's where an example is. Examples without a token to train on are left out, so
-    there may be no batch at all.
+    The rows are twice as long as the layout's, or four times, where an example needs that. Examples without a token to
+    train on are left out, so there may be no batch at all.
     """
     examples = [example for example in examples if example.loss_mask is None or example.loss_mask[1:].any()]
     if not examples:
@@ -29,7 +29,11 @@ def pack_rows(format: Format, examples: Sequence[Encoded], layout: Layout, rows:
     sources = np.array([len(example.source) for example in examples])
     targets = np.array([len(example.target) for example in examples])
     blocks, source, target = layout.shape
-    shape = Shape(blocks, max(source, int(sources.max())), max(target, int(targets.max())))
+    while source < sources.max():
+        source *= 2
+    while target < targets.max():
+        target *= 2
+    shape = Shape(blocks, source, target)
     packed = format.pack(sources, targets, shape)
     filled = [[examples[i]._replace(block=block) for i, block in packed.row(row)] for row in range(len(packed))]
     filled += [[]] * (-len(filled) % rows)

@@ -57,6 +57,17 @@ def test_row_lengths_that_are_given_are_taken(tmp_path):
     assert built.train.layout.shape == Shape(3, 16, 20) and trained(built) == PROMPTS
 
 
+@pytest.mark.parametrize("longest, block", [(63, 64), (64, 128), (120, 128), (190, 256), (255, 256), (300, 512)])
+def test_blocks_are_no_longer_than_the_longest_source_needs(tmp_path, longest, block):
+    """They are halves of the limit, so that whoever can share the limit can share them."""
+    records = [*A, f"{'a' * longest}>x"]  # and the end mark
+    source = Source(path=write(tmp_path / "a.jsonl", pairs(*records)))
+    data = Data(train=(source,), max_source_length=512, max_target_length=96, cache_dir=str(tmp_path / "cache"))
+    built = build(data)
+    assert built.train.layout.shape.source == block and built.train.layout.shape.target >= 96
+    assert trained(built) == sorted(text.split(">")[0][: 512 - 1] for text in records)
+
+
 def test_what_is_held_out_is_evaluated_and_never_trained_on(tmp_path):
     data = settings(tmp_path, validation_size=4)
     examples = chain.build_eval(data, Letters(), FORMAT, limit=0).examples

@@ -283,6 +283,13 @@ def test_examples_are_packed_into_batches_of_so_many_rows():
     assert found[0].source_BGS.shape == (2, 2, 4) and found[0].weights_BT.sum() == 5
 
 
+def test_examples_longer_than_the_training_rows_are_evaluated_whole():
+    examples = [Encoded(np.arange(2, 9), np.array([5, 1])), Encoded(np.array([7, 1]), np.arange(2, 12))]
+    (found,) = pack_rows(Seq2SeqFormat(0, 0), examples, Layout(Shape(1, 4, 6), 2, 1.0, 0.0, 0.0), 2)
+    assert found.source_BGS.shape == (2, 1, 8) and found.targets_BT.shape == (2, 12)
+    assert found.weights_BT.sum() == 12 and (found.source_segments_BGS > 0).sum() == 9
+
+
 # From files to batches
 
 
