@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jax_it.config import Data
+from jax_it.data.encoded import Encoded
 from jax_it.data.encoding import Counts
 from jax_it.data.templates import Example
 from jax_it.errors import UserError
@@ -38,18 +39,24 @@ class AnswerLosses:
         # What an answer follows that has no prompt: an empty source, or the token that begins a text.
         self._nothing = [tokenizer.end if run.model.kind != "causal" or start is None else start]
 
-    def __call__(
-        self, examples: Sequence[Example], locations: Sequence[str], data: Data, alone: bool = False
-    ) -> list[AnswerLoss]:
+    def encode(self, example: Example, location: str, data: Data) -> Encoded | None:
+        """Return an example rendered and cut as for evaluation; None: it has no answer.
+
+        Raises InvalidRecord where the chat template refuses it.
+        """
+        (encoded,) = self._run.format.encode(
+            [example], [location], data, self._run.tokenizer, Counts(), evaluation=True
+        )
+        return encoded
+
+    def __call__(self, examples: Sequence[Encoded | None], alone: bool = False) -> list[AnswerLoss]:
         """Return the losses of the examples' last answers, the end token included; `alone` is for IFD.
 
-        Examples are rendered and cut as for evaluation. Raises InvalidRecord for one that the chat template refuses,
-        and UserError for logits that are not finite.
+        Raises UserError for logits that are not finite.
         """
         requests: list[LikelihoodRequest] = []
         owners: list[tuple[int, bool]] = []
-        encoded = self._run.format.encode(examples, locations, data, self._run.tokenizer, Counts(), evaluation=True)
-        for i, example in enumerate(encoded):
+        for i, example in enumerate(examples):
             if example is None:
                 continue
             prompt = self._run.format.prompt_of(example)

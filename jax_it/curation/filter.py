@@ -21,8 +21,8 @@ from jax_it.curation.stage import Dropped, Kept, Outcome, PerRecord, Plan, inval
 from jax_it.curation.texts import part_of
 from jax_it.data import chat_template, sources, templates
 from jax_it.data import tokenizer_files as tokenizers
+from jax_it.data.encoded import Encoded
 from jax_it.data.records import Fields, InvalidRecord, Record
-from jax_it.data.templates import Example
 from jax_it.data.tokenizer import Tokenizer
 from jax_it.errors import UserError, first_line, shown
 from jax_it.metrics import characters
@@ -194,25 +194,25 @@ def _by_scores(settings: Filter, input: Input) -> Plan:
     for chunk in input.chunks():
         decisions: list[Any] = []
         waiting: list[int] = []
-        examples: list[Example] = []
-        places: list[str] = []
+        examples: list[Encoded | None] = []
         prompts: list[str] = []
         for number, record in enumerate(chunk.records()):
             try:
                 outcome = invalid(record.error) if record.error else _by_texts(settings, record, chunk.template)
                 if isinstance(outcome, Kept):
                     example = templates.render(record, chunk.template)
-                    if classifier is not None:
-                        prompts.append(classifier.prompt(example, record.where))
-                    examples.append(example)
-                    places.append(record.where)
+                    # Either may refuse the record, so neither is kept before both are made.
+                    encoded = losses.encode(example, record.where, data) if losses is not None else None
+                    prompt = classifier.prompt(example, record.where) if classifier is not None else ""
+                    examples.append(encoded)
+                    prompts.append(prompt)
                     waiting.append(number)
             except InvalidRecord as error:
                 outcome = invalid(error)
             decisions.append(outcome)
         scores: list[dict[str, float]] = [{} for _ in waiting]
         if losses is not None:
-            for item, found in zip(scores, losses(examples, places, data, alone=with_ifd), strict=True):
+            for item, found in zip(scores, losses(examples, alone=with_ifd), strict=True):
                 item.update(loss=found.loss, ifd=found.ifd)
         if classifier is not None:
             for item, probability in zip(scores, classifier(prompts), strict=True):

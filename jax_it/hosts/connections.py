@@ -31,7 +31,7 @@ from jax_it.errors import Interrupted, UserError, exit_now, first_line
 from jax_it.hosts.cluster_env import LOST_AFTER_VAR, RUN_ALONE, ClusterEnv, seconds
 
 GRACE = 20.0  # seconds that this process has to end by itself when another one has ended
-GO_ON = "run the same command on all hosts to continue from the last checkpoint"
+GO_ON = "run the same command on all hosts to go on; training continues from its last checkpoint"
 _MAX_LINE = 1 << 22  # bytes; the longest one has the names of all hosts
 
 

@@ -222,7 +222,7 @@ def test_a_process_that_is_stuck_while_another_dies_is_ended_and_says_why() -> N
     pair[1].send_signal(signal.SIGKILL)
     first, _ = processes.ends(pair, seconds=60)
     assert first.code == 75
-    assert "(process 1) was lost" in first.text and "to continue from the last checkpoint" in first.text
+    assert "(process 1) was lost" in first.text and "training continues from its last checkpoint" in first.text
 
 
 def test_a_silent_host_is_lost_after_a_while() -> None:
