@@ -108,7 +108,7 @@ def test_a_log_likelihood_is_the_loss_of_the_option_times_its_tokens(parts, fold
         examples = data.build_eval(sources, tokenizer, format, 0)
         alone = make_suite(model, tokenizer, examples, dataclasses.replace(
             config, eval=dataclasses.replace(config.eval, tasks=(), generate=False)
-        ), format.layout(np.array([8]), np.array([4]), sources, 1, lambda shape: 1.0), mesh)  # fmt: skip
+        ), format.layout(np.array([8]), np.array([4]), (8, 4), sources, 1, lambda shape: 1.0), mesh)  # fmt: skip
         overall = alone(params).metrics["all"]
         tokens = len(tokenizer.encode([option])[0]) + 1
         assert log_likelihood == pytest.approx(-overall["loss"] * tokens, rel=1e-4)
