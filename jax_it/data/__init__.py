@@ -75,9 +75,9 @@ def build(
     mixed = mixture.mix(data.train, made, data, held_out)
     sample = mixed.epoch(0)[:SAMPLE]
     every = [each for templates in made for each in templates]
-    longest = tuple(
-        max(int(lengths.max(initial=0)) for lengths in several)
-        for several in ([each.source_lengths for each in every], [each.target_lengths for each in every])
+    longest = (
+        max(int(each.source_lengths.max(initial=0)) for each in every),
+        max(int(each.target_lengths.max(initial=0)) for each in every),
     )
     layout = format.layout(sample["source_length"], sample["target_length"], longest, data, batch_size, row_cost)
     digest = ":".join(templates[0].digest for templates in made)
