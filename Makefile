@@ -36,9 +36,10 @@ faults: setup ## the long fault suite: runs that are stopped at many moments
 fuzz: $(VENV)-parity/stamp ## thousands of hostile inputs, some of them against PyTorch; SEED=7 draws others
 	FUZZ_SEED=$(SEED) $(VENV)-parity/bin/python -m pytest -m fuzz tests/fuzz $(PYTEST_ARGS)
 
-# With the code generator that users have; the other tests use an older one, which compiles faster.
+# With XLA's code generator that users have; the other tests use an older one of JAX 0.10, which compiles faster.
+CODE_GENERATOR ?= default
 parity: $(VENV)-parity/stamp ## the comparisons with PyTorch, in an environment of their own, .venv-parity
-	JAX_IT_TEST_CODE_GENERATOR=default $(VENV)-parity/bin/python -m pytest -m parity $(PYTEST_ARGS)
+	JAX_IT_TEST_CODE_GENERATOR=$(CODE_GENERATOR) $(VENV)-parity/bin/python -m pytest -m parity $(PYTEST_ARGS)
 
 lint: setup ## style, the layers of modules, and types
 	$(VENV)/bin/ruff check .
