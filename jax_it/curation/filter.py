@@ -201,7 +201,7 @@ def _by_scores(settings: Filter, input: Input) -> Plan:
                 outcome = invalid(record.error) if record.error else _by_texts(settings, record, chunk.template)
                 if isinstance(outcome, Kept):
                     example = templates.render(record, chunk.template)
-                    # Either may refuse the record, so neither is kept before both are made.
+                    # Either may refuse the record: both are made before a list grows.
                     encoded = losses.encode(example, record.where, data) if losses is not None else None
                     prompt = classifier.prompt(example, record.where) if classifier is not None else ""
                     examples.append(encoded)

@@ -107,7 +107,7 @@ class CausalFormat:
         self, sources: np.ndarray, targets: np.ndarray, longest: tuple[int, int], data: Data, batch_size: int,
         row_cost: RowCost,
     ) -> Layout:  # fmt: skip
-        """Return the shape of rows, `data.max_seq_length` or one's own, and their number in a step."""
+        """Return the shape of rows, of `data.max_seq_length` tokens, and their number in a step. Ignores `longest`."""
         if data.packed_source_length:
             raise UserError(
                 "config.data.packed_source_length has no effect on a causal model, whose rows hold "

@@ -53,8 +53,8 @@ class Engine:
     between two steps of the running texts, and where `can_chunk` longer prompts are computed in parts.
     `prefix_cache_bytes` are for keys and values of shared beginnings of prompts, in blocks of 64 tokens; models with
     sliding windows have none, since of a window's layers the beginnings are not kept. On one device a step then costs
-    less while few slots are busy: it decodes the first ones, as many as one of the `decode_sizes` has. So does a
-    prefill of few prompts.
+    less while few slots are busy: it decodes the first ones, as many as one of the `decode_sizes` has. A
+    prefill of few prompts costs less, too.
 
     It has `batch_size` slots or a few more: every device has as many, and at least those of one request. A text ends at
     one of the model's end tokens or of `eos_ids`, or at its limit. `shapes` are compiled: (program, slots, width).
@@ -201,7 +201,7 @@ class Engine:
         if self.num_blocks:
             self.save_prefix(0, [])
             self.load_prefix(0, [], 0)
-        self.decode_sizes = _sizes(self.num_slots) if self.shards == 1 else (self.num_slots,)
+        self.decode_sizes = _sizes(self.num_slots, self.shards)
         for size in self.decode_sizes:
             for plain in (True, False):
                 self.decode([True] * size, 1, size, plain)
@@ -224,7 +224,7 @@ class Engine:
     def prefill_sizes(self, width: int) -> tuple[int, ...]:
         """Return how many prompts of a width can be prefilled together after `warm_up`: a few numbers, ascending."""
         most = sharding.round_up_to_shards(max(1, min(self.num_slots, self.prefill_chunk // width)), self._mesh)
-        return _sizes(most) if self.shards == 1 else (most,)
+        return _sizes(most, self.shards)
 
     def extend_sizes(self, width: int) -> tuple[int, ...]:
         """Return how many prompts can be extended together by up to `width` tokens: a few numbers, ascending."""
@@ -341,10 +341,10 @@ class Engine:
             return self._programs[program.removesuffix("_any")](*arguments)
 
 
-def _sizes(most: int) -> tuple[int, ...]:
-    """Return few numbers of slots or prompts, each about four times the one before."""
+def _sizes(most: int, shards: int = 1) -> tuple[int, ...]:
+    """Return few numbers of slots or prompts, each about four times the one before; with several shards, one."""
     sizes = [most]
-    while sizes[0] >= 4:
+    while shards == 1 and sizes[0] >= 4:
         sizes.insert(0, sizes[0] // 4)
     return tuple(sizes)
 
